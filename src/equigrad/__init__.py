@@ -1,0 +1,37 @@
+"""equigrad: meta-gradients through anything that settles."""
+
+from equigrad import nn
+from equigrad.errors import (
+    ConfigurationError,
+    DoubleBackwardError,
+    EquigradError,
+    ProblemError,
+    RunError,
+    SettlingError,
+)
+from equigrad.estimators import T1T2, Contrastive, Estimator
+from equigrad.meta_gradient import MetaGradient, meta_gradient
+from equigrad.problem import Bilevel
+from equigrad.solvers import GradientDescent, Phase, Solver, TorchOptimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "T1T2",
+    "Bilevel",
+    "ConfigurationError",
+    "Contrastive",
+    "DoubleBackwardError",
+    "EquigradError",
+    "Estimator",
+    "GradientDescent",
+    "MetaGradient",
+    "Phase",
+    "ProblemError",
+    "RunError",
+    "SettlingError",
+    "Solver",
+    "TorchOptimizer",
+    "meta_gradient",
+    "nn",
+]

@@ -1,0 +1,115 @@
+"""Whose buffers a loss may change, and how they are put back."""
+
+import functools
+import types
+from collections.abc import Iterable, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+def find_modules(*roots: object) -> tuple[nn.Module, ...]:
+    """Every module that the given functions can see by name.
+
+    Looks at closures, at the globals and attributes that a function's code names, at defaults, at
+    `functools.partial`, at bound methods and at what objects hold; not into the bodies of classes
+    or at what is looked up by a computed name.
+
+    Args:
+        roots: functions, modules, or objects that hold them.
+
+    Returns:
+        The modules found, each once; a module inside another is left to the outer one.
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    queue: list[object] = list(roots)
+    while queue:
+        thing = queue.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+        elif isinstance(thing, types.FunctionType):
+            queue.extend(_named_in(thing))
+        elif isinstance(thing, types.MethodType):
+            queue.extend((thing.__func__, thing.__self__))
+        elif isinstance(thing, functools.partial):
+            queue.extend((thing.func, *thing.args, *thing.keywords.values()))
+        elif isinstance(thing, list | tuple) and len(thing) < 100:
+            queue.extend(thing)
+        elif isinstance(thing, Mapping) and len(thing) < 100:
+            queue.extend(thing.values())
+        elif _holds_attributes(thing):
+            queue.extend((*vars(thing).values(), getattr(type(thing), "__call__", None)))  # noqa: B004
+    inside = {id(m) for module in found.values() for m in module.modules() if m is not module}
+    return tuple(module for key, module in found.items() if key not in inside)
+
+
+def _named_in(function: types.FunctionType) -> Iterable[object]:
+    """What a function's closure, defaults and named globals hold."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            # torch's own functions lead to torch's own modules, not to the user's
+            if isinstance(value, nn.Module) or not _is_torch(value):
+                yield value
+
+
+def _holds_attributes(thing: object) -> bool:
+    """Whether this is an object of the user's making, to be looked into."""
+    plain = isinstance(thing, type | types.ModuleType)
+    return hasattr(thing, "__dict__") and not plain and not _is_torch(type(thing))
+
+
+def _is_torch(value: object) -> bool:
+    return str(getattr(value, "__module__", "")).split(".")[0] == "torch"
+
+
+class KeptBuffers:
+    """Keeps the buffers of some modules: takes snapshots and puts them back.
+
+    Leaving the context, also by an exception, puts back what was there on entering.
+
+    Args:
+        modules: modules whose buffers (statistics of batch normalisation, for example) a loss may
+            change when it is evaluated.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [
+            (part, name, buffer)
+            for module in modules
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
+        self._before: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._before = self.snapshot()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore(self._before)
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of every buffer's present value."""
+        return [part.get_buffer(name).detach().clone() for part, name, _ in self._places]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Write a snapshot's values into the buffers."""
+        for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
+            setattr(part, name, buffer.copy_(value))

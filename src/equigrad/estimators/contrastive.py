@@ -1,0 +1,141 @@
+"""The contrastive rule: run the learner again, slightly nudged, and contrast."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from equigrad.estimators.estimator import Estimate, Estimator
+from equigrad.evaluation import Evaluation
+from equigrad.solvers import Settled, Solver
+from equigrad.solvers.solver import require
+from equigrad.theory import finite_difference_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Estimator):
+    r"""The contrastive meta-learning rule: equilibrium propagation applied to learning.
+
+        ∇̂_θ = (1/β) Σ_i α_i ∂L/∂θ(φ̂_{n_i β}, θ, n_i β),    L = L_in + β L_out
+
+    where phase i settles `L` with nudging strength `n_i β`, starting at the free solution, and the
+    weights `α_i` are those of `equigrad.theory.finite_difference_weights` at the nodes `n_i`
+    (Zucchet et al., Eq. 4 and Appendix D). First-order gradients only; memory does not grow with
+    the number of steps. At exact equilibria the error is `O(β^{points-1})` for the forward scheme
+    and `O(β^{points})` for the symmetric one.
+
+    **Matched phases** cancel the drift of a free phase that has not quite settled: all phases that
+    start at the free solution run equally many steps, the one with β = 0 too. The error that
+    remains is linear in the distance to equilibrium and is not divided by β
+    (docs/matched-phases.md). The plain rule of the paper is `matched=False`.
+
+    Attributes:
+        beta: nudging strength β ≠ 0, of either sign.
+        scheme: `forward` takes the nodes 0, 1 … points-1; `symmetric` ±1 … ±points/2. Nodes of the
+            sign opposite to β reward a high outer loss, which may not be bounded.
+        points: number p of nodes: p ≥ 2, and even where symmetric.
+        matched: run every phase after the free one for equally many steps. The first nudged phase
+            decides how many: until it settles or reaches its limit.
+        nudged_solver: settles the nudged phases; the free phase's solver where None.
+        momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
+
+    Raises:
+        ConfigurationError: β = 0, too few points, an odd number of symmetric points.
+
+    Example:
+        >>> Contrastive(beta=0.1, scheme="symmetric").nodes
+        (1, -1)
+        >>> Contrastive(points=3).nodes
+        (0, 1, 2)
+    """
+
+    beta: float = 0.1
+    scheme: Literal["forward", "symmetric"] = "forward"
+    points: int = 2
+    matched: bool = True
+    nudged_solver: Solver | None = None
+    momentum: Literal["keep", "reset"] = "keep"
+
+    def __post_init__(self) -> None:
+        require(
+            self.beta != 0 and abs(self.beta) < float("inf"),
+            f"beta must be a finite number other than 0, got {self.beta}: phases that are all "
+            f"free have nothing to contrast; try beta=0.1",
+        )
+        require(
+            self.scheme in ("forward", "symmetric"),
+            f"scheme must be 'forward' or 'symmetric', got {self.scheme!r}",
+        )
+        require(self.points >= 2, f"points must be at least 2, got {self.points}")
+        require(
+            self.scheme == "forward" or self.points % 2 == 0,
+            f"a symmetric scheme needs an even number of points, got {self.points}",
+        )
+        require(
+            self.momentum in ("keep", "reset"),
+            f"momentum must be 'keep' or 'reset', got {self.momentum!r}",
+        )
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The nudging strengths of the phases, in units of β."""
+        if self.scheme == "forward":
+            return tuple(range(self.points))
+        half = range(1, self.points // 2 + 1)
+        return tuple(sign * i for i in half for sign in (1, -1))
+
+    def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
+        """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
+        nudged_solver = self.nudged_solver or solver
+        require(
+            self.momentum == "reset" or type(nudged_solver) is type(solver),
+            f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to a "
+            f"{type(nudged_solver).__name__}, which cannot read it; use momentum='reset'",
+        )
+        free = evaluation.settle(solver)
+        settled: dict[int, Settled] = {}
+        steps: int | None = None
+        # nudged phases first: the first of them decides how long a matched phase runs
+        for node in sorted(self.nodes, key=lambda node: node == 0):
+            if node == 0 and not self.matched:
+                settled[node] = free
+                continue
+            settled[node] = evaluation.settle_nudged(
+                free,
+                nudged_solver,
+                node * self.beta,
+                keep_momentum=self.momentum == "keep",
+                steps=steps,
+            )
+            if self.matched:
+                steps = settled[node].phase.steps
+        states = [settled[node] for node in self.nodes]
+        weights = [float(w) / self.beta for w in finite_difference_weights(self.nodes)]
+        self._note_weak_contrast(evaluation, states)
+        return Estimate(
+            grads=evaluation.contrast(states, weights),
+            phases=(free, *(state for state in states if state is not free)),
+        )
+
+    def _note_weak_contrast(self, evaluation: Evaluation, states: list[Settled]) -> None:
+        """Say so where phases stopped too early, or differ by little more than rounding."""
+        for phase in (state.phase for state in states):
+            if (
+                phase.outcome == "converged"
+                and phase.beta
+                and (phase.residual > 0.1 * phase.start_residual)
+            ):
+                evaluation.notes.append(
+                    f"phase β={phase.beta:g} met tol={phase.tol:g} after hardly moving (residual "
+                    f"{phase.start_residual:.1e} to {phase.residual:.1e}); lower tol or raise beta"
+                )
+        one, other = (list(state.params.values()) for state in states[:2])
+        moved, size = (
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
+            for tensors in (torch._foreach_sub(one, other), one)
+        )
+        if moved <= 100 * torch.finfo(one[0].dtype).eps * size:
+            evaluation.notes.append(
+                f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
+                f"{moved:.1e} of a norm of {size:.1e}; raise beta, or use torch.float64"
+            )

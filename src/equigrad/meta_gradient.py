@@ -1,0 +1,142 @@
+"""The one call: a problem, where to start, how to settle, how to estimate."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.evaluation import Evaluation
+from equigrad.problem import Bilevel, Params
+from equigrad.solvers import Phase, Solver
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """An estimate of `dL_out(φ*(θ), θ)/dθ`, and how it came about.
+
+    Attributes:
+        grads: one tensor a meta-parameter, of its shape, dtype and device.
+        params: the settled φ of the free phase.
+        outer_loss: `L_out` there, averaged over its batches.
+        status: in words: whether the free phase settled, then whatever is worth knowing.
+        phases: a report for every phase, the free one first.
+        gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
+            product counts as two).
+        error_estimate: estimated relative error of `grads`, where the estimator has one.
+    """
+
+    grads: dict[str, Tensor]
+    params: dict[str, Tensor]
+    outer_loss: float
+    status: str
+    phases: tuple[Phase, ...]
+    gradient_evaluations: int
+    error_estimate: float | None
+    _meta_params: Params = field(repr=False)
+
+    def assign(self) -> None:
+        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`."""
+        for name, grad in self.grads.items():
+            self._meta_params[name].grad = grad.clone()
+
+
+def meta_gradient(
+    problem: Bilevel,
+    params: Params,
+    meta_params: Params,
+    *,
+    solver: Solver,
+    estimator: Estimator | None = None,
+) -> MetaGradient:
+    r"""Estimate the gradient of the outer loss through a problem that settles.
+
+        ∇_θ = d/dθ L_out(φ*(θ), θ),    φ*(θ) = argmin_φ L_in(φ, θ)
+
+    Neither `params` nor `meta_params`, nor the buffers of the modules involved, nor torch's random
+    state (but for one draw) are changed.
+
+    Args:
+        problem: the losses.
+        params: φ at the start of the free phase, by name.
+        meta_params: θ, by name.
+        solver: settles the phases.
+        estimator: how the gradient is had; `Contrastive()` by default.
+
+    Returns:
+        The estimate and its circumstances.
+
+    Raises:
+        ProblemError: losses or parameters are not what they have to be.
+        SettlingError: a phase diverged.
+        DoubleBackwardError: the estimator needs second derivatives that the model does not have.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.Bilevel(
+        ...     inner_loss=lambda p, m: 0.5 * (p["w"] - m["target"]).square().sum(),
+        ...     outer_loss=lambda p, m: 0.5 * (p["w"] - 3.0).square().sum(),
+        ... )
+        >>> result = eg.meta_gradient(
+        ...     problem,
+        ...     params={"w": torch.zeros(1, dtype=torch.float64)},
+        ...     meta_params={"target": torch.ones(1, dtype=torch.float64)},
+        ...     solver=eg.GradientDescent(lr=0.5, tol=1e-9),
+        ...     estimator=eg.Contrastive(beta=1e-3, scheme="symmetric"),
+        ... )
+        >>> round(result.grads["target"].item(), 4)  # the settled w is the target: 1 - 3
+        -2.0
+    """
+    estimator = Contrastive() if estimator is None else estimator
+    for name, thing, kind in (
+        ("problem", problem, Bilevel),
+        ("solver", solver, Solver),
+        ("estimator", estimator, Estimator),
+    ):
+        if not isinstance(thing, kind):
+            what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
+            raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {what}")
+    with Evaluation(problem, params, meta_params) as evaluation:
+        estimate = estimator.estimate(evaluation, solver)
+        free = estimate.phases[0]
+        outer_loss = evaluation.outer_loss(free.params).item()
+    _check_finite(estimate.grads, outer_loss)
+    phases = tuple(settled.phase for settled in estimate.phases)
+    return MetaGradient(
+        grads=estimate.grads,
+        params=free.params,
+        outer_loss=outer_loss,
+        status=_status(phases, estimate.grads, evaluation.notes),
+        phases=phases,
+        gradient_evaluations=evaluation.gradient_evaluations,
+        error_estimate=estimate.error_estimate,
+        _meta_params=meta_params,
+    )
+
+
+def _check_finite(grads: dict[str, Tensor], outer_loss: float) -> None:
+    bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    if bad or not math.isfinite(outer_loss):
+        what = f"the meta-gradient of {bad[0]!r} is not finite" if bad else "the outer loss is"
+        raise SettlingError(
+            f"after settling, {what if bad else f'{what} {outer_loss}'}: the last step of a phase "
+            f"diverged, or the loss is not differentiable there. Lower the solver's step size"
+        )
+
+
+def _status(phases: tuple[Phase, ...], grads: dict[str, Tensor], notes: list[str]) -> str:
+    sentences = [str(phases[0])]
+    sentences += [
+        f"phase β={phase.beta:g} {phase}"
+        for phase in phases[1:]
+        if phase.outcome == "not converged"
+    ]
+    zero = [name for name, grad in grads.items() if not grad.any()]
+    if zero:
+        sentences.append(
+            f"the gradient of {', '.join(map(repr, zero))} is exactly zero: θ had no influence on "
+            f"the settled params, or the params have not moved"
+        )
+    return "; ".join(sentences + notes)

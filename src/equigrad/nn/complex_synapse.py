@@ -1,0 +1,209 @@
+"""The complex synapse: a weight, what it is pulled to, and how strongly."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.nn.functional import Functional
+from equigrad.problem import Params
+
+Learned = Literal["strength", "center"]
+
+
+class ComplexSynapse(Functional):
+    r"""Any module whose every weight is pulled to a centre with a strength of its own.
+
+        R(φ, θ) = ½ Σ_i λ_i (φ_i - ω_i)²        (Zucchet et al., Eq. 7)
+
+    A synapse has a fast weight φ (`params`), and as meta-parameters θ a meta-plasticity λ
+    (`strength`) and a slow weight ω (`center`), either of which can be learned or fixed. Used as
+    `regularizer=` of a problem, its derivatives are local and in closed form (Appendix B), the
+    contrast of two phases free of cancellation:
+
+        ½(a-ω)² - ½(b-ω)² = ½ (a-b)(a+b-2ω).
+
+    Args:
+        model: any module; called as `synapse(params, *inputs)`. It is copied, never changed.
+        strength: initial λ ≥ 0, one number for all weights, or a number or tensor for every name.
+        center: initial ω, likewise; or "init", the module's own parameters.
+        learn: what is meta-learned, `strength`, `center` or both.
+        positivity: how a learned λ is kept ≥ 0. `projection`: λ itself is the meta-parameter,
+            and `project_` clamps it at zero after each outer step. `log`: log λ is.
+
+    Raises:
+        ConfigurationError: a negative strength, nothing to learn, an unknown option.
+        ProblemError: strength or center given by name do not fit the module's names and shapes.
+
+    Example:
+        >>> import torch
+        >>> synapse = ComplexSynapse(torch.nn.Linear(3, 1, bias=False), strength=0.1)
+        >>> meta_params = synapse.meta_params()
+        >>> sorted(meta_params)
+        ['strength.weight']
+        >>> synapse({"weight": torch.ones(1, 3)}, torch.ones(2, 3)).flatten()
+        tensor([3., 3.])
+        >>> round(synapse.penalty({"weight": torch.ones(1, 3)}, meta_params).item(), 3)
+        0.15
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float | Mapping[str, float | Tensor] = 1e-3,
+        center: float | Mapping[str, float | Tensor] | Literal["init"] = 0.0,
+        *,
+        learn: Sequence[Learned] = ("strength",),
+        positivity: Literal["projection", "log"] = "projection",
+    ) -> None:
+        super().__init__(model)
+        if not learn or set(learn) - {"strength", "center"}:
+            raise ConfigurationError(
+                f"learn must name 'strength', 'center' or both, got {tuple(learn)}"
+            )
+        if positivity not in ("projection", "log"):
+            raise ConfigurationError(
+                f"positivity must be 'projection' or 'log', got {positivity!r}"
+            )
+        if isinstance(center, str) and center != "init":
+            raise ConfigurationError(f"center must be numbers or 'init', got {center!r}")
+        self.learn = tuple(learn)
+        self.positivity = positivity
+        self._log = positivity == "log" and "strength" in self.learn
+        self._strength = self._spread("strength", strength)
+        self._center = self._spread("center", self._initial if center == "init" else center)
+        smallest = min(float(s.min()) for s in self._strength.values())
+        if not 0 <= smallest < math.inf or (self._log and smallest == 0):
+            raise ConfigurationError(
+                f"strength must be {'positive for log λ' if self._log else 'at least 0'}, "
+                f"got {smallest}"
+            )
+        self._centered = "center" in self.learn or any(c.any() for c in self._center.values())
+
+    def meta_params(self) -> dict[str, Tensor]:
+        """New leaves: `strength.NAME` or `log_strength.NAME`, and `center.NAME`, if learned.
+
+        Each has the shape of the weight `NAME` and requires a gradient.
+        """
+        leaves: dict[str, Tensor] = {}
+        if "strength" in self.learn:
+            for name, s in self._strength.items():
+                leaves[self._strength_name(name)] = s.log() if self._log else s.clone()
+        if "center" in self.learn:
+            leaves |= {f"center.{name}": c.clone() for name, c in self._center.items()}
+        return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    @property
+    def meta_names(self) -> frozenset[str]:
+        """Names of the meta-parameters."""
+        return frozenset(self.meta_params())
+
+    def strengths(self, meta_params: Params) -> dict[str, Tensor]:
+        """λ by name of the weight it acts on."""
+        if "strength" not in self.learn:
+            return self._strength
+        found = {name: self._find(meta_params, self._strength_name(name)) for name in self._initial}
+        return {name: s.exp() for name, s in found.items()} if self._log else found
+
+    def centers(self, meta_params: Params) -> dict[str, Tensor]:
+        """ω by name of the weight it pulls at."""
+        if "center" not in self.learn:
+            return self._center
+        return {name: self._find(meta_params, f"center.{name}") for name in self._initial}
+
+    def penalty(self, params: Params, meta_params: Params) -> Tensor:
+        """`½ Σ_i λ_i (φ_i - ω_i)²`, differentiable in everything."""
+        strength, center = self.strengths(meta_params), self.centers(meta_params)
+        terms = [(strength[n] * (params[n] - center[n]).square()).sum() for n in self._initial]
+        return 0.5 * torch.stack(terms).sum()
+
+    def bind(self, meta_params: Params) -> "Pull":
+        """The regulariser at these meta-parameters: what a problem's `regularizer` must have."""
+        return Pull(self, meta_params)
+
+    @torch.no_grad()
+    def project_(self, meta_params: Params) -> None:
+        """Clamp a learned λ at zero, in place; nothing to do for log λ."""
+        if "strength" in self.learn and not self._log:
+            for name in self._initial:
+                meta_params[self._strength_name(name)].clamp_(min=0)
+
+    def _strength_name(self, name: str) -> str:
+        return f"log_strength.{name}" if self._log else f"strength.{name}"
+
+    def _find(self, meta_params: Params, name: str) -> Tensor:
+        try:
+            return meta_params[name]
+        except KeyError:
+            raise ProblemError(
+                f"meta_params lack {name!r}; take them from synapse.meta_params()"
+            ) from None
+
+    def _spread(self, what: str, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+        """One tensor a weight, of its shape."""
+        if not isinstance(value, Mapping):
+            return {name: torch.full_like(p, value) for name, p in self._initial.items()}
+        if value.keys() != self._initial.keys():
+            raise ProblemError(
+                f"{what} names {sorted(value)}, the module's weights are {sorted(self._initial)}"
+            )
+        spread = {}
+        for name, p in self._initial.items():
+            tensor = torch.as_tensor(value[name], dtype=p.dtype, device=p.device).detach()
+            if tensor.ndim and tensor.shape != p.shape:
+                raise ProblemError(
+                    f"{what}[{name!r}] has shape {tuple(tensor.shape)}, "
+                    f"the weight has {tuple(p.shape)}"
+                )
+            spread[name] = tensor.expand(p.shape).clone()
+        return spread
+
+
+class Pull:
+    """A complex synapse at fixed meta-parameters: its local rules, in closed form."""
+
+    def __init__(self, synapse: ComplexSynapse, meta_params: Params) -> None:
+        self._synapse = synapse
+        self._names = list(synapse.params())
+        self._strength = [s.detach() for s in synapse.strengths(meta_params).values()]
+        self._center = [c.detach() for c in synapse.centers(meta_params).values()]
+
+    @torch.no_grad()
+    def add_velocity(self, velocity: tuple[Tensor, ...], params: Params) -> tuple[Tensor, ...]:
+        """`velocity - λ (φ - ω)`."""
+        if list(params) != self._names:  # φ holds more, or in another order
+            by_name = dict(zip(params, velocity, strict=True))
+            own = {name: params[name] for name in self._names}
+            pulled = self.add_velocity(tuple(by_name[name] for name in own), own)
+            by_name.update(zip(own, pulled, strict=True))
+            return tuple(by_name.values())
+        weights = list(params.values())
+        if self._synapse._centered:
+            weights = torch._foreach_sub(weights, self._center)
+        return tuple(torch._foreach_addcmul(velocity, weights, self._strength, value=-1))
+
+    @torch.no_grad()
+    def contrast(self, states: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+        """`Σ_i w_i ∂R/∂θ(φ_i)` for weights that sum to zero (Appendix B), without cancellation.
+
+        With the first state as reference b: `∂R/∂λ` contributes `½ w_i (φ_i-b)(φ_i+b-2ω)`, times
+        λ where log λ is learned; `∂R/∂ω` contributes `-λ w_i (φ_i-b)`.
+        """
+        grads: dict[str, Tensor] = {}
+        for name, strength, center in zip(self._names, self._strength, self._center, strict=True):
+            reference = states[0][name]
+            by_strength, by_center = torch.zeros_like(reference), torch.zeros_like(reference)
+            for state, weight in zip(states[1:], weights[1:], strict=True):
+                moved = state[name] - reference
+                by_strength += 0.5 * weight * moved * (moved + 2 * (reference - center))
+                by_center -= weight * strength * moved
+            if "strength" in self._synapse.learn:
+                grads[self._synapse._strength_name(name)] = (
+                    strength * by_strength if self._synapse._log else by_strength
+                )
+            if "center" in self._synapse.learn:
+                grads[f"center.{name}"] = by_center
+        return grads

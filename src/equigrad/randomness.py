@@ -1,0 +1,54 @@
+"""The same dice in every phase."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+Stream = Literal["inner", "outer"]
+
+
+class CommonRandomness:
+    """Makes evaluation t of a loss draw the same random numbers in every phase.
+
+    A contrast of two phases divides their difference by β, and with it any noise that they do not
+    share. So every evaluation of a loss is seeded by its step and by the loss it belongs to, not by
+    what ran before it: the masks of dropout agree between phases even where one phase evaluates a
+    loss that the other does not.
+
+    On entering, one number is drawn from torch's global generator, so that `torch.manual_seed`
+    decides everything; on leaving, also by an exception, the global generators stand where they
+    would stand after that one draw.
+
+    Args:
+        tensors: whatever is computed with; their devices' generators are the ones to seed.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        devices = {t.device for t in tensors if t.device.type != "cpu"}
+        self._devices = sorted(devices, key=str)
+        self._exit = ExitStack()
+        self._base = 0
+
+    def __enter__(self) -> Self:
+        self._base = int(torch.randint(2**62, ()))
+        by_type: dict[str, list[int]] = {}
+        for device in self._devices:
+            by_type.setdefault(device.type, []).append(device.index or 0)
+        self._exit.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, indices in by_type.items():
+            self._exit.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def seed(self, stream: Stream, step: int) -> None:
+        """Seed the generators for evaluation `step` of the inner or the outer loss."""
+        seed = self._base + 2 * step + (stream == "outer")
+        torch.default_generator.manual_seed(seed)
+        for device in self._devices:
+            with torch.get_device_module(device).device(device):
+                torch.get_device_module(device).manual_seed(seed)

@@ -1,0 +1,87 @@
+"""Any optimiser of torch, unchanged."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equigrad.solvers.solver import Objective, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchOptimizer(Solver):
+    """Settles with any class of `torch.optim`, or any class with the same interface.
+
+    The optimiser is never differentiated, so square roots, line searches and fused kernels are all
+    fine. Weight decay inside the optimiser is not part of the inner loss that the estimators see:
+    put it into the loss.
+
+    Attributes:
+        optimizer: the class, called as `optimizer(params, **options)`.
+        options: its keyword arguments.
+        max_steps: see `Solver`.
+        tol: see `Solver`.
+        check_every: see `Solver`.
+
+    Raises:
+        ConfigurationError: `optimizer` is not a class, or refuses the options.
+
+    Example:
+        >>> solver = TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3})
+        >>> solver.max_steps
+        1000
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            isinstance(self.optimizer, type),
+            f"optimizer must be a class such as torch.optim.Adam, got {self.optimizer!r}; "
+            f"its arguments go into options={{...}}",
+        )
+        try:
+            self.optimizer([torch.zeros(1, requires_grad=True)], **self.options)
+        except (TypeError, ValueError) as error:
+            require(False, f"{self.optimizer.__name__} refuses options {self.options}: {error}")
+
+    def init(self, params: list[Tensor], previous: Any = None) -> torch.optim.Optimizer:
+        """A new optimiser over `params`, with the state of an earlier phase where given."""
+        optimizer = self.optimizer(params, **self.options)
+        if previous is not None:
+            state = copy.deepcopy(previous.state_dict())
+            state["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state)
+        return optimizer
+
+    def update(
+        self,
+        params: list[Tensor],
+        velocity: list[Tensor],
+        state: torch.optim.Optimizer,
+        objective: Objective,
+    ) -> None:
+        """One step; an optimiser that needs a closure evaluates as often as it likes."""
+
+        def closure() -> Tensor:
+            loss, velocity = objective()
+            _set_gradients(params, velocity)
+            return loss
+
+        needed = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if needed is not None and needed.default is inspect.Parameter.empty:
+            state.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        else:
+            _set_gradients(params, velocity)
+            state.step()
+
+
+def _set_gradients(params: list[Tensor], velocity: list[Tensor]) -> None:
+    for p, v in zip(params, velocity, strict=True):
+        p.grad = v.neg()
