@@ -30,7 +30,7 @@ types: install
 
 # One process a core, each with one thread.
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
 format: install
 	$(BIN)/ruff format .

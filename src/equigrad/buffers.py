@@ -95,21 +95,21 @@ class KeptBuffers:
             for part in module.modules()
             for name, buffer in part.named_buffers(recurse=False)
         ]
-        self._before: list[Tensor] = []
+        self.before: tuple[Tensor, ...] = ()
 
     def __enter__(self) -> Self:
-        self._before = self.snapshot()
+        self.before = self.snapshot()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore(self._before)
+        self.restore(self.before)
 
-    def snapshot(self) -> list[Tensor]:
+    def snapshot(self) -> tuple[Tensor, ...]:
         """A copy of every buffer's present value."""
-        return [part.get_buffer(name).detach().clone() for part, name, _ in self._places]
+        return tuple(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
 
     @torch.no_grad()
-    def restore(self, snapshot: list[Tensor]) -> None:
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
         """Write a snapshot's values into the buffers."""
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
             setattr(part, name, buffer.copy_(value))

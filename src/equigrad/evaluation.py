@@ -1,5 +1,6 @@
 """One meta-gradient's workplace: evaluates a problem at fixed meta-parameters, and counts."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
@@ -53,7 +54,7 @@ class Evaluation:
             raise
         regularizer = self.problem.regularizer
         self._pull = None if regularizer is None else regularizer.bind(self.meta_params)
-        self._free_buffers = self._buffers.snapshot()
+        self._buffers.restore(self._buffers.before)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,8 +65,7 @@ class Evaluation:
     def settle(self, solver: Solver) -> Settled:
         """The free phase: settle from the given parameters, without nudge."""
         free = settle(self._velocity(0.0), self._loss(0.0), self.params, solver)
-        self._free_buffers = self._buffers.snapshot()
-        return free
+        return dataclasses.replace(free, buffers=self._buffers.snapshot())
 
     def settle_nudged(
         self,
@@ -87,8 +87,8 @@ class Evaluation:
             keep_momentum: go on with the free phase's solver state, or start a new one.
             steps: run exactly so many steps.
         """
-        self._buffers.restore(self._free_buffers)
-        return settle(
+        self.stand_at(free)
+        nudged = settle(
             self._velocity(beta),
             self._loss(beta),
             free.params,
@@ -98,6 +98,11 @@ class Evaluation:
             first_step=free.end_step,
             steps=steps,
         )
+        return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
+
+    def stand_at(self, settled: Settled) -> None:
+        """Put the modules' buffers as they were when a phase ended."""
+        self._buffers.restore(settled.buffers)
 
     def _velocity(self, beta: float) -> Any:
         per_evaluation = 1 if beta == 0 else 2
@@ -144,14 +149,15 @@ class Evaluation:
         return range(len(self.problem.batches(stream) or [None]))
 
     @torch.no_grad()
-    def outer_loss(self, params: Params) -> Tensor:
-        """The outer loss, averaged over its batches."""
+    def outer_loss(self, at: Settled) -> Tensor:
+        """The outer loss where a phase ended, averaged over its batches."""
+        self.stand_at(at)
         steps = self.batch_steps("outer")
-        total = sum(self.data_loss("outer", params, self.meta_params, step) for step in steps)
+        total = sum(self.data_loss("outer", at.params, self.meta_params, step) for step in steps)
         return torch.as_tensor(total) / len(steps)
 
-    def meta_partial(self, stream: Stream, params: Params) -> dict[str, Tensor]:
-        """`∂L/∂θ` of the inner or outer data loss at fixed φ, averaged over its batches.
+    def meta_partial(self, stream: Stream, at: Settled) -> dict[str, Tensor]:
+        """`∂L/∂θ` of the inner or outer data loss where a phase ended, averaged over its batches.
 
         Only those meta-parameters appear that the loss depends on; where it depends on none, it is
         not evaluated.
@@ -159,6 +165,7 @@ class Evaluation:
         names = self._reached[stream]
         if not names:
             return {}
+        self.stand_at(at)
         meta = {
             name: m.clone().requires_grad_() if name in names else m
             for name, m in self.meta_params.items()
@@ -168,7 +175,7 @@ class Evaluation:
         steps = self.batch_steps(stream)
         for step in steps:
             with torch.enable_grad():
-                loss = self.data_loss(stream, params, meta, step)
+                loss = self.data_loss(stream, at.params, meta, step)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
             self.gradient_evaluations += 1
@@ -181,14 +188,14 @@ class Evaluation:
         regulariser's part in factored form.
         """
         total = {name: torch.zeros_like(m) for name, m in self.meta_params.items()}
-        reference = self.meta_partial("inner", states[0].params)
+        reference = self.meta_partial("inner", states[0])
         for state, weight in zip(states, weights, strict=True):
             if reference and state is not states[0]:
-                inner = self.meta_partial("inner", state.params)
+                inner = self.meta_partial("inner", state)
                 for name, grad in inner.items():
                     total[name].add_(grad - reference[name], alpha=weight)
             if state.phase.beta != 0:
-                for name, grad in self.meta_partial("outer", state.params).items():
+                for name, grad in self.meta_partial("outer", state).items():
                     total[name].add_(grad, alpha=weight * state.phase.beta)
         if self._pull is not None:
             part = self._pull.contrast([state.params for state in states], weights)

@@ -101,7 +101,7 @@ def meta_gradient(
     with Evaluation(problem, params, meta_params) as evaluation:
         estimate = estimator.estimate(evaluation, solver)
         free = estimate.phases[0]
-        outer_loss = evaluation.outer_loss(free.params).item()
+        outer_loss = evaluation.outer_loss(free).item()
     _check_finite(estimate.grads, outer_loss)
     phases = tuple(settled.phase for settled in estimate.phases)
     return MetaGradient(

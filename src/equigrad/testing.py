@@ -1,7 +1,6 @@
 """Problems with known answers, shared by tests, experiments and third-party estimators."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from equigrad.solvers import GradientDescent
 from equigrad.theory import finite_difference_weights
 
 
-@dataclass(frozen=True, kw_only=True)
 class Quadratic:
     r"""The analytically tractable model of Zucchet et al., Appendix E.
 
@@ -19,7 +17,7 @@ class Quadratic:
 
     with θ ~ N(0, 2²) and φᵗ, φᵛ drawn around φ^τ ~ N(0, 1) with standard deviation 0.2.
 
-    Attributes:
+    Args:
         dim: N.
         strength: λ.
         seed: of the draw.
@@ -31,32 +29,24 @@ class Quadratic:
         torch.Size([3])
     """
 
-    dim: int = 50
-    strength: float = 0.1
-    seed: int = 0
-    dtype: torch.dtype = torch.float64
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
+    def __init__(
+        self,
+        dim: int = 50,
+        strength: float = 0.1,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.dim, self.strength, self.dtype = dim, strength, dtype
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(deviation: float) -> Tensor:
-            noise = torch.randn(self.dim, generator=generator, dtype=torch.float64)
-            return deviation * noise
+            return deviation * torch.randn(dim, generator=generator, dtype=torch.float64)
 
         tau = normal(1.0)
-        hessian = 1 / torch.arange(1, self.dim + 1, dtype=torch.float64)
-        for name, value in (
-            ("hessian", hessian),
-            ("theta", normal(2.0)),
-            ("train", tau + normal(0.2)),
-            ("validation", tau + normal(0.2)),
-        ):
-            object.__setattr__(self, f"_{name}", value.to(self.dtype))
-
-    _hessian: Tensor = torch.empty(0)
-    _theta: Tensor = torch.empty(0)
-    _train: Tensor = torch.empty(0)
-    _validation: Tensor = torch.empty(0)
+        self._hessian = (1 / torch.arange(1, dim + 1, dtype=torch.float64)).to(dtype)
+        self._theta = normal(2.0).to(dtype)
+        self._train = (tau + normal(0.2)).to(dtype)
+        self._validation = (tau + normal(0.2)).to(dtype)
 
     @property
     def problem(self) -> Bilevel:

@@ -32,6 +32,7 @@ class T1T2(Estimator):
         meta = {name: m.clone().requires_grad_() for name, m in evaluation.meta_params.items()}
         leaves, meta_leaves = list(params.values()), list(meta.values())
 
+        evaluation.stand_at(free)
         steps = evaluation.batch_steps("outer")
         pressure = [torch.zeros_like(p, requires_grad=False) for p in leaves]
         grads = [torch.zeros_like(m, requires_grad=False) for m in meta_leaves]
@@ -45,6 +46,7 @@ class T1T2(Estimator):
             torch._foreach_add_(grads, both[len(leaves) :], alpha=1 / len(steps))
             evaluation.gradient_evaluations += 1
 
+        evaluation.stand_at(free)
         steps = evaluation.batch_steps("inner")
         for step in steps:
             mixed = _mixed_derivative(evaluation, params, meta, pressure, step)
@@ -71,13 +73,31 @@ def _mixed_derivative(
                 allow_unused=True,
                 materialize_grads=True,
             )
+        varying = [(g, d) for g, d in zip(inner, direction, strict=True) if g.requires_grad]
+        if not varying:
+            return tuple(torch.zeros_like(m, requires_grad=False) for m in meta.values())
         return torch.autograd.grad(
-            inner, list(meta.values()), direction, allow_unused=True, materialize_grads=True
+            [g for g, _ in varying],
+            list(meta.values()),
+            [d for _, d in varying],
+            allow_unused=True,
+            materialize_grads=True,
         )
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
+            raise
         raise DoubleBackwardError(
             f"T1T2 differentiates the inner gradient once more, and an operation of this model "
             f"has no second derivative ({str(error).splitlines()[0]}). Use Contrastive(), which "
             f"needs first-order gradients only, or a model without that operation (math "
             f"attention, no torch.compile)"
         ) from error
+
+
+NO_SECOND_DERIVATIVE = (
+    "is not implemented",  # fused attention, cuDNN recurrent networks
+    "double backward",  # compiled functions
+    "donated buffer",  # compiled functions whose backward frees what a second one would need
+    "differentiate twice",  # custom functions marked once_differentiable
+)
+"""What torch says where a gradient cannot be differentiated again."""

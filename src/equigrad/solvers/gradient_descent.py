@@ -21,9 +21,6 @@ class GradientDescent(Solver):
         lr: step size η > 0.
         momentum: μ in [0, 1).
         nesterov: look ahead along the momentum (Nesterov 1983, in Sutskever's form).
-        max_steps: see `Solver`.
-        tol: see `Solver`.
-        check_every: see `Solver`.
 
     Raises:
         ConfigurationError: a value outside its range.

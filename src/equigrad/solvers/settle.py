@@ -43,12 +43,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Settled:
-    """Where a phase ended: parameters, the solver's state, the step count, and the report."""
+    """Where a phase ended.
+
+    Attributes:
+        params: the parameters, detached.
+        solver_state: the solver's state (momentum, for example).
+        end_step: number of the step that would come next.
+        phase: the report.
+        buffers: the modules' buffers at the end, as `KeptBuffers.snapshot` takes them.
+    """
 
     params: dict[str, Tensor]
     solver_state: Any
     end_step: int
     phase: Phase
+    buffers: tuple[Tensor, ...] = ()
 
 
 def settle(

@@ -23,9 +23,6 @@ class TorchOptimizer(Solver):
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
         options: its keyword arguments.
-        max_steps: see `Solver`.
-        tol: see `Solver`.
-        check_every: see `Solver`.
 
     Raises:
         ConfigurationError: `optimizer` is not a class, or refuses the options.

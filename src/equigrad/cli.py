@@ -1,0 +1,143 @@
+"""The command line over the experiments."""
+
+import argparse
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from equigrad.errors import EquigradError
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"the command line needs the extra packages of equigrad[experiments] ({error}): "
+        f"pip install 'equigrad[experiments]'"
+    ) from error
+
+
+@dataclass(frozen=True)
+class Command:
+    """`equigrad VERB NAME`: a config with defaults for a scale, and what is done with it."""
+
+    verb: str
+    name: str
+    defaults: Callable[[str], Any]
+    work: Callable[..., object]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the config's documentation."""
+        return (self.defaults("").__doc__ or "").splitlines()[0]
+
+
+def commands() -> list[Command]:
+    """All that can be run or reproduced."""
+    from equigrad.experiments import digits, matched_phases
+
+    return [
+        Command("run", "digits", digits.Digits.at_scale, digits.run),
+        Command(
+            "reproduce",
+            "matched-phases",
+            lambda scale: matched_phases.MatchedPhases(),
+            matched_phases.run,
+        ),
+    ]
+
+
+VERBS = {"run": "run an experiment", "reproduce": "reproduce a figure or table"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `equigrad`: exit code 2 for what the user can mend, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        dispatch(arguments)
+    except EquigradError as error:
+        complaints = Console(stderr=True)
+        complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
+        complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Find the command that the first two words name, and hand it the others."""
+    known = commands()
+    parser = argparse.ArgumentParser(
+        prog="equigrad",
+        description="Meta-gradients through anything that settles.",
+        epilog="`equigrad run digits --help` shows a command's options.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{run,reproduce,list}")
+    for verb, help_text in VERBS.items():
+        group = verbs.add_parser(verb, help=help_text)
+        names = group.add_subparsers(dest="name", required=True, metavar="NAME")
+        for command in (c for c in known if c.verb == verb):
+            names.add_parser(command.name, help=command.summary, add_help=False)
+    verbs.add_parser("list", help="list what can be run and reproduced")
+
+    words = parser.parse_args(arguments[:2])
+    if words.verb == "list":
+        table = Table(box=None, show_header=False)
+        for command in known:
+            table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
+        Console().print(table)
+        return
+    for command in known:
+        if (command.verb, command.name) == (words.verb, words.name):
+            execute(command, arguments)
+
+
+def execute(command: Command, arguments: Sequence[str]) -> None:
+    """Read the command's options and do its work; `--scale` decides the other defaults."""
+    from equigrad.experiments.run_directory import default_directory
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--scale", default="")
+    defaults = command.defaults(peek.parse_known_args(arguments)[0].scale)
+    console = Console()
+
+    def work(
+        config: Any,
+        out: Annotated[
+            Path | None, tyro.conf.arg(help="Folder of the run; a new one under runs/ by default.")
+        ] = None,
+        resume: Annotated[
+            bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run in --out.")
+        ] = False,
+    ) -> None:
+        folder = out or default_directory(command.name)
+        try:
+            command.work(config, folder, resume=resume, console=console)
+        except KeyboardInterrupt:
+            say_how_to_resume(arguments, folder)
+            raise
+        console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
+
+    work.__annotations__["config"] = Annotated[type(defaults), tyro.conf.arg(name="")]
+    work.__defaults__ = (defaults, None, False)
+    tyro.cli(
+        work,
+        prog=f"equigrad {command.verb} {command.name}",
+        description=inspect.getdoc(type(defaults)),
+        args=list(arguments[2:]),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
+    """Print the command that goes on with a stopped run."""
+    kept = [a for a in arguments if a != "--resume"]
+    if not any(a == "--out" or a.startswith("--out=") for a in kept):
+        kept += ["--out", str(folder)]
+    command = shlex.join(["equigrad", *kept, "--resume"])
+    print(f"stopped; go on with:\n  {command}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The papers' experiments, one a file; they need the extra `experiments`."""

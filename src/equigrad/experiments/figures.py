@@ -1,0 +1,62 @@
+"""Figures of the experiments."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from equigrad.training.files import write_whole
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def strength_learning(
+    path: Path, *, history: Sequence[Mapping[str, Any]], strengths: Mapping[str, Tensor], title: str
+) -> None:
+    """Accuracy against outer step; learned strengths by layer; by input pixel.
+
+    Args:
+        path: the PNG.
+        history: rows with `outer_step`, `validation_accuracy` and `test_accuracy` in percent.
+        strengths: λ by name of the weight, in the order of the layers; the first acts on 8×8
+            pixels (hidden × 64).
+        title: of the figure.
+    """
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    figure.suptitle(title)
+
+    steps = [row["outer_step"] for row in history]
+    for name, color in (("validation", "tab:blue"), ("test", "tab:orange")):
+        accuracy = [row[f"{name}_accuracy"] for row in history]
+        left.plot(steps, accuracy, color=color, label=f"{name}, {accuracy[-1]:.1f} % at the end")
+    left.set(xlabel="outer step", ylabel="accuracy (%)")
+    left.legend(loc="lower right")
+    left.grid(alpha=0.3)
+
+    weights = {name: s for name, s in strengths.items() if s.ndim > 1}
+    largest = max(float(s.max()) for s in weights.values())
+    for i, s in enumerate(weights.values()):
+        middle.hist(
+            s.flatten().numpy(),
+            bins=40,
+            range=(0, largest),
+            histtype="step",
+            linewidth=1.5,
+            density=True,
+            label=f"layer {i + 1} ({s.shape[1]}→{s.shape[0]})",
+        )
+    middle.set(xlabel="learned strength λ", ylabel="density", yscale="log")
+    middle.legend()
+    middle.grid(alpha=0.3)
+
+    first = next(iter(weights.values()))
+    image = right.imshow(first.mean(0).reshape(8, 8).numpy(), cmap="viridis")
+    right.set(title="mean λ of each input pixel", xticks=[], yticks=[])
+    figure.colorbar(image, ax=right, shrink=0.9)
+    save(figure, path)

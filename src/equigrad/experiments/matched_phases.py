@@ -1,0 +1,213 @@
+"""Matched phases: how the error of the contrastive rule follows the distance to equilibrium."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Contrastive
+from equigrad.experiments import figures
+from equigrad.experiments.run_directory import RunDirectory
+from equigrad.meta_gradient import meta_gradient
+from equigrad.testing import Quadratic
+from equigrad.training.files import write_text
+
+RULES = {
+    "plain forward": {"scheme": "forward", "matched": False},
+    "matched forward": {"scheme": "forward", "matched": True},
+    "symmetric": {"scheme": "symmetric", "matched": True},
+}
+SETTLING_DISTANCE = 0.5
+"""Slopes are fitted where the free phase ended at most this far from equilibrium."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedPhases:
+    """Error of the contrastive rule on the quadratic of Appendix E against the length of phases.
+
+    Gradient descent with step size 1/L takes T steps in each phase. For every T and rule the best
+    nudging strength on a grid is taken, as Corollary 1 does. The plain rule's error falls like the
+    square root of the distance δ to equilibrium, that of matched phases like δ itself.
+    """
+
+    seeds: int = 5
+    """Draws of the quadratic; errors are geometric means over them."""
+
+    strength: float = 0.1
+    """λ."""
+
+    dim: int = 50
+    """N."""
+
+    steps: tuple[int, ...] = (2, 5, 10, 20, 30, 40, 60, 80, 120, 160)
+    """Numbers of steps T."""
+
+    smallest_exponent: int = -7
+    """The grid of β runs from ten to this power up to 10, ten values a decade."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.dim < 1 or not self.steps or min(self.steps) < 1:
+            raise ConfigurationError(
+                f"seeds, dim and every one of steps must be at least 1, got {self.seeds}, "
+                f"{self.dim}, {self.steps}"
+            )
+        if not self.strength > 0:
+            raise ConfigurationError(f"strength must be positive, got {self.strength}")
+
+    @property
+    def cells(self) -> int:
+        """How many points there are to measure."""
+        return len(self.steps) * len(RULES)
+
+    def betas(self) -> list[float]:
+        """The grid."""
+        return [10 ** (k / 10) for k in range(10 * self.smallest_exponent, 11)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Best error of a rule at one number of steps.
+
+    Attributes:
+        rule: its name.
+        steps: T.
+        distance: δ, the free phase's distance to equilibrium.
+        error: relative error of the meta-gradient at the best β.
+        beta: that β.
+    """
+
+    rule: str
+    steps: int
+    distance: float
+    error: float
+    beta: float
+
+
+def run(config: MatchedPhases, out: Path, *, resume: bool, console: Console) -> list[Point]:
+    """Measure, print and save `matched-phases.{md,csv,png}`; points already there are kept."""
+    directory = RunDirectory(out, config, resume=resume)
+    table = directory.path / "matched-phases.csv"
+    points = from_csv(table.read_text()) if table.exists() else []
+    for point in track(measure(config, points), "settling", config.cells, console=console):
+        points.append(point)
+        write_text(table, as_csv(points))
+    slopes = {rule: fitted_slope(points, rule) for rule in RULES}
+    text = as_markdown(points, slopes)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    write_text(directory.path / "matched-phases.md", text)
+    draw(directory.path / "matched-phases.png", points, slopes)
+    return points
+
+
+def measure(config: MatchedPhases, known: Sequence[Point] = ()) -> Iterator[Point]:
+    """The best error of every rule at every number of steps, but for what is known."""
+    there = {(p.rule, p.steps) for p in known}
+    quadratics = [
+        Quadratic(dim=config.dim, strength=config.strength, seed=seed)
+        for seed in range(config.seeds)
+    ]
+    for steps in config.steps:
+        for rule in RULES:
+            if (rule, steps) not in there:
+                yield best_point(rule, steps, quadratics, config.betas())
+
+
+def best_point(rule: str, steps: int, quadratics: list[Quadratic], betas: list[float]) -> Point:
+    """Geometric means over the quadratics, at the β of the grid with the smallest error."""
+
+    def log_error(beta: float) -> float:
+        return float(np.mean([math.log(error(q, steps, rule, beta)[0]) for q in quadratics]))
+
+    # coarse to fine: the error falls and rises once along the grid
+    coarse = min(betas[::5], key=log_error)
+    near = [b for b in betas if 0.3 < b / coarse < 3.2]
+    best = min(near, key=log_error)
+    distances = [error(q, steps, rule, best)[1] for q in quadratics]
+    distance = math.exp(np.mean(np.log(distances)))
+    return Point(rule, steps, distance, math.exp(log_error(best)), best)
+
+
+def error(quadratic: Quadratic, steps: int, rule: str, beta: float) -> tuple[float, float]:
+    """Relative error of the estimate, and the free phase's distance to equilibrium."""
+    result = meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(max_steps=steps),
+        estimator=Contrastive(beta=beta, **RULES[rule]),
+    )
+    distance = torch.linalg.vector_norm(result.params["phi"] - quadratic.equilibrium()).item()
+    return quadratic.relative_error(result.grads["theta"]), distance
+
+
+def fitted_slope(points: list[Point], rule: str) -> float:
+    """Least-squares slope of log error against log δ, where the free phase was settling."""
+    near = [p for p in points if p.rule == rule and p.distance < SETTLING_DISTANCE]
+    if len(near) < 2:
+        return math.nan
+    x, y = np.log([p.distance for p in near]), np.log([p.error for p in near])
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def as_markdown(points: list[Point], slopes: dict[str, float]) -> str:
+    """The table, a row a number of steps."""
+    lines = [
+        "| T | distance δ | " + " | ".join(f"{rule}, best β" for rule in RULES) + " |",
+        "| ---: | ---: |" + " ---: |" * len(RULES),
+    ]
+    for steps in dict.fromkeys(p.steps for p in points):
+        row = [p for p in points if p.steps == steps]
+        cells = " | ".join(f"{p.error:.1e} (β {p.beta:.1g})" for p in row)
+        lines.append(f"| {steps} | {row[0].distance:.1e} | {cells} |")
+    cells = " | ".join(f"**{slopes[rule]:.2f}**" for rule in RULES)
+    lines.append(f"| slope of log error against log δ, δ < {SETTLING_DISTANCE} | | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(points: list[Point]) -> str:
+    """All that was measured."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(vars(points[0])))
+    writer.writeheader()
+    writer.writerows(vars(p) for p in points)
+    return text.getvalue()
+
+
+def from_csv(text: str) -> list[Point]:
+    """What `as_csv` wrote."""
+    return [
+        Point(
+            row["rule"],
+            int(row["steps"]),
+            *(float(row[name]) for name in ("distance", "error", "beta")),
+        )
+        for row in csv.DictReader(io.StringIO(text))
+    ]
+
+
+def draw(path: Path, points: list[Point], slopes: dict[str, float]) -> None:
+    """Error against distance; best β against distance."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for rule, marker in zip(RULES, "os^", strict=True):
+        own = [p for p in points if p.rule == rule]
+        distance = [p.distance for p in own]
+        label = f"{rule}, slope {slopes[rule]:.2f}"
+        left.loglog(distance, [p.error for p in own], marker=marker, label=label)
+        right.loglog(distance, [p.beta for p in own], marker=marker, label=rule)
+    left.set(xlabel="distance δ to equilibrium", ylabel="relative error at the best β")
+    right.set(xlabel="distance δ to equilibrium", ylabel="best β")
+    for axes in (left, right):
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figures.save(figure, path)

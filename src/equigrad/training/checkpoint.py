@@ -1,0 +1,101 @@
+"""Stop anywhere, go on with the same bits."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equigrad.errors import ConfigurationError, RunError
+from equigrad.meta_gradient import MetaGradient
+from equigrad.training.files import write_whole
+from equigrad.training.loop import Callback, OuterState
+
+FORMAT = "equigrad checkpoint 1"
+
+
+class Checkpoint(Callback):
+    """Saves the state of an outer loop, and goes on from it.
+
+    Writes every `every` steps, at the end, and when the loop is left by Ctrl-C or an error: then
+    the state after the last whole step. What is there after a kill at any moment resumes to the
+    same bits as a run that was never stopped, on the same machine and number of threads.
+
+    Args:
+        path: the file.
+        every: outer steps between two writes.
+        resume: load `path` on start, where it exists.
+        identity: what makes this run this run (its configuration); a checkpoint with another
+            identity is refused.
+
+    Raises:
+        ConfigurationError: every < 1.
+        RunError: the file is damaged, is not a checkpoint, or is another run's.
+    """
+
+    def __init__(
+        self, path: Path, every: int = 1, *, resume: bool = False, identity: str = ""
+    ) -> None:
+        if every < 1:
+            raise ConfigurationError(f"checkpoint every must be at least 1 step, got {every}")
+        self.path, self.every, self.resume, self.identity = path, every, resume, identity
+        self._whole: dict[str, Any] | None = None
+        self._saved_step = -1
+
+    def on_start(self, state: OuterState) -> None:
+        """Load, where there is something to load."""
+        if self.resume and self.path.exists():
+            loaded = load_checkpoint(self.path, self.identity)
+            try:
+                state.load_state_dict(loaded["state"])
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise RunError(
+                    f"{self.path} does not fit this run ({error}); give another --out"
+                ) from error
+            self._saved_step = state.step
+        self._keep(state)
+
+    def on_step(self, state: OuterState, result: MetaGradient) -> None:
+        """Keep the state, and write it when it is time."""
+        self._keep(state)
+        if state.step % self.every == 0:
+            self._write()
+
+    def on_end(self, state: OuterState, error: BaseException | None) -> None:
+        """Write the last whole step, unless it is written."""
+        if self._whole is not None and not isinstance(error, RunError):
+            self._write()
+
+    def _keep(self, state: OuterState) -> None:
+        # a copy: an interrupt in the middle of the next step may not leak into it
+        self._whole = copy.deepcopy(state.state_dict())
+
+    def _write(self) -> None:
+        assert self._whole is not None
+        if self._whole["step"] == self._saved_step:
+            return
+        content = {"format": FORMAT, "identity": self.identity, "state": self._whole}
+        write_whole(self.path, lambda file: torch.save(content, file))
+        self._saved_step = self._whole["step"]
+
+
+def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
+    """Read a checkpoint, trusting nothing: only tensors and plain values are loaded.
+
+    Raises:
+        RunError: the file is damaged, is not a checkpoint, or has another identity.
+    """
+    remedy = "Start anew with another --out, or without --resume"
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
+    if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
+        raise RunError(f"{path} is not a checkpoint of equigrad ('{FORMAT}'). {remedy}")
+    if loaded["identity"] != identity:
+        raise RunError(
+            f"{path} belongs to a run with other settings.\n  there: {loaded['identity']}\n"
+            f"  here:  {identity}\nResume with the settings it was started with. {remedy}"
+        )
+    return loaded

@@ -1,0 +1,82 @@
+"""What a run writes while it goes on: lines of JSON, and TensorBoard events."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from equigrad.errors import RunError
+from equigrad.meta_gradient import MetaGradient
+from equigrad.training.files import write_text
+from equigrad.training.loop import Callback, OuterState
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+
+class JsonLines(Callback):
+    """A line of JSON an outer step, flushed as it is written.
+
+    Args:
+        path: the file. On start it is made to hold the steps that the state has behind it, no
+            more: what a killed run wrote after its last checkpoint will be written again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def on_start(self, state: OuterState) -> None:
+        """Write what is known, and open for more."""
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in state.history))
+        self._file = self.path.open("a")
+
+    def on_step(self, state: OuterState, result: MetaGradient) -> None:
+        """Write the step's line."""
+        assert self._file is not None
+        try:
+            self._file.write(json.dumps(state.history[-1]) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error}") from error
+
+    def on_end(self, state: OuterState, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file, file = None, self._file
+            try:
+                file.close()
+            except OSError:
+                if error is None:
+                    raise
+
+
+class TensorBoard(Callback):
+    """Every number of a step's row as a TensorBoard scalar.
+
+    Args:
+        folder: where the event files go. Needs the package `tensorboard`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, state: OuterState) -> None:
+        """Open the writer; steps that will be taken again are purged."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=state.step)
+
+    def on_step(self, state: OuterState, result: MetaGradient) -> None:
+        """Write the step's numbers."""
+        assert self._writer is not None
+        row = state.history[-1]
+        for name, value in row.items():
+            if name != "outer_step" and not isinstance(value, str):
+                self._writer.add_scalar(name, value, row["outer_step"])
+
+    def on_end(self, state: OuterState, error: BaseException | None) -> None:
+        """Close the writer."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,196 @@
+"""The outer loop: meta-gradient, outer optimiser, again."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Estimator
+from equigrad.meta_gradient import MetaGradient, meta_gradient
+from equigrad.problem import Bilevel, Params
+from equigrad.solvers import Solver
+
+Row = dict[str, float | int | str]
+"""What is logged of one outer step."""
+
+
+@dataclass
+class OuterState:
+    """All that changes while θ is learned, and all that is needed to go on.
+
+    Attributes:
+        meta_params: θ, updated in place.
+        optimizer: over `meta_params`.
+        params: where the next free phase starts.
+        step: outer steps done.
+        steps: outer steps to do.
+        gradient_evaluations: so far, over all steps.
+        seconds: spent so far, over all sittings.
+        history: a row an outer step.
+    """
+
+    meta_params: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    params: dict[str, Tensor]
+    steps: int
+    step: int = 0
+    gradient_evaluations: int = 0
+    seconds: float = 0.0
+    history: list[Row] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that it loads with `weights_only=True`."""
+        return {
+            "meta_params": {name: m.detach() for name, m in self.meta_params.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "params": self.params,
+            "step": self.step,
+            "gradient_evaluations": self.gradient_evaluations,
+            "seconds": self.seconds,
+            "history": self.history,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        with torch.no_grad():
+            for name, m in self.meta_params.items():
+                m.copy_(state["meta_params"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.params = {name: p.to(self.params[name]) for name, p in state["params"].items()}
+        self.step = state["step"]
+        self.gradient_evaluations = state["gradient_evaluations"]
+        self.seconds = state["seconds"]
+        self.history = list(state["history"])
+        torch.set_rng_state(state["rng"].cpu())
+        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+
+
+class Callback:
+    """Watches an outer loop. Every method is optional."""
+
+    def on_start(self, state: OuterState) -> None:
+        """Before the first step of this sitting; the place to load a checkpoint."""
+
+    def on_step(self, state: OuterState, result: MetaGradient) -> None:
+        """After an outer step; its row is `state.history[-1]`."""
+
+    def on_end(self, state: OuterState, error: BaseException | None) -> None:
+        """After the last step, or when the loop is left by an error or by Ctrl-C."""
+
+
+def learn(
+    problem: Bilevel,
+    params: Params,
+    meta_params: dict[str, Tensor],
+    *,
+    solver: Solver,
+    estimator: Estimator,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start: Literal["cold", "warm"] = "cold",
+    project: Callable[[dict[str, Tensor]], None] | None = None,
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> OuterState:
+    """Learn θ: estimate its gradient, take a step of the outer optimiser, and again.
+
+    Args:
+        problem: the losses.
+        params: φ at the start of the first free phase.
+        meta_params: θ, leaves that require a gradient; updated in place.
+        solver: settles the phases.
+        estimator: estimates the meta-gradients.
+        optimizer: any `torch.optim` optimiser over the values of `meta_params`.
+        steps: outer steps to have taken at the end, those before a resume included.
+        start: `cold` starts every free phase at `params`, `warm` where the last one settled.
+        project: keeps θ feasible, in place, after every step; for example
+            `ComplexSynapse.project_`.
+        evaluate: metrics of the settled φ, logged every step.
+        callbacks: watch the loop, in this order.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        ConfigurationError: steps < 0, an unknown start, or an optimiser over other tensors.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.Bilevel(
+        ...     inner_loss=lambda p, m: 0.5 * (p["w"] - m["target"]).square().sum(),
+        ...     outer_loss=lambda p, m: 0.5 * (p["w"] - 3.0).square().sum(),
+        ... )
+        >>> meta = {"target": torch.zeros(1, requires_grad=True)}
+        >>> state = learn(
+        ...     problem,
+        ...     {"w": torch.zeros(1)},
+        ...     meta,
+        ...     solver=eg.GradientDescent(lr=0.5, max_steps=30),
+        ...     estimator=eg.Contrastive(beta=0.01),
+        ...     optimizer=torch.optim.SGD(meta.values(), lr=0.5),
+        ...     steps=20,
+        ... )
+        >>> round(meta["target"].item(), 3)
+        3.0
+    """
+    if steps < 0:
+        raise ConfigurationError(f"steps must be at least 0, got {steps}")
+    if start not in ("cold", "warm"):
+        raise ConfigurationError(f"start must be 'cold' or 'warm', got {start!r}")
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, m in meta_params.items() if id(m) not in stepped]
+    if missing:
+        raise ConfigurationError(
+            f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
+            f"meta_params.values(), the same tensors that are passed as meta_params"
+        )
+    state = OuterState(meta_params, optimizer, dict(params), steps)
+    error: BaseException | None = None
+    try:
+        for callback in callbacks:
+            callback.on_start(state)
+        while state.step < steps:
+            began = time.perf_counter()
+            result = meta_gradient(
+                problem, state.params, meta_params, solver=solver, estimator=estimator
+            )
+            metrics = {} if evaluate is None else dict(evaluate(result.params))
+            result.assign()
+            optimizer.step()
+            if project is not None:
+                project(meta_params)
+            if start == "warm":
+                state.params = result.params
+            state.gradient_evaluations += result.gradient_evaluations
+            state.seconds += time.perf_counter() - began
+            state.history.append(_row(state, result, metrics))
+            state.step += 1
+            for callback in callbacks:
+                callback.on_step(state, result)
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        for callback in reversed(callbacks):
+            callback.on_end(state, error)
+    return state
+
+
+def _row(state: OuterState, result: MetaGradient, metrics: Mapping[str, float]) -> Row:
+    return {
+        "outer_step": state.step,
+        "outer_loss": result.outer_loss,
+        **metrics,
+        "residual": result.phases[0].residual,
+        "gradient_norm": torch.stack([g.norm() for g in result.grads.values()]).norm().item(),
+        "gradient_evaluations": state.gradient_evaluations,
+        "seconds": round(state.seconds, 3),
+        "status": result.status,
+    }

@@ -1,0 +1,258 @@
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+import equigrad as eg
+from equigrad.testing import Quadratic
+from helpers import along, directional_derivative, random_direction, slope
+
+EXACT = eg.GradientDescent(
+    lr=0.4, momentum=0.9, nesterov=True, tol=1e-14, max_steps=5000, check_every=1
+)
+
+
+def exact_phases(quadratic: Quadratic, **options) -> torch.Tensor:
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=EXACT,
+        estimator=eg.Contrastive(matched=False, **options),
+    )
+    assert result.phases[0].outcome == "converged"
+    return result.grads["theta"]
+
+
+SCHEMES: list[tuple[Literal["forward", "symmetric"], int]] = [
+    ("forward", 2),
+    ("forward", 3),
+    ("forward", 4),
+    ("forward", 5),
+    ("symmetric", 2),
+    ("symmetric", 4),
+]
+
+
+@pytest.mark.parametrize(("scheme", "points"), SCHEMES)
+@pytest.mark.parametrize("beta", [0.3, -0.1])
+def test_exact_phases_give_the_closed_form(quadratic, scheme, points, beta):
+    estimate = exact_phases(quadratic, scheme=scheme, points=points, beta=beta)
+    nodes = eg.Contrastive(scheme=scheme, points=points).nodes
+    expected = quadratic.contrast(beta, nodes)
+    assert ((estimate - expected).norm() / expected.norm()).item() < 1e-10
+
+
+def test_two_points_give_the_formula_of_appendix_e(quadratic):
+    a, beta = 1 + quadratic.strength / quadratic._hessian, 0.7
+    expected = a / (a + beta) * quadratic.meta_gradient
+    torch.testing.assert_close(quadratic.contrast(beta, (0, 1)), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("scheme", "points"), SCHEMES)
+def test_order_in_beta(quadratic, scheme, points):
+    order = points if scheme == "symmetric" else points - 1
+    betas = [0.004 * 1.25**k for k in range(6)]
+    errors = [
+        quadratic.relative_error(exact_phases(quadratic, scheme=scheme, points=points, beta=b))
+        for b in betas
+    ]
+    assert slope(betas, errors) == pytest.approx(order, abs=0.1)
+
+
+def test_matched_phases_cancel_the_drift_of_an_unsettled_free_phase(quadratic):
+    def error(**options: Any) -> float:
+        result = eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=quadratic.solver(max_steps=60),
+            estimator=eg.Contrastive(beta=1e-4, **options),
+        )
+        return quadratic.relative_error(result.grads["theta"])
+
+    plain, matched = error(matched=False), error(matched=True)
+    symmetric = error(scheme="symmetric")
+    assert plain > 1  # drift / β
+    assert matched < 2e-3
+    assert symmetric < 2e-3
+
+
+def test_matched_limit_is_the_truncated_neumann_series(quadratic):
+    """As β → 0, K steps give `λη Σ_k (I-ηA)^{K-1-k} ∂L_out(φ_k)` along the free path φ_k."""
+    steps, eta = 7, quadratic.step_size
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(max_steps=steps),
+        estimator=eg.Contrastive(beta=1e-5),
+    )
+    phi = result.params["phi"]
+    contraction = 1 - eta * (quadratic._hessian + quadratic.strength)
+    expected, moving = torch.zeros_like(phi), phi.clone()
+    for k in range(steps):
+        pressure = quadratic._hessian * (moving - quadratic._validation)
+        expected += quadratic.strength * eta * contraction ** (steps - 1 - k) * pressure
+        gradient = quadratic._hessian * (moving - quadratic._train) + quadratic.strength * (
+            moving - quadratic._theta
+        )
+        moving = moving - eta * gradient
+    torch.testing.assert_close(result.grads["theta"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_direct_term_is_in_the_estimate(quadratic):
+    """L_out gains c·θ, so its gradient gains c exactly, in every scheme."""
+    c = torch.linspace(-1, 1, quadratic.dim, dtype=torch.float64)
+    plain = quadratic.problem
+    direct = eg.Bilevel(
+        plain.inner_loss, lambda p, m: plain.outer_loss(p, m) + (c * m["theta"]).sum()
+    )
+    for scheme, points in SCHEMES:
+        estimator = eg.Contrastive(beta=0.1, scheme=scheme, points=points)
+        with_term, without = (
+            eg.meta_gradient(
+                problem,
+                quadratic.params(),
+                quadratic.meta_params(),
+                solver=quadratic.solver(max_steps=30),
+                estimator=estimator,
+            ).grads["theta"]
+            for problem in (direct, plain)
+        )
+        torch.testing.assert_close(with_term - without, c, rtol=0, atol=1e-12)
+
+
+def test_beta_of_either_sign_is_treated_alike(quadratic):
+    """The closed form is analytic in β, so the average of ±β has no linear error term."""
+    plus, minus = (exact_phases(quadratic, beta=b) for b in (0.1, -0.1))
+    symmetric = exact_phases(quadratic, beta=0.1, scheme="symmetric")
+    torch.testing.assert_close((plus + minus) / 2, symmetric, rtol=1e-10, atol=1e-13)
+    flipped = exact_phases(quadratic, beta=-0.1, scheme="symmetric")
+    torch.testing.assert_close(flipped, symmetric, rtol=1e-10, atol=1e-13)
+
+
+def small_network(strength=0.05):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+    v, w = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+    synapse = eg.nn.ComplexSynapse(net, strength=strength, learn=("strength", "center"))
+    problem = eg.Bilevel(
+        lambda p, m: (synapse(p, x) - y).square().mean(),
+        lambda p, m: (synapse(p, v) - w).square().mean(),
+        regularizer=synapse,
+    )
+    return problem, synapse
+
+
+def test_network_against_finite_differences_of_the_resolved_problem():
+    problem, synapse = small_network()
+    meta = synapse.meta_params()
+    solver = eg.GradientDescent(lr=0.1, momentum=0.95, nesterov=True, tol=1e-11, max_steps=30000)
+    result = eg.meta_gradient(
+        problem,
+        synapse.params(),
+        meta,
+        solver=solver,
+        estimator=eg.Contrastive(beta=1e-4, scheme="symmetric"),
+    )
+    assert result.phases[0].outcome == "converged"
+    for seed in range(2):
+        direction = random_direction(meta, seed)
+        reference = directional_derivative(
+            problem, result.params, meta, solver, direction, step=1e-5
+        )
+        assert along(result.grads, direction) == pytest.approx(reference, rel=1e-4)
+
+
+def test_keeping_momentum_cancels_the_drift_of_momentum_too(quadratic):
+    """Matched phases share momentum whether it is kept or reset; both cancel."""
+    for momentum in ("keep", "reset"):
+        result = eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=eg.GradientDescent(lr=0.5, momentum=0.9, max_steps=150),
+            estimator=eg.Contrastive(beta=1e-4, momentum=momentum),
+        )
+        assert quadratic.relative_error(result.grads["theta"]) < 1e-2
+
+
+def test_phases_with_a_tolerance_are_matched_in_length(quadratic):
+    solver = eg.GradientDescent(lr=0.8, max_steps=2000, tol=1e-6)
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=solver,
+        estimator=eg.Contrastive(beta=0.1, points=4),
+    )
+    free, *others = result.phases
+    assert free.outcome == "converged"
+    assert {phase.steps for phase in others} == {others[0].steps}
+    assert sorted(phase.beta for phase in others) == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_nudge_below_the_tolerance_is_named(quadratic):
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=eg.GradientDescent(lr=0.8, max_steps=2000, tol=1e-4),
+        estimator=eg.Contrastive(beta=1e-5),
+    )
+    assert "lower tol or raise beta" in result.status
+
+
+def test_nudge_below_rounding_is_named():
+    quadratic = Quadratic(dtype=torch.float32)
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(max_steps=300),
+        estimator=eg.Contrastive(beta=1e-6),
+    )
+    assert "too small for torch.float32" in result.status
+
+
+def test_gradient_evaluations_are_counted(quadratic):
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(max_steps=11),
+        estimator=eg.Contrastive(nudged_solver=quadratic.solver(max_steps=5)),
+    )
+    # check (2) + free (11) + nudged (5 · 2) + matched (5) + ∂L_in/∂θ at both
+    assert result.gradient_evaluations == 2 + 11 + 10 + 5 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "beta must be a finite number other than 0, got 0.0"),
+        ({"beta": float("nan")}, "beta must be"),
+        ({"points": 1}, "points must be at least 2, got 1"),
+        ({"scheme": "symmetric", "points": 3}, "even number of points, got 3"),
+        ({"scheme": "central"}, "'forward' or 'symmetric', got 'central'"),
+        ({"momentum": "drop"}, "'keep' or 'reset', got 'drop'"),
+    ],
+)
+def test_knobs_that_cannot_work(options, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        eg.Contrastive(**options)
+
+
+def test_momentum_cannot_be_handed_to_another_kind_of_solver(quadratic):
+    adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-2}, max_steps=5)
+    with pytest.raises(eg.ConfigurationError, match="momentum='reset'"):
+        eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=quadratic.solver(max_steps=5),
+            estimator=eg.Contrastive(nudged_solver=adam),
+        )

@@ -1,0 +1,46 @@
+import pytest
+
+from equigrad.experiments.matched_phases import (
+    MatchedPhases,
+    as_csv,
+    fitted_slope,
+    from_csv,
+    measure,
+)
+
+
+@pytest.fixture(scope="module")
+def points():
+    return list(measure(MatchedPhases(seeds=1, steps=(20, 40, 60, 80))))
+
+
+def test_plain_rule_follows_the_square_root_of_the_distance(points):
+    """Corollary 1."""
+    assert fitted_slope(points, "plain forward") == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("rule", ["matched forward", "symmetric"])
+def test_matched_phases_follow_the_distance_itself(points, rule):
+    assert fitted_slope(points, rule) == pytest.approx(1.0, abs=0.1)
+
+
+def test_best_beta_of_the_plain_rule_falls_as_corollary_1_says(points):
+    """β* is proportional to the square root of the distance, where that is small."""
+    plain = [p for p in points if p.rule == "plain forward"]
+    assert [p.beta for p in plain] == sorted((p.beta for p in plain), reverse=True)
+    near = [p for p in plain if p.distance < SETTLING_DISTANCE]
+    measured = slope([p.distance for p in near], [p.beta for p in near])
+    assert measured == pytest.approx(0.5, abs=0.1)
+
+
+def test_csv_holds_every_point(points):
+    lines = as_csv(points).splitlines()
+    assert lines[0] == "rule,steps,distance,error,beta"
+    assert len(lines) == 1 + len(points)
+    assert from_csv(as_csv(points)) == points
+
+
+def test_points_that_are_there_are_not_measured_again(points):
+    config = MatchedPhases(seeds=1, steps=(20, 40, 60, 80))
+    (again,) = measure(config, [p for p in points if (p.rule, p.steps) != ("symmetric", 20)])
+    assert again == next(p for p in points if (p.rule, p.steps) == ("symmetric", 20))

@@ -1,0 +1,52 @@
+"""References that owe nothing to the estimators under test."""
+
+import torch
+from torch import Tensor
+
+from equigrad.evaluation import Evaluation
+from equigrad.problem import Bilevel, Params
+from equigrad.solvers import Solver
+
+
+def resolved_outer_loss(
+    problem: Bilevel, params: Params, meta_params: Params, solver: Solver
+) -> float:
+    """The outer loss where the inner problem settles."""
+    torch.manual_seed(0)
+    with Evaluation(problem, params, meta_params) as evaluation:
+        return evaluation.outer_loss(evaluation.settle(solver)).item()
+
+
+def directional_derivative(
+    problem: Bilevel,
+    params: Params,
+    meta_params: Params,
+    solver: Solver,
+    direction: Params,
+    step: float,
+) -> float:
+    """Central difference of the re-solved outer loss along a direction in θ."""
+
+    def at(sign: int) -> float:
+        moved = {n: m.detach() + sign * step * direction[n] for n, m in meta_params.items()}
+        return resolved_outer_loss(problem, params, moved, solver)
+
+    return (at(1) - at(-1)) / (2 * step)
+
+
+def along(grads: Params, direction: Params) -> float:
+    return sum(float((grads[n].double() * direction[n].double()).sum()) for n in direction)
+
+
+def random_direction(meta_params: Params, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.randn(m.shape, generator=generator, dtype=m.dtype) for n, m in meta_params.items()
+    }
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Least-squares slope of log y against log x."""
+    log_x, log_y = (torch.tensor(v, dtype=torch.float64).log() for v in (x, y))
+    log_x, log_y = log_x - log_x.mean(), log_y - log_y.mean()
+    return ((log_x * log_y).sum() / log_x.square().sum()).item()

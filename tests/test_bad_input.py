@@ -1,0 +1,137 @@
+"""Every wrong argument of the core gets a clear error that names the value and the remedy."""
+
+import pytest
+import torch
+from torch import nn
+
+import equigrad as eg
+
+SOLVER = eg.GradientDescent(lr=0.1, max_steps=5)
+W, C = {"w": torch.ones(2)}, {"c": torch.ones(2)}
+
+
+def inner(p, m):
+    return (p["w"] - m["c"]).square().sum()
+
+
+def outer(p, m):
+    return p["w"].square().sum()
+
+
+def call(inner=inner, outer=outer, params=W, meta_params=C, solver=SOLVER, **kwargs):
+    return eg.meta_gradient(eg.Bilevel(inner, outer), params, meta_params, solver=solver, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": [torch.ones(2)]}, "params must map names to tensors.*got list"),
+        ({"params": {}}, "params is empty"),
+        ({"params": {"v": torch.ones(2)}}, "inner_loss asked for 'w'.*params has 'v'"),
+        ({"params": {"w": 1.0}}, r"params\['w'\] must be a tensor, got float"),
+        ({"params": {"w": torch.ones(2, dtype=torch.int64)}}, "dtype torch.int64"),
+        ({"params": {"w": torch.tensor([1.0, float("nan")])}}, r"params\['w'\] holds NaN"),
+        ({"meta_params": {}}, "meta_params is empty"),
+        ({"inner": lambda p, m: p["w"] - m["c"]}, r"inner_loss must return a scalar.*\(2,\)"),
+        ({"outer": lambda p, m: 1.0}, "outer_loss must return a scalar tensor, got float"),
+        ({"outer": lambda p, m: p["w"].sum() * float("nan")}, "outer_loss is nan at the initial"),
+        ({"outer": lambda p, m: torch.tensor(1.0)}, "outer_loss returned a value without a grad"),
+        ({"outer": lambda p, m: m["c"].sum()}, "outer_loss does not depend on params"),
+        (
+            {"meta_params": {**C, "lost": torch.ones(1)}},
+            "meta-parameter 'lost' has no path.*initialisation.*ComplexSynapse",
+        ),
+    ],
+)
+def test_problem(change, message):
+    with pytest.raises(eg.ProblemError, match=message):
+        call(**change)
+
+
+def test_wrong_shape_names_the_parameter():
+    net = nn.Linear(3, 1)
+    synapse = eg.nn.ComplexSynapse(net)
+    problem = eg.Bilevel(
+        lambda p, m: synapse(p, torch.ones(2, 3)).square().mean(),
+        lambda p, m: synapse(p, torch.ones(2, 3)).square().mean(),
+        regularizer=synapse,
+    )
+    bad = synapse.params() | {"weight": torch.ones(1, 4)}
+    with pytest.raises(eg.ProblemError, match=r"params\['weight'\] has shape \(1, 4\).*\(1, 3\)"):
+        eg.meta_gradient(problem, bad, synapse.meta_params(), solver=SOLVER)
+    lacking = {"bias": torch.ones(1)}
+    with pytest.raises(eg.ProblemError, match="params lack 'weight'"):
+        eg.meta_gradient(problem, lacking, synapse.meta_params(), solver=SOLVER)
+
+
+@pytest.mark.parametrize("batches", [iter([1]), []])
+def test_batches_that_cannot_be_seen_again(batches):
+    with pytest.raises(eg.ProblemError, match=r"list\(loader\)|is empty"):
+        eg.Bilevel(inner, outer, inner_batches=batches)
+
+
+def test_loss_that_is_not_a_function():
+    with pytest.raises(eg.ProblemError, match="inner_loss must be a function"):
+        eg.Bilevel(torch.tensor(1.0), outer)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0"),
+        ({"lr": -1.0}, "lr must be positive, got -1"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
+        ({"nesterov": True}, "nesterov=True needs momentum > 0"),
+        ({"tol": 0.0, "max_steps": None}, "tol must be positive, got 0"),
+        ({"tol": -1e-3}, "tol must be positive, got -0.001"),
+        ({"max_steps": None}, "needs max_steps, or a tol"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"check_every": 0}, "check_every must be at least 1"),
+    ],
+)
+def test_solver(knobs, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        eg.GradientDescent(**knobs)
+
+
+def test_torch_optimizer():
+    with pytest.raises(eg.ConfigurationError, match=r"Adam refuses options.*speed"):
+        eg.TorchOptimizer(optimizer=torch.optim.Adam, options={"speed": 1})
+    optimizer = torch.optim.Adam([torch.ones(1, requires_grad=True)])
+    with pytest.raises(eg.ConfigurationError, match=r"must be a class such as torch\.optim\.Adam"):
+        eg.TorchOptimizer(optimizer=optimizer)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_class_in_place_of_an_object():
+    with pytest.raises(eg.ConfigurationError, match=r"estimator must be .* got the class T1T2"):
+        call(estimator=eg.T1T2)
+
+
+@pytest.mark.parametrize("max_steps", [7, 500])
+def test_divergence_names_phase_step_and_remedy(max_steps):
+    with pytest.raises(eg.SettlingError, match=r"step size"):
+        call(
+            inner=lambda p, m: (p["w"] - m["c"]).pow(4).sum(),
+            params={"w": torch.full((2,), 30.0)},
+            solver=eg.GradientDescent(lr=1.0, max_steps=max_steps),
+        )
+
+
+def test_a_phase_that_did_not_settle_is_named():
+    result = call(solver=eg.GradientDescent(lr=1e-3, max_steps=20, tol=1e-8), params={"w": -W["w"]})
+    assert result.status.startswith("not converged: residual")
+    assert "phase β=0.1 not converged" in result.status
+
+
+def test_a_gradient_that_is_exactly_zero_is_named():
+    result = call(
+        inner=lambda p, m: p["w"].square().sum() + 0 * m["c"].sum(),
+        params={"w": torch.zeros(2)},
+    )
+    assert "the gradient of 'c' is exactly zero" in result.status
+
+
+def test_params_that_no_loss_uses_are_named():
+    result = call(params={**W, "idle": torch.ones(1)})
+    assert "no loss depends on params 'idle'" in result.status

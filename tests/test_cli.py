@@ -1,0 +1,195 @@
+"""The command line as people use it: in processes, with wrong words, Ctrl-C and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RUN = [sys.executable, "-c", "from equigrad.cli import main; main()"]
+SMOKE = ["run", "digits", "--scale", "smoke", "--device", "cpu"]
+
+
+def equigrad(*arguments: object, cwd: Path, check: bool = True):
+    done = subprocess.run(
+        [*RUN, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def same_but_for_time(one: Path, other: Path) -> bool:
+    a, b = (torch.load(path / "learned.pt", weights_only=True) for path in (one, other))
+    rows = []
+    for path in (one, other):
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        rows.append([{**json.loads(line), "seconds": 0} for line in lines])
+    tensors = [
+        torch.equal(a[part][name], b[part][name])
+        for part in ("params", "meta_params")
+        for name in a[part]
+    ]
+    return all(tensors) and rows[0] == rows[1]
+
+
+def test_help_and_list_read_well(tmp_path):
+    top = equigrad("--help", cwd=tmp_path).stdout
+    assert "run" in top
+    assert "reproduce" in top
+    options = equigrad("run", "digits", "--help", cwd=tmp_path).stdout
+    assert "--solver.lr" in options
+    assert "--contrastive.beta" in options
+    assert "default: 0.3" in options
+    listed = equigrad("list", cwd=tmp_path).stdout
+    assert "equigrad run digits" in listed
+    assert "equigrad reproduce matched-phases" in listed
+
+
+def test_run_leaves_everything_that_reproduces_it(tmp_path):
+    done = equigrad(*SMOKE, "--out", "run", "--solver.lr", "0.02", cwd=tmp_path)
+    for words in ("unregularised", "best single strength", "T1–T2", "contrastive", "saved in run"):
+        assert words in done.stdout
+    run = tmp_path / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["solver"]["lr"] == 0.02
+    assert config["config"]["seed"] == 0
+    assert "torch" in config["versions"]
+    result = json.loads((run / "result.json").read_text())
+    design = "experiment estimator seed scale metrics paper outer_steps gradient_evaluations"
+    assert {*design.split(), "seconds", "device", "versions"} == result.keys()
+    assert result["estimator"] == "contrastive"
+    assert (run / "strengths.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert list(run.glob("events.out.tfevents*"))
+    assert (run / "t1t2" / "result.json").exists()
+    # nothing is written over
+    again = equigrad(*SMOKE, "--out", "run", cwd=tmp_path, check=False)
+    assert again.returncode == 2
+    assert "nothing is written over" in again.stderr
+    # and a resume of what has ended finds its numbers
+    resumed = equigrad(*SMOKE, "--out", "run", "--solver.lr", "0.02", "--resume", cwd=tmp_path)
+    table = [line for line in done.stdout.splitlines() if "contrastive" in line and "│" in line]
+    assert table[-1] in resumed.stdout
+
+
+def test_seeds_are_runs_of_their_own(tmp_path):
+    equigrad(*SMOKE, "--seeds", 2, "--no-compare", "--out", "both", cwd=tmp_path)
+    equigrad(*SMOKE, "--seed", 1, "--no-compare", "--out", "one", cwd=tmp_path)
+    assert same_but_for_time(tmp_path / "both" / "seed-1", tmp_path / "one")
+    assert not same_but_for_time(tmp_path / "both" / "seed-0", tmp_path / "one")
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert len(summary["contrastive"]) == 2
+
+
+LONG = [*SMOKE, "--no-compare", "--outer-steps", "8", "--checkpoint-every", "2"]
+LONG += ["--solver.max-steps", "200"]
+
+
+def started(folder: Path, lines: int) -> subprocess.Popen:
+    """A run that has logged some steps."""
+    process = subprocess.Popen(
+        [*RUN, *LONG, "--out", "run"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = folder / "run" / "metrics.jsonl"
+    for _ in range(6000):
+        if log.exists() and len(log.read_text().splitlines()) >= lines:
+            return process
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("the run did not start")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    equigrad(*LONG, "--out", "run", cwd=folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("sign", "lines"), [(signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 5)]
+)
+def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
+    process = started(tmp_path, lines)
+    process.send_signal(sign)
+    _, complaint = process.communicate(timeout=60)
+    if sign == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--out run --resume" in complaint
+        assert "Traceback" not in complaint
+    assert not (tmp_path / "run" / "result.json").exists()
+    equigrad(*LONG, "--out", "run", "--resume", cwd=tmp_path)
+    assert same_but_for_time(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "seven"], "seven"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--solver.lr", "0"], "lr must be positive, got 0"),
+        (["--contrastive.beta", "0"], "beta must be a finite number other than 0"),
+        (["--contrastive.points", "1"], "points must be at least 2, got 1"),
+        (["--solver.max-steps", "None"], "needs max_steps, or a tol"),
+        (["--estimator", "guess"], "guess"),
+        (["--scale", "huge"], "huge"),
+        (["--outer-steps", "0"], "outer_steps must be at least 1, got 0"),
+        (["--solver.lr", "1e6", "--no-compare", "--out", "run"], "Lower the solver's step size"),
+    ],
+)
+def test_wrong_words_end_with_code_2_and_no_traceback(tmp_path, arguments, message):
+    done = equigrad(*SMOKE, *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stdout
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert message in said
+    assert "Traceback" not in done.stderr
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/run", "/proc/run"):
+        done = equigrad(*SMOKE, "--out", out, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert "give another --out" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    done = equigrad(*SMOKE, "--out", "other", "--resume", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "holds no run" in done.stderr
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    equigrad(*SMOKE, "--no-compare", "--out", "run", cwd=tmp_path)
+    run = tmp_path / "run"
+    (run / "result.json").unlink()
+    for content in (b"", b"junk", (run / "checkpoint.pt").read_bytes()[:500]):
+        (run / "checkpoint.pt").write_bytes(content)
+        done = equigrad(
+            *SMOKE, "--no-compare", "--out", "run", "--resume", cwd=tmp_path, check=False
+        )
+        assert done.returncode == 2
+        assert "cannot be read as a checkpoint" in done.stderr
+        assert (run / "checkpoint.pt").read_bytes() == content
+    other = equigrad(
+        *SMOKE, "--no-compare", "--out", "run", "--resume", "--seed", 3, cwd=tmp_path, check=False
+    )
+    assert other.returncode == 2
+    assert "seed: there 0, here 3" in other.stderr

@@ -1,0 +1,99 @@
+"""Fused attention, compiled models and recurrent networks, against re-solved finite differences."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import equigrad as eg
+from helpers import along, directional_derivative, random_direction
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        # without dropout the CPU takes the fused kernel, in training mode
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.encoder(x)).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Perceptron(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def compiled(backend):
+    model = Perceptron().double()
+    return torch.compile(model, backend=backend)
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler"
+)
+MODELS = [
+    pytest.param(Transformer, id="transformer"),
+    pytest.param(Recurrent, id="lstm"),
+    pytest.param(lambda: compiled("aot_eager"), id="compiled-aot_eager"),
+    pytest.param(lambda: compiled("inductor"), id="compiled-inductor", marks=needs_compiler),
+]
+
+
+def problem_of(model):
+    """θ: a strength for every weight, and a scale for every input, which acts through the model."""
+    torch.manual_seed(1)
+    x, v = torch.randn(2, 7, 3, 4, dtype=torch.float64).unbind()
+    y, w = torch.randn(2, 7, 1, dtype=torch.float64).unbind()
+    synapse = eg.nn.ComplexSynapse(model.double().train(), strength=0.3)
+    problem = eg.Bilevel(
+        lambda p, m: (synapse(p, m["scale"] * x) - y).square().mean(),
+        lambda p, m: (synapse(p, m["scale"] * v) - w).square().mean(),
+        regularizer=synapse,
+    )
+    meta = synapse.meta_params() | {"scale": torch.ones(4, dtype=torch.float64)}
+    return problem, synapse.params(), meta
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", MODELS)
+def test_contrastive_agrees_with_finite_differences(make):
+    problem, params, meta = problem_of(make())
+    solver = eg.GradientDescent(lr=0.05, momentum=0.9, nesterov=True, tol=1e-10, max_steps=5000)
+    result = eg.meta_gradient(
+        problem,
+        params,
+        meta,
+        solver=solver,
+        estimator=eg.Contrastive(beta=1e-4, scheme="symmetric"),
+    )
+    assert result.phases[0].outcome == "converged"
+    direction = random_direction(meta)
+    reference = directional_derivative(problem, result.params, meta, solver, direction, step=1e-4)
+    assert along(result.grads, direction) == pytest.approx(reference, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
+def test_t1t2_says_why_it_cannot_and_what_can(make):
+    problem, params, meta = problem_of(make())
+    with pytest.raises(eg.DoubleBackwardError, match=r"no second derivative.*Use Contrastive"):
+        eg.meta_gradient(
+            problem,
+            params,
+            meta,
+            solver=eg.GradientDescent(lr=0.01, max_steps=3),
+            estimator=eg.T1T2(),
+        )

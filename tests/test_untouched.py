@@ -1,0 +1,193 @@
+"""What a call may not change: the user's tensors, modules, buffers, flags and random state."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import equigrad as eg
+from equigrad.buffers import find_modules
+
+SOLVER = eg.GradientDescent(lr=0.01, max_steps=12)
+X, Y = torch.randn(2, 6, 3).unbind()
+
+
+def normalised_network():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 3))
+
+
+def losses(net, fail_after=None):
+    calls = {"outer": 0}
+
+    def inner(p, m):
+        return (functional_call(net, p, X) - Y).square().mean() + m["decay"].exp() * sum(
+            w.square().sum() for w in p.values()
+        )
+
+    def outer(p, m):
+        calls["outer"] += 1
+        if fail_after is not None and calls["outer"] > fail_after:
+            raise ZeroDivisionError("the user's loss failed")
+        return (functional_call(net, p, Y) - X).square().mean()
+
+    return inner, outer
+
+
+@pytest.mark.parametrize("fail_after", [None, 0, 5])
+@pytest.mark.parametrize("scheme", ["forward", "symmetric"])
+def test_module_buffers_flags_and_random_state(fail_after, scheme):
+    net = normalised_network()
+    net[2].eval()
+    before = copy.deepcopy(net.state_dict())
+    params = dict(net.named_parameters())
+    meta = {"decay": torch.tensor(-3.0, requires_grad=True)}
+    torch.manual_seed(11)
+    torch.randint(2**62, ())  # the one draw that a call makes
+    expected_next = torch.rand(3)
+    torch.manual_seed(11)
+
+    def call():
+        return eg.meta_gradient(
+            eg.Bilevel(*losses(net, fail_after)),
+            params,
+            meta,
+            solver=SOLVER,
+            estimator=eg.Contrastive(scheme=scheme),
+        )
+
+    if fail_after is None:
+        call()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            call()
+    assert torch.equal(torch.rand(3), expected_next)
+    after = net.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [m.training for m in net] == [True, True, False, True]
+    assert all(p.grad is None for p in [*params.values(), *meta.values()])
+
+
+def test_every_nudged_phase_starts_with_the_same_buffers():
+    """A loss that depends on a running count would contrast noise if phases inherited it."""
+
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.count = self.count + 1  # replaced, not changed in place
+            return x / self.count
+
+    counter = Counter()
+    problem = eg.Bilevel(
+        lambda p, m: counter((p["w"] - m["c"]).square().sum()) + p["w"].square().sum(),
+        lambda p, m: (p["w"] - 1).square().sum(),
+    )
+    w, c = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    estimates = [
+        eg.meta_gradient(
+            problem,
+            {"w": w},
+            {"c": c},
+            solver=eg.GradientDescent(lr=0.1, max_steps=9),
+            estimator=eg.Contrastive(beta=beta, scheme="symmetric"),
+        ).grads["c"]
+        for beta in (1e-6, 1e-3)
+    ]
+    torch.testing.assert_close(*estimates, rtol=1e-2, atol=0)
+    assert counter.count == 0
+
+
+@pytest.mark.parametrize("scheme", ["forward", "symmetric"])
+def test_dropout_masks_are_common_to_all_phases(scheme):
+    """Masks that differed would be divided by β: the estimate would explode as β falls."""
+    net = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+    synapse = eg.nn.ComplexSynapse(net, strength=0.1)
+    x, y = X.double(), Y.double()
+    problem = eg.Bilevel(
+        lambda p, m: (synapse(p, x) - y).square().mean(),
+        lambda p, m: (synapse(p, y) - x).square().mean(),
+        regularizer=synapse,
+    )
+
+    def estimate(beta, seed=0):
+        torch.manual_seed(seed)
+        result = eg.meta_gradient(
+            problem,
+            synapse.params(),
+            synapse.meta_params(),
+            solver=eg.GradientDescent(lr=0.05, max_steps=30),
+            estimator=eg.Contrastive(beta=beta, scheme=scheme),
+        )
+        return torch.cat([g.flatten() for g in result.grads.values()])
+
+    small, smaller = estimate(1e-4), estimate(1e-6)
+    torch.testing.assert_close(small, smaller, rtol=1e-2, atol=1e-6)
+    assert not torch.allclose(small, estimate(1e-4, seed=1), rtol=1e-2)  # masks there are
+
+
+def test_mini_batches_come_in_the_same_order_in_every_phase():
+    seen: dict[str, list[int]] = {"inner": [], "outer": []}
+
+    def inner(p, m, batch):
+        seen["inner"].append(batch)
+        return (p["w"] - m["c"] - batch).square().sum()
+
+    def outer(p, m, batch):
+        seen["outer"].append(batch)
+        return (p["w"] - batch).square().sum()
+
+    problem = eg.Bilevel(inner, outer, inner_batches=[0, 1, 2], outer_batches=[5, 6])
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(1, dtype=torch.float64)},
+        {"c": torch.ones(1, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1, max_steps=4),
+        estimator=eg.Contrastive(beta=0.1),
+    )
+    check, whole = [0], [0, 1, 2]
+    free, continued = [0, 1, 2, 0], [1, 2, 0, 1]
+    # nudged and matched phase see the same batches; ∂L/∂θ is averaged over all
+    assert seen["inner"] == check + free + continued + continued + whole + whole
+    assert seen["outer"] == [5, *[5, 6, 5, 6], *[5, 6]]
+    assert result.outer_loss == pytest.approx(
+        sum((result.params["w"].item() - b) ** 2 for b in (5, 6)) / 2
+    )
+
+
+def test_modules_are_found_where_people_keep_them():
+    class Trainer:
+        def __init__(self):
+            self.net = nn.Linear(1, 1)
+
+        def loss(self, p, m):
+            return self.net
+
+        def __call__(self, p, m):
+            return self.net
+
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    trainer = Trainer()
+
+    def helper():
+        return b
+
+    def loss(p, m, net=a):
+        return net, helper()
+
+    def found(*functions):
+        return {id(m) for m in find_modules(*functions)}
+
+    assert found(loss) == {id(a), id(b)}
+    assert found(functools.partial(loss, net=b)) >= {id(b)}
+    assert found(trainer.loss) == found(trainer) == {id(trainer.net)}
+    assert found(lambda p, m: GLOBAL_NET) == {id(GLOBAL_NET)}
+    whole = nn.Sequential(a, b)
+    assert found(lambda p, m: (whole, a)) == {id(whole)}
+
+
+GLOBAL_NET = nn.Linear(1, 1)

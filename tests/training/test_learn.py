@@ -1,0 +1,220 @@
+import json
+
+import pytest
+import torch
+
+import equigrad as eg
+from equigrad.training import Callback, Checkpoint, JsonLines, TensorBoard, learn
+from equigrad.training.checkpoint import load_checkpoint
+
+
+def ridge():
+    """Ten noisy points, five features: the strength that the validation half asks for."""
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(20, 5, generator=g, dtype=torch.float64)
+    y = x @ torch.randn(5, generator=g, dtype=torch.float64)
+    y += 2 * torch.randn(20, generator=g, dtype=torch.float64)
+    problem = eg.Bilevel(
+        lambda p, m: (
+            (x[:10] @ p["w"] - y[:10]).square().mean() + m["rho"].exp() * p["w"].square().sum()
+        ),
+        lambda p, m: (x[10:] @ p["w"] - y[10:]).square().mean(),
+    )
+
+    def validation_loss(rho: float) -> float:
+        gram = x[:10].T @ x[:10] / 10 + torch.eye(5, dtype=torch.float64) * rho_exp(rho)
+        w = torch.linalg.solve(gram, x[:10].T @ y[:10] / 10)
+        return (x[10:] @ w - y[10:]).square().mean().item()
+
+    return problem, validation_loss
+
+
+def rho_exp(rho: float) -> float:
+    return torch.tensor(rho).exp().item()
+
+
+def go(steps=6, *, max_steps=60, callbacks=(), optimizer=torch.optim.Adam, **options):
+    problem, _ = ridge()
+    meta = {"rho": torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)}
+    return learn(
+        problem,
+        {"w": torch.zeros(5, dtype=torch.float64)},
+        meta,
+        solver=eg.GradientDescent(lr=0.1, momentum=0.9, nesterov=True, max_steps=max_steps),
+        estimator=eg.Contrastive(beta=0.01, scheme="symmetric"),
+        optimizer=optimizer(meta.values(), lr=0.2),
+        steps=steps,
+        callbacks=callbacks,
+        **options,
+    )
+
+
+def test_finds_the_strength_that_minimises_the_validation_loss():
+    state = go(steps=80, max_steps=300)
+    _, validation_loss = ridge()
+    grid = torch.linspace(-4, 4, 801).tolist()
+    best = min(grid, key=validation_loss)
+    assert state.meta_params["rho"].item() == pytest.approx(best, abs=0.1)
+
+
+def test_cold_and_warm_start():
+    starts = {"cold": [], "warm": []}
+    for start, seen in starts.items():
+
+        class Watch(Callback):
+            def on_step(self, state, result, seen=seen):
+                seen.append(result.phases[0].start_residual)
+
+        go(steps=3, start=start, callbacks=[Watch()])
+    assert starts["cold"][0] == starts["warm"][0]
+    assert starts["warm"][2] < 0.2 * starts["cold"][2]
+
+
+class Stop(Callback):
+    """Leaves the loop by an error, as Ctrl-C would, after some steps."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step(self, state, result):
+        if state.step == self.after:
+            raise KeyboardInterrupt
+
+
+def bits(state):
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in state.history]
+    return state.meta_params["rho"].item(), state.params["w"].tolist(), rows
+
+
+@pytest.mark.parametrize("start", ["cold", "warm"])
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path, start, after):
+    whole = go(start=start)
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        go(start=start, callbacks=[Checkpoint(path, every=3), Stop(after)])
+    assert load_checkpoint(path, "")["state"]["step"] == after  # also between two writes
+    resumed = go(start=start, callbacks=[Checkpoint(path, every=3, resume=True)])
+    assert bits(resumed) == bits(whole)
+
+
+def test_interrupt_in_the_middle_of_a_step_saves_the_step_before(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    class HalfStep(torch.optim.Adam):
+        steps_taken = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            HalfStep.steps_taken += 1
+            if HalfStep.steps_taken == 3:
+                raise KeyboardInterrupt  # θ has moved, the step is not done
+
+    with pytest.raises(KeyboardInterrupt):
+        go(optimizer=HalfStep, callbacks=[Checkpoint(path, every=100)])
+    assert load_checkpoint(path, "")["state"]["step"] == 2
+    resumed = go(callbacks=[Checkpoint(path, resume=True)])
+    assert bits(resumed) == bits(go())
+
+
+def test_json_lines_hold_each_step_once(tmp_path):
+    log, path = tmp_path / "metrics.jsonl", tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        go(callbacks=[Checkpoint(path, every=1), JsonLines(log), Stop(3)])
+    log.write_text(log.read_text() + '{"outer_step": 3, "half a li')  # killed while writing
+    go(callbacks=[Checkpoint(path, resume=True), JsonLines(log)])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["outer_step"] for row in rows] == list(range(6))
+    assert {"outer_loss", "residual", "gradient_evaluations", "status"} <= rows[0].keys()
+
+
+def test_tensorboard_events_hold_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    state = go(callbacks=[TensorBoard(tmp_path)], evaluate=lambda p: {"size": 3.5})
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("outer_loss")]
+    assert losses == pytest.approx([row["outer_loss"] for row in state.history])
+    assert events.Scalars("size")[0].value == 3.5
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def foreign(path):
+    torch.save({"weights": torch.ones(3)}, path)
+
+
+def malicious(path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('ran')",))
+
+    torch.save(Evil(), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damaged, "cannot be read as a checkpoint"),
+        (lambda path: path.write_text("not a checkpoint"), "cannot be read as a checkpoint"),
+        (foreign, "is not a checkpoint of equigrad"),
+        (malicious, "cannot be read as a checkpoint"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used_are_refused_and_kept(tmp_path, harm, message):
+    path = tmp_path / "checkpoint.pt"
+    go(steps=1, callbacks=[Checkpoint(path)])
+    harm(path)
+    before = path.read_bytes()
+    with pytest.raises(eg.RunError, match=message):
+        go(callbacks=[Checkpoint(path, resume=True)])
+    assert path.read_bytes() == before
+
+
+def test_checkpoint_of_a_run_with_other_settings(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    go(steps=1, callbacks=[Checkpoint(path, identity="lr 0.1")])
+    with pytest.raises(eg.RunError, match=r"other settings.*\n.*lr 0.1\n.*lr 0.2"):
+        go(callbacks=[Checkpoint(path, resume=True, identity="lr 0.2")])
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+
+    class FillDisk(Callback):
+        def on_step(self, state, result):
+            if state.step == 2:
+
+                def full(*args, **kwargs):
+                    raise OSError(28, "No space left on device")
+
+                monkeypatch.setattr(torch, "save", full)
+
+    with pytest.raises(eg.RunError, match=r"No space left on device; checkpoint.pt is as it was"):
+        go(callbacks=[Checkpoint(path), FillDisk()])
+    monkeypatch.undo()
+    assert load_checkpoint(path, "")["state"]["step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"start": "hot"}, "'cold' or 'warm', got 'hot'"),
+        (
+            {"optimizer": lambda _, lr: torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
+            "does not step meta-parameter 'rho'",
+        ),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        go(**options)
+
+
+def test_checkpoint_every():
+    with pytest.raises(eg.ConfigurationError, match="at least 1 step, got 0"):
+        Checkpoint(None, every=0)  # pyright: ignore[reportArgumentType]
