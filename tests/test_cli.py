@@ -49,7 +49,7 @@ def test_help_and_list_read_well(tmp_path):
     options = equigrad("run", "digits", "--help", cwd=tmp_path).stdout
     assert "--solver.lr" in options
     assert "--contrastive.beta" in options
-    assert "default: 0.3" in options
+    assert "default: 0.1" in options
     listed = equigrad("list", cwd=tmp_path).stdout
     assert "equigrad run digits" in listed
     assert "equigrad reproduce matched-phases" in listed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ProblemError
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Bilevel, Params, Velocity
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Settled, Solver, settle
 
@@ -52,8 +52,6 @@ class Evaluation:
         except BaseException:
             self._exit.close()
             raise
-        regularizer = self.problem.regularizer
-        self._pull = None if regularizer is None else regularizer.bind(self.meta_params)
         self._buffers.restore(self._buffers.before)
         return self
 
@@ -104,21 +102,15 @@ class Evaluation:
         """Put the modules' buffers as they were when a phase ended."""
         self._buffers.restore(settled.buffers)
 
-    def _velocity(self, beta: float) -> Any:
-        per_evaluation = 1 if beta == 0 else 2
+    def _velocity(self, beta: float) -> Velocity:
+        velocity = self.problem.velocity_at(self.meta_params, beta, self._randomness)
+        gradients = 1 if beta == 0 else 2
 
-        def velocity(params: Params, step: int) -> dict[str, Tensor]:
-            self.gradient_evaluations += per_evaluation
-            return self.problem.velocity(
-                params,
-                self.meta_params,
-                beta=beta,
-                step=step,
-                randomness=self._randomness,
-                pull=self._pull,
-            )
+        def counted(params: Params, step: int) -> tuple[Tensor, ...]:
+            self.gradient_evaluations += gradients
+            return velocity(params, step)
 
-        return velocity
+        return counted
 
     def _loss(self, beta: float) -> Any:
         def loss(params: Params, step: int) -> Tensor:
@@ -197,8 +189,9 @@ class Evaluation:
             if state.phase.beta != 0:
                 for name, grad in self.meta_partial("outer", state).items():
                     total[name].add_(grad, alpha=weight * state.phase.beta)
-        if self._pull is not None:
-            part = self._pull.contrast([state.params for state in states], weights)
+        if self.problem.regularizer is not None:
+            pull = self.problem.regularizer.bind(self.meta_params)
+            part = pull.contrast([state.params for state in states], weights)
             for name, grad in part.items():
                 total[name].add_(grad)
         return total

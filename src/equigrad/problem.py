@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,15 @@ Loss = Callable[..., Tensor]
 """`loss(params, meta_params)`, or `loss(params, meta_params, batch)` where batches are given."""
 
 
+Velocity = Callable[[Params, int], tuple[Tensor, ...]]
+"""`(params, step) -> velocity`, one tensor for each of `params`, in their order."""
+
+
 class Pull(Protocol):
     """A regulariser at fixed meta-parameters, in closed form."""
 
     def add_velocity(self, velocity: tuple[Tensor, ...], params: Params) -> tuple[Tensor, ...]:
-        """`velocity - ∂R/∂φ`, one tensor for each of `params`, in their order."""
+        """`velocity - ∂R/∂φ`, one tensor for each of `params`, in their order; without a graph."""
         ...
 
     def contrast(self, states: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -140,43 +145,64 @@ class Bilevel:
         return loss(params, meta_params, batches[step % len(batches)])
 
     def velocity(
-        self,
-        params: Params,
-        meta_params: Params,
-        *,
-        beta: float = 0.0,
-        step: int = 0,
-        randomness: CommonRandomness | None = None,
-        pull: Pull | None = None,
+        self, params: Params, meta_params: Params, *, beta: float = 0.0, step: int = 0
     ) -> dict[str, Tensor]:
         """`-∂(L_in + β L_out)/∂φ`, which is zero at rest.
 
         Args:
-            params: φ; tensors that do not require a gradient are taken as constants of their value.
+            params: φ.
             meta_params: θ, held constant.
             beta: nudging strength β, of either sign.
-            step: which mini-batch and which randomness.
-            randomness: seeds the losses' random numbers; the global generators where None.
-            pull: the regulariser bound to `meta_params`, where a loop has it at hand.
+            step: which mini-batch.
 
         Returns:
             One tensor a parameter, of its shape.
         """
-        if not all(p.requires_grad for p in params.values()):
-            params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad():
-            loss = self.data_loss("inner", params, meta_params, step, randomness)
-            if beta != 0:
-                outer = self.data_loss("outer", params, meta_params, step, randomness)
-                loss = loss + beta * outer
-        velocity = torch.autograd.grad(
-            loss,
-            list(params.values()),
-            -torch.ones_like(loss),
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        if self.regularizer is not None:
-            pull = pull or self.regularizer.bind(meta_params)
-            velocity = pull.add_velocity(velocity, params)
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        constants = {name: m.detach() for name, m in meta_params.items()}
+        with torch.no_grad():
+            velocity = self.velocity_at(constants, beta)(leaves, step)
         return dict(zip(params, velocity, strict=True))
+
+    def velocity_at(
+        self, meta_params: Params, beta: float, randomness: CommonRandomness | None = None
+    ) -> Velocity:
+        """The velocity at fixed θ and β, for a loop.
+
+        Args:
+            meta_params: θ, detached.
+            beta: nudging strength β, of either sign.
+            randomness: seeds the losses' random numbers; the global generators where None.
+
+        Returns:
+            `(params, step) -> velocity`, where all of `params` require a gradient. It is to be
+            called without recording a graph, and returns tensors in the order of `params`.
+        """
+        pull = None if self.regularizer is None else self.regularizer.bind(meta_params)
+
+        def velocity(params: Params, step: int) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                loss = self.data_loss("inner", params, meta_params, step, randomness)
+                if beta != 0:
+                    outer = self.data_loss("outer", params, meta_params, step, randomness)
+                    loss = loss + beta * outer
+            leaves = tuple(params.values())
+            grads = torch.autograd.grad(loss, leaves, minus_one(loss), allow_unused=True)
+            if any(g is None for g in grads):
+                grads = tuple(
+                    torch.zeros_like(p, requires_grad=False) if g is None else g
+                    for g, p in zip(grads, leaves, strict=True)
+                )
+            return grads if pull is None else pull.add_velocity(grads, params)
+
+        return velocity
+
+
+def minus_one(like: Tensor) -> Tensor:
+    """-1 of a tensor's type and place: seeds a backward pass that yields the negative gradient."""
+    return _minus_one(like.dtype, like.device)
+
+
+@cache
+def _minus_one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(-1.0, dtype=dtype, device=device)

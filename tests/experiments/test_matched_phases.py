@@ -1,12 +1,14 @@
 import pytest
 
 from equigrad.experiments.matched_phases import (
+    SETTLING_DISTANCE,
     MatchedPhases,
     as_csv,
     fitted_slope,
     from_csv,
     measure,
 )
+from helpers import slope
 
 
 @pytest.fixture(scope="module")

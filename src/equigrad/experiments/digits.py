@@ -29,7 +29,7 @@ from equigrad.training.files import write_whole
 from equigrad.training.progress import ProgressBar
 
 LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
-RULE = Contrastive(beta=0.3, nudged_solver=replace(LEARNER, max_steps=50))
+RULE = Contrastive(beta=0.1, nudged_solver=replace(LEARNER, max_steps=100))
 
 EstimatorName = Literal["contrastive", "t1t2"]
 LABELS = {
@@ -64,7 +64,7 @@ class Digits:
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
 
-    outer_steps: int = 60
+    outer_steps: int = 100
     """Steps of Adam on the strengths."""
 
     outer_lr: float = 0.01

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,10 +49,13 @@ class MatchedPhases:
     dim: int = 50
     """N."""
 
-    steps: tuple[int, ...] = (2, 5, 10, 20, 30, 40, 60, 80, 120, 160)
+    steps: tuple[int, ...] = (2, 5, 10, 20, 30, 40, 60, 80, 120)
     """Numbers of steps T."""
 
-    smallest_exponent: int = -7
+    start: Literal["center", "zero"] = "center"
+    """Where the free phase starts: at θ, which the learner is pulled to, or at zero."""
+
+    smallest_exponent: int = -8
     """The grid of β runs from ten to this power up to 10, ten values a decade."""
 
     def __post_init__(self) -> None:
@@ -118,30 +122,38 @@ def measure(config: MatchedPhases, known: Sequence[Point] = ()) -> Iterator[Poin
     for steps in config.steps:
         for rule in RULES:
             if (rule, steps) not in there:
-                yield best_point(rule, steps, quadratics, config.betas())
+                yield best_point(config, rule, steps, quadratics)
 
 
-def best_point(rule: str, steps: int, quadratics: list[Quadratic], betas: list[float]) -> Point:
+def best_point(config: MatchedPhases, rule: str, steps: int, quadratics: list[Quadratic]) -> Point:
     """Geometric means over the quadratics, at the β of the grid with the smallest error."""
 
     def log_error(beta: float) -> float:
-        return float(np.mean([math.log(error(q, steps, rule, beta)[0]) for q in quadratics]))
+        return float(np.mean([math.log(measured(q, beta)[0]) for q in quadratics]))
 
+    def measured(quadratic: Quadratic, beta: float) -> tuple[float, float]:
+        return error(quadratic, config.start, steps, rule, beta)
+
+    betas = config.betas()
     # coarse to fine: the error falls and rises once along the grid
     coarse = min(betas[::5], key=log_error)
     near = [b for b in betas if 0.3 < b / coarse < 3.2]
     best = min(near, key=log_error)
-    distances = [error(q, steps, rule, best)[1] for q in quadratics]
+    distances = [measured(q, best)[1] for q in quadratics]
     distance = math.exp(np.mean(np.log(distances)))
     return Point(rule, steps, distance, math.exp(log_error(best)), best)
 
 
-def error(quadratic: Quadratic, steps: int, rule: str, beta: float) -> tuple[float, float]:
+def error(
+    quadratic: Quadratic, start: str, steps: int, rule: str, beta: float
+) -> tuple[float, float]:
     """Relative error of the estimate, and the free phase's distance to equilibrium."""
+    meta_params = quadratic.meta_params()
+    params = {"phi": meta_params["theta"]} if start == "center" else quadratic.params()
     result = meta_gradient(
         quadratic.problem,
-        quadratic.params(),
-        quadratic.meta_params(),
+        params,
+        meta_params,
         solver=quadratic.solver(max_steps=steps),
         estimator=Contrastive(beta=beta, **RULES[rule]),
     )

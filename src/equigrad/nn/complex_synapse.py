@@ -171,9 +171,8 @@ class Pull:
         self._strength = [s.detach() for s in synapse.strengths(meta_params).values()]
         self._center = [c.detach() for c in synapse.centers(meta_params).values()]
 
-    @torch.no_grad()
     def add_velocity(self, velocity: tuple[Tensor, ...], params: Params) -> tuple[Tensor, ...]:
-        """`velocity - λ (φ - ω)`."""
+        """`velocity - λ (φ - ω)`, called without recording a graph."""
         if list(params) != self._names:  # φ holds more, or in another order
             by_name = dict(zip(params, velocity, strict=True))
             own = {name: params[name] for name in self._names}

@@ -51,11 +51,10 @@ class GradientDescent(Solver):
             return [m.clone() for m in previous]
         return [torch.zeros_like(p, requires_grad=False) for p in params]
 
-    @torch.no_grad()
     def update(
         self,
         params: list[Tensor],
-        velocity: list[Tensor],
+        velocity: tuple[Tensor, ...],
         state: list[Tensor],
         objective: Objective,
     ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equigrad.errors import SettlingError
-from equigrad.problem import Params
+from equigrad.problem import Params, Velocity
 from equigrad.solvers.solver import Solver
 
 
@@ -60,8 +60,9 @@ class Settled:
     buffers: tuple[Tensor, ...] = ()
 
 
+@torch.no_grad()
 def settle(
-    velocity: Callable[[Params, int], dict[str, Tensor]],
+    velocity: Velocity,
     loss: Callable[[Params, int], Tensor],
     start: Params,
     solver: Solver,
@@ -74,7 +75,7 @@ def settle(
     """Settle a phase: move the parameters along the velocity until they rest.
 
     Args:
-        velocity: `(params, step) -> velocity`, both by name.
+        velocity: `(params, step) -> velocity`, in the order of `params`.
         loss: `(params, step) -> scalar`, for solvers that compare values.
         start: where to start; not changed.
         solver: the rule, its limit of steps and its tolerance.
@@ -95,11 +96,11 @@ def settle(
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
     step, start_residual, residual, rests = 0, math.nan, math.nan, False
 
-    def objective() -> tuple[Tensor, list[Tensor]]:
-        return loss(params, first_step + step), list(velocity(params, first_step + step).values())
+    def objective() -> tuple[Tensor, tuple[Tensor, ...]]:
+        return loss(params, first_step + step), velocity(params, first_step + step)
 
     for step in itertools.count():
-        v = list(velocity(params, first_step + step).values())
+        v = velocity(params, first_step + step)
         if step % solver.check_every == 0 or step + 1 == limit:
             residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v))).item()
             if not math.isfinite(residual):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 
-Objective = Callable[[], tuple[Tensor, list[Tensor]]]
+Objective = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 """Evaluates the loss and the velocity again, at the parameters as they now are."""
 
 
@@ -55,9 +55,9 @@ class Solver(ABC):
 
     @abstractmethod
     def update(
-        self, params: list[Tensor], velocity: list[Tensor], state: Any, objective: Objective
+        self, params: list[Tensor], velocity: tuple[Tensor, ...], state: Any, objective: Objective
     ) -> None:
-        """Move `params` and `state` by one step, in place and without recording a graph.
+        """Move `params` and `state` by one step, in place; called without recording a graph.
 
         Args:
             params: the leaves.

@@ -60,7 +60,7 @@ class TorchOptimizer(Solver):
     def update(
         self,
         params: list[Tensor],
-        velocity: list[Tensor],
+        velocity: tuple[Tensor, ...],
         state: torch.optim.Optimizer,
         objective: Objective,
     ) -> None:
@@ -79,6 +79,6 @@ class TorchOptimizer(Solver):
             state.step()
 
 
-def _set_gradients(params: list[Tensor], velocity: list[Tensor]) -> None:
+def _set_gradients(params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:
     for p, v in zip(params, velocity, strict=True):
         p.grad = v.neg()
