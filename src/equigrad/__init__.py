@@ -3,13 +3,23 @@
 from equigrad import nn
 from equigrad.errors import (
     ConfigurationError,
+    CurvatureError,
     DoubleBackwardError,
     EquigradError,
     ProblemError,
     RunError,
     SettlingError,
 )
-from equigrad.estimators import T1T2, Contrastive, Estimator
+from equigrad.estimators import (
+    T1T2,
+    ConjugateGradient,
+    Contrastive,
+    Estimator,
+    ExactSolve,
+    FiniteDifferenceT1T2,
+    NeumannSeries,
+    Nystrom,
+)
 from equigrad.meta_gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel
 from equigrad.solvers import GradientDescent, Phase, Solver, TorchOptimizer
@@ -20,12 +30,18 @@ __all__ = [
     "T1T2",
     "Bilevel",
     "ConfigurationError",
+    "ConjugateGradient",
     "Contrastive",
+    "CurvatureError",
     "DoubleBackwardError",
     "EquigradError",
     "Estimator",
+    "ExactSolve",
+    "FiniteDifferenceT1T2",
     "GradientDescent",
     "MetaGradient",
+    "NeumannSeries",
+    "Nystrom",
     "Phase",
     "ProblemError",
     "RunError",

@@ -13,6 +13,7 @@ from equigrad.errors import EquigradError
 
 try:
     import tyro
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
@@ -83,18 +84,31 @@ def dispatch(arguments: Sequence[str]) -> None:
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in known if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
-    verbs.add_parser("list", help="list what can be run and reproduced")
+    verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
 
     words = parser.parse_args(arguments[:2])
     if words.verb == "list":
-        table = Table(box=None, show_header=False)
-        for command in known:
-            table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
-        Console().print(table)
+        show(known)
         return
     for command in known:
         if (command.verb, command.name) == (words.verb, words.name):
             execute(command, arguments)
+
+
+def show(known: Sequence[Command]) -> None:
+    """Print the commands and the estimators."""
+    from equigrad.estimators.table import HEADINGS, rows
+
+    console = Console()
+    table = Table(box=None, show_header=False)
+    for command in known:
+        table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
+    console.print(table)
+    estimators = Table(*(heading.capitalize() for heading in HEADINGS), box=SIMPLE_HEAD)
+    estimators.columns[0].no_wrap = True
+    for row in rows():
+        estimators.add_row(*row)
+    console.print(estimators)
 
 
 def execute(command: Command, arguments: Sequence[str]) -> None:

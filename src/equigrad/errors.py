@@ -17,6 +17,10 @@ class SettlingError(EquigradError, ArithmeticError):
     """A phase diverged: its parameters or its velocity are no longer finite."""
 
 
+class CurvatureError(EquigradError, ArithmeticError):
+    """The inner loss does not curve as an estimator needs it to, where a phase settled."""
+
+
 class DoubleBackwardError(EquigradError, NotImplementedError):
     """An estimator needs second derivatives that an operation of the model does not have."""
 

@@ -41,6 +41,7 @@ class Evaluation:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
+        self._exit.enter_context(torch.enable_grad())
         modules = self.problem.modules or ()
         for part in (part for module in modules for part in module.modules()):
             self._exit.callback(setattr, part, "training", part.training)
@@ -166,12 +167,28 @@ class Evaluation:
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self.batch_steps(stream)
         for step in steps:
-            with torch.enable_grad():
-                loss = self.data_loss(stream, at.params, meta, step)
+            loss = self.data_loss(stream, at.params, meta, step)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
             self.gradient_evaluations += 1
         return dict(zip(names, total, strict=True))
+
+    def outer_gradients(self, at: Settled) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`∂L_out/∂φ` and `∂L_out/∂θ` where a phase ended, averaged over batches."""
+        self.stand_at(at)
+        params = {name: p.clone().requires_grad_() for name, p in at.params.items()}
+        meta = {name: m.clone().requires_grad_() for name, m in self.meta_params.items()}
+        leaves = [*params.values(), *meta.values()]
+        total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+        steps = self.batch_steps("outer")
+        for step in steps:
+            loss = self.data_loss("outer", params, meta, step)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(total, grads, alpha=1 / len(steps))
+            self.gradient_evaluations += 1
+        count = len(params)
+        by_params = dict(zip(params, total[:count], strict=True))
+        return by_params, dict(zip(meta, total[count:], strict=True))
 
     def contrast(self, states: Sequence[Settled], weights: Sequence[float]) -> dict[str, Tensor]:
         """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero.
@@ -242,8 +259,7 @@ class Evaluation:
 
     def _checked_loss(self, stream: Stream, params: Params, meta: Params) -> Tensor:
         try:
-            with torch.enable_grad():
-                loss = self.data_loss(stream, params, meta)
+            loss = self.data_loss(stream, params, meta)
         except KeyError as error:
             raise ProblemError(
                 f"{stream}_loss asked for {error}, which is not there: params has "

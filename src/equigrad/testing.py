@@ -1,12 +1,19 @@
-"""Problems with known answers, shared by tests, experiments and third-party estimators."""
+"""Problems with known answers, shared by tests, experiments and third-party estimators.
 
-from collections.abc import Sequence
+`check_estimator` runs an estimator through all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as logistic_loss
 
-from equigrad.problem import Bilevel
-from equigrad.solvers import GradientDescent
+from equigrad.estimators import Estimator
+from equigrad.meta_gradient import meta_gradient
+from equigrad.problem import Bilevel, Params
+from equigrad.solvers import GradientDescent, Solver
 from equigrad.theory import finite_difference_weights
 
 
@@ -107,3 +114,212 @@ class Quadratic:
         """`‖estimate - ∇_θ‖ / ‖∇_θ‖`."""
         exact = self.meta_gradient
         return ((estimate - exact).norm() / exact.norm()).item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, where it starts, a solver that settles it, and the gradient it has.
+
+    Attributes:
+        name: what it is.
+        problem: the losses.
+        params: φ at the start.
+        meta_params: θ.
+        solver: settles it to nearly machine precision.
+        exact: `dL_out/dθ` at equilibrium, by means that no estimator uses.
+        identity_hessian: `∂²L_in/∂φ² = I`, so that estimators which take it for that are exact.
+    """
+
+    name: str
+    problem: Bilevel
+    params: Params
+    meta_params: Params
+    solver: Solver
+    exact: Params
+    identity_hessian: bool = False
+
+    def relative_error(self, grads: Params) -> float:
+        """`‖grads - exact‖ / ‖exact‖` over all meta-parameters."""
+        names = list(self.exact)
+        exact = torch.cat([self.exact[n].double().flatten() for n in names])
+        found = torch.cat([grads[n].double().flatten() for n in names])
+        return ((found - exact).norm() / exact.norm()).item()
+
+
+def quadratic_case(dtype: torch.dtype) -> Case:
+    """The quadratic of Appendix E, whose gradient is known in closed form."""
+    quadratic = Quadratic(dim=12, strength=0.2, dtype=dtype)
+    return Case(
+        "quadratic",
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        settling(0.5, dtype),
+        {"theta": quadratic.meta_gradient},
+    )
+
+
+def isotropic_case(dtype: torch.dtype) -> Case:
+    """`L_in = ½‖φ - A θ‖²`, `L_out = Σ log cosh φ + ½‖θ‖²`: gradient `Aᵀ tanh(Aθ) + θ`."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(5, 3, generator=generator, dtype=torch.float64).to(dtype)
+    theta = torch.randn(3, generator=generator, dtype=torch.float64).to(dtype)
+    problem = Bilevel(
+        lambda p, m: 0.5 * (p["phi"] - a @ m["theta"]).square().sum(),
+        lambda p, m: p["phi"].cosh().log().sum() + 0.5 * m["theta"].square().sum(),
+    )
+    return Case(
+        "identity Hessian, direct term",
+        problem,
+        {"phi": torch.zeros(5, dtype=dtype)},
+        {"theta": theta},
+        settling(0.5, dtype),
+        {"theta": a.T @ (a @ theta).tanh() + theta},
+        identity_hessian=True,
+    )
+
+
+def scalar_case(dtype: torch.dtype) -> Case:
+    """`L_in = ½ e^θ φ² - φ`, `L_out = ½ φ²`: φ* = e^{-θ}, gradient `-e^{-2θ}`; no dimensions."""
+    theta = torch.tensor(0.3, dtype=dtype)
+    problem = Bilevel(
+        lambda p, m: 0.5 * m["theta"].exp() * p["phi"].square() - p["phi"],
+        lambda p, m: 0.5 * p["phi"].square(),
+    )
+    return Case(
+        "scalars",
+        problem,
+        {"phi": torch.tensor(0.0, dtype=dtype)},
+        {"theta": theta},
+        settling(0.3, dtype),
+        {"theta": -(-2 * theta).exp()},
+    )
+
+
+def ridge_case(dtype: torch.dtype) -> Case:
+    """Ridge regression, a strength a weight: by autograd through the normal equations."""
+    x, y, v, w = _regression_data()
+
+    def solution(rho: Tensor) -> Tensor:
+        return torch.linalg.solve(x.T @ x / len(x) + torch.diag(rho.exp()), x.T @ y / len(x))
+
+    def validation(weights: Tensor) -> Tensor:
+        return 0.5 * (v @ weights - w).square().mean()
+
+    rho = torch.linspace(-2, 0, 4, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(validation(solution(rho)), rho)
+    xs, ys, vs, ws = (t.to(dtype) for t in (x, y, v, w))
+    problem = Bilevel(
+        lambda p, m: (
+            0.5 * (xs @ p["w"] - ys).square().mean()
+            + 0.5 * (m["rho"].exp() * p["w"].square()).sum()
+        ),
+        lambda p, m: 0.5 * (vs @ p["w"] - ws).square().mean(),
+    )
+    return Case(
+        "ridge",
+        problem,
+        {"w": torch.zeros(4, dtype=dtype)},
+        {"rho": rho.detach().to(dtype)},
+        settling(0.2, dtype),
+        {"rho": exact},
+    )
+
+
+def logistic_case(dtype: torch.dtype) -> Case:
+    """l2-logistic regression: Newton's method, then the implicit function theorem by hand."""
+    x, y, v, w = _regression_data()
+    y, w = (y > 0).double(), (w > 0).double()
+    rho = torch.tensor(-1.5, dtype=torch.float64)
+
+    def newton(weights: Tensor) -> tuple[Tensor, Tensor]:
+        p = (x @ weights).sigmoid()
+        gradient = x.T @ (p - y) / len(x) + rho.exp() * weights
+        hessian = (x.T * (p * (1 - p))) @ x / len(x) + rho.exp() * torch.eye(4).double()
+        return weights - torch.linalg.solve(hessian, gradient), hessian
+
+    weights, hessian = newton(torch.zeros(4, dtype=torch.float64))
+    for _ in range(30):
+        weights, hessian = newton(weights)
+    pressure = v.T @ ((v @ weights).sigmoid() - w) / len(v)
+    exact = -(rho.exp() * weights) @ torch.linalg.solve(hessian, pressure)
+    xs, ys, vs, ws = (t.to(dtype) for t in (x, y, v, w))
+    problem = Bilevel(
+        lambda p, m: logistic_loss(xs @ p["w"], ys) + 0.5 * m["rho"].exp() * p["w"].square().sum(),
+        lambda p, m: logistic_loss(vs @ p["w"], ws),
+    )
+    return Case(
+        "logistic",
+        problem,
+        {"w": torch.zeros(4, dtype=dtype)},
+        {"rho": rho.to(dtype)},
+        settling(0.5, dtype),
+        {"rho": exact},
+    )
+
+
+CASES: tuple[Callable[[torch.dtype], Case], ...] = (
+    quadratic_case,
+    isotropic_case,
+    scalar_case,
+    ridge_case,
+    logistic_case,
+)
+"""All cases, each to be built in a dtype."""
+
+
+def check_estimator(
+    estimator: Estimator, *, rtol: float, dtype: torch.dtype = torch.float64, exact: bool = True
+) -> dict[str, float]:
+    """Run an estimator through problems with known gradients.
+
+    Args:
+        estimator: with settings that should reach `rtol`.
+        rtol: relative error allowed on every problem.
+        dtype: of all tensors.
+        exact: False for an estimator that takes the inner Hessian for the identity: it is held to
+            the problems where that is true, and to finite, non-zero gradients on the others.
+
+    Returns:
+        The relative error on every problem, by name.
+
+    Raises:
+        AssertionError: an error above `rtol`; the message names the problem.
+
+    Example:
+        >>> import equigrad as eg
+        >>> errors = check_estimator(eg.ConjugateGradient(tol=1e-10), rtol=1e-7)
+        >>> sorted(errors)[0]
+        'identity Hessian, direct term'
+    """
+    errors = {}
+    for build in CASES:
+        case = build(dtype)
+        result = meta_gradient(
+            case.problem, case.params, case.meta_params, solver=case.solver, estimator=estimator
+        )
+        assert result.phases[0].outcome == "converged", f"{case.name}: {result.status}"
+        for name, grad in result.grads.items():
+            given = case.meta_params[name]
+            assert grad.shape == given.shape, f"{case.name}: shape of {name!r}"
+            assert grad.dtype == given.dtype, f"{case.name}: dtype of {name!r}"
+            assert grad.any(), f"{case.name}: the gradient of {name!r} is zero"
+        errors[case.name] = case.relative_error(result.grads)
+        if exact or case.identity_hessian:
+            assert errors[case.name] <= rtol, f"{case.name}: error {errors[case.name]:.2e} > {rtol}"
+    return errors
+
+
+def settling(lr: float, dtype: torch.dtype) -> GradientDescent:
+    """Gradient descent that settles a case to what its dtype allows."""
+    tol = 1e-12 if dtype == torch.float64 else 2e-6
+    return GradientDescent(lr=lr, momentum=0.9, nesterov=True, tol=tol, max_steps=5000)
+
+
+def _regression_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten training and ten validation points of a noisy linear function of four features."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(4, generator=generator, dtype=torch.float64)
+    y = y + 0.5 * torch.randn(20, generator=generator, dtype=torch.float64)
+    return x[:10], y[:10], x[10:], y[10:]

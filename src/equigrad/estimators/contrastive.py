@@ -1,11 +1,11 @@
 """The contrastive rule: run the learner again, slightly nudged, and contrast."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from equigrad.estimators.estimator import Estimate, Estimator
+from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.solver import require
@@ -48,6 +48,13 @@ class Contrastive(Estimator):
         >>> Contrastive(points=3).nodes
         (0, 1, 2)
     """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="contrast of free and nudged phases",
+        cost="3K (forward, matched), 4K (symmetric)",
+        error="O(β) forward, O(β²) symmetric; vanishes with K",
+        double_backward=False,
+    )
 
     beta: float = 0.1
     scheme: Literal["forward", "symmetric"] = "forward"

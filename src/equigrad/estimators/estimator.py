@@ -2,11 +2,31 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an estimator needs and gives: the tables and the error messages are made from this.
+
+    Attributes:
+        idea: in a few words, how it has the gradient.
+        cost: gradient evaluations beyond the free phase; T steps in it, K in what follows.
+        error: what remains wrong at equilibrium, however long it computes.
+        double_backward: differentiates a gradient once more.
+        equilibrium: is only right where the free phase has settled.
+    """
+
+    idea: str
+    cost: str
+    error: str
+    double_backward: bool
+    equilibrium: bool = True
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,8 @@ class Estimate:
 @dataclass(frozen=True, kw_only=True)
 class Estimator(ABC):
     """How the gradient of θ is had from a problem that settles."""
+
+    traits: ClassVar[Traits]
 
     @abstractmethod
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:

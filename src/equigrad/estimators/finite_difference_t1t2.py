@@ -1,0 +1,55 @@
+"""T1-T2 from three first-order gradients."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.evaluation import Evaluation
+from equigrad.solvers import Solver
+from equigrad.solvers.solver import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiniteDifferenceT1T2(Estimator):
+    r"""T1-T2 with its mixed derivative taken by central differences (Liu et al. 2019: DARTS).
+
+        ∇̂_θ = ∂L_out/∂θ - [ ∂L_in/∂θ(φ + εg) - ∂L_in/∂θ(φ - εg) ] / 2ε,    g = ∂L_out/∂φ
+
+    First-order gradients only, at T1-T2's error. Equal to the symmetric contrastive rule whose
+    phases take a single gradient step of size η, divided by η, with `ε = ηβ`.
+
+    Attributes:
+        epsilon: the distance `ε ‖g‖` between φ and either point.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="finite difference of T1-T2",
+        cost="3",
+        error="does not vanish",
+        double_backward=False,
+    )
+
+    epsilon: float = 1e-2
+
+    def __post_init__(self) -> None:
+        require(0 < self.epsilon < math.inf, f"epsilon must be positive, got {self.epsilon}")
+
+    def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
+        """Settle, and contrast `∂L_in/∂θ` on both sides along the outer gradient."""
+        free = evaluation.settle(solver)
+        pressure, grads = evaluation.outer_gradients(free)
+        size = torch.stack([g.norm() for g in pressure.values()]).norm().item()
+        if size == 0:
+            evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
+            return Estimate(grads=grads, phases=(free,))
+        epsilon = self.epsilon / size
+        sides = []
+        for sign in (1, -1):
+            moved = {n: p + sign * epsilon * pressure[n] for n, p in free.params.items()}
+            sides.append(dataclasses.replace(free, params=moved))
+        mixed = evaluation.contrast(sides, [1 / (2 * epsilon), -1 / (2 * epsilon)])
+        return Estimate(grads={name: grads[name] - mixed[name] for name in grads}, phases=(free,))

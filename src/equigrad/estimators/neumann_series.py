@@ -1,0 +1,96 @@
+"""Implicit differentiation by a Neumann series."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import CurvatureError
+from equigrad.estimators.estimator import Traits
+from equigrad.estimators.implicit import Implicit
+from equigrad.estimators.linearisation import Linearisation
+from equigrad.solvers.solver import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeumannSeries(Implicit):
+    r"""Approximates the inverse Hessian by K terms of its Neumann series (Lorraine et al. 2020).
+
+        H⁻¹ g ≈ α Σ_{k<K} (I - αH)^k g
+
+    Equal to what K matched, infinitesimally nudged gradient steps of size α give at equilibrium,
+    and to recurrent backpropagation. What remains of the system, `g - H x = (I - αH)^K g`, is known
+    at no cost, and named where it is more than `tol` of g.
+
+    Attributes:
+        terms: K.
+        alpha: step size α; 1/L by default, L the largest curvature, found by power iteration.
+        tol: the share of g that may remain without being named.
+
+    Raises:
+        CurvatureError: from `meta_gradient`, where the series does not contract.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="implicit, Neumann series",
+        cost="2K + 3",
+        error="vanishes with K",
+        double_backward=True,
+    )
+
+    terms: int = 100
+    alpha: float | None = None
+    tol: float = 1e-2
+
+    def __post_init__(self) -> None:
+        require(self.terms >= 1, f"terms must be at least 1, got {self.terms}")
+        require(
+            self.alpha is None or 0 < self.alpha < math.inf,
+            f"alpha must be positive, got {self.alpha}",
+        )
+        require(self.tol > 0, f"tol must be positive, got {self.tol}")
+
+    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+        """Sum the series."""
+        alpha = self.alpha or 1 / largest_curvature(linear, pressure)
+        x, term = torch.zeros_like(pressure), pressure.clone()
+        size = pressure.norm().item()
+        for k in range(self.terms):
+            x += alpha * term
+            term = term - alpha * linear.hessian(term)
+            if not term.norm().item() <= 1.01 * size:
+                raise CurvatureError(
+                    f"NeumannSeries does not contract: after {k + 1} terms with alpha={alpha:.3g} "
+                    f"the remainder is {term.norm().item() / size:.3g} of ∂L_out/∂φ. Lower alpha "
+                    f"below 2 / the largest curvature; if that does not help, the settled state "
+                    f"is no minimum: settle longer, or use Contrastive()"
+                )
+        remainder = term.norm().item() / size if size else 0.0
+        if remainder > self.tol:
+            notes.append(
+                f"Neumann series not converged: {remainder:.2g} of ∂L_out/∂φ remains after "
+                f"{self.terms} terms (tol {self.tol:.2g}); raise terms"
+            )
+        return x
+
+
+def largest_curvature(linear: Linearisation, start: Tensor, iterations: int = 20) -> float:
+    """An estimate from above of the Hessian's largest eigenvalue, by power iteration."""
+    generator = torch.Generator(device=start.device).manual_seed(0)
+    noise = torch.randn(start.shape, generator=generator, device=start.device, dtype=start.dtype)
+    vector = noise / noise.norm()
+    size = 0.0
+    for _ in range(iterations):
+        image = linear.hessian(vector)
+        size = image.norm().item()
+        if size == 0:
+            break
+        vector = image / size
+    if size == 0:
+        raise CurvatureError(
+            "the inner Hessian is zero where the phase settled: the inner loss is linear there, "
+            "and its minimiser does not move with θ smoothly"
+        )
+    return 1.1 * size

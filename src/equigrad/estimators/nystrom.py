@@ -1,0 +1,55 @@
+"""Implicit differentiation by a Nyström approximation of the Hessian."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equigrad.estimators.estimator import Traits
+from equigrad.estimators.implicit import Implicit
+from equigrad.estimators.linearisation import Linearisation
+from equigrad.solvers.solver import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nystrom(Implicit):
+    r"""Inverts `H_k + ρI`, where H_k is a Nyström approximation of rank k (Hataya, Yamada 2023).
+
+        H_k = C W⁺ Cᵀ,   C = H[:, S],  W = H[S, S],   S: k coordinates drawn at random
+
+    so that, by Woodbury's identity, `x = (g - C (ρW + CᵀC)⁻¹ Cᵀ g) / ρ`. No iteration, and a
+    bounded inverse whatever the Hessian; what H has beyond the sampled columns is taken for zero.
+
+    Attributes:
+        rank: k, Hessian-vector products; at most the number of inner parameters is used.
+        damping: ρ > 0.
+        seed: draws the coordinates.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="implicit, Nyström approximation",
+        cost="2K + 3",
+        error="damping; the rest of the spectrum",
+        double_backward=True,
+    )
+
+    rank: int = 20
+    damping: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
+        require(self.damping > 0, f"damping must be positive, got {self.damping}")
+
+    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+        """Sample columns, and apply Woodbury's identity."""
+        generator = torch.Generator().manual_seed(self.seed)
+        sample = torch.randperm(linear.size, generator=generator)[: self.rank].to(pressure.device)
+        units = torch.zeros(len(sample), linear.size, dtype=pressure.dtype, device=pressure.device)
+        units[torch.arange(len(sample), device=pressure.device), sample] = 1
+        columns = torch.stack([linear.hessian(unit) for unit in units], dim=1)
+        inner = self.damping * columns[sample] + columns.T @ columns
+        # a pseudo-inverse: sampled columns may depend on each other
+        weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
+        return (pressure - columns @ weights) / self.damping

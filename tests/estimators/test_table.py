@@ -1,0 +1,13 @@
+from pathlib import Path
+
+from equigrad.estimators import ESTIMATORS
+from equigrad.estimators.table import as_markdown, rows
+
+
+def test_the_docs_hold_the_table_that_the_estimators_make():
+    page = Path(__file__).parents[2] / "docs" / "estimators.md"
+    assert as_markdown() in page.read_text()
+
+
+def test_every_estimator_has_a_row():
+    assert [row[0] for row in rows()] == [estimator.__name__ for estimator in ESTIMATORS]
