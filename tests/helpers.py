@@ -1,8 +1,11 @@
-"""References that owe nothing to the estimators under test."""
+"""References that owe nothing to the estimators under test, and the command line in-process."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from equigrad.cli import main
 from equigrad.evaluation import Evaluation
 from equigrad.problem import Bilevel, Params
 from equigrad.solvers import Solver
@@ -50,3 +53,14 @@ def slope(x: list[float], y: list[float]) -> float:
     log_x, log_y = (torch.tensor(v, dtype=torch.float64).log() for v in (x, y))
     log_x, log_y = log_x - log_x.mean(), log_y - log_y.mean()
     return ((log_x * log_y).sum() / log_x.square().sum()).item()
+
+
+def call_main(*words: object, capsys: Any) -> tuple[int, str]:
+    """The command line in this process: exit code, and all it said in one line."""
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, " ".join((out + err).replace("│", " ").split())

@@ -1,6 +1,7 @@
 """equigrad: meta-gradients through anything that settles."""
 
 from equigrad import nn
+from equigrad.check import Check, check_meta_gradient
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "T1T2",
     "Bilevel",
+    "Check",
     "ConfigurationError",
     "ConjugateGradient",
     "Contrastive",
@@ -48,6 +50,7 @@ __all__ = [
     "SettlingError",
     "Solver",
     "TorchOptimizer",
+    "check_meta_gradient",
     "meta_gradient",
     "nn",
 ]

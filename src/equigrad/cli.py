@@ -2,14 +2,15 @@
 
 import argparse
 import inspect
+import runpy
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from equigrad.errors import EquigradError
+from equigrad.errors import ConfigurationError, EquigradError
 
 try:
     import tyro
@@ -78,17 +79,30 @@ def dispatch(arguments: Sequence[str]) -> None:
         description="Meta-gradients through anything that settles.",
         epilog="`equigrad run digits --help` shows a command's options.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{run,reproduce,list}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{run,reproduce,check,list}")
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in known if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
+    check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
+    check.add_argument(
+        "target",
+        metavar="FILE.py:NAME",
+        help="a dictionary of check_meta_gradient's arguments, or a function that returns one",
+    )
+    check.add_argument("--rtol", type=float, default=1e-2, help="relative error to pass")
+    check.add_argument("--directions", type=int, default=3, help="directions to re-solve along")
+    check.add_argument("--seed", type=int, default=0, help="draws the directions")
 
-    words = parser.parse_args(arguments[:2])
+    of_experiment = bool(arguments) and arguments[0] in VERBS
+    words = parser.parse_args(arguments[:2] if of_experiment else arguments)
     if words.verb == "list":
         show(known)
+        return
+    if words.verb == "check":
+        examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
         return
     for command in known:
         if (command.verb, command.name) == (words.verb, words.name):
@@ -109,6 +123,36 @@ def show(known: Sequence[Command]) -> None:
     for row in rows():
         estimators.add_row(*row)
     console.print(estimators)
+
+
+def examine(target: str, **options: Any) -> None:
+    """Check the problem that a user's file describes; exit code 1 where it is wrong."""
+    from equigrad.check import check_meta_gradient
+
+    path, _, name = target.rpartition(":")
+    if not path or not name:
+        raise ConfigurationError(f"say which problem of which file, as FILE.py:NAME, got {target}")
+    try:
+        scope = runpy.run_path(path)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    if name not in scope:
+        raise ConfigurationError(f"{path} defines no {name!r}")
+    described = scope[name]() if callable(scope[name]) else scope[name]
+    if not isinstance(described, Mapping):
+        raise ConfigurationError(
+            f"{target} must be a dictionary with problem, params, meta_params, solver and, if you "
+            f"like, estimator, or a function that returns one; got {type(described).__name__}"
+        )
+    known = set(inspect.signature(check_meta_gradient).parameters) - options.keys()
+    if unknown := set(described) - known:
+        raise ConfigurationError(f"{target} has {sorted(unknown)}, allowed are {sorted(known)}")
+    if missing := {"problem", "params", "meta_params", "solver"} - set(described):
+        raise ConfigurationError(f"{target} lacks {sorted(missing)}")
+    check = check_meta_gradient(**described, **options)
+    print(check)
+    if not check.passed:
+        raise SystemExit(1)
 
 
 def execute(command: Command, arguments: Sequence[str]) -> None:

@@ -1,0 +1,143 @@
+"""Does the check find what is wrong, and pass what is right?"""
+
+import pytest
+import torch
+
+import equigrad as eg
+from equigrad.testing import CASES, Quadratic
+from helpers import call_main
+
+
+def check(quadratic, steps, estimator, **options):
+    return eg.check_meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(steps),
+        estimator=estimator,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "estimator", "advice"),
+    [
+        (30, eg.Contrastive(beta=1e-3), "Settle longer: the free phase"),
+        (400, eg.Contrastive(beta=0.5), "too large for the curvature"),
+        (60, eg.Contrastive(beta=1e-3, matched=False), "Use matched=True"),
+        (400, eg.T1T2(), "T1T2's own error"),
+        (
+            400,
+            eg.Contrastive(beta=1e-3, nudged_solver=eg.GradientDescent(lr=0.9, max_steps=2)),
+            "give them more steps",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found(quadratic, steps, estimator, advice):
+    found = check(quadratic, steps, estimator)
+    assert not found.passed
+    assert "WRONG" in str(found)
+    assert any(advice in sentence for sentence in found.advice), found.advice
+    # the reported error is the true one
+    true = quadratic.relative_error(found.result.grads["theta"])
+    assert found.relative_error == pytest.approx(true, rel=1e-3)
+
+
+def test_beta_too_small_for_float32():
+    found = check(Quadratic(dtype=torch.float32), 400, eg.Contrastive(beta=1e-5))
+    assert any("too small for torch.float32" in sentence for sentence in found.advice)
+
+
+@pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
+def test_what_is_right_passes(build):
+    case = build(torch.float64)
+    found = eg.check_meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=case.solver,
+        estimator=eg.Contrastive(beta=1e-3, scheme="symmetric"),
+        rtol=1e-4,
+    )
+    assert found.passed, found
+    assert found.advice == ()
+    assert found.cosine > 1 - 1e-8
+    for direction in found.directions:
+        assert direction.estimated == pytest.approx(direction.reference, rel=1e-3)
+
+
+def test_without_a_double_backward_differences_are_the_reference(quadratic):
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return 0.5 * x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return grads[0] * ctx.saved_tensors[0]
+
+    problem = eg.Bilevel(
+        lambda p, m: Opaque.apply(p["w"] - m["c"].tanh()).sum(),
+        lambda p, m: p["w"].cosh().log().sum(),
+    )
+    meta = {"c": torch.linspace(-1, 1, 5, dtype=torch.float64)}
+    found = eg.check_meta_gradient(
+        problem,
+        {"w": torch.zeros(5, dtype=torch.float64)},
+        meta,
+        solver=eg.GradientDescent(lr=0.5, max_steps=100),
+        estimator=eg.Contrastive(beta=1e-4, scheme="symmetric"),
+    )
+    assert found.passed
+    assert "exact" not in found.reference
+
+
+def test_random_state_is_as_before(quadratic):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    check(quadratic, 20, eg.Contrastive())
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("options", [{"directions": 0}, {"rtol": 0.0}])
+def test_bad_options(quadratic, options):
+    with pytest.raises(eg.ConfigurationError, match="directions must be at least 1 and rtol"):
+        check(quadratic, 20, eg.Contrastive(), **options)
+
+
+FILE = """
+import torch, equigrad as eg
+from equigrad.testing import Quadratic
+q = Quadratic()
+right = {"problem": q.problem, "params": q.params(), "meta_params": q.meta_params(),
+         "solver": q.solver(400), "estimator": eg.ConjugateGradient()}
+def wrong():
+    return {**right, "estimator": eg.T1T2()}
+number = 3
+odd = {**right, "speed": 1}
+less = {"problem": q.problem}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        ("mine.py:right", 0, "The meta-gradient is right"),
+        ("mine.py:wrong", 1, "The meta-gradient is WRONG: relative error 0.8"),
+        ("mine.py:number", 2, "must be a dictionary"),
+        ("mine.py:odd", 2, "has ['speed']"),
+        ("mine.py:less", 2, "lacks ['meta_params', 'params', 'solver']"),
+        ("mine.py:absent", 2, "defines no 'absent'"),
+        ("gone.py:right", 2, "cannot read gone.py"),
+        ("mine.py", 2, "as FILE.py:NAME, got mine.py"),
+    ],
+)
+def test_on_the_command_line(tmp_path, monkeypatch, capsys, target, code, words):
+    (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    ended, said = call_main("check", target, capsys=capsys)
+    assert ended == code
+    assert words in said
