@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equigrad.cli import main
 from equigrad.evaluation import Evaluation
+from equigrad.nn import ComplexSynapse
 from equigrad.problem import Bilevel, Params
 from equigrad.solvers import Solver
 
@@ -64,3 +65,18 @@ def call_main(*words: object, capsys: Any) -> tuple[int, str]:
         code = int(ended.code or 0)
     out, err = capsys.readouterr()
     return code, " ".join((out + err).replace("│", " ").split())
+
+
+def small_network(strength: float = 0.05) -> tuple[Bilevel, ComplexSynapse]:
+    """A tanh network with a strength and a centre for every weight."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+    v, w = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+    synapse = ComplexSynapse(net, strength=strength, learn=("strength", "center"))
+    problem = Bilevel(
+        lambda p, m: (synapse(p, x) - y).square().mean(),
+        lambda p, m: (synapse(p, v) - w).square().mean(),
+        regularizer=synapse,
+    )
+    return problem, synapse

@@ -10,7 +10,7 @@ def test_the_example_has_twelve_lines_and_runs(capsys):
     example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     scope = {}
     exec(compile(example, str(README), "exec"), scope)
-    assert len(example.splitlines()) == 12
+    assert len([line for line in example.splitlines() if line]) == 12
     result, meta_params = scope["result"], scope["meta_params"]
     assert isinstance(result, eg.MetaGradient)
     assert result.status.startswith("converged")

@@ -23,11 +23,12 @@ from equigrad.estimators import (
 )
 from equigrad.meta_gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel
-from equigrad.solvers import GradientDescent, Phase, Solver, TorchOptimizer
+from equigrad.solvers import LBFGS, GradientDescent, Phase, Solver, TorchOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LBFGS",
     "T1T2",
     "Bilevel",
     "Check",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_contrastive import small_network
 
 import equigrad as eg
 from equigrad.estimators import ESTIMATORS
 from equigrad.testing import CASES, check_estimator, quadratic_case
+from helpers import small_network
 
 SYMMETRIC = eg.Contrastive(beta=1e-3, scheme="symmetric", points=4)
 EXACT = {

@@ -2,11 +2,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
 
 import equigrad as eg
 from equigrad.testing import Quadratic
-from helpers import along, directional_derivative, random_direction, slope
+from helpers import along, directional_derivative, random_direction, slope, small_network
 
 EXACT = eg.GradientDescent(
     lr=0.4, momentum=0.9, nesterov=True, tol=1e-14, max_steps=5000, check_every=1
@@ -131,20 +130,6 @@ def test_beta_of_either_sign_is_treated_alike(quadratic):
     torch.testing.assert_close((plus + minus) / 2, symmetric, rtol=1e-10, atol=1e-13)
     flipped = exact_phases(quadratic, beta=-0.1, scheme="symmetric")
     torch.testing.assert_close(flipped, symmetric, rtol=1e-10, atol=1e-13)
-
-
-def small_network(strength=0.05):
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
-    v, w = torch.randn(9, 3).double(), torch.randn(9, 1).double()
-    synapse = eg.nn.ComplexSynapse(net, strength=strength, learn=("strength", "center"))
-    problem = eg.Bilevel(
-        lambda p, m: (synapse(p, x) - y).square().mean(),
-        lambda p, m: (synapse(p, v) - w).square().mean(),
-        regularizer=synapse,
-    )
-    return problem, synapse
 
 
 def test_network_against_finite_differences_of_the_resolved_problem():

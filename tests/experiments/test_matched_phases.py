@@ -35,9 +35,20 @@ def test_best_beta_of_the_plain_rule_falls_as_corollary_1_says(points):
     assert measured == pytest.approx(0.5, abs=0.1)
 
 
+def test_drift_helps_the_plain_rule_only_from_the_centre():
+    """The drift left out by matched phases points along the response there, and against it else."""
+    for config, sign in (
+        (MatchedPhases(seeds=1, steps=(5,), start="center"), 1),
+        (MatchedPhases(seeds=1, steps=(5,), start="zero"), -1),
+    ):
+        plain, matched, _ = measure(config)
+        assert sign * plain.alignment > 0.5
+        assert sign * plain.error < sign * matched.error
+
+
 def test_csv_holds_every_point(points):
     lines = as_csv(points).splitlines()
-    assert lines[0] == "rule,steps,distance,error,beta"
+    assert lines[0] == "rule,steps,distance,alignment,error,beta"
     assert len(lines) == 1 + len(points)
     assert from_csv(as_csv(points)) == points
 

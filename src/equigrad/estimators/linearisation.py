@@ -8,6 +8,7 @@ from torch import Tensor
 from equigrad.errors import DoubleBackwardError
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled
+from equigrad.vectors import flatten, unflatten
 
 NO_SECOND_DERIVATIVE = (
     "is not implemented",  # fused attention, cuDNN recurrent networks
@@ -107,17 +108,6 @@ class Linearisation:
             if len(steps) == 1:
                 self._kept = list(gradient)
             yield list(gradient)
-
-
-def flatten(tensors: list[Tensor]) -> Tensor:
-    """One vector, tensor after tensor."""
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The inverse of `flatten`."""
-    parts = vector.split([t.numel() for t in like])
-    return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
 
 
 def first_order_estimators() -> str:

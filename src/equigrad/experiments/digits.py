@@ -91,8 +91,12 @@ class Digits:
     dtype: DtypeName = "float32"
     """Floating-point type."""
 
+    threads: int = 1
+    """CPU threads; a network this small gains nothing from more."""
+
     def __post_init__(self) -> None:
-        for name, least in (("outer_steps", 1), ("checkpoint_every", 1), ("seed", 0)):
+        at_least = {"outer_steps": 1, "checkpoint_every": 1, "seed": 0, "threads": 1}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigurationError(
                     f"{name} must be at least {least}, got {getattr(self, name)}"
@@ -308,6 +312,7 @@ def run(config: Digits, out: Path, *, resume: bool, console: Console) -> dict[st
     Returns:
         The rows of the table by name, one a seed.
     """
+    torch.set_num_threads(config.threads)
     seeds = [config.seed] if config.seeds is None else list(range(config.seeds))
     whole = None if config.seeds is None else RunDirectory(out, config, resume=resume)
     rows: dict[str, list[Row]] = {}

@@ -85,6 +85,8 @@ class Point:
         rule: its name.
         steps: T.
         distance: δ, the free phase's distance to equilibrium.
+        alignment: cosine between the way that the free phase still has to go and the response
+            `dφ*/dβ` to a nudge: what the plain rule's drift is worth.
         error: relative error of the meta-gradient at the best β.
         beta: that β.
     """
@@ -92,6 +94,7 @@ class Point:
     rule: str
     steps: int
     distance: float
+    alignment: float
     error: float
     beta: float
 
@@ -128,26 +131,40 @@ def measure(config: MatchedPhases, known: Sequence[Point] = ()) -> Iterator[Poin
 def best_point(config: MatchedPhases, rule: str, steps: int, quadratics: list[Quadratic]) -> Point:
     """Geometric means over the quadratics, at the β of the grid with the smallest error."""
 
-    def log_error(beta: float) -> float:
-        return float(np.mean([math.log(measured(q, beta)[0]) for q in quadratics]))
+    def measured(beta: float) -> list[Measurement]:
+        return [measure_one(q, config.start, steps, rule, beta) for q in quadratics]
 
-    def measured(quadratic: Quadratic, beta: float) -> tuple[float, float]:
-        return error(quadratic, config.start, steps, rule, beta)
+    def log_error(beta: float) -> float:
+        return float(np.mean([math.log(m.error) for m in measured(beta)]))
 
     betas = config.betas()
     # coarse to fine: the error falls and rises once along the grid
     coarse = min(betas[::5], key=log_error)
-    near = [b for b in betas if 0.3 < b / coarse < 3.2]
-    best = min(near, key=log_error)
-    distances = [measured(q, best)[1] for q in quadratics]
-    distance = math.exp(np.mean(np.log(distances)))
-    return Point(rule, steps, distance, math.exp(log_error(best)), best)
+    best = min((b for b in betas if 0.3 < b / coarse < 3.2), key=log_error)
+    found = measured(best)
+    return Point(
+        rule=rule,
+        steps=steps,
+        distance=math.exp(np.mean([math.log(m.distance) for m in found])),
+        alignment=float(np.mean([m.alignment for m in found])),
+        error=math.exp(log_error(best)),
+        beta=best,
+    )
 
 
-def error(
+@dataclass(frozen=True)
+class Measurement:
+    """What a `Point` averages, for one draw."""
+
+    error: float
+    distance: float
+    alignment: float
+
+
+def measure_one(
     quadratic: Quadratic, start: str, steps: int, rule: str, beta: float
-) -> tuple[float, float]:
-    """Relative error of the estimate, and the free phase's distance to equilibrium."""
+) -> Measurement:
+    """One meta-gradient, and where its free phase stood."""
     meta_params = quadratic.meta_params()
     params = {"phi": meta_params["theta"]} if start == "center" else quadratic.params()
     result = meta_gradient(
@@ -157,8 +174,13 @@ def error(
         solver=quadratic.solver(max_steps=steps),
         estimator=Contrastive(beta=beta, **RULES[rule]),
     )
-    distance = torch.linalg.vector_norm(result.params["phi"] - quadratic.equilibrium()).item()
-    return quadratic.relative_error(result.grads["theta"]), distance
+    remaining = quadratic.equilibrium() - result.params["phi"]
+    response = -quadratic.meta_gradient / quadratic.strength  # ∇ = -λ dφ*/dβ, Appendix E
+    return Measurement(
+        error=quadratic.relative_error(result.grads["theta"]),
+        distance=torch.linalg.vector_norm(remaining).item(),
+        alignment=torch.cosine_similarity(remaining, response, dim=0).item(),
+    )
 
 
 def fitted_slope(points: list[Point], rule: str) -> float:
@@ -173,15 +195,15 @@ def fitted_slope(points: list[Point], rule: str) -> float:
 def as_markdown(points: list[Point], slopes: dict[str, float]) -> str:
     """The table, a row a number of steps."""
     lines = [
-        "| T | distance δ | " + " | ".join(f"{rule}, best β" for rule in RULES) + " |",
-        "| ---: | ---: |" + " ---: |" * len(RULES),
+        "| T | distance δ | alignment | " + " | ".join(f"{rule}, best β" for rule in RULES) + " |",
+        "| ---: | ---: | ---: |" + " ---: |" * len(RULES),
     ]
     for steps in dict.fromkeys(p.steps for p in points):
         row = [p for p in points if p.steps == steps]
         cells = " | ".join(f"{p.error:.1e} (β {p.beta:.1g})" for p in row)
-        lines.append(f"| {steps} | {row[0].distance:.1e} | {cells} |")
+        lines.append(f"| {steps} | {row[0].distance:.1e} | {row[0].alignment:.2f} | {cells} |")
     cells = " | ".join(f"**{slopes[rule]:.2f}**" for rule in RULES)
-    lines.append(f"| slope of log error against log δ, δ < {SETTLING_DISTANCE} | | {cells} |")
+    lines.append(f"| slope of log error against log δ, δ < {SETTLING_DISTANCE} | | | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -200,7 +222,7 @@ def from_csv(text: str) -> list[Point]:
         Point(
             row["rule"],
             int(row["steps"]),
-            *(float(row[name]) for name in ("distance", "error", "beta")),
+            *(float(row[name]) for name in ("distance", "alignment", "error", "beta")),
         )
         for row in csv.DictReader(io.StringIO(text))
     ]

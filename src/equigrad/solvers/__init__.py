@@ -1,8 +1,9 @@
 """How a problem settles: one algorithm a file, one loop for all."""
 
 from equigrad.solvers.gradient_descent import GradientDescent
+from equigrad.solvers.lbfgs import LBFGS
 from equigrad.solvers.settle import Phase, Settled, settle
 from equigrad.solvers.solver import Solver
 from equigrad.solvers.torch_optimizer import TorchOptimizer
 
-__all__ = ["GradientDescent", "Phase", "Settled", "Solver", "TorchOptimizer", "settle"]
+__all__ = ["LBFGS", "GradientDescent", "Phase", "Settled", "Solver", "TorchOptimizer", "settle"]

@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+
+import equigrad as eg
+from equigrad.solvers import settle
+from equigrad.solvers.lbfgs import search
+from equigrad.testing import CASES
+from helpers import small_network
+
+
+def minimise(function, start, **options):
+    """Settle a plain function of one tensor."""
+
+    def loss(params, step):
+        return function(params["x"])
+
+    def velocity(params, step):
+        with torch.enable_grad():
+            x = params["x"].detach().requires_grad_()
+            return (-torch.autograd.grad(function(x), x)[0],)
+
+    return settle(velocity, loss, {"x": start}, eg.LBFGS(**options))
+
+
+def test_rosenbrock():
+    def rosenbrock(x):
+        return (100 * (x[1:] - x[:-1].square()).square() + (1 - x[:-1]).square()).sum()
+
+    start = torch.tensor([-1.2, 1.0, -0.5, 2.0], dtype=torch.float64)
+    settled = minimise(rosenbrock, start, tol=1e-10, max_steps=200)
+    assert settled.phase.outcome == "converged"
+    torch.testing.assert_close(settled.params["x"], torch.ones(4, dtype=torch.float64))
+
+
+def test_a_badly_scaled_quadratic_takes_few_steps():
+    h = torch.tensor([1.0, 3.0, 10.0, 30.0, 100.0], dtype=torch.float64)
+    settled = minimise(lambda x: 0.5 * (h * x * x).sum(), torch.ones(5).double(), tol=1e-12)
+    assert settled.phase.outcome == "converged"
+    assert (
+        settled.phase.steps <= 25
+    )  # gradient descent at 1/L would take log(1e-14)/log(0.99) = 3200
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
+def test_settles_to_what_the_dtype_allows(build, dtype):
+    """Line searches on the loss alone stall near the square root of that."""
+    case = build(dtype)
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(tol=1e-12 if dtype == torch.float64 else 2e-6, max_steps=100),
+        estimator=eg.ConjugateGradient(tol=1e-9 if dtype == torch.float64 else 1e-5),
+    )
+    assert result.phases[0].outcome == "converged"
+    assert case.relative_error(result.grads) < (1e-8 if dtype == torch.float64 else 1e-4)
+
+
+def test_same_minimum_as_gradient_descent_in_fewer_gradients():
+    problem, synapse = small_network()
+    found = {}
+    for solver in (
+        eg.GradientDescent(lr=0.1, momentum=0.95, nesterov=True, tol=1e-9, max_steps=30000),
+        eg.LBFGS(tol=1e-9),
+    ):
+        result = eg.meta_gradient(
+            problem, synapse.params(), synapse.meta_params(), solver=solver, estimator=eg.T1T2()
+        )
+        assert result.phases[0].outcome == "converged"
+        found[type(solver)] = result
+    descent, lbfgs = found[eg.GradientDescent], found[eg.LBFGS]
+    assert lbfgs.outer_loss == pytest.approx(descent.outer_loss, rel=1e-6)
+    assert lbfgs.gradient_evaluations < 0.4 * descent.gradient_evaluations
+
+
+def test_a_loss_that_is_infinite_beyond_a_wall():
+    settled = minimise(
+        lambda x: (x - x.log()).sum(), torch.full((3,), 1e-3, dtype=torch.float64), tol=1e-9
+    )
+    torch.testing.assert_close(settled.params["x"], torch.ones(3, dtype=torch.float64))
+
+
+def test_search_accepts_only_a_flatter_slope_without_a_rise():
+    tried = []
+
+    def along(t):  # a parabola with its minimum at 0.01, far below the first step
+        tried.append(t)
+        return (t - 0.01) ** 2, 2 * (t - 0.01)
+
+    value = search(along, 1e-4, -0.02, first=1.0, rise=0.0, evaluations=30)
+    assert value is not None
+    assert value < 1e-4
+    assert abs(2 * (tried[-1] - 0.01)) <= 0.5 * 0.02
+    assert math.isfinite(value)
+
+
+def test_search_gives_up_where_every_step_rises():
+    left = []
+    assert search(lambda t: (left.append(t) or 1 + t, 1.0), 0.0, -1.0, 1.0, 0.0, 8) is None
+    assert left[-1] == 0.0  # the parameters are back where they were
+
+
+@pytest.mark.parametrize("options", [{"history": 0}, {"max_evaluations": 0}])
+def test_bad_options(options):
+    with pytest.raises(eg.ConfigurationError, match="must be at least 1, got 0"):
+        eg.LBFGS(**options)
