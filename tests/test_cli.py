@@ -106,6 +106,8 @@ def started(folder: Path, lines: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background jobs inherit an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = folder / "run" / "metrics.jsonl"
     for _ in range(6000):
