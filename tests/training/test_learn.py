@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
                 def full(*args, **kwargs):
                     raise OSError(28, "No space left on device")
 
-                monkeypatch.setattr(torch, "save", full)
+                monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(eg.RunError, match=r"No space left on device; checkpoint.pt is as it was"):
         go(callbacks=[Checkpoint(path), FillDisk()])

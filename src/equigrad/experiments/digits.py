@@ -25,7 +25,7 @@ from equigrad.problem import Bilevel, Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import Checkpoint, JsonLines, TensorBoard, learn, pick_device, pick_dtype
 from equigrad.training.device import DeviceName, DtypeName
-from equigrad.training.files import write_whole
+from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.progress import ProgressBar
 
 LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
@@ -276,7 +276,7 @@ class Job:
             state.seconds,
         )
         learned = {"params": params, "meta_params": {n: m.detach() for n, m in meta_params.items()}}
-        write_whole(directory.path / "learned.pt", lambda file: torch.save(learned, file))
+        write_whole(directory.path / "learned.pt", as_bytes(learned))
         history = [
             *state.history,
             {"outer_step": self.config.outer_steps, **accuracy},

@@ -1,5 +1,6 @@
 """Figures of the experiments."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from equigrad.training.files import write_whole
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(path, buffer.getvalue())
 
 
 def strength_learning(

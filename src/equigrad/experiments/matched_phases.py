@@ -20,7 +20,7 @@ from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory
 from equigrad.meta_gradient import meta_gradient
 from equigrad.testing import Quadratic
-from equigrad.training.files import write_text
+from equigrad.training.files import write_whole
 
 RULES = {
     "plain forward": {"scheme": "forward", "matched": False},
@@ -106,11 +106,11 @@ def run(config: MatchedPhases, out: Path, *, resume: bool, console: Console) -> 
     points = from_csv(table.read_text()) if table.exists() else []
     for point in track(measure(config, points), "settling", config.cells, console=console):
         points.append(point)
-        write_text(table, as_csv(points))
+        write_whole(table, as_csv(points))
     slopes = {rule: fitted_slope(points, rule) for rule in RULES}
     text = as_markdown(points, slopes)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    write_text(directory.path / "matched-phases.md", text)
+    write_whole(directory.path / "matched-phases.md", text)
     draw(directory.path / "matched-phases.png", points, slopes)
     return points
 

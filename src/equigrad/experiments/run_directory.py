@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from equigrad.errors import RunError
-from equigrad.training.files import write_text
+from equigrad.training.files import write_whole
 
 
 class RunDirectory:
@@ -54,7 +54,7 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of JSON, whole or not at all."""
-        write_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _write_config(self, config: Any) -> None:
         content = {

@@ -8,7 +8,7 @@ import torch
 
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.meta_gradient import MetaGradient
-from equigrad.training.files import write_whole
+from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.loop import Callback, OuterState
 
 FORMAT = "equigrad checkpoint 1"
@@ -75,7 +75,7 @@ class Checkpoint(Callback):
         if self._whole["step"] == self._saved_step:
             return
         content = {"format": FORMAT, "identity": self.identity, "state": self._whole}
-        write_whole(self.path, lambda file: torch.save(content, file))
+        write_whole(self.path, as_bytes(content))
         self._saved_step = self._whole["step"]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from equigrad.errors import RunError
 from equigrad.meta_gradient import MetaGradient
-from equigrad.training.files import write_text
+from equigrad.training.files import write_whole
 from equigrad.training.loop import Callback, OuterState
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class JsonLines(Callback):
 
     def on_start(self, state: OuterState) -> None:
         """Write what is known, and open for more."""
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in state.history))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in state.history))
         self._file = self.path.open("a")
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
