@@ -21,7 +21,7 @@ from equigrad.estimators import (
     NeumannSeries,
     Nystrom,
 )
-from equigrad.meta_gradient import MetaGradient, meta_gradient
+from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel
 from equigrad.solvers import LBFGS, GradientDescent, Phase, Solver, TorchOptimizer
 

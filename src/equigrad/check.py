@@ -8,7 +8,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, CurvatureError, DoubleBackwardError
 from equigrad.estimators import Contrastive, Estimator, ExactSolve
 from equigrad.evaluation import Evaluation
-from equigrad.meta_gradient import MetaGradient, meta_gradient
+from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel, Params
 from equigrad.solvers import Phase, Solver
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as logistic_loss
 
 from equigrad.estimators import Estimator
-from equigrad.meta_gradient import meta_gradient
+from equigrad.gradient import meta_gradient
 from equigrad.problem import Bilevel, Params
 from equigrad.solvers import GradientDescent, Solver
 from equigrad.theory import finite_difference_weights

@@ -18,7 +18,7 @@ from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory
-from equigrad.meta_gradient import meta_gradient
+from equigrad.gradient import meta_gradient
 from equigrad.testing import Quadratic
 from equigrad.training.files import write_whole
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from equigrad.errors import ConfigurationError, RunError
-from equigrad.meta_gradient import MetaGradient
+from equigrad.gradient import MetaGradient
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.loop import Callback, OuterState
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from equigrad.errors import RunError
-from equigrad.meta_gradient import MetaGradient
+from equigrad.gradient import MetaGradient
 from equigrad.training.files import write_whole
 from equigrad.training.loop import Callback, OuterState
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
-from equigrad.meta_gradient import MetaGradient, meta_gradient
+from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel, Params
 from equigrad.solvers import Solver
 

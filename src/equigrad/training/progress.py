@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equigrad.meta_gradient import MetaGradient
+from equigrad.gradient import MetaGradient
 from equigrad.training.loop import Callback, OuterState
 
 
