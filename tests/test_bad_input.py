@@ -87,6 +87,7 @@ def test_loss_that_is_not_a_function():
         ({"tol": -1e-3}, "tol must be positive, got -0.001"),
         ({"max_steps": None}, "needs max_steps, or a tol"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": 5.5}, "a whole number, or None, got 5.5"),
         ({"check_every": 0}, "check_every must be at least 1"),
     ],
 )
@@ -110,7 +111,7 @@ def test_a_class_in_place_of_an_object():
 
 @pytest.mark.parametrize("max_steps", [7, 500])
 def test_divergence_names_phase_step_and_remedy(max_steps):
-    with pytest.raises(eg.SettlingError, match=r"step size"):
+    with pytest.raises(eg.SettlingError, match=r"β = 0 diverged.* at step \d+.*step size"):
         call(
             inner=lambda p, m: (p["w"] - m["c"]).pow(4).sum(),
             params={"w": torch.full((2,), 30.0)},

@@ -94,6 +94,25 @@ def test_without_a_double_backward_differences_are_the_reference(quadratic):
     assert "exact" not in found.reference
 
 
+@pytest.mark.parametrize("estimator", [eg.T1T2(), eg.Contrastive()])
+def test_a_reference_that_has_not_settled_does_not_pass_judgement(estimator):
+    h = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    problem = eg.Bilevel(
+        lambda p, m: 0.5 * (h * (p["w"] - m["c"]).square()).sum(),
+        lambda p, m: 0.5 * (p["w"] - 1).square().sum(),
+    )
+    found = eg.check_meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"c": torch.full((2,), 2.0, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=1.0, max_steps=100),
+        estimator=estimator,
+    )
+    assert not found.passed
+    assert "is right" not in str(found)
+    assert all(direction.reference != 0 for direction in found.directions)
+
+
 def test_random_state_is_as_before(quadratic):
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -156,10 +156,89 @@ def test_mini_batches_come_in_the_same_order_in_every_phase():
     free, continued = [0, 1, 2, 0], [1, 2, 0, 1]
     # nudged and matched phase see the same batches; ∂L/∂θ is averaged over all
     assert seen["inner"] == check + free + continued + continued + whole + whole
-    assert seen["outer"] == [5, *[5, 6, 5, 6], *[5, 6]]
+    # the check looks at the second outer batch too: θ might act on that one alone
+    assert seen["outer"] == [5, 6, *[5, 6, 5, 6], *[5, 6]]
     assert result.outer_loss == pytest.approx(
         sum((result.params["w"].item() - b) ** 2 for b in (5, 6)) / 2
     )
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("estimator", [eg.Contrastive(beta=1e-4), eg.T1T2()])
+def test_a_meta_parameter_that_acts_on_one_batch_only(order, estimator):
+    """Mean over batches of `100 m[b] + ½(w - c)²`: the direct gradient is 50 for either name."""
+    problem = eg.Bilevel(
+        lambda p, m: 0.5 * (p["w"] - 1).square().sum(),
+        lambda p, m, b: 100 * m["ab"[b]] + 0.5 * p["w"].square().sum(),
+        outer_batches=order,
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {name: torch.tensor(0.0, dtype=torch.float64) for name in "ab"},
+        solver=eg.GradientDescent(lr=0.5, max_steps=30),
+        estimator=estimator,
+    )
+    assert result.grads["a"].item() == pytest.approx(50)
+    assert result.grads["b"].item() == pytest.approx(50)
+
+
+def test_a_tolerance_is_met_by_all_batches_together():
+    """One batch is at its minimum where it starts, the mean of all is not."""
+    batches = [float(b) for b in range(10)]
+    problem = eg.Bilevel(
+        lambda p, m, b: 0.5 * (p["w"] - b - m["c"]).square().sum(),
+        lambda p, m: p["w"].sum(),
+        inner_batches=batches,
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(1, dtype=torch.float64)},
+        {"c": torch.zeros(1, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=1e-3, tol=1e-2, max_steps=20000),
+        estimator=eg.Contrastive(beta=1e-3),
+    )
+    assert result.phases[0].outcome == "converged"
+    assert result.params["w"].item() == pytest.approx(4.5, abs=0.05)
+    assert result.grads["c"].item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_training_flags_are_the_same_in_every_phase():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    seen = []
+
+    def inner(p, m):
+        seen.append(net.training)
+        return (functional_call(net, p, X) - Y).square().mean() * m["scale"]
+
+    def outer(p, m):
+        net.eval()
+        return (functional_call(net, p, Y) - X).square().mean()
+
+    eg.meta_gradient(
+        eg.Bilevel(inner, outer),
+        dict(net.named_parameters()),
+        {"scale": torch.ones(())},
+        solver=eg.GradientDescent(lr=0.01, max_steps=3),
+        estimator=eg.T1T2(),
+    )
+    assert all(seen)
+    assert net.training
+
+
+def test_frozen_parameters_that_settle_are_named():
+    net = nn.Linear(3, 3)
+    net.bias.requires_grad_(False)
+    result = eg.meta_gradient(
+        eg.Bilevel(
+            lambda p, m: (functional_call(net, p, X) - m["y"]).square().mean(),
+            lambda p, m: (functional_call(net, p, Y) - X).square().mean(),
+        ),
+        dict(net.named_parameters()),
+        {"y": Y},
+        solver=SOLVER,
+    )
+    assert "params 'bias' are frozen" in result.status
 
 
 def test_modules_are_found_where_people_keep_them():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from equigrad.errors import ConfigurationError, EquigradError
+from equigrad.errors import ConfigurationError, EquigradError, RunError
 
 try:
     import tyro
@@ -173,6 +173,8 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
             bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run in --out.")
         ] = False,
     ) -> None:
+        if resume and (out is None or not out.exists()):
+            raise RunError(f"nothing to resume in {out or 'a new folder'}; name the run with --out")
         folder = out or default_directory(command.name)
         try:
             command.work(config, folder, resume=resume, console=console)

@@ -1,15 +1,16 @@
 """One meta-gradient's workplace: evaluates a problem at fixed meta-parameters, and counts."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
-from equigrad.errors import ProblemError
+from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.problem import Bilevel, Params, Velocity
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Settled, Solver, settle
@@ -38,13 +39,21 @@ class Evaluation:
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
         self.gradient_evaluations = 0
         self.notes: list[str] = []
+        frozen = [
+            n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad
+        ]
+        if frozen:
+            self.notes.append(
+                f"params {_names(frozen)} are frozen (requires_grad=False) in their module, and "
+                f"settle all the same; leave them out of params to keep them"
+            )
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
         self._exit.enter_context(torch.enable_grad())
         modules = self.problem.modules or ()
-        for part in (part for module in modules for part in module.modules()):
-            self._exit.callback(setattr, part, "training", part.training)
+        self._flags = [(part, part.training) for module in modules for part in module.modules()]
+        self._exit.callback(self._restore_flags)
         tensors = [*self.params.values(), *self.meta_params.values()]
         self._buffers = self._exit.enter_context(KeptBuffers(modules))
         self._randomness = self._exit.enter_context(CommonRandomness(tensors))
@@ -54,7 +63,12 @@ class Evaluation:
             self._exit.close()
             raise
         self._buffers.restore(self._buffers.before)
+        self._restore_flags()
         return self
+
+    def _restore_flags(self) -> None:
+        for part, training in self._flags:
+            part.training = training
 
     def __exit__(self, *exception: object) -> None:
         self._exit.close()
@@ -63,7 +77,8 @@ class Evaluation:
 
     def settle(self, solver: Solver) -> Settled:
         """The free phase: settle from the given parameters, without nudge."""
-        free = settle(self._velocity(0.0), self._loss(0.0), self.params, solver)
+        batches = self._batches(solver, 0.0)
+        free = settle(self._velocity(0.0), self._loss(0.0), self.params, solver, batches=batches)
         return dataclasses.replace(free, buffers=self._buffers.snapshot())
 
     def settle_nudged(
@@ -96,12 +111,25 @@ class Evaluation:
             previous=free.solver_state if keep_momentum else None,
             first_step=free.end_step,
             steps=steps,
+            batches=self._batches(solver, beta),
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
 
     def stand_at(self, settled: Settled) -> None:
-        """Put the modules' buffers as they were when a phase ended."""
+        """Put the modules' buffers as they were when a phase ended, and their training flags."""
         self._buffers.restore(settled.buffers)
+        self._restore_flags()
+
+    def _batches(self, solver: Solver, beta: float) -> int:
+        """How many steps make a pass over the data of a phase."""
+        inner = len(self.batch_steps("inner"))
+        batches = math.lcm(inner, len(self.batch_steps("outer"))) if beta != 0 else inner
+        if batches > 1 and solver.fixed_loss:
+            raise ConfigurationError(
+                f"{type(solver).__name__} needs a loss that is the same at every evaluation, and "
+                f"this problem has mini-batches; use GradientDescent or TorchOptimizer"
+            )
+        return batches
 
     def _velocity(self, beta: float) -> Velocity:
         velocity = self.problem.velocity_at(self.meta_params, beta, self._randomness)
@@ -168,6 +196,8 @@ class Evaluation:
         steps = self.batch_steps(stream)
         for step in steps:
             loss = self.data_loss(stream, at.params, meta, step)
+            if not loss.requires_grad:  # a batch that no meta-parameter acts on
+                continue
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
             self.gradient_evaluations += 1
@@ -235,9 +265,11 @@ class Evaluation:
                     f"with torch.func.functional_call"
                 )
             moved |= moves
-            self._reached[stream] = [
-                name for name, r in zip(meta, reached[len(params) :], strict=True) if r
-            ]
+            found = {name for name, r in zip(meta, reached[len(params) :], strict=True) if r}
+            for step in self.batch_steps(stream)[1:]:
+                if len(found) < len(meta):
+                    found |= self._reached_on(stream, meta, step)
+            self._reached[stream] = [name for name in meta if name in found]
         seen = set(self._reached["inner"]) | set(self._reached["outer"])
         regularizer = self.problem.regularizer
         if regularizer is not None:
@@ -256,6 +288,15 @@ class Evaluation:
         idle = sorted(set(params) - moved)
         if idle:
             self.notes.append(f"no loss depends on params {_names(idle)}")
+
+    def _reached_on(self, stream: Stream, meta: Params, step: int) -> set[str]:
+        """The meta-parameters that a later batch's loss depends on."""
+        loss = self.data_loss(stream, self.params, meta, step)
+        if not loss.requires_grad:
+            return set()
+        self.gradient_evaluations += 1
+        grads = torch.autograd.grad(loss, list(meta.values()), allow_unused=True)
+        return {name for name, g in zip(meta, grads, strict=True) if g is not None}
 
     def _checked_loss(self, stream: Stream, params: Params, meta: Params) -> Tensor:
         try:

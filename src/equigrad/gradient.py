@@ -28,8 +28,8 @@ class MetaGradient:
         error_estimate: estimated relative error of `grads`, where the estimator has one.
     """
 
-    grads: dict[str, Tensor]
-    params: dict[str, Tensor]
+    grads: dict[str, Tensor] = field(repr=False)
+    params: dict[str, Tensor] = field(repr=False)
     outer_loss: float
     status: str
     phases: tuple[Phase, ...]
@@ -131,7 +131,7 @@ def _status(phases: tuple[Phase, ...], grads: dict[str, Tensor], notes: list[str
     sentences += [
         f"phase β={phase.beta:g} {phase}"
         for phase in phases[1:]
-        if phase.outcome == "not converged"
+        if phase.outcome in ("not converged", "stalled")
     ]
     zero = [name for name, grad in grads.items() if not grad.any()]
     if zero:

@@ -18,7 +18,7 @@ EXACT = {
 }
 IDENTITY = {
     "t1t2": (eg.T1T2(), 1e-9),
-    "finite difference t1t2": (eg.FiniteDifferenceT1T2(epsilon=1e-4), 1e-6),
+    "finite difference t1t2": (eg.FiniteDifferenceT1T2(distance=1e-4), 1e-6),
 }
 
 
@@ -116,7 +116,7 @@ def test_one_symmetric_step_is_lr_times_finite_difference_t1t2_exactly():
         lambda p: case.problem.outer_loss({"phi": p}, {}), phi
     )
     size = torch.linalg.vector_norm(pressure).item()
-    difference = settled(case, eg.FiniteDifferenceT1T2(epsilon=eta * beta * size))
+    difference = settled(case, eg.FiniteDifferenceT1T2(distance=eta * beta * size))
     torch.testing.assert_close(contrast["theta"], eta * difference["theta"], rtol=1e-9, atol=1e-12)
 
 
@@ -239,7 +239,7 @@ def test_a_hessian_too_large_to_form():
         (lambda: eg.Nystrom(rank=0), "rank must be at least 1"),
         (lambda: eg.Nystrom(damping=0.0), "damping must be positive"),
         (lambda: eg.ExactSolve(max_size=0), "max_size must be at least 1"),
-        (lambda: eg.FiniteDifferenceT1T2(epsilon=0.0), "epsilon must be positive"),
+        (lambda: eg.FiniteDifferenceT1T2(distance=0.0), "distance must be positive"),
     ],
 )
 def test_knobs_that_cannot_work(make, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import equigrad as eg
+from equigrad.evaluation import Evaluation
 from equigrad.testing import Quadratic
 from helpers import along, directional_derivative, random_direction, slope, small_network
 
@@ -180,15 +181,33 @@ def test_phases_with_a_tolerance_are_matched_in_length(quadratic):
     assert sorted(phase.beta for phase in others) == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
-def test_nudge_below_the_tolerance_is_named(quadratic):
+def test_a_nudge_far_below_the_tolerance_is_answered_all_the_same(quadratic):
+    """An absolute tolerance would call the nudged phase settled before it had moved."""
     result = eg.meta_gradient(
         quadratic.problem,
         quadratic.params(),
         quadratic.meta_params(),
-        solver=eg.GradientDescent(lr=0.8, max_steps=2000, tol=1e-4),
+        solver=eg.GradientDescent(lr=0.8, max_steps=2000, tol=1e-5),
         estimator=eg.Contrastive(beta=1e-5),
     )
-    assert "lower tol or raise beta" in result.status
+    assert result.phases[-1].outcome == "converged"
+    assert quadratic.relative_error(result.grads["theta"]) < 0.05
+
+
+def test_kept_momentum_is_handed_to_the_nudged_phases(quadratic):
+    """One nudged step of size η from kept momentum m goes η μ m further than from a reset one."""
+
+    def end(momentum):
+        with Evaluation(
+            quadratic.problem, quadratic.params(), quadratic.meta_params()
+        ) as evaluation:
+            solver = eg.GradientDescent(lr=0.5, momentum=0.9, max_steps=7)
+            free = evaluation.settle(solver)
+            nudged = evaluation.settle_nudged(free, solver, 0.1, keep_momentum=momentum, steps=1)
+            return free, nudged.params["phi"]
+
+    (free, kept), (_, reset) = end(True), end(False)
+    torch.testing.assert_close(kept - reset, 0.5 * 0.9 * free.solver_state[0])
 
 
 def test_nudge_below_rounding_is_named():
@@ -233,11 +252,13 @@ def test_knobs_that_cannot_work(options, message):
 
 def test_momentum_cannot_be_handed_to_another_kind_of_solver(quadratic):
     adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-2}, max_steps=5)
-    with pytest.raises(eg.ConfigurationError, match="momentum='reset'"):
-        eg.meta_gradient(
-            quadratic.problem,
-            quadratic.params(),
-            quadratic.meta_params(),
-            solver=quadratic.solver(max_steps=5),
-            estimator=eg.Contrastive(nudged_solver=adam),
-        )
+    sgd = eg.TorchOptimizer(optimizer=torch.optim.SGD, options={"lr": 1e-2}, max_steps=5)
+    for solver in (quadratic.solver(max_steps=5), sgd):
+        with pytest.raises(eg.ConfigurationError, match="momentum='reset'"):
+            eg.meta_gradient(
+                quadratic.problem,
+                quadratic.params(),
+                quadratic.meta_params(),
+                solver=solver,
+                estimator=eg.Contrastive(nudged_solver=adam),
+            )

@@ -127,7 +127,13 @@ def test_log_strengths_cannot_become_negative():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"strength": -1.0}, eg.ConfigurationError, "strength must be at least 0, got -1"),
+        (
+            {"strength": -1.0},
+            eg.ConfigurationError,
+            "strength must be at least 0 and finite, got -1",
+        ),
+        ({"strength": float("inf")}, eg.ConfigurationError, "finite, got inf for '0.weight'"),
+        ({"center": float("nan")}, eg.ConfigurationError, "center must be finite"),
         ({"strength": float("nan")}, eg.ConfigurationError, "strength must be"),
         ({"strength": 0.0, "positivity": "log"}, eg.ConfigurationError, "positive for log"),
         ({"learn": ()}, eg.ConfigurationError, "learn must name"),

@@ -107,3 +107,44 @@ def test_search_gives_up_where_every_step_rises():
 def test_bad_options(options):
     with pytest.raises(eg.ConfigurationError, match="must be at least 1, got 0"):
         eg.LBFGS(**options)
+
+
+def test_at_rest_nothing_moves():
+    """A matched phase starts where the free one rests, and runs its steps there."""
+    case_problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["c"]).square().sum(), lambda p, m: (p["w"] - 3).square().sum()
+    )
+    result = eg.meta_gradient(
+        case_problem,
+        {"w": torch.ones(1, dtype=torch.float64)},
+        {"c": torch.zeros(1, dtype=torch.float64)},
+        solver=eg.LBFGS(tol=1e-8),
+        estimator=eg.Contrastive(beta=1e-4, scheme="symmetric"),
+    )
+    assert result.grads["c"].item() == pytest.approx(-6)
+    matched = eg.meta_gradient(
+        case_problem,
+        {"w": torch.zeros(1, dtype=torch.float64)},
+        {"c": torch.zeros(1, dtype=torch.float64)},
+        solver=eg.LBFGS(tol=1e-8),
+        estimator=eg.Contrastive(beta=1e-4),
+    )
+    assert matched.grads["c"].item() == pytest.approx(-6, rel=1e-3)
+
+
+def test_a_tolerance_below_rounding_ends_as_stalled():
+    settled = minimise(lambda x: (x.cosh() + 0.1 * x).sum(), torch.ones(5), tol=1e-12)
+    assert settled.phase.outcome in ("stalled", "converged")
+    assert settled.phase.steps < 100
+
+
+def test_mini_batches_are_refused():
+    problem = eg.Bilevel(
+        lambda p, m, b: (p["w"] - m["c"] - b).square().sum(),
+        lambda p, m: p["w"].sum(),
+        inner_batches=[0.0, 1.0],
+    )
+    with pytest.raises(eg.ConfigurationError, match=r"LBFGS needs a loss that is the same"):
+        eg.meta_gradient(
+            problem, {"w": torch.ones(1)}, {"c": torch.ones(1)}, solver=eg.LBFGS(tol=1e-3)
+        )

@@ -118,6 +118,25 @@ def test_interrupt_in_the_middle_of_a_step_saves_the_step_before(tmp_path):
     assert bits(resumed) == bits(go())
 
 
+def test_a_failing_callback_does_not_keep_the_checkpoint_from_being_written(tmp_path):
+    class Broken(Callback):
+        def on_end(self, state, error):
+            raise ValueError("the logger is gone")
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(ValueError, match="the logger is gone"):
+        go(callbacks=[Checkpoint(path, every=100), Broken(), Stop(2)])
+    assert load_checkpoint(path, "")["state"]["step"] == 2
+
+
+def test_projection_follows_every_step():
+    def project(meta_params):
+        meta_params["rho"].data.clamp_(min=-2.05)
+
+    assert go(steps=5, project=project).meta_params["rho"].item() == pytest.approx(-2.05)
+    assert go(steps=5).meta_params["rho"].item() < -2.05
+
+
 def test_json_lines_hold_each_step_once(tmp_path):
     log, path = tmp_path / "metrics.jsonl", tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):

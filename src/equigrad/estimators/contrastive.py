@@ -95,9 +95,10 @@ class Contrastive(Estimator):
         """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
         nudged_solver = self.nudged_solver or solver
         require(
-            self.momentum == "reset" or type(nudged_solver) is type(solver),
-            f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to a "
-            f"{type(nudged_solver).__name__}, which cannot read it; use momentum='reset'",
+            self.momentum == "reset" or nudged_solver.continues(solver),
+            f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to "
+            f"another solver ({type(nudged_solver).__name__}) that cannot read it; use "
+            f"momentum='reset'",
         )
         free = evaluation.settle(solver)
         settled: dict[int, Settled] = {}
@@ -125,17 +126,7 @@ class Contrastive(Estimator):
         )
 
     def _note_weak_contrast(self, evaluation: Evaluation, states: list[Settled]) -> None:
-        """Say so where phases stopped too early, or differ by little more than rounding."""
-        for phase in (state.phase for state in states):
-            if (
-                phase.outcome == "converged"
-                and phase.beta
-                and (phase.residual > 0.1 * phase.start_residual)
-            ):
-                evaluation.notes.append(
-                    f"phase β={phase.beta:g} met tol={phase.tol:g} after hardly moving (residual "
-                    f"{phase.start_residual:.1e} to {phase.residual:.1e}); lower tol or raise beta"
-                )
+        """Say so where the phases differ by little more than rounding."""
         one, other = (list(state.params.values()) for state in states[:2])
         moved, size = (
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()

@@ -23,7 +23,7 @@ class FiniteDifferenceT1T2(Estimator):
     phases take a single gradient step of size η, divided by η, with `ε = ηβ`.
 
     Attributes:
-        epsilon: the distance `ε ‖g‖` between φ and either point.
+        distance: `ε ‖g‖`, from φ to either point.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -33,10 +33,10 @@ class FiniteDifferenceT1T2(Estimator):
         double_backward=False,
     )
 
-    epsilon: float = 1e-2
+    distance: float = 1e-2
 
     def __post_init__(self) -> None:
-        require(0 < self.epsilon < math.inf, f"epsilon must be positive, got {self.epsilon}")
+        require(0 < self.distance < math.inf, f"distance must be positive, got {self.distance}")
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, and contrast `∂L_in/∂θ` on both sides along the outer gradient."""
@@ -46,7 +46,7 @@ class FiniteDifferenceT1T2(Estimator):
         if size == 0:
             evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
             return Estimate(grads=grads, phases=(free,))
-        epsilon = self.epsilon / size
+        epsilon = self.distance / size
         sides = []
         for sign in (1, -1):
             moved = {n: p + sign * epsilon * pressure[n] for n, p in free.params.items()}

@@ -267,6 +267,7 @@ class Job:
                 ProgressBar(f"seed {self.seed} {name}", console),
             ],
         )
+        console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
         # what the last step of the strengths is worth: learn once more
         accuracy, params, evaluations = self.settle(None, meta_params)
         row = Row(

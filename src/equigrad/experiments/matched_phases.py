@@ -64,6 +64,11 @@ class MatchedPhases:
                 f"seeds, dim and every one of steps must be at least 1, got {self.seeds}, "
                 f"{self.dim}, {self.steps}"
             )
+        if self.smallest_exponent > 0 or len(set(self.steps)) < len(self.steps):
+            raise ConfigurationError(
+                f"smallest_exponent must be at most 0 and steps must differ, got "
+                f"{self.smallest_exponent} and {self.steps}"
+            )
         if not self.strength > 0:
             raise ConfigurationError(f"strength must be positive, got {self.strength}")
 

@@ -1,6 +1,5 @@
 """The complex synapse: a weight, what it is pulled to, and how strongly."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -75,12 +74,16 @@ class ComplexSynapse(Functional):
         self._log = positivity == "log" and "strength" in self.learn
         self._strength = self._spread("strength", strength)
         self._center = self._spread("center", self._initial if center == "init" else center)
-        smallest = min(float(s.min()) for s in self._strength.values())
-        if not 0 <= smallest < math.inf or (self._log and smallest == 0):
-            raise ConfigurationError(
-                f"strength must be {'positive for log λ' if self._log else 'at least 0'}, "
-                f"got {smallest}"
-            )
+        for name, s in self._strength.items():
+            allowed = s > 0 if self._log else s >= 0
+            bad = s[~(allowed & s.isfinite())]
+            if bad.numel():
+                raise ConfigurationError(
+                    f"strength must be {'positive for log λ' if self._log else 'at least 0'} and "
+                    f"finite, got {bad[0].item()} for {name!r}"
+                )
+        if not all(c.isfinite().all() for c in self._center.values()):
+            raise ConfigurationError("center must be finite")
         self._centered = "center" in self.learn or any(c.any() for c in self._center.values())
 
     def meta_params(self) -> dict[str, Tensor]:
@@ -99,7 +102,12 @@ class ComplexSynapse(Functional):
     @property
     def meta_names(self) -> frozenset[str]:
         """Names of the meta-parameters."""
-        return frozenset(self.meta_params())
+        names = set()
+        if "strength" in self.learn:
+            names |= {self._strength_name(name) for name in self._initial}
+        if "center" in self.learn:
+            names |= {f"center.{name}" for name in self._initial}
+        return frozenset(names)
 
     def strengths(self, meta_params: Params) -> dict[str, Tensor]:
         """λ by name of the weight it acts on."""

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class LBFGS(Solver):
         20
     """
 
+    fixed_loss: ClassVar[bool] = True
+
     history: int = 20
     max_evaluations: int = 20
     check_every: int = 1
@@ -62,9 +64,11 @@ class LBFGS(Solver):
         velocity: tuple[Tensor, ...],
         state: "Memory",
         objective: Objective,
-    ) -> None:
+    ) -> bool:
         """One iteration: a direction, and how far to go along it."""
         position, gradient = flatten(params), -flatten(velocity)
+        if not gradient.any():
+            return True
         state.learn(position, gradient)
         direction = state.direction(gradient)
         slope = gradient.dot(direction).item()
@@ -83,6 +87,7 @@ class LBFGS(Solver):
         first = 1.0 if state.moves else min(1.0, 1 / gradient.abs().sum().item())
         eps = torch.finfo(gradient.dtype).eps
         state.loss = search(along, loss, slope, first, 10 * eps * abs(loss), self.max_evaluations)
+        return state.loss is not None
 
 
 @dataclass

@@ -13,6 +13,9 @@ from equigrad.errors import SettlingError
 from equigrad.problem import Params, Velocity
 from equigrad.solvers.solver import Solver
 
+ANSWERED = 1e-2
+"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -25,7 +28,8 @@ class Phase:
         residual: norm of the velocity where it was last evaluated: at the settled state where
             `converged`, else one step before the end.
         outcome: `converged` (residual ≤ tol), `not converged` (a tolerance was asked for and not
-            reached) or `stopped` (ran the steps it was given; no tolerance applied).
+            reached), `stalled` (the solver found no step that helps, short of the tolerance) or
+            `stopped` (ran the steps it was given; no tolerance applied).
         tol: the tolerance that applied, or None.
     """
 
@@ -33,11 +37,12 @@ class Phase:
     steps: int
     start_residual: float
     residual: float
-    outcome: Literal["converged", "not converged", "stopped"]
+    outcome: Literal["converged", "not converged", "stalled", "stopped"]
     tol: float | None = None
 
     def __str__(self) -> str:
-        tolerance = "" if self.outcome != "not converged" else f" (tol {self.tol:.2g})"
+        missed = self.outcome in ("not converged", "stalled") and self.tol is not None
+        tolerance = f" (tol {self.tol:.2g})" if missed else ""
         return f"{self.outcome}: residual {self.residual:.2g} after {self.steps} steps{tolerance}"
 
 
@@ -71,6 +76,7 @@ def settle(
     previous: Any = None,
     first_step: int = 0,
     steps: int | None = None,
+    batches: int = 1,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -83,6 +89,8 @@ def settle(
         previous: solver state to go on from.
         first_step: number of the first step, which decides batches and randomness.
         steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
+        batches: mini-batches that make up the loss. With several, the residual is that of the
+            velocity averaged over the last whole passes, and is looked at after a pass.
 
     Returns:
         The settled state.
@@ -94,15 +102,25 @@ def settle(
     leaves = list(params.values())
     state = solver.init(leaves, previous)
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
-    step, start_residual, residual, rests = 0, math.nan, math.nan, False
+    step, start_residual, residual, rests, stalled = 0, math.nan, math.nan, False, False
+    every = batches * math.ceil(solver.check_every / batches)
+    passed: list[Tensor] = []
+    count = 0
 
     def objective() -> tuple[Tensor, tuple[Tensor, ...]]:
         return loss(params, first_step + step), velocity(params, first_step + step)
 
     for step in itertools.count():
         v = velocity(params, first_step + step)
-        if step % solver.check_every == 0 or step + 1 == limit:
-            residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v))).item()
+        last = limit is not None and step + 1 >= limit
+        if batches > 1:
+            passed = list(torch._foreach_add(passed, v)) if passed else list(v)
+            count += 1
+        if last or (step % every == 0 if batches == 1 else count == every):
+            mean = passed or v
+            residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
+            residual /= max(count, 1)
+            passed, count = [], 0
             if not math.isfinite(residual):
                 raise SettlingError(
                     f"the phase with β = {beta:g} diverged: the velocity is {residual} at step "
@@ -110,18 +128,20 @@ def settle(
                     + (" or the nudging strength beta" if beta else "")
                     + ", or start nearer to a minimum"
                 )
-            if step == 0:
+            if math.isnan(start_residual):
                 start_residual = residual
-            # a nudged phase starts almost at rest, and must move before it may be called settled
-            if tol is not None and residual <= tol and (step > 0 or beta == 0):
+            # a nudged phase starts almost at rest: it is settled when the nudge is answered
+            target = tol if tol is None or beta == 0 else min(tol, ANSWERED * start_residual)
+            if target is not None and residual <= target:
                 rests = True
                 break
-        solver.update(leaves, v, state, objective)
-        if step + 1 == limit:
+        stalled = solver.update(leaves, v, state, objective) is False
+        if last or stalled:
             step += 1
             break
 
-    outcome = "converged" if rests else "stopped" if tol is None else "not converged"
+    outcome = "stopped" if tol is None else "not converged"
+    outcome = "converged" if rests else "stalled" if stalled else outcome
     return Settled(
         params={name: p.detach() for name, p in params.items()},
         solver_state=state,

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,15 +23,20 @@ class Solver(ABC):
         tol: a phase has settled when the Euclidean norm of the velocity `-∂L/∂φ`, taken over all
             parameters, is at most this; None to run all `max_steps`.
         check_every: steps between two looks at that norm.
+        fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
     """
+
+    fixed_loss: ClassVar[bool] = False
 
     max_steps: int | None = 1000
     tol: float | None = None
     check_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigurationError(f"max_steps must be at least 1, or None, got {self.max_steps}")
+        if self.max_steps is not None and not (_is_int(self.max_steps) and self.max_steps >= 1):
+            raise ConfigurationError(
+                f"max_steps must be at least 1, a whole number, or None, got {self.max_steps!r}"
+            )
         if self.tol is not None and not 0 < self.tol < math.inf:
             raise ConfigurationError(
                 f"tol must be positive, got {self.tol}; None runs all max_steps without a tolerance"
@@ -40,8 +45,14 @@ class Solver(ABC):
             raise ConfigurationError(
                 "a solver needs max_steps, or a tol > 0, or both: with neither it never stops"
             )
-        if self.check_every < 1:
-            raise ConfigurationError(f"check_every must be at least 1, got {self.check_every}")
+        if not (_is_int(self.check_every) and self.check_every >= 1):
+            raise ConfigurationError(
+                f"check_every must be at least 1, a whole number, got {self.check_every!r}"
+            )
+
+    def continues(self, other: "Solver") -> bool:
+        """Whether `init` can go on from a state of the other solver."""
+        return type(self) is type(other)
 
     @abstractmethod
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
@@ -56,7 +67,7 @@ class Solver(ABC):
     @abstractmethod
     def update(
         self, params: list[Tensor], velocity: tuple[Tensor, ...], state: Any, objective: Objective
-    ) -> None:
+    ) -> bool | None:
         """Move `params` and `state` by one step, in place; called without recording a graph.
 
         Args:
@@ -64,7 +75,14 @@ class Solver(ABC):
             velocity: `-∂L/∂φ` at `params`, one tensor a parameter; not to be changed.
             state: what `init` returned.
             objective: evaluates loss and velocity again, for rules that look around.
+
+        Returns:
+            False where no step could be found that does not make it worse; the phase ends there.
         """
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def require(holds: bool, message: str) -> None:

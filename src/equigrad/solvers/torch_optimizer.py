@@ -4,17 +4,18 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from equigrad.errors import ConfigurationError
 from equigrad.solvers.solver import Objective, Solver, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchOptimizer(Solver):
-    """Settles with any class of `torch.optim`, or any class with the same interface.
+    """Settles with a class of `torch.optim`, or any class with the same interface.
 
     The optimiser is never differentiated, so square roots, line searches and fused kernels are all
     fine. Weight decay inside the optimiser is not part of the inner loss that the estimators see:
@@ -44,13 +45,24 @@ class TorchOptimizer(Solver):
             f"its arguments go into options={{...}}",
         )
         try:
-            self.optimizer([torch.zeros(1, requires_grad=True)], **self.options)
-        except (TypeError, ValueError) as error:
-            require(False, f"{self.optimizer.__name__} refuses options {self.options}: {error}")
+            inspect.signature(self.optimizer).bind([], **self.options)
+        except TypeError as error:
+            self._refused(error)
+
+    def continues(self, other: Solver) -> bool:
+        """Only from the same class of optimiser."""
+        return isinstance(other, TorchOptimizer) and other.optimizer is self.optimizer
+
+    def _refused(self, error: Exception) -> NoReturn:
+        name, options = self.optimizer.__name__, dict(self.options)
+        raise ConfigurationError(f"{name} refuses options {options}: {error}") from error
 
     def init(self, params: list[Tensor], previous: Any = None) -> torch.optim.Optimizer:
         """A new optimiser over `params`, with the state of an earlier phase where given."""
-        optimizer = self.optimizer(params, **self.options)
+        try:
+            optimizer = self.optimizer(params, **self.options)
+        except (TypeError, ValueError) as error:
+            self._refused(error)
         if previous is not None:
             state = copy.deepcopy(previous.state_dict())
             state["param_groups"] = optimizer.state_dict()["param_groups"]

@@ -1,7 +1,7 @@
 """The outer loop, and what watches it.
 
-`ProgressBar` and `TensorBoard` need the extra `experiments`; they are imported from their own
-modules, so that the loop itself needs torch alone.
+The loop needs torch alone; `TensorBoard` needs the package tensorboard when it starts, and
+`equigrad.training.progress.ProgressBar` is in a module of its own because it needs rich.
 """
 
 from equigrad.training.checkpoint import Checkpoint

@@ -68,7 +68,9 @@ class Checkpoint(Callback):
 
     def _keep(self, state: OuterState) -> None:
         # a copy: an interrupt in the middle of the next step may not leak into it
-        self._whole = copy.deepcopy(state.state_dict())
+        whole = state.state_dict()
+        history = list(whole.pop("history"))  # its rows do not change
+        self._whole = {**copy.deepcopy(whole), "history": history}
 
     def _write(self) -> None:
         assert self._whole is not None

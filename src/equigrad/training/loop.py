@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,8 +179,9 @@ def learn(
         error = caught
         raise
     finally:
-        for callback in reversed(callbacks):
-            callback.on_end(state, error)
+        with ExitStack() as ends:  # every one of them, also where another fails
+            for callback in callbacks:
+                ends.callback(callback.on_end, state, error)
     return state
 
 
