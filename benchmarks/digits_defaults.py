@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 import equigrad as eg
-from equigrad.experiments.digits import RULE, Digits, Job
+from equigrad.experiments.digits import Digits, Job
 from equigrad.training import learn
 
+RULE = Digits().rule()
 VARIANTS: dict[str, eg.Estimator] = {
     "T1-T2": eg.T1T2(),
     **{f"plain forward, β {b}": replace(RULE, beta=b, matched=False) for b in (0.3, 1.0, 3.0)},

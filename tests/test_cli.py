@@ -146,6 +146,7 @@ def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
     [
         (["--seed", "seven"], "seven"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", "7", "--seeds", "2"], "not both"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--solver.lr", "0"], "lr must be positive, got 0"),
         (["--contrastive.beta", "0"], "beta must be a finite number other than 0"),

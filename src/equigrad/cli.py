@@ -132,6 +132,7 @@ def examine(target: str, **options: Any) -> None:
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise ConfigurationError(f"say which problem of which file, as FILE.py:NAME, got {target}")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # what the file imports from beside it
     try:
         scope = runpy.run_path(path)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The same dice in every phase."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Literal, Self
 
 import torch
@@ -50,5 +50,6 @@ class CommonRandomness:
         seed = self._base + 2 * step + (stream == "outer")
         torch.default_generator.manual_seed(seed)
         for device in self._devices:
-            with torch.get_device_module(device).device(device):
-                torch.get_device_module(device).manual_seed(seed)
+            module = torch.get_device_module(device)
+            with getattr(module, "device", nullcontext)(device):
+                module.manual_seed(seed)

@@ -135,5 +135,6 @@ class Contrastive(Estimator):
         if moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.notes.append(
                 f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
-                f"{moved:.1e} of a norm of {size:.1e}; raise beta, or use torch.float64"
+                f"{moved:.1e} of a norm of {size:.1e}; raise beta"
+                + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )

@@ -29,7 +29,7 @@ from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.progress import ProgressBar
 
 LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
-RULE = Contrastive(beta=0.1, nudged_solver=replace(LEARNER, max_steps=100))
+RULE = Contrastive(beta=0.1)
 
 EstimatorName = Literal["contrastive", "t1t2"]
 LABELS = {
@@ -80,7 +80,10 @@ class Digits:
     """How the network learns from the ten images: the free phase, from the same start each time."""
 
     contrastive: Contrastive = RULE
-    """The contrastive rule."""
+    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+
+    nudged_steps: int = 100
+    """Steps of each nudged phase."""
 
     checkpoint_every: int = 5
     """Outer steps between two checkpoints."""
@@ -95,7 +98,13 @@ class Digits:
     """CPU threads; a network this small gains nothing from more."""
 
     def __post_init__(self) -> None:
-        at_least = {"outer_steps": 1, "checkpoint_every": 1, "seed": 0, "threads": 1}
+        at_least = {
+            "outer_steps": 1,
+            "checkpoint_every": 1,
+            "seed": 0,
+            "threads": 1,
+            "nudged_steps": 1,
+        }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigurationError(
@@ -103,6 +112,11 @@ class Digits:
                 )
         if self.seeds is not None and self.seeds < 1:
             raise ConfigurationError(f"seeds must be at least 1, got {self.seeds}")
+        if self.seeds is not None and self.seed != 0:
+            raise ConfigurationError(
+                f"give seed={self.seed} for one run, or seeds={self.seeds} for seeds 0 to "
+                f"{self.seeds - 1}, not both"
+            )
         if not self.outer_lr > 0:
             raise ConfigurationError(f"outer_lr must be positive, got {self.outer_lr}")
         if not self.initial_strength >= 0:
@@ -121,8 +135,13 @@ class Digits:
             scale="smoke",
             outer_steps=3,
             solver=replace(LEARNER, max_steps=20),
-            contrastive=replace(RULE, nudged_solver=replace(LEARNER, max_steps=5)),
+            nudged_steps=5,
         )
+
+    def rule(self) -> Contrastive:
+        """The contrastive rule with its nudged solver."""
+        nudged = replace(self.solver, max_steps=self.nudged_steps)
+        return replace(self.contrastive, nudged_solver=self.contrastive.nudged_solver or nudged)
 
 
 @dataclass(frozen=True)
@@ -241,7 +260,7 @@ class Job:
                 ended["gradient_evaluations"],
                 ended["seconds"],
             )
-        estimator: Estimator = self.config.contrastive if name == "contrastive" else T1T2()
+        estimator: Estimator = self.config.rule() if name == "contrastive" else T1T2()
         synapse = ComplexSynapse(self.network, strength=self.config.initial_strength)
         meta_params = synapse.meta_params()
         torch.manual_seed(self.seed)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from equigrad.errors import ConfigurationError
+from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory
@@ -140,7 +140,10 @@ def best_point(config: MatchedPhases, rule: str, steps: int, quadratics: list[Qu
         return [measure_one(q, config.start, steps, rule, beta) for q in quadratics]
 
     def log_error(beta: float) -> float:
-        return float(np.mean([math.log(m.error) for m in measured(beta)]))
+        try:
+            return float(np.mean([math.log(m.error) for m in measured(beta)]))
+        except SettlingError:  # so strong a nudge needs a smaller step
+            return math.inf
 
     betas = config.betas()
     # coarse to fine: the error falls and rises once along the grid

@@ -34,11 +34,12 @@ class Checkpoint(Callback):
     """
 
     def __init__(
-        self, path: Path, every: int = 1, *, resume: bool = False, identity: str = ""
+        self, path: Path | str, every: int = 1, *, resume: bool = False, identity: str = ""
     ) -> None:
         if every < 1:
             raise ConfigurationError(f"checkpoint every must be at least 1 step, got {every}")
-        self.path, self.every, self.resume, self.identity = path, every, resume, identity
+        self.path, self.every = Path(path), every
+        self.resume, self.identity = resume, identity
         self._whole: dict[str, Any] | None = None
         self._saved_step = -1
 
@@ -91,7 +92,7 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"damaged, or not one: {type(error).__name__}"
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
         raise RunError(f"{path} is not a checkpoint of equigrad ('{FORMAT}'). {remedy}")

@@ -21,8 +21,8 @@ class JsonLines(Callback):
             more: what a killed run wrote after its last checkpoint will be written again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         self._file: TextIO | None = None
 
     def on_start(self, state: OuterState) -> None:

@@ -48,6 +48,7 @@ class OuterState:
         return {
             "meta_params": {name: m.detach() for name, m in self.meta_params.items()},
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
             "params": self.params,
             "step": self.step,
             "gradient_evaluations": self.gradient_evaluations,
@@ -59,6 +60,15 @@ class OuterState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        for what, mine in (("meta_params", self.meta_params), ("params", self.params)):
+            there = {name: tuple(t.shape) for name, t in state[what].items()}
+            here = {name: tuple(t.shape) for name, t in mine.items()}
+            if there != here:
+                raise ValueError(f"{what} there {there}, here {here}")
+        if state["optimizer_class"] != type(self.optimizer).__name__:
+            raise ValueError(
+                f"optimizer there {state['optimizer_class']}, here {type(self.optimizer).__name__}"
+            )
         with torch.no_grad():
             for name, m in self.meta_params.items():
                 m.copy_(state["meta_params"][name])
