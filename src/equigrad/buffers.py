@@ -13,8 +13,9 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
     """Every module that the given functions can see by name.
 
     Looks at closures, at the globals and attributes that a function's code names, at defaults, at
-    `functools.partial`, at bound methods and at what objects hold; not into the bodies of classes
-    or at what is looked up by a computed name.
+    `functools.partial`, at bound methods and at what objects hold; not into the bodies of classes,
+    at attributes of imported Python modules, at long lists, or at what is looked up by a computed
+    name. Give those to `Bilevel(modules=…)`.
 
     Args:
         roots: functions, modules, or objects that hold them.

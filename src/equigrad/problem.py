@@ -74,8 +74,8 @@ class Bilevel:
             `t mod len`; the loss as a whole is the mean over batches.
         outer_batches: the same for the outer loss.
         modules: modules that the losses call. Their buffers and training flags are the same at the
-            start of every nudged phase and are put back after the call. By default they are found
-            in the closures of the losses.
+            start of every nudged phase and are put back after the call. By default they are looked
+            for in the closures and named globals of the losses.
 
     Raises:
         ProblemError: a loss is not callable, or batches are not an indexable sequence.

@@ -381,7 +381,8 @@ def run_seed(
 
 def make_table(config: Digits, rows: dict[str, list[Row]]) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
-    seeds = f"seed {config.seed}" if config.seeds is None else f"seeds 0–{config.seeds - 1}"
+    last = (config.seeds or 1) - 1
+    seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
     table = Table(
         title=f"digits, 10 training images, {seeds}, scale {config.scale}: accuracy and cost"
     )
