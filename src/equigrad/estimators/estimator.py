@@ -19,14 +19,12 @@ class Traits:
         cost: gradient evaluations beyond the free phase; T steps in it, K in what follows.
         error: what remains wrong at equilibrium, however long it computes.
         double_backward: differentiates a gradient once more.
-        equilibrium: is only right where the free phase has settled.
     """
 
     idea: str
     cost: str
     error: str
     double_backward: bool
-    equilibrium: bool = True
 
 
 @dataclass(frozen=True)

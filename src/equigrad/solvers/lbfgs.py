@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -97,7 +97,7 @@ class Memory:
     moves: deque[tuple[Tensor, Tensor]]
     position: Tensor | None = None
     gradient: Tensor | None = None
-    loss: float | None = field(default=None)
+    loss: float | None = None
 
     def learn(self, position: Tensor, gradient: Tensor) -> None:
         """Remember the move that led here, if the loss curved upward along it."""

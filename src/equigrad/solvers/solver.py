@@ -21,7 +21,8 @@ class Solver(ABC):
     Attributes:
         max_steps: steps after which a phase stops, settled or not; None for no limit.
         tol: a phase has settled when the Euclidean norm of the velocity `-∂L/∂φ`, taken over all
-            parameters, is at most this; None to run all `max_steps`.
+            parameters, is at most this; None to run all `max_steps`. A nudged phase goes on
+            until a hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
     """
