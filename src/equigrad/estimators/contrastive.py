@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.solver import require
@@ -62,6 +63,8 @@ class Contrastive(Estimator):
     matched: bool = True
     nudged_solver: Solver | None = None
     momentum: Literal["keep", "reset"] = "keep"
+    rtol: float | None = None
+    budget: int = 100_000
 
     def __post_init__(self) -> None:
         require(
@@ -93,6 +96,15 @@ class Contrastive(Estimator):
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
+        if self.rtol is not None:
+            return Refinement(
+                evaluation,
+                solver,
+                rtol=self.rtol,
+                beta=self.beta,
+                budget=self.budget,
+                keep_momentum=self.momentum == "keep",
+            ).run()
         nudged_solver = self.nudged_solver or solver
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),

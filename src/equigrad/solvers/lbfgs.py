@@ -4,13 +4,16 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from equigrad.solvers.solver import Objective, Solver, require
 from equigrad.vectors import flatten, unflatten
+
+RESOLUTION = 1e-2
+"""A loss has risen where it did so by more than this times √ε of its size; rounding does less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class LBFGS(Solver):
     to what the dtype allows.
 
     The loss has to be the same at every evaluation: mini-batches and dropout are not for it. A
-    nudged phase starts with an empty memory, since it settles another loss.
+    nudged phase that keeps the free phase's memory knows the curvature from the start, since its
+    loss is nearly the same.
 
     Attributes:
         history: moves that are remembered.
@@ -54,9 +58,9 @@ class LBFGS(Solver):
             f"max_evaluations must be at least 1, got {self.max_evaluations}",
         )
 
-    def init(self, params: list[Tensor], previous: Any = None) -> "Memory":
-        """An empty memory."""
-        return Memory(moves=deque(maxlen=self.history))
+    def init(self, params: list[Tensor], previous: "Memory | None" = None) -> "Memory":
+        """An empty memory, or the moves of an earlier phase."""
+        return Memory(moves=deque(previous.moves if previous else (), maxlen=self.history))
 
     def update(
         self,
@@ -86,7 +90,8 @@ class LBFGS(Solver):
 
         first = 1.0 if state.moves else min(1.0, 1 / gradient.abs().sum().item())
         eps = torch.finfo(gradient.dtype).eps
-        state.loss = search(along, loss, slope, first, 10 * eps * abs(loss), self.max_evaluations)
+        rise = RESOLUTION * eps**0.5 * abs(loss)
+        state.loss = search(along, loss, slope, first, rise, self.max_evaluations)
         return state.loss is not None
 
 

@@ -13,9 +13,6 @@ from equigrad.errors import SettlingError
 from equigrad.problem import Params, Velocity
 from equigrad.solvers.solver import Solver
 
-ANSWERED = 1e-2
-"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -77,6 +74,7 @@ def settle(
     first_step: int = 0,
     steps: int | None = None,
     batches: int = 1,
+    share: float = 1.0,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -91,6 +89,7 @@ def settle(
         steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
         batches: mini-batches that make up the loss. With several, the residual is that of the
             velocity averaged over the last whole passes, and is looked at after a pass.
+        share: of the first residual, which has to be reached as well as the tolerance.
 
     Returns:
         The settled state.
@@ -130,9 +129,7 @@ def settle(
                 )
             if math.isnan(start_residual):
                 start_residual = residual
-            # a nudged phase starts almost at rest: it is settled when the nudge is answered
-            target = tol if tol is None or beta == 0 else min(tol, ANSWERED * start_residual)
-            if target is not None and residual <= target:
+            if tol is not None and residual <= min(tol, share * start_residual):
                 rests = True
                 break
         stalled = solver.update(leaves, v, state, objective) is False
