@@ -8,6 +8,7 @@ import torch
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
+from equigrad.solvers.settle import ANSWERED
 from equigrad.solvers.solver import require
 from equigrad.theory import finite_difference_weights
 
@@ -119,22 +120,42 @@ class Contrastive(Estimator):
                 steps = settled[node].phase.steps
         states = [settled[node] for node in self.nodes]
         weights = [float(w) / self.beta for w in finite_difference_weights(self.nodes)]
-        self._note_weak_contrast(evaluation, states)
+        self._note_weak_contrast(evaluation, states, nudged_solver)
         return Estimate(
             grads=evaluation.contrast(states, weights),
             phases=(free, *(state for state in states if state is not free)),
         )
 
-    def _note_weak_contrast(self, evaluation: Evaluation, states: list[Settled]) -> None:
-        """Say so where the phases differ by little more than rounding."""
+    def _note_weak_contrast(
+        self, evaluation: Evaluation, states: list[Settled], solver: Solver
+    ) -> None:
+        """Say so where the phases differ by little more than rounding, or left the nudge undone."""
         one, other = (list(state.params.values()) for state in states[:2])
         moved, size = (
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
             for tensors in (torch._foreach_sub(one, other), one)
         )
-        if moved <= 100 * torch.finfo(one[0].dtype).eps * size:
+        if moved == 0 and solver.jumps:
+            betas = " and ".join(f"β={state.phase.beta:g}" for state in states[:2])
+            evaluation.notes.append(
+                f"the learner did not react to the nudge: it returned the same params for "
+                f"{betas}. Either it does not minimise the objective it is "
+                f"handed, nor takes objective.beta into its own, or it stops at too loose a "
+                f"tolerance: tighten that, or raise beta"
+            )
+        elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.notes.append(
                 f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
                 f"{moved:.1e} of a norm of {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )
+        elif solver.jumps:
+            evaluation.notes += [
+                f"the learner left {phase.residual / phase.start_residual:.0%} of the nudge "
+                f"unanswered in the phase with β={phase.beta:g}: tighten its tolerance, or raise "
+                f"beta"
+                for phase in (state.phase for state in states)
+                if phase.outcome == "stopped"
+                and phase.beta != 0
+                and phase.residual > ANSWERED * phase.start_residual
+            ]
