@@ -453,6 +453,21 @@ def test_whatever_form_the_vector_has(form):
     assert result.params["w"].tolist() == [1, 2, 3, 4.5]
 
 
+def test_vectors_are_tensors_without_numpy(monkeypatch):
+    def without(tensor):
+        raise RuntimeError("Numpy is not available")
+
+    def learner(objective, x):
+        for _ in range(300):
+            x = x - 0.3 * objective.gradient(x)
+        assert type(x) is torch.Tensor
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "numpy", without)
+    case = ridge_case(F64)
+    assert case.relative_error(settled(case, learner).grads) < 1e-5
+
+
 def test_autograd_works_inside_the_learner():
     def learner(objective, start):
         w = objective.named(start)["w"].requires_grad_()
@@ -540,7 +555,7 @@ def test_an_interrupt_passes():
 def test_a_learner_that_ignores_the_nudge(scheme):
     result = settled(ridge_case(F64), lambda objective, start: np.ones(4), scheme=scheme)
     assert "the learner did not react to the nudge" in result.status
-    assert "takes objective.beta" in result.status
+    assert "take objective.beta into its own" in result.status
     assert "too small for torch" not in result.status
 
 
@@ -555,8 +570,23 @@ def test_a_learner_that_answers_half_the_nudge():
         {"c": torch.ones(2, dtype=F64)},
         solver=eg.BlackBox(lambda objective, x: x - 0.5 * objective.gradient(x)),
     )
-    assert "left 50% of the nudge unanswered in the phase with β=0.1" in result.status
+    assert "left a residual of 50% of the nudge with β=0.1" in result.status
     torch.testing.assert_close(result.grads["c"], torch.full((2,), 0.5, dtype=F64))
+
+
+def test_an_outer_loss_that_does_not_push():
+    """Both losses are minimal at the same place: the learner rests, and is not blamed for it."""
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["c"]).square().sum(), lambda p, m: (p["w"] - 1).square().sum()
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=F64)},
+        {"c": torch.ones(2, dtype=F64)},
+        solver=eg.BlackBox(lambda objective, x: np.ones(2)),
+    )
+    assert result.grads["c"].tolist() == [0, 0]
+    assert "the learner" not in result.status
 
 
 def test_mini_batches_are_refused():

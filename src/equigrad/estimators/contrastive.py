@@ -135,13 +135,14 @@ class Contrastive(Estimator):
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
             for tensors in (torch._foreach_sub(one, other), one)
         )
-        if moved == 0 and solver.jumps:
+        phases = [state.phase for state in states] if solver.jumps else []
+        pushed = [phase for phase in phases if phase.beta != 0 and phase.start_residual > 0]
+        if moved == 0 and pushed:
             betas = " and ".join(f"β={state.phase.beta:g}" for state in states[:2])
             evaluation.notes.append(
                 f"the learner did not react to the nudge: it returned the same params for "
-                f"{betas}. Either it does not minimise the objective it is "
-                f"handed, nor takes objective.beta into its own, or it stops at too loose a "
-                f"tolerance: tighten that, or raise beta"
+                f"{betas}. It has to minimise the objective that it is handed, or to take "
+                f"objective.beta into its own; if it does, tighten its tolerance, or raise beta"
             )
         elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.notes.append(
@@ -149,13 +150,13 @@ class Contrastive(Estimator):
                 f"{moved:.1e} of a norm of {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )
-        elif solver.jumps:
-            evaluation.notes += [
-                f"the learner left {phase.residual / phase.start_residual:.0%} of the nudge "
-                f"unanswered in the phase with β={phase.beta:g}: tighten its tolerance, or raise "
-                f"beta"
-                for phase in (state.phase for state in states)
-                if phase.outcome == "stopped"
-                and phase.beta != 0
-                and phase.residual > ANSWERED * phase.start_residual
-            ]
+        elif pushed:
+            left, beta = max(
+                (phase.residual / phase.start_residual, phase.beta) for phase in pushed
+            )
+            if left > ANSWERED:
+                evaluation.notes.append(
+                    f"the learner left a residual of {left:.0%} of the nudge with β={beta:g}: "
+                    f"unless it leaves the same in every phase, tighten its tolerance, or raise "
+                    f"beta"
+                )
