@@ -232,6 +232,30 @@ def test_the_exact_solve_of_ridge_is_the_normal_equations():
     torch.testing.assert_close(grads["weight"], exact, rtol=1e-4, atol=1e-8)
 
 
+def test_learning_the_weights_takes_the_spoilt_points_out():
+    """What remains is the noise of the targets, of variance 0.09, and twelve points' worth."""
+    problem, learner = ridge_problem()
+    meta = {name: m.clone().requires_grad_() for name, m in META.items()}
+
+    def project(meta_params):
+        meta_params["weight"].data.clamp_(min=0)
+
+    state = eg.training.learn(
+        problem,
+        START,
+        meta,
+        solver=eg.BlackBox(learner),
+        estimator=eg.Contrastive(beta=1e-2, points=3),
+        optimizer=torch.optim.Adam(list(meta.values()), lr=0.1),
+        steps=30,
+        project=project,
+    )
+    assert meta["weight"][:2].tolist() == [0, 0]
+    losses = [float(row["outer_loss"]) for row in state.history]
+    assert losses[0] > 10
+    assert losses[-1] < 2 * 0.09
+
+
 def test_negative_weights_are_refused_with_a_remedy():
     problem, learner = ridge_problem()
     with pytest.raises(eg.SettlingError, match=r"β = -0\.01.*scheme='forward' with beta > 0"):
