@@ -81,7 +81,14 @@ class Evaluation:
     def settle(self, solver: Solver) -> Settled:
         """The free phase: settle from the given parameters, without nudge."""
         batches = self._batches(solver, 0.0)
-        free = settle(self._velocity(0.0), self._loss(0.0), self.params, solver, batches=batches)
+        free = settle(
+            self._velocity(0.0),
+            self._loss(0.0),
+            self.params,
+            solver,
+            meta_params=self.meta_params,
+            batches=batches,
+        )
         return dataclasses.replace(free, buffers=self._buffers.snapshot())
 
     def settle_nudged(
@@ -114,6 +121,7 @@ class Evaluation:
             free.params,
             solver,
             beta=beta,
+            meta_params=self.meta_params,
             previous=free.solver_state if keep_momentum else None,
             first_step=free.end_step,
             steps=steps,
