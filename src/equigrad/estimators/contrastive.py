@@ -7,9 +7,8 @@ import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.refinement import Refinement
-from equigrad.evaluation import Evaluation
+from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.solvers import Settled, Solver
-from equigrad.solvers.settle import ANSWERED
 from equigrad.solvers.solver import require
 from equigrad.theory import finite_difference_weights
 

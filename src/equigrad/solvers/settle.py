@@ -109,17 +109,27 @@ def settle(
     passed: list[Tensor] = []
     count = 0
 
+    seen: tuple[list[int], tuple[Tensor, ...]] = [], ()
+
+    def evaluate() -> tuple[Tensor, ...]:
+        """The velocity, which is remembered where it depends on the parameters alone."""
+        nonlocal seen
+        versions = [p._version for p in leaves]
+        if not solver.fixed_loss or seen[0] != versions:
+            seen = versions, velocity(params, first_step + step)
+        return seen[1]
+
     objective = Objective(
         beta,
         params,
         meta_params or {},
         loss=lambda: loss(params, first_step + step),
-        velocity=lambda: velocity(params, first_step + step),
+        velocity=evaluate,
     )
     ahead = 0 if solver.jumps else 1
 
     for step in itertools.count():
-        v = velocity(params, first_step + step)
+        v = evaluate()
         last = limit is not None and step + ahead >= limit
         if batches > 1:
             passed = list(torch._foreach_add(passed, v)) if passed else list(v)
@@ -143,7 +153,7 @@ def settle(
             if tol is not None and residual <= min(tol, share * start_residual):
                 rests = True
                 break
-            stalled = solver.jumps and target is not None and not last and residual > before / 2
+            stalled = solver.jumps and tol is not None and not last and residual > before / 2
         if stalled or (last and solver.jumps):
             break
         stalled = solver.update(leaves, v, state, objective) is False
