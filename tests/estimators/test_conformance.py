@@ -224,7 +224,7 @@ def test_too_few_iterations_are_named(estimator, words):
 
 def test_a_hessian_too_large_to_form():
     case = quadratic_case(torch.float64)
-    with pytest.raises(eg.ConfigurationError, match=r"12 × 12 Hessian.*max_size=5"):
+    with pytest.raises(eg.ConfigurationError, match=r"12 × 12 matrix.*max_size=5"):
         settled(case, eg.ExactSolve(max_size=5))
 
 

@@ -52,8 +52,9 @@ class Contrastive(Estimator):
     traits: ClassVar[Traits] = Traits(
         idea="contrast of free and nudged phases",
         cost="3K (forward, matched), 4K (symmetric)",
-        error="O(β) forward, O(β²) symmetric; vanishes with K",
+        error="vanishes with β and K",
         double_backward=False,
+        order="p-1; p symmetric",
     )
 
     beta: float = 0.1

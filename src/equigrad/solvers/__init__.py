@@ -2,8 +2,18 @@
 
 from equigrad.solvers.gradient_descent import GradientDescent
 from equigrad.solvers.lbfgs import LBFGS
-from equigrad.solvers.settle import Phase, Settled, settle
+from equigrad.solvers.settle import Moment, Phase, Settled, Watch, settle
 from equigrad.solvers.solver import Solver
 from equigrad.solvers.torch_optimizer import TorchOptimizer
 
-__all__ = ["LBFGS", "GradientDescent", "Phase", "Settled", "Solver", "TorchOptimizer", "settle"]
+__all__ = [
+    "LBFGS",
+    "GradientDescent",
+    "Moment",
+    "Phase",
+    "Settled",
+    "Solver",
+    "TorchOptimizer",
+    "Watch",
+    "settle",
+]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class GradientDescent(Solver):
         >>> GradientDescent(lr=0.1, momentum=0.9, nesterov=True, max_steps=500, tol=1e-6).lr
         0.1
     """
+
+    differentiable: ClassVar[bool] = True
 
     lr: float = 0.01
     momentum: float = 0.0

@@ -25,9 +25,12 @@ class Solver(ABC):
             until a hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
+        differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
+            alone and calls no `objective`, so that it can be differentiated as it stands.
     """
 
     fixed_loss: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     max_steps: int | None = 1000
     tol: float | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Params, Problem
 from equigrad.solvers import Solver
 
 Row = dict[str, float | int | str]
@@ -97,7 +97,7 @@ class Callback:
 
 
 def learn(
-    problem: Bilevel,
+    problem: Problem,
     params: Params,
     meta_params: dict[str, Tensor],
     *,
