@@ -109,7 +109,7 @@ def test_contrastive_agrees_with_finite_differences(make):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
 @pytest.mark.parametrize(
-    "estimator", [eg.T1T2(), eg.GMRES(), eg.Unrolled(), eg.ForwardMode()], ids=str
+    "estimator", [eg.T1T2(), eg.GMRES(), eg.Unrolled(), eg.ForwardMode(max_size=200)], ids=str
 )
 def test_others_say_why_they_cannot_and_what_can(make, estimator):
     problem, params, meta = problem_of(make())

@@ -119,11 +119,14 @@ def show(known: Sequence[Command]) -> None:
         table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
     console.print(table)
     headings = (heading[0].upper() + heading[1:] for heading in HEADINGS)
-    estimators = Table(*headings, box=SIMPLE_HEAD, caption=LEGEND, caption_justify="left")
+    estimators = Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     estimators.columns[0].no_wrap = True
+    for column, texts in zip(estimators.columns, zip(HEADINGS, *rows(), strict=True), strict=True):
+        column.min_width = max(len(word) for text in texts for word in text.split())
     for row in rows():
         estimators.add_row(*row)
     console.print(estimators)
+    console.print(LEGEND)
 
 
 def examine(target: str, **options: Any) -> None:

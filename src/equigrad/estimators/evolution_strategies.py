@@ -49,7 +49,7 @@ class EvolutionStrategies(Estimator):
     traits: ClassVar[Traits] = Traits(
         idea="zero order, antithetic pairs",
         cost="2KT",
-        error="noise, vanishes with K; O(σ²)",
+        error="noise, O(σ²); vanishes with K",
         double_backward=False,
         energy=False,
         equilibrium=False,

@@ -33,7 +33,7 @@ class ExactSolve(Implicit):
         error="none",
         double_backward=True,
         energy=False,
-        memory="flat; (dim φ)²",
+        memory="flat, (dim φ)²",
     )
 
     max_size: int = 2000

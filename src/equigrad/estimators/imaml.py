@@ -26,7 +26,7 @@ class IMAML(ConjugateGradient):
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(
-        ConjugateGradient.traits, idea="ConjugateGradient, of a learned centre"
+        ConjugateGradient.traits, idea="implicit, of a learned centre"
     )
 
     max_iterations: int = 5

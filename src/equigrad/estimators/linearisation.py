@@ -17,7 +17,8 @@ NO_SECOND_DERIVATIVE = (
     "double backward",  # compiled functions
     "donated buffer",  # compiled functions whose backward frees what a second one would need
     "differentiate twice",  # custom functions marked once_differentiable
-    "forward AD",  # whatever has no forward-mode derivative
+    "forward AD",  # fused attention in forward mode
+    "forward mode AD",  # compiled functions in forward mode
 )
 """What torch says where a gradient cannot be differentiated again."""
 

@@ -37,7 +37,7 @@ class NeumannSeries(Implicit):
 
     traits: ClassVar[Traits] = Traits(
         idea="implicit, Neumann series",
-        cost="2K + 3, and 40 to find α",
+        cost="2K + 3, 40 to find α",
         error="vanishes with K",
         double_backward=True,
         energy=False,

@@ -30,7 +30,7 @@ class Nystrom(Implicit):
     traits: ClassVar[Traits] = Traits(
         idea="implicit, Nyström approximation",
         cost="2K + 3",
-        error="damping; the rest of the spectrum",
+        error="damping, rest of spectrum",
         double_backward=True,
     )
 

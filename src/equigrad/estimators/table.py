@@ -6,16 +6,17 @@ HEADINGS = (
     "estimator",
     "how",
     "further gradients",
-    "error at equilibrium",
-    "order in β",
+    "remaining error",
+    "order",
     "memory",
     "needs",
     "start",
 )
 
 LEGEND = (
-    "needs: E an energy (an inner loss), Q an equilibrium, 2 second derivatives; "
-    "start: whether θ as the initialisation is seen, or needed"
+    "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order "
+    "of the error in β, with p points, forward; symmetric. Needs: E an energy (an inner loss), Q an equilibrium, 2 second "
+    "derivatives. Start: whether θ as the initialisation is seen, or needed."
 )
 """What the letters of the table mean."""
 

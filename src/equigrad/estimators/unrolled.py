@@ -64,7 +64,7 @@ class Unrolled(Estimator):
         energy=False,
         equilibrium=False,
         sees_start=True,
-        memory="T; S + T/S in segments of S",
+        memory="T, or √T in segments",
     )
 
     truncation: int | None = None
