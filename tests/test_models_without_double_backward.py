@@ -36,10 +36,10 @@ class Perceptron(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
-def compiled(backend):
+def compiled(backend) -> nn.Module:
     torch._dynamo.reset()  # else the compiles of earlier tests count towards the limit
     model = Perceptron().double()
-    return torch.compile(model, backend=backend)
+    return torch.compile(model, backend=backend)  # pyright: ignore[reportReturnType]
 
 
 needs_compiler = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_first_order_maml_trains_the_start_of_a_compiled_model():
     """Against its definition, the outer gradient at the end; MAML itself is told what can."""
     model = compiled("aot_eager")
     x, y = torch.randn(7, 3, 4, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64)
-    net = eg.nn.Functional(model.train())
+    net = eg.nn.Functional(model)
     problem = eg.Bilevel(
         lambda p, m: (net(p, x) - y).square().mean(), lambda p, m: (net(p, x) + y).square().mean()
     )

@@ -50,6 +50,7 @@ def test_unbiased_and_of_variance_one_over_pairs(small):
 def test_the_reported_error_is_the_standard_error(small):
     """`√(tr Var / n) / ‖∇‖ = √((dim + 1) / n)`."""
     result = estimate(small, eg.EvolutionStrategies(pairs=150, sigma=0.1))
+    assert result.error_estimate is not None
     assert result.error_estimate == pytest.approx(math.sqrt(4 / 150), rel=0.3)
     assert small.relative_error(result.grads["theta"]) < 3 * result.error_estimate
     assert estimate(small, eg.EvolutionStrategies(pairs=1)).error_estimate is None

@@ -23,7 +23,9 @@ def leaf(*values):
     return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
-def gradient(estimator, params, meta, problem=None, solver=SOLVER):
+def gradient(
+    estimator, params, meta, problem: eg.Problem | None = None, solver: eg.Solver = SOLVER
+):
     problem = problem or eg.Bilevel(pull, judge)
     return eg.meta_gradient(problem, params, meta, solver=solver, estimator=estimator)
 

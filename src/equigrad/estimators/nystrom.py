@@ -28,7 +28,7 @@ class Nystrom(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, Nyström approximation",
+        idea="implicit, Nyström columns",
         cost="2K + 3",
         error="damping, rest of spectrum",
         double_backward=True,

@@ -14,9 +14,9 @@ HEADINGS = (
 )
 
 LEGEND = (
-    "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order "
-    "of the error in β, with p points, forward; symmetric. Needs: E an energy (an inner loss), Q an equilibrium, 2 second "
-    "derivatives. Start: whether θ as the initialisation is seen, or needed."
+    "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order of "
+    "the error in β, with p points, forward; symmetric. Needs: E an energy (an inner loss), Q an "
+    "equilibrium, 2 second derivatives. Start: whether θ as the initialisation is seen, or needed."
 )
 """What the letters of the table mean."""
 
