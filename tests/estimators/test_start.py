@@ -149,6 +149,21 @@ def test_paths_that_the_maml_family_does_not_see():
     torch.testing.assert_close(result.grads["shift"].sum(), expected)
 
 
+def test_the_outer_loop_learns_an_initialisation():
+    """`1 + C(θ - 1) = 3` where the outer loss is least."""
+    meta = {"w": leaf(0.5, 2.0)}
+    eg.training.learn(
+        eg.Bilevel(pull, judge),
+        meta,
+        meta,
+        solver=SOLVER,
+        estimator=eg.MAML(),
+        optimizer=torch.optim.SGD(meta.values(), lr=1 / CONTRACTION**2),  # Newton's step
+        steps=2,
+    )
+    torch.testing.assert_close(meta["w"].detach(), torch.full((2,), 1 + 2 / CONTRACTION).double())
+
+
 def test_imaml_asks_for_a_learned_center():
     meta = {"goal": leaf(1.0, 1.0)}
     problem = eg.Bilevel(lambda p, m: 0.5 * (p["w"] - m["goal"]).square().sum(), judge)

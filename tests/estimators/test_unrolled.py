@@ -149,6 +149,39 @@ def test_many_steps_give_the_implicit_gradient():
         torch.testing.assert_close(long.grads[name], exact.grads[name], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [eg.Unrolled(), eg.Unrolled(segment=4), eg.Unrolled(truncation=9, segment=2), eg.ForwardMode()],
+    ids=str,
+)
+def test_every_replayed_step_finds_the_buffers_that_it_saw(estimator):
+    """A loss whose curvature c_t grows with a running count: w_9 = Π(1 - η c_t) w_0."""
+
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, w, pull):
+            self.count += 1
+            return 0.5 * (1 + 0.3 * self.count) * pull * w.square().sum()
+
+    counter = Counter()
+    problem = eg.Bilevel(lambda p, m: counter(p["w"], m["pull"]), lambda p, m: p["w"].sum())
+    pull = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.ones(2, dtype=torch.float64)},
+        {"pull": pull},
+        solver=eg.GradientDescent(lr=0.2, max_steps=9),
+        estimator=estimator,
+    )
+    end = torch.stack([1 - 0.2 * (1 + 0.3 * (t + 1)) * pull for t in range(9)]).prod()
+    (expected,) = torch.autograd.grad(2 * end, pull)
+    torch.testing.assert_close(result.grads["pull"], expected, rtol=1e-12, atol=0)
+    assert counter.count == 0
+
+
 def test_gradient_evaluations_are_counted(quadratic):
     def count(estimator):
         return eg.meta_gradient(
