@@ -218,14 +218,21 @@ class Evaluation:
         inputs = {n: m for n, m in self._given_meta.items() if m.requires_grad}
         found: dict[str, Tensor | None] = dict.fromkeys(self._given_meta)
         if outputs and inputs:
-            grads = torch.autograd.grad(
-                [p for p, _ in outputs],
-                list(inputs.values()),
-                [a for _, a in outputs],
-                retain_graph=True,
-                create_graph=any(a.requires_grad for _, a in outputs),
-                allow_unused=True,
-            )
+            try:
+                grads = torch.autograd.grad(
+                    [p for p, _ in outputs],
+                    list(inputs.values()),
+                    [a for _, a in outputs],
+                    retain_graph=True,
+                    create_graph=any(a.requires_grad for _, a in outputs),
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                raise ProblemError(
+                    f"params were computed from meta_params by a graph that can no longer be used "
+                    f"({str(error).splitlines()[0]}). Compute them anew for every call, or detach "
+                    f"them"
+                ) from error
             found.update(zip(inputs, grads, strict=True))
         return found
 

@@ -164,6 +164,30 @@ def test_the_outer_loop_learns_an_initialisation():
     torch.testing.assert_close(meta["w"].detach(), torch.full((2,), 1 + 2 / CONTRACTION).double())
 
 
+def test_a_computed_start_would_go_stale_in_the_outer_loop():
+    meta = {"w": leaf(0.5, 2.0)}
+    with pytest.raises(
+        eg.ConfigurationError, match=r"params\['w'\] was computed.*would not follow"
+    ):
+        eg.training.learn(
+            eg.Bilevel(pull, judge),
+            {"w": 2 * meta["w"]},
+            meta,
+            solver=SOLVER,
+            estimator=eg.MAML(),
+            optimizer=torch.optim.SGD(meta.values(), lr=0.1),
+            steps=1,
+        )
+
+
+def test_a_graph_that_was_freed_is_named():
+    meta = {"w": leaf(0.5, 2.0)}
+    start = {"w": meta["w"].exp()}
+    start["w"].sum().backward()
+    with pytest.raises(eg.ProblemError, match=r"can no longer be used.*Compute them anew"):
+        gradient(eg.MAML(), start, meta)
+
+
 def test_imaml_asks_for_a_learned_center():
     meta = {"goal": leaf(1.0, 1.0)}
     problem = eg.Bilevel(lambda p, m: 0.5 * (p["w"] - m["goal"]).square().sum(), judge)

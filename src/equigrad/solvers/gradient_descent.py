@@ -17,6 +17,7 @@ class GradientDescent(Solver):
         m ← μ m + v,    φ ← φ + η (v + μ m)   with nesterov,   φ ← φ + η m   without,
 
     where `v = -∂L/∂φ` is the velocity: the rule of `torch.optim.SGD`, in a few fused calls a step.
+    For a `FixedPoint`, `v = F(φ, θ) - φ`: η = 1 without momentum iterates the map, η < 1 damps it.
 
     Attributes:
         lr: step size η > 0.
