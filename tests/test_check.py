@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import equigrad as eg
-from equigrad.testing import CASES, Quadratic, start_case
+from equigrad.testing import CASES, MAP_CASES, Quadratic, start_case
 from helpers import call_main
 
 
@@ -49,10 +49,7 @@ def test_beta_too_small_for_float32():
     assert any("too small for torch.float32" in sentence for sentence in found.advice)
 
 
-AT_REST = [build for build in CASES if build(torch.float64).suits(eg.GMRES.traits)]
-
-
-@pytest.mark.parametrize("build", AT_REST, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [*CASES, *MAP_CASES], ids=lambda build: build.__name__)
 def test_what_is_right_passes(build):
     case = build(torch.float64)
     contrastive = eg.Contrastive(beta=1e-3, scheme="symmetric")

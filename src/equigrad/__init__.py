@@ -31,7 +31,7 @@ from equigrad.estimators import (
 )
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problem import Bilevel, FixedPoint, Problem
-from equigrad.solvers import LBFGS, GradientDescent, Phase, Solver, TorchOptimizer
+from equigrad.solvers import LBFGS, BlackBox, GradientDescent, Phase, Solver, TorchOptimizer
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "MAML",
     "T1T2",
     "Bilevel",
+    "BlackBox",
     "Check",
     "ConfigurationError",
     "ConjugateGradient",

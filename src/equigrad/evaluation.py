@@ -16,6 +16,9 @@ from equigrad.problem import Bilevel, Params, Problem, Velocity, check_scalar
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
+ANSWERED = 1e-2
+"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
+
 
 class Evaluation:
     """Everything that an estimator may ask of a problem while it works on one meta-gradient.
@@ -94,6 +97,7 @@ class Evaluation:
             self._loss(0.0),
             self.params,
             solver,
+            meta_params=self.meta_params,
             batches=self._batches(solver, 0.0),
             watch=watch,
         )
@@ -143,10 +147,12 @@ class Evaluation:
         *,
         keep_momentum: bool,
         steps: int | None = None,
+        share: float = ANSWERED,
     ) -> Settled:
         """A phase from the free solution, with any β: settle `L_in + β L_out`.
 
-        All such phases start with the same buffers, batches and randomness.
+        All such phases start with the same buffers, batches and randomness. A nudged phase starts
+        almost at rest: under a tolerance it has settled when the nudge is answered, too.
 
         Args:
             free: the free phase's end.
@@ -154,6 +160,7 @@ class Evaluation:
             beta: nudging strength, of either sign, or zero for a matched phase.
             keep_momentum: go on with the free phase's solver state, or start a new one.
             steps: run exactly so many steps.
+            share: of its first residual, which a nudged phase has to reach under a tolerance.
         """
         self.stand_at(free)
         nudged = settle(
@@ -162,10 +169,12 @@ class Evaluation:
             free.params,
             solver,
             beta=beta,
+            meta_params=self.meta_params,
             previous=free.solver_state if keep_momentum else None,
             first_step=free.end_step,
             steps=steps,
             batches=self._batches(solver, beta),
+            share=share if beta != 0 else 1.0,
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
 

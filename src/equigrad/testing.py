@@ -377,11 +377,17 @@ CASES: tuple[Callable[[torch.dtype], Case], ...] = (
     ridge_case,
     logistic_case,
     proximal_case,
-    affine_map_case,
-    tanh_map_case,
-    start_case,
 )
-"""All cases, each to be built in a dtype."""
+"""Inner losses that settle, each case to be built in a dtype."""
+
+MAP_CASES: tuple[Callable[[torch.dtype], Case], ...] = (affine_map_case, tanh_map_case)
+"""Maps whose fixed point is sought."""
+
+START_CASES: tuple[Callable[[torch.dtype], Case], ...] = (start_case,)
+"""Few steps from a learned start."""
+
+ALL_CASES = (*CASES, *MAP_CASES, *START_CASES)
+"""All of them; `Case.suits` says which are for an estimator of given traits."""
 
 
 def check_estimator(
@@ -390,7 +396,7 @@ def check_estimator(
     rtol: float,
     dtype: torch.dtype = torch.float64,
     exact: bool = True,
-    cases: Sequence[Callable[[torch.dtype], Case]] = CASES,
+    cases: Sequence[Callable[[torch.dtype], Case]] = ALL_CASES,
 ) -> dict[str, float]:
     """Run an estimator through those problems with known gradients that its traits say it serves.
 

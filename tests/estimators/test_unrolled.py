@@ -248,7 +248,7 @@ def test_a_solver_that_cannot_be_differentiated():
     quadratic = Quadratic(dim=3)
     adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, max_steps=5)
     for estimator in (eg.Unrolled(), eg.ForwardMode(), eg.Unrolled(segment=2)):
-        for solver in (adam, eg.LBFGS(max_steps=5)):
+        for solver in (adam, eg.LBFGS(max_steps=5), eg.BlackBox(lambda objective, x: x)):
             with pytest.raises(
                 eg.ConfigurationError, match=f"{type(solver).__name__} are not.*GradientDescent"
             ):

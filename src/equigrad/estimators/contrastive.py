@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.evaluation import Evaluation
+from equigrad.estimators.refinement import Refinement
+from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.solver import require
 from equigrad.theory import finite_difference_weights
@@ -63,6 +64,8 @@ class Contrastive(Estimator):
     matched: bool = True
     nudged_solver: Solver | None = None
     momentum: Literal["keep", "reset"] = "keep"
+    rtol: float | None = None
+    budget: int = 100_000
 
     def __post_init__(self) -> None:
         require(
@@ -94,6 +97,15 @@ class Contrastive(Estimator):
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
+        if self.rtol is not None:
+            return Refinement(
+                evaluation,
+                solver,
+                rtol=self.rtol,
+                beta=self.beta,
+                budget=self.budget,
+                keep_momentum=self.momentum == "keep",
+            ).run()
         nudged_solver = self.nudged_solver or solver
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),
@@ -120,22 +132,43 @@ class Contrastive(Estimator):
                 steps = settled[node].phase.steps
         states = [settled[node] for node in self.nodes]
         weights = [float(w) / self.beta for w in finite_difference_weights(self.nodes)]
-        self._note_weak_contrast(evaluation, states)
+        self._note_weak_contrast(evaluation, states, nudged_solver)
         return Estimate(
             grads=evaluation.contrast(states, weights),
             phases=(free, *(state for state in states if state is not free)),
         )
 
-    def _note_weak_contrast(self, evaluation: Evaluation, states: list[Settled]) -> None:
-        """Say so where the phases differ by little more than rounding."""
+    def _note_weak_contrast(
+        self, evaluation: Evaluation, states: list[Settled], solver: Solver
+    ) -> None:
+        """Say so where the phases differ by little more than rounding, or left the nudge undone."""
         one, other = (list(state.params.values()) for state in states[:2])
         moved, size = (
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
             for tensors in (torch._foreach_sub(one, other), one)
         )
-        if moved <= 100 * torch.finfo(one[0].dtype).eps * size:
+        phases = [state.phase for state in states] if solver.jumps else []
+        pushed = [phase for phase in phases if phase.beta != 0 and phase.start_residual > 0]
+        if moved == 0 and pushed:
+            betas = " and ".join(f"β={state.phase.beta:g}" for state in states[:2])
+            evaluation.notes.append(
+                f"the learner did not react to the nudge: it returned the same params for "
+                f"{betas}. It has to minimise the objective that it is handed, or to take "
+                f"objective.beta into its own; if it does, tighten its tolerance, or raise beta"
+            )
+        elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.notes.append(
                 f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
                 f"{moved:.1e} of a norm of {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )
+        elif pushed:
+            left, beta = max(
+                (phase.residual / phase.start_residual, phase.beta) for phase in pushed
+            )
+            if left > ANSWERED:
+                evaluation.notes.append(
+                    f"the learner left a residual of {left:.0%} of the nudge with β={beta:g}: "
+                    f"unless it leaves the same in every phase, tighten its tolerance, or raise "
+                    f"beta"
+                )

@@ -1,5 +1,6 @@
 """How a problem settles: one algorithm a file, one loop for all."""
 
+from equigrad.solvers.black_box import BlackBox, FlatObjective
 from equigrad.solvers.gradient_descent import GradientDescent
 from equigrad.solvers.lbfgs import LBFGS
 from equigrad.solvers.settle import Moment, Phase, Settled, Watch, settle
@@ -8,6 +9,8 @@ from equigrad.solvers.torch_optimizer import TorchOptimizer
 
 __all__ = [
     "LBFGS",
+    "BlackBox",
+    "FlatObjective",
     "GradientDescent",
     "Moment",
     "Phase",

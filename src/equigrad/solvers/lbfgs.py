@@ -1,16 +1,18 @@
 """Limited-memory BFGS with a line search."""
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from equigrad.solvers.solver import Objective, Solver, require
 from equigrad.vectors import flatten, unflatten
+
+RESOLUTION = 1e-2
+"""A loss has risen where it did so by more than this times √ε of its size; rounding does less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +28,11 @@ class LBFGS(Solver):
     to what the dtype allows.
 
     The loss has to be the same at every evaluation: mini-batches and dropout are not for it. A
-    nudged phase starts with an empty memory, since it settles another loss.
+    nudged phase that keeps the free phase's memory knows the curvature from the start, since its
+    loss is nearly the same.
 
     Attributes:
-        history: moves that are remembered.
+        history: moves that are remembered, twice the size of φ each.
         max_evaluations: gradients that one line search may take.
 
     Raises:
@@ -37,12 +40,12 @@ class LBFGS(Solver):
 
     Example:
         >>> LBFGS(tol=1e-8).history
-        20
+        50
     """
 
     fixed_loss: ClassVar[bool] = True
 
-    history: int = 20
+    history: int = 50
     max_evaluations: int = 20
     check_every: int = 1
 
@@ -54,9 +57,9 @@ class LBFGS(Solver):
             f"max_evaluations must be at least 1, got {self.max_evaluations}",
         )
 
-    def init(self, params: list[Tensor], previous: Any = None) -> "Memory":
-        """An empty memory."""
-        return Memory(moves=deque(maxlen=self.history))
+    def init(self, params: list[Tensor], previous: "Memory | None" = None) -> "Memory":
+        """An empty memory, or the moves of an earlier phase."""
+        return Memory(self.history, flatten(params).detach(), previous)
 
     def update(
         self,
@@ -73,7 +76,7 @@ class LBFGS(Solver):
         direction = state.direction(gradient)
         slope = gradient.dot(direction).item()
         if not slope < 0:  # rounding, or a loss that changes between evaluations
-            state.moves.clear()
+            state.forget()
             direction, slope = -gradient, -gradient.dot(gradient).item()
         loss = objective()[0].item() if state.loss is None else state.loss
 
@@ -84,42 +87,85 @@ class LBFGS(Solver):
             value, velocity = objective()
             return value.item(), -flatten(velocity).dot(direction).item()
 
-        first = 1.0 if state.moves else min(1.0, 1 / gradient.abs().sum().item())
+        first = 1.0 if state.rows else min(1.0, 1 / gradient.abs().sum().item())
         eps = torch.finfo(gradient.dtype).eps
-        state.loss = search(along, loss, slope, first, 10 * eps * abs(loss), self.max_evaluations)
+        rise = RESOLUTION * eps**0.5 * abs(loss)
+        state.loss = search(along, loss, slope, first, rise, self.max_evaluations)
         return state.loss is not None
 
 
-@dataclass
 class Memory:
-    """The last moves of an L-BFGS: pairs of a move and the change of the gradient it made."""
+    """The last moves of an L-BFGS, and the inverse Hessian that they tell of.
 
-    moves: deque[tuple[Tensor, Tensor]]
-    position: Tensor | None = None
-    gradient: Tensor | None = None
-    loss: float | None = None
+    A pair is a move s and the change y of the gradient it made, both scaled so that `s·y = 1`. The
+    inverse Hessian is kept in its compact form (Byrd, Nocedal, Schnabel 1994), in which a direction
+    takes few large operations instead of many small ones.
+
+    Attributes:
+        moves: s, a row a pair, in the order in which `rows` says.
+        changes: y, likewise.
+        rows: where the pairs stand, the oldest first.
+        products: `s_i · y_j` for pairs in the order of `rows`.
+        sizes: `y_i · y_j`, likewise.
+        loss: where the parameters are, or None where it is not known.
+    """
+
+    def __init__(self, history: int, like: Tensor, previous: "Memory | None" = None) -> None:
+        self.loss: float | None = None
+        self._at: tuple[Tensor, Tensor] | None = None
+        if previous is not None and len(previous.moves) == history:
+            self.moves, self.changes = previous.moves.clone(), previous.changes.clone()
+            self.rows = list(previous.rows)
+            self.products, self.sizes = previous.products, previous.sizes
+        else:
+            self.moves, self.changes = like.new_zeros(2, history, like.numel()).unbind()
+            self.rows = []
+            self.products = self.sizes = like.new_zeros(0, 0)
 
     def learn(self, position: Tensor, gradient: Tensor) -> None:
         """Remember the move that led here, if the loss curved upward along it."""
-        if self.position is not None and self.gradient is not None:
-            move, change = position - self.position, gradient - self.gradient
-            if move.dot(change) > torch.finfo(move.dtype).eps * change.dot(change):
-                self.moves.append((move, change))
-        self.position, self.gradient = position, gradient
+        if self._at is not None:
+            move, change = position - self._at[0], gradient - self._at[1]
+            curvature = move.dot(change)
+            if curvature > torch.finfo(move.dtype).eps * change.dot(change):
+                self._remember(move / curvature.sqrt(), change / curvature.sqrt())
+        self._at = position, gradient
+
+    def _remember(self, move: Tensor, change: Tensor) -> None:
+        """Add a pair, in the place of the oldest where all are taken."""
+        full = len(self.rows) == len(self.moves)
+        row = self.rows.pop(0) if full else len(self.rows)
+        self.rows.append(row)
+        self.moves[row], self.changes[row] = move, change
+        with_moves = (self.moves @ change)[self.rows]
+        with_changes = (self.changes @ change)[self.rows]
+        kept = slice(1, None) if full else slice(None)
+        grown = len(self.rows)
+        for name, column in (("products", with_moves), ("sizes", with_changes)):
+            table = change.new_zeros(grown, grown)
+            table[:-1, :-1] = getattr(self, name)[kept, kept]
+            table[:, -1] = column
+            setattr(self, name, table)
+        self.sizes[-1] = with_changes
+
+    def forget(self) -> None:
+        """Forget all pairs."""
+        self.rows, self.products, self.sizes = [], self.products[:0, :0], self.sizes[:0, :0]
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """`-B g` by the two-loop recursion."""
-        q, shares = -gradient, []
-        for move, change in reversed(self.moves):
-            share = move.dot(q) / move.dot(change)
-            q = q - share * change
-            shares.append(share)
-        if self.moves:
-            move, change = self.moves[-1]
-            q = q * (move.dot(change) / change.dot(change))
-        for (move, change), share in zip(self.moves, reversed(shares), strict=True):
-            q = q + (share - change.dot(q) / move.dot(change)) * move
-        return q
+        """`-B g`, where B approximates the inverse Hessian."""
+        if not self.rows:
+            return -gradient
+        last = 1 / self.sizes[-1, -1]  # s·y / y·y of the last pair
+        along_moves = (self.moves @ gradient)[self.rows]
+        along_changes = (self.changes @ gradient)[self.rows]
+        upper = self.products.triu()
+        u = torch.linalg.solve_triangular(upper, along_moves[:, None], upper=True)
+        right = u + last * (self.sizes @ u) - last * along_changes[:, None]
+        w = torch.linalg.solve_triangular(upper.T, right, upper=False)
+        weights = gradient.new_zeros(2, len(self.moves))
+        weights[0, self.rows], weights[1, self.rows] = w[:, 0], -last * u[:, 0]
+        return -(last * gradient + self.moves.T @ weights[0] + self.changes.T @ weights[1])
 
 
 def search(

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.problem import Params, Velocity
-from equigrad.solvers.solver import Solver
-
-ANSWERED = 1e-2
-"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Phase:
         steps: steps taken.
         start_residual: norm of the velocity at the start.
         residual: norm of the velocity where it was last evaluated: at the settled state where
-            `converged`, else one step before the end.
+            `converged` or where the solver jumps (`BlackBox`), else one step before the end.
         outcome: `converged` (residual ≤ tol), `not converged` (a tolerance was asked for and not
             reached), `stalled` (the solver found no step that helps, short of the tolerance) or
             `stopped` (ran the steps it was given; no tolerance applied).
@@ -43,7 +40,8 @@ class Phase:
     def __str__(self) -> str:
         missed = self.outcome in ("not converged", "stalled") and self.tol is not None
         tolerance = f" (tol {self.tol:.2g})" if missed else ""
-        return f"{self.outcome}: residual {self.residual:.2g} after {self.steps} steps{tolerance}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
 
 
 Watch = Callable[[int, Params, Any], None]
@@ -86,11 +84,13 @@ def settle(
     solver: Solver,
     *,
     beta: float = 0.0,
+    meta_params: Params | None = None,
     previous: Any = None,
     first_step: int = 0,
     steps: int | None = None,
     batches: int = 1,
     watch: Watch | None = None,
+    share: float = 1.0,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -99,13 +99,15 @@ def settle(
         loss: `(params, step) -> scalar`, for solvers that compare values.
         start: where to start; not changed.
         solver: the rule, its limit of steps and its tolerance.
-        beta: what the report names as the phase's nudging strength.
+        beta: the phase's nudging strength, for its report and for solvers that ask.
+        meta_params: θ, for solvers that ask.
         previous: solver state to go on from.
         first_step: number of the first step, which decides batches and randomness.
         steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
         batches: mini-batches that make up the loss. With several, the residual is that of the
             velocity averaged over the last whole passes, and is looked at after a pass.
         watch: sees the phase before every step.
+        share: of the first residual, which has to be reached as well as the tolerance.
 
     Returns:
         The settled state.
@@ -122,36 +124,55 @@ def settle(
     passed: list[Tensor] = []
     count = 0
 
-    def objective() -> tuple[Tensor, tuple[Tensor, ...]]:
-        return loss(params, first_step + step), velocity(params, first_step + step)
+    seen: tuple[list[int], tuple[Tensor, ...]] = [], ()
+
+    def evaluate() -> tuple[Tensor, ...]:
+        """The velocity, which is remembered where it depends on the parameters alone."""
+        nonlocal seen
+        versions = [p._version for p in leaves]
+        if not solver.fixed_loss or seen[0] != versions:
+            seen = versions, velocity(params, first_step + step)
+        return seen[1]
+
+    objective = Objective(
+        beta,
+        params,
+        meta_params or {},
+        loss=lambda: loss(params, first_step + step),
+        velocity=evaluate,
+    )
+    ahead = 0 if solver.jumps else 1
 
     for step in itertools.count():
         if watch is not None:
             watch(first_step + step, params, state)
-        v = velocity(params, first_step + step)
-        last = limit is not None and step + 1 >= limit
+        v = evaluate()
+        last = limit is not None and step + ahead >= limit
         if batches > 1:
             passed = list(torch._foreach_add(passed, v)) if passed else list(v)
             count += 1
         if last or (step % every == 0 if batches == 1 else count == every):
             mean = passed or v
+            before = residual
             residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
             residual /= max(count, 1)
             passed, count = [], 0
             if not math.isfinite(residual):
+                remedy = "Bound the learner" if solver.jumps else "Lower the solver's step size"
                 raise SettlingError(
                     f"the phase with β = {beta:g} diverged: the velocity is {residual} at step "
-                    f"{step}. Lower the solver's step size"
-                    + (" or the nudging strength beta" if beta else "")
+                    f"{step}. {remedy}"
+                    + (", lower the nudging strength beta" if beta else "")
                     + ", or start nearer to a minimum"
                 )
             if math.isnan(start_residual):
                 start_residual = residual
-            # a nudged phase starts almost at rest: it is settled when the nudge is answered
-            target = tol if tol is None or beta == 0 else min(tol, ANSWERED * start_residual)
-            if target is not None and residual <= target:
+            if tol is not None and residual <= min(tol, share * start_residual):
                 rests = True
                 break
+            stalled = solver.jumps and tol is not None and not last and residual > before / 2
+        if stalled or (last and solver.jumps):
+            break
         stalled = solver.update(leaves, v, state, objective) is False
         if last or stalled:
             step += 1

@@ -9,9 +9,32 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
+from equigrad.problem import Params
 
-Objective = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
-"""Evaluates the loss and the velocity again, at the parameters as they now are."""
+
+@dataclass(frozen=True)
+class Objective:
+    """What a phase settles: loss and velocity at the parameters as they now are.
+
+    Calling it gives both.
+
+    Attributes:
+        beta: nudging strength β of the phase.
+        params: the leaves that `Solver.update` moves, by name.
+        meta_params: θ, detached.
+        loss: evaluates `L_in + β L_out` without a gradient, which does not count as one.
+        velocity: evaluates `-∂L/∂φ`, one tensor a parameter.
+    """
+
+    beta: float
+    params: Params
+    meta_params: Params
+    loss: Callable[[], Tensor]
+    velocity: Callable[[], tuple[Tensor, ...]]
+
+    def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss and velocity."""
+        return self.loss(), self.velocity()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +48,15 @@ class Solver(ABC):
             until a hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
+        jumps: class attribute; whether one step may settle a phase. The norm is then looked at
+            where the last step landed, too, and under a tolerance a further step is taken only
+            where the one before at least halved it.
         differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
             alone and calls no `objective`, so that it can be differentiated as it stands.
     """
 
     fixed_loss: ClassVar[bool] = False
+    jumps: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
 
     max_steps: int | None = 1000

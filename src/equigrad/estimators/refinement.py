@@ -1,0 +1,281 @@
+"""The contrastive rule to an accuracy that is asked for."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import SettlingError
+from equigrad.estimators.estimator import Estimate
+from equigrad.evaluation import Evaluation
+from equigrad.problem import Params
+from equigrad.solvers import Settled, Solver
+from equigrad.vectors import flatten
+
+TIGHTER = 8
+"""How much further a pair of phases is settled, to see what the settling is worth."""
+
+ORDER = 1.5
+"""The order in β that a symmetric difference, of order 2, is trusted to have."""
+
+SAFETY = 2
+"""Error estimates are so many times what the differences say."""
+
+ROUNDING = 100
+"""A residual of so many rounding errors of the largest one is at the floor of the dtype."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The phases at ±β, their contrast, and what is wrong with it.
+
+    Attributes:
+        beta: β.
+        plus: the phase at β.
+        minus: the phase at -β.
+        grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
+        unsettled: estimated relative error from the residuals that are left.
+    """
+
+    beta: float
+    plus: Settled
+    minus: Settled
+    grads: dict[str, Tensor]
+    unsettled: float
+
+    def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
+        """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
+        ratio = beta / self.beta
+        plus, minus = dict(free.params), dict(free.params)
+        for name, center in free.params.items():
+            up, down = self.plus.params[name] - center, self.minus.params[name] - center
+            even, odd = 0.5 * ratio**2 * (up + down), 0.5 * ratio * (up - down)
+            plus[name], minus[name] = center + even + odd, center + even - odd
+        return (
+            dataclasses.replace(self.plus, params=plus),
+            dataclasses.replace(self.minus, params=minus),
+        )
+
+
+class Refinement:
+    r"""Symmetric differences, refined until their own error estimate is below a tolerance.
+
+    The two errors of Theorem 2 (Zucchet et al.) are found by doing better and looking at what that
+    changes:
+
+    - *unsettled phases:* a pair of phases is settled to an eighth of its residual; the contrast
+      changes by what the residual was worth, and what is left of it is worth proportionally less;
+    - *finite β:* contrasts at two β are compared; the error at the smaller one is of order β², a
+      known share of their difference.
+
+    The first β is the one at which the nudge changes the outer force `∂L_out/∂φ` by about `√rtol`
+    of itself: that ratio is the small parameter of the expansion in β, however the losses are
+    scaled. Later phases start where the parabola through the earlier ones says that they will end.
+
+    Where rounding keeps the phases from settling as far as they should, two pairs at larger β make
+    a four-point difference, whose error is of order β⁴.
+
+    Args:
+        evaluation: evaluates and counts.
+        solver: settles; its own limits give way to `rtol` and `budget`.
+        rtol: relative error to reach.
+        beta: the β to try first.
+        budget: gradient evaluations to spend.
+        keep_momentum: whether a new phase goes on with the solver's state.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        solver: Solver,
+        *,
+        rtol: float,
+        beta: float,
+        budget: int,
+        keep_momentum: bool,
+    ) -> None:
+        self.evaluation, self.solver, self.keep_momentum = evaluation, solver, keep_momentum
+        self.rtol, self.budget, self.beta = rtol, budget, abs(beta)
+        self.dtype = next(iter(evaluation.params.values())).dtype
+        self.eps = torch.finfo(self.dtype).eps
+        self.obstacle = ""
+        self.share = min(rtol, 1e-2)
+        self.worth = 0.0
+
+    def run(self) -> Estimate:
+        """Settle, contrast and compare until the error estimate is below `rtol`."""
+        self.settle_free()
+        if self.force_size == 0:
+            self.evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
+            return Estimate(grads=self.direct, phases=(self.free,), error_estimate=0.0)
+        coarse, ratio = self.first_pair(), 2
+        while True:
+            beta = coarse.beta / ratio
+            fine = self.pair(beta, *coarse.starts(self.free, beta))
+            finite = SAFETY * relative(coarse.grads, fine.grads) / (ratio**ORDER - 1)
+            grads, error, pairs = fine.grads, finite + fine.unsettled, [fine]
+            if error <= self.rtol or self.obstacle:
+                break
+            jump = math.ceil(math.log2(2 * finite / self.rtol) / ORDER)
+            # after a jump, the next comparison is of neighbours again
+            ratio = 2 ** min(max(jump, 1), 6) if ratio == 2 else 2
+            coarse = fine
+        if error > self.rtol:
+            four, bound = self.four_points(coarse, fine)
+            if bound < error:
+                grads, error, pairs = four, bound, [coarse, fine]
+        if error > self.rtol:
+            self.evaluation.notes.append(
+                f"rtol={self.rtol:g} not reached, the estimated error is {error:.1e}: "
+                f"{self.obstacle}"
+            )
+        phases = [phase for pair in pairs for phase in (pair.plus, pair.minus)]
+        return Estimate(grads=grads, phases=(self.free, *phases), error_estimate=error)
+
+    def settle_free(self) -> None:
+        """The free phase, until its residual is small beside the nudge."""
+        one_step = dataclasses.replace(self.solver, max_steps=1, tol=None)
+        self.free = self.evaluation.settle(one_step)
+        self.largest = self.free.phase.start_residual
+        while True:
+            force, self.direct = self.evaluation.outer_gradients(self.free)
+            self.force = flatten(list(force.values()))
+            self.force_size = self.force.norm().item()
+            floor = ROUNDING * self.eps * self.largest
+            tol = max(self.share * self.beta * self.force_size, floor)
+            if self.free.phase.residual <= tol or self.obstacle:
+                break
+            self.free = self.settle(self.free, 0.0, tol)
+
+    def first_pair(self) -> Pair:
+        """A pair at a β whose nudge bends the outer force by about √rtol."""
+        beta, start, aim = self.beta, self.free, min(0.1, self.rtol**0.5)
+        while True:
+            bend = math.inf
+            try:
+                plus = self.settle(start, beta, self.tol(beta))
+                bend = self.bend(plus)
+                if bend <= 2 * aim or self.spent:
+                    mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
+                    start = dataclasses.replace(plus, params=mirrored)
+                    # against the outer loss there may be no equilibrium to find
+                    limit = 4 * plus.phase.steps + 100
+                    minus = self.settle(start, -beta, self.tol(beta), limit)
+                    bend = self.bend(minus)
+                    if bend <= 4 * aim or self.spent:
+                        return self.pair(beta, plus, minus)
+            except SettlingError:
+                if beta < self.eps * self.beta:
+                    raise
+            self.obstacle = ""
+            beta *= max(1e-3, 0.5 * min(1.0, aim / bend))
+            self.free = self.settle(self.free, 0.0, self.tol(beta))
+            start = self.free
+
+    def bend(self, phase: Settled) -> float:
+        """How much the outer force has changed since the free phase, relative to itself."""
+        force, _ = self.evaluation.outer_gradients(phase)
+        return (flatten(list(force.values())) - self.force).norm().item() / self.force_size
+
+    def tol(self, beta: float) -> float:
+        """The residual that a phase at β may leave."""
+        return self.share * beta * self.force_size
+
+    def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
+        """Settle the phases at ±β until what is left is worth less than a third of `rtol`.
+
+        What a residual is worth is seen where the first pair is settled further.
+        """
+        before, left_before = None, math.inf
+        while True:
+            plus = self.settle(plus, beta, self.tol(beta))
+            minus = self.settle(minus, -beta, self.tol(beta))
+            grads = self.evaluation.contrast([plus, minus], [0.5 / beta, -0.5 / beta])
+            left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
+            if before is not None and left_before > 0:
+                self.worth = relative(before, grads) / left_before
+            if self.obstacle:
+                self.worth = max(self.worth, 1.0)
+            if before is not None or self.worth > 0:
+                unsettled = SAFETY * self.worth * left + self.rounding(plus, minus)
+                if unsettled <= self.rtol / 3 or self.obstacle:
+                    return Pair(beta, plus, minus, grads, unsettled)
+            before, left_before = grads, left
+            self.share /= TIGHTER
+
+    def rounding(self, plus: Settled, minus: Settled) -> float:
+        """What rounding φ is worth beside the distance between the phases."""
+        one, other = flatten(list(plus.params.values())), flatten(list(minus.params.values()))
+        moved = (one - other).norm().item()
+        return self.eps * one.norm().item() / moved if moved else math.inf
+
+    def four_points(self, coarse: Pair, fine: Pair) -> tuple[dict[str, Tensor], float]:
+        """Take the error of order β² out of two pairs, and estimate the one of order β⁴."""
+        gain = (coarse.beta / fine.beta) ** 2 - 1
+        grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
+        curved = relative(coarse.grads, fine.grads) / gain
+        error = SAFETY * curved**2 * (1 + gain)
+        error += (1 + 1 / gain) * fine.unsettled + coarse.unsettled / gain
+        return grads, error
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget is spent."""
+        return self.evaluation.gradient_evaluations >= self.budget
+
+    def settle(self, state: Settled, beta: float, tol: float, limit: int | None = None) -> Settled:
+        """Go on with a phase, or start one at a state, until its residual is at most `tol`.
+
+        Gives up where the residual does not get smaller, and says why in `obstacle`; or after as
+        many steps as `limit` says.
+        """
+        begun = state.phase if state.phase.beta == beta else None
+        keep, chunk = self.keep_momentum or begun is not None, 100
+        before = math.inf
+        while True:
+            room = (self.budget - self.evaluation.gradient_evaluations) // (1 if beta == 0 else 2)
+            solver = dataclasses.replace(
+                self.solver, tol=tol, max_steps=max(1, min(chunk, room, limit or chunk))
+            )
+            state = self.evaluation.settle_nudged(
+                state, solver, beta, keep_momentum=keep, share=1.0
+            )
+            phase = state.phase
+            if begun is not None:
+                phase = dataclasses.replace(
+                    phase,
+                    steps=begun.steps + phase.steps,
+                    start_residual=begun.start_residual,
+                )
+                state = dataclasses.replace(state, phase=phase)
+            if phase.outcome == "converged" or (limit is not None and phase.steps >= limit):
+                return state
+            floor = ROUNDING * self.eps * self.largest
+            if self.spent:
+                self.obstacle = (
+                    f"the budget of {self.budget} gradient evaluations is spent; raise budget, or "
+                    f"settle with a faster solver"
+                )
+            elif phase.residual <= floor and (
+                phase.outcome == "stalled" or phase.residual > 0.7 * before
+            ):
+                self.obstacle = f"{self.dtype} resolves residuals to {phase.residual:.1e} here" + (
+                    "; use torch.float64" if self.dtype != torch.float64 else ""
+                )
+            elif phase.outcome == "stalled" or phase.residual >= before:
+                self.obstacle = (
+                    f"the phase with β = {beta:.2g} does not settle ({phase}): there may be no "
+                    f"equilibrium near, or the solver's step size is too large"
+                )
+            if self.obstacle:
+                return state
+            begun, before, keep, chunk = phase, phase.residual, True, 2 * chunk
+
+
+def relative(one: Params, other: Params) -> float:
+    """`‖one - other‖ / ‖other‖` over all meta-parameters."""
+    a, b = flatten(list(one.values())).double(), flatten(list(other.values())).double()
+    size = b.norm().item()
+    return (a - b).norm().item() / size if size else math.inf
