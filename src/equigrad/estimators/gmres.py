@@ -93,11 +93,9 @@ def _cycle(
     for k in range(iterations):
         image = linear.product(basis[k])
         largest = max(largest, image.norm().item())
-        for _ in range(2):  # once more for what rounding left of the basis
-            for i, vector in enumerate(basis):
-                share = vector.dot(image)
-                hessenberg[i, k] += share
-                image = image - share * vector
+        for i, vector in enumerate(basis):
+            hessenberg[i, k] = vector.dot(image)
+            image = image - hessenberg[i, k] * vector
         hessenberg[k + 1, k] = image.norm()
         square = hessenberg[: k + 2, : k + 1]
         weights = torch.linalg.pinv(square) @ right[: k + 2]
