@@ -84,7 +84,7 @@ def reweighting() -> tuple[eg.Bilevel, Params, Params, Callable[..., Learner]]:
 
 def row(
     name: str,
-    problem: eg.Bilevel,
+    problem: eg.Problem,
     params: Params,
     meta_params: Params,
     learner: Learner,

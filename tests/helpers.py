@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from equigrad.cli import main
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Bilevel, Params, Problem
 from equigrad.solvers import Solver
 
 
 def resolved_outer_loss(
-    problem: Bilevel, params: Params, meta_params: Params, solver: Solver
+    problem: Problem, params: Params, meta_params: Params, solver: Solver
 ) -> float:
     """The outer loss where the inner problem settles."""
     torch.manual_seed(0)
@@ -22,7 +22,7 @@ def resolved_outer_loss(
 
 
 def directional_derivative(
-    problem: Bilevel,
+    problem: Problem,
     params: Params,
     meta_params: Params,
     solver: Solver,

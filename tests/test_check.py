@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import equigrad as eg
-from equigrad.testing import CASES, Quadratic
+from equigrad.testing import CASES, MAP_CASES, Quadratic, start_case
 from helpers import call_main
 
 
@@ -25,6 +25,7 @@ def check(quadratic, steps, estimator, **options):
         (30, eg.Contrastive(beta=1e-3), "Settle longer: the free phase"),
         (400, eg.Contrastive(beta=0.5), "too large for the curvature"),
         (60, eg.Contrastive(beta=1e-3, matched=False), "Use matched=True"),
+        (30, eg.Unrolled(), "Settle longer: the free phase"),
         (400, eg.T1T2(), "T1T2's own error"),
         (
             400,
@@ -48,15 +49,16 @@ def test_beta_too_small_for_float32():
     assert any("too small for torch.float32" in sentence for sentence in found.advice)
 
 
-@pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [*CASES, *MAP_CASES], ids=lambda build: build.__name__)
 def test_what_is_right_passes(build):
     case = build(torch.float64)
+    contrastive = eg.Contrastive(beta=1e-3, scheme="symmetric")
     found = eg.check_meta_gradient(
         case.problem,
         case.params,
         case.meta_params,
         solver=case.solver,
-        estimator=eg.Contrastive(beta=1e-3, scheme="symmetric"),
+        estimator=contrastive if case.problem.energy else eg.GMRES(),
         rtol=1e-4,
     )
     assert found.passed, found
@@ -160,3 +162,11 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys, target, code, words)
     ended, said = call_main("check", target, capsys=capsys)
     assert ended == code
     assert words in said
+
+
+def test_an_initialisation_has_no_gradient_at_equilibrium_to_compare_with():
+    case = start_case(torch.float64)
+    with pytest.raises(eg.ProblemError, match=r"'phi' has no path.*forgotten where it started"):
+        eg.check_meta_gradient(
+            case.problem, case.params, case.meta_params, solver=case.solver, estimator=eg.MAML()
+        )

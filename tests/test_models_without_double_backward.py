@@ -36,10 +36,10 @@ class Perceptron(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
-def compiled(backend):
+def compiled(backend) -> nn.Module:
     torch._dynamo.reset()  # else the compiles of earlier tests count towards the limit
     model = Perceptron().double()
-    return torch.compile(model, backend=backend)
+    return torch.compile(model, backend=backend)  # pyright: ignore[reportReturnType]
 
 
 needs_compiler = pytest.mark.skipif(
@@ -69,6 +69,26 @@ def problem_of(model):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_first_order_maml_trains_the_start_of_a_compiled_model():
+    """Against its definition, the outer gradient at the end; MAML itself is told what can."""
+    model = compiled("aot_eager")
+    x, y = torch.randn(7, 3, 4, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64)
+    net = eg.nn.Functional(model)
+    problem = eg.Bilevel(
+        lambda p, m: (net(p, x) - y).square().mean(), lambda p, m: (net(p, x) + y).square().mean()
+    )
+    start = {name: p.requires_grad_() for name, p in net.params().items()}
+    solver = eg.GradientDescent(lr=0.05, max_steps=3)
+    result = eg.meta_gradient(problem, start, start, solver=solver, estimator=eg.FirstOrderMAML())
+    end = {name: p.clone().requires_grad_() for name, p in result.params.items()}
+    expected = torch.autograd.grad(problem.outer_loss(end, {}), list(end.values()))
+    for name, grad in zip(end, expected, strict=True):
+        torch.testing.assert_close(result.grads[name], grad)
+    with pytest.raises(eg.DoubleBackwardError, match=r"MAML.*Use FirstOrderMAML\(\) or Reptile"):
+        eg.meta_gradient(problem, start, start, solver=solver, estimator=eg.MAML())
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", MODELS)
 def test_contrastive_agrees_with_finite_differences(make):
     problem, params, meta = problem_of(make())
@@ -88,13 +108,18 @@ def test_contrastive_agrees_with_finite_differences(make):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
-def test_t1t2_says_why_it_cannot_and_what_can(make):
+@pytest.mark.parametrize(
+    "estimator", [eg.T1T2(), eg.GMRES(), eg.Unrolled(), eg.ForwardMode(max_size=200)], ids=str
+)
+def test_others_say_why_they_cannot_and_what_can(make, estimator):
     problem, params, meta = problem_of(make())
-    with pytest.raises(eg.DoubleBackwardError, match=r"no second derivative.*Use Contrastive"):
+    with pytest.raises(
+        eg.DoubleBackwardError, match=r"no second derivative.*Use Contrastive.*EvolutionStrategies"
+    ):
         eg.meta_gradient(
             problem,
             params,
             meta,
             solver=eg.GradientDescent(lr=0.01, max_steps=3),
-            estimator=eg.T1T2(),
+            estimator=estimator,
         )

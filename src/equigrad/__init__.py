@@ -12,23 +12,34 @@ from equigrad.errors import (
     SettlingError,
 )
 from equigrad.estimators import (
+    GMRES,
+    IMAML,
+    MAML,
     T1T2,
     ConjugateGradient,
     Contrastive,
     Estimator,
+    EvolutionStrategies,
     ExactSolve,
     FiniteDifferenceT1T2,
+    FirstOrderMAML,
+    ForwardMode,
     NeumannSeries,
     Nystrom,
+    Reptile,
+    Unrolled,
 )
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Bilevel
+from equigrad.problem import Bilevel, FixedPoint, Problem
 from equigrad.solvers import LBFGS, BlackBox, GradientDescent, Phase, Solver, TorchOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
+    "IMAML",
     "LBFGS",
+    "MAML",
     "T1T2",
     "Bilevel",
     "BlackBox",
@@ -40,18 +51,25 @@ __all__ = [
     "DoubleBackwardError",
     "EquigradError",
     "Estimator",
+    "EvolutionStrategies",
     "ExactSolve",
     "FiniteDifferenceT1T2",
+    "FirstOrderMAML",
+    "FixedPoint",
+    "ForwardMode",
     "GradientDescent",
     "MetaGradient",
     "NeumannSeries",
     "Nystrom",
     "Phase",
+    "Problem",
     "ProblemError",
+    "Reptile",
     "RunError",
     "SettlingError",
     "Solver",
     "TorchOptimizer",
+    "Unrolled",
     "check_meta_gradient",
     "meta_gradient",
     "nn",

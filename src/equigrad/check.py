@@ -9,7 +9,7 @@ from equigrad.errors import ConfigurationError, CurvatureError, DoubleBackwardEr
 from equigrad.estimators import Contrastive, Estimator, ExactSolve
 from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Params, Problem
 from equigrad.solvers import Phase, Solver
 
 MORE_STEPS = 10
@@ -90,7 +90,7 @@ class Check:
 
 
 def check_meta_gradient(
-    problem: Bilevel,
+    problem: Problem,
     params: Params,
     meta_params: Params,
     *,
@@ -184,7 +184,7 @@ class _Resolve:
 
     def __init__(
         self,
-        problem: Bilevel,
+        problem: Problem,
         result: MetaGradient,
         meta_params: Params,
         solver: Solver,

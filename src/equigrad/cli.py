@@ -111,18 +111,22 @@ def dispatch(arguments: Sequence[str]) -> None:
 
 def show(known: Sequence[Command]) -> None:
     """Print the commands and the estimators."""
-    from equigrad.estimators.table import HEADINGS, rows
+    from equigrad.estimators.table import HEADINGS, LEGEND, rows
 
     console = Console()
     table = Table(box=None, show_header=False)
     for command in known:
         table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
     console.print(table)
-    estimators = Table(*(heading.capitalize() for heading in HEADINGS), box=SIMPLE_HEAD)
+    headings = (heading[0].upper() + heading[1:] for heading in HEADINGS)
+    estimators = Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     estimators.columns[0].no_wrap = True
+    for column, texts in zip(estimators.columns, zip(HEADINGS, *rows(), strict=True), strict=True):
+        column.min_width = max(len(word) for text in texts for word in text.split())
     for row in rows():
         estimators.add_row(*row)
     console.print(estimators)
+    console.print(LEGEND)
 
 
 def examine(target: str, **options: Any) -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problem import Bilevel, Params, Velocity
+from equigrad.problem import Bilevel, Params, Problem, Velocity, check_scalar
 from equigrad.randomness import CommonRandomness, Stream
-from equigrad.solvers import Settled, Solver, settle
+from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
 ANSWERED = 1e-2
 """A nudged phase under a tolerance goes on until this share of its first residual is left."""
@@ -29,17 +30,23 @@ class Evaluation:
         problem: the problem.
         params: φ as given, detached.
         meta_params: θ, detached.
+        start: names of the meta-parameters that the given params were computed from.
+        only_start: those of them that reach no loss in another way.
         gradient_evaluations: gradients of the inner or the outer loss taken so far; a
             Hessian-vector product counts as two, values without a gradient do not count.
         notes: what the user should know about this meta-gradient, a sentence each.
     """
 
-    def __init__(self, problem: Bilevel, params: Params, meta_params: Params) -> None:
+    def __init__(self, problem: Problem, params: Params, meta_params: Params) -> None:
         _check_tensors("params", params)
         _check_tensors("meta_params", meta_params)
         self.problem = problem
         self.params = {name: p.detach() for name, p in params.items()}
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
+        self._given_params, self._given_meta = params, meta_params
+        reached = self._through_start({name: torch.zeros_like(p) for name, p in params.items()})
+        self.start = [name for name, grad in reached.items() if grad is not None]
+        self.only_start: list[str] = []
         self.gradient_evaluations = 0
         self.notes: list[str] = []
         frozen = [
@@ -47,7 +54,7 @@ class Evaluation:
         ]
         if frozen:
             self.notes.append(
-                f"params {_names(frozen)} are frozen (requires_grad=False) in their module, and "
+                f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
                 f"settle all the same; leave them out of params to keep them"
             )
         self._exit = ExitStack()
@@ -65,8 +72,6 @@ class Evaluation:
         except BaseException:
             self._exit.close()
             raise
-        self._buffers.restore(self._buffers.before)
-        self._restore_flags()
         return self
 
     def _restore_flags(self) -> None:
@@ -78,22 +83,65 @@ class Evaluation:
 
     # Settling
 
-    def settle(self, solver: Solver) -> Settled:
-        """The free phase: settle from the given parameters, without nudge."""
-        batches = self._batches(solver, 0.0)
+    def settle(self, solver: Solver, watch: Watch | None = None) -> Settled:
+        """The free phase: settle from the given parameters, without nudge.
+
+        Args:
+            solver: settles this phase.
+            watch: sees every step, as in `equigrad.solvers.settle`.
+        """
+        self._buffers.restore(self._buffers.before)
+        self._restore_flags()
         free = settle(
             self._velocity(0.0),
             self._loss(0.0),
             self.params,
             solver,
             meta_params=self.meta_params,
-            batches=batches,
+            batches=self._batches(solver, 0.0),
+            watch=watch,
         )
         return dataclasses.replace(free, buffers=self._buffers.snapshot())
 
+    def settle_recorded(
+        self, solver: Solver, every: int | None = None, keep: int | None = None
+    ) -> tuple[Settled, list[Moment]]:
+        """The free phase, and moments of it from which it can be replayed.
+
+        Args:
+            solver: settles this phase.
+            every: steps between two moments; None for the start alone.
+            keep: how many of the latest moments to keep; None for all.
+        """
+        moments: deque[Moment] = deque(maxlen=keep)
+
+        def watch(step: int, params: Params, state: Any) -> None:
+            if step == 0 or (every is not None and step % every == 0):
+                copies = {name: p.detach().clone() for name, p in params.items()}
+                moments.append(
+                    Moment(
+                        params=copies,
+                        solver_state=[s.clone() for s in state],
+                        end_step=step,
+                        buffers=self._buffers.snapshot(),
+                    )
+                )
+
+        return self.settle(solver, watch), list(moments)
+
+    @contextmanager
+    def at(self, params: Params, meta_params: Params) -> Iterator[None]:
+        """Settle from other params and at other meta-parameters, with the same randomness."""
+        kept = self.params, self.meta_params
+        self.params, self.meta_params = dict(params), dict(meta_params)
+        try:
+            yield
+        finally:
+            self.params, self.meta_params = kept
+
     def settle_nudged(
         self,
-        free: Settled,
+        free: Moment,
         solver: Solver,
         beta: float,
         *,
@@ -130,9 +178,9 @@ class Evaluation:
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
 
-    def stand_at(self, settled: Settled) -> None:
-        """Put the modules' buffers as they were when a phase ended, and their training flags."""
-        self._buffers.restore(settled.buffers)
+    def stand_at(self, at: Moment) -> None:
+        """Put the modules' buffers and training flags as they were at a moment of a phase."""
+        self._buffers.restore(at.buffers)
         self._restore_flags()
 
     def _batches(self, solver: Solver, beta: float) -> int:
@@ -158,27 +206,92 @@ class Evaluation:
 
     def _loss(self, beta: float) -> Any:
         def loss(params: Params, step: int) -> Tensor:
-            value = self.total_inner_loss(params, self.meta_params, step)
+            problem = self.problem
+            if not isinstance(problem, Bilevel):
+                raise ConfigurationError(
+                    f"this solver compares values of a loss, and a {type(problem).__name__} has "
+                    f"none; use GradientDescent, where lr=1 iterates the map"
+                )
+            value = problem.total_inner_loss(params, self.meta_params, step, self._randomness)
             if beta == 0:
                 return value
-            return value + beta * self.data_loss("outer", params, self.meta_params, step)
+            return value + beta * self.evaluate("outer", params, self.meta_params, step)
 
         return loss
+
+    # The start
+
+    def _through_start(self, adjoint: Params) -> dict[str, Tensor | None]:
+        """`(∂φ_0/∂θ)ᵀ adjoint` by name of the meta-parameter; None where there is no path."""
+        outputs = [(p, adjoint[n]) for n, p in self._given_params.items() if p.requires_grad]
+        inputs = {n: m for n, m in self._given_meta.items() if m.requires_grad}
+        found: dict[str, Tensor | None] = dict.fromkeys(self._given_meta)
+        if outputs and inputs:
+            try:
+                grads = torch.autograd.grad(
+                    [p for p, _ in outputs],
+                    list(inputs.values()),
+                    [a for _, a in outputs],
+                    retain_graph=True,
+                    create_graph=any(a.requires_grad for _, a in outputs),
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                raise ProblemError(
+                    f"params were computed from meta_params by a graph that can no longer be used "
+                    f"({str(error).splitlines()[0]}). Compute them anew for every call, or detach "
+                    f"them"
+                ) from error
+            found.update(zip(inputs, grads, strict=True))
+        return found
+
+    def pull_back_start(self, adjoint: Params) -> dict[str, Tensor]:
+        """`(∂φ_0/∂θ)ᵀ adjoint` for params φ_0 that were computed from meta_params.
+
+        Args:
+            adjoint: the derivative of the outer loss by the start, by name of the parameter.
+
+        Returns:
+            The part of the meta-gradient that goes through the start, by name; zero elsewhere.
+        """
+        pulled = self._through_start(adjoint)
+        return {
+            n: torch.zeros_like(m) if (g := pulled[n]) is None else g.detach()
+            for n, m in self.meta_params.items()
+        }
+
+    def push_start(self, direction: Params) -> dict[str, Tensor]:
+        """`(∂φ_0/∂θ) direction`, by name of the parameter: how the start moves with θ."""
+        probe = {n: torch.zeros_like(p).requires_grad_() for n, p in self.params.items()}
+        pulled = {n: g for n, g in self._through_start(probe).items() if g is not None}
+        # the pull-back is linear in the probe, and its derivative the push
+        moved = [(g, direction[n]) for n, g in pulled.items() if g.requires_grad]
+        if not moved:
+            return {n: torch.zeros_like(p) for n, p in self.params.items()}
+        pushed = torch.autograd.grad(
+            [g for g, _ in moved],
+            list(probe.values()),
+            [d for _, d in moved],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(probe, pushed, strict=True))
 
     # Losses and their derivatives
 
-    def data_loss(
-        self, stream: Stream, params: Params, meta_params: Params, step: int = 0
-    ) -> Tensor:
-        """The inner or outer loss on one step's batch, with that step's randomness."""
-        return self.problem.data_loss(stream, params, meta_params, step, self._randomness)
+    def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
+        """The user's inner or outer function on one step's batch, with that step's randomness."""
+        return self.problem.evaluate(stream, params, meta_params, step, self._randomness)
 
-    def total_inner_loss(self, params: Params, meta_params: Params, step: int = 0) -> Tensor:
-        """The inner loss with its regulariser, differentiable as often as the model is."""
-        loss = self.data_loss("inner", params, meta_params, step)
-        if self.problem.regularizer is not None:
-            loss = loss + self.problem.regularizer.penalty(params, meta_params)
-        return loss
+    def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
+        """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
+        return self.problem.residual(params, meta_params, step, self._randomness)
+
+    def reached(self, stream: Stream) -> frozenset[str]:
+        """The meta-parameters that the inner or the outer loss depends on."""
+        own = frozenset(self._reached[stream])
+        regularizer = self.problem.regularizer
+        return own if stream == "outer" or regularizer is None else own | regularizer.meta_names
 
     def batch_steps(self, stream: Stream) -> range:
         """The steps that show every batch of a loss once."""
@@ -189,7 +302,7 @@ class Evaluation:
         """The outer loss where a phase ended, averaged over its batches."""
         self.stand_at(at)
         steps = self.batch_steps("outer")
-        total = sum(self.data_loss("outer", at.params, self.meta_params, step) for step in steps)
+        total = sum(self.evaluate("outer", at.params, self.meta_params, step) for step in steps)
         return torch.as_tensor(total) / len(steps)
 
     def meta_partial(self, stream: Stream, at: Settled) -> dict[str, Tensor]:
@@ -210,7 +323,7 @@ class Evaluation:
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self.batch_steps(stream)
         for step in steps:
-            loss = self.data_loss(stream, at.params, meta, step)
+            loss = self.evaluate(stream, at.params, meta, step)
             if not loss.requires_grad:  # a batch that no meta-parameter acts on
                 continue
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -227,7 +340,7 @@ class Evaluation:
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self.batch_steps("outer")
         for step in steps:
-            loss = self.data_loss("outer", params, meta, step)
+            loss = self.evaluate("outer", params, meta, step)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
             self.gradient_evaluations += 1
@@ -267,7 +380,7 @@ class Evaluation:
         params = {name: p.clone().requires_grad_() for name, p in self.params.items()}
         meta = {name: m.clone().requires_grad_() for name, m in self.meta_params.items()}
         for stream in ("inner", "outer"):
-            loss = self._checked_loss(stream, params, meta)
+            loss = self._checked_probe(stream, params, meta)
             leaves = [*params.values(), *meta.values()]
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
             self.gradient_evaluations += 1
@@ -275,9 +388,9 @@ class Evaluation:
             moves = {name for name, r in zip(params, reached, strict=False) if r}
             if not moves:
                 raise ProblemError(
-                    f"{stream}_loss does not depend on params: no gradient reaches any of "
-                    f"{_names(params)}. Compute it from the params that it is handed, for example "
-                    f"with torch.func.functional_call"
+                    f"{self.problem.name(stream)} does not depend on params: no gradient reaches "
+                    f"any of {listed(params)}. Compute it from the params that it is handed, "
+                    f"for example with torch.func.functional_call"
                 )
             moved |= moves
             found = {name for name, r in zip(meta, reached[len(params) :], strict=True) if r}
@@ -285,62 +398,51 @@ class Evaluation:
                 if len(found) < len(meta):
                     found |= self._reached_on(stream, meta, step)
             self._reached[stream] = [name for name in meta if name in found]
-        seen = set(self._reached["inner"]) | set(self._reached["outer"])
-        regularizer = self.problem.regularizer
-        if regularizer is not None:
-            value = regularizer.penalty(params, meta)
-            _check_scalar("the regularizer", value)
-            seen |= regularizer.meta_names
-        unseen = sorted(set(meta) - seen)
+        if self.problem.regularizer is not None:
+            check_scalar("the regularizer", self.problem.regularizer.penalty(params, meta))
+        seen = self.reached("inner") | self.reached("outer")
+        self.only_start = [name for name in self.start if name not in seen]
+        unseen = sorted(set(meta) - seen - set(self.start))
         if unseen:
             raise ProblemError(
-                f"meta-parameter {_names(unseen)} has no path to inner_loss or outer_loss, so its "
-                f"meta-gradient cannot be told from zero. Use it in a loss, or leave it out. "
-                f"(If it is the initialisation of params: what has settled has forgotten where it "
-                f"started. Make it the centre of a proximal term, as in "
-                f"equigrad.nn.ComplexSynapse(learn=('center',)).)"
+                f"meta-parameter {listed(unseen)} has no path to {self.problem.name('inner')} or "
+                f"outer_loss, so its meta-gradient cannot be told from zero. Use it, or leave it "
+                f"out. (If it is the initialisation of params: pass params that are computed from "
+                f"meta_params, with their graph; or make it the centre of a proximal term, as in "
+                f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
+                f"forgotten where it started.)"
             )
         idle = sorted(set(params) - moved)
         if idle:
-            self.notes.append(f"no loss depends on params {_names(idle)}")
+            self.notes.append(f"no loss depends on params {listed(idle)}")
 
     def _reached_on(self, stream: Stream, meta: Params, step: int) -> set[str]:
         """The meta-parameters that a later batch's loss depends on."""
-        loss = self.data_loss(stream, self.params, meta, step)
+        loss = self._probe(stream, self.params, meta, step)
         if not loss.requires_grad:
             return set()
         self.gradient_evaluations += 1
         grads = torch.autograd.grad(loss, list(meta.values()), allow_unused=True)
         return {name for name, g in zip(meta, grads, strict=True) if g is not None}
 
-    def _checked_loss(self, stream: Stream, params: Params, meta: Params) -> Tensor:
+    def _probe(self, stream: Stream, params: Params, meta: Params, step: int = 0) -> Tensor:
+        return self.problem.probe(stream, params, meta, step, self._randomness)
+
+    def _checked_probe(self, stream: Stream, params: Params, meta: Params) -> Tensor:
+        name = self.problem.name(stream)
         try:
-            loss = self.data_loss(stream, params, meta)
+            probe = self._probe(stream, params, meta)
         except KeyError as error:
             raise ProblemError(
-                f"{stream}_loss asked for {error}, which is not there: params has "
-                f"{_names(params)}, meta_params has {_names(meta)}"
+                f"{name} asked for {error}, which is not there: params has "
+                f"{listed(params)}, meta_params has {listed(meta)}"
             ) from error
-        _check_scalar(f"{stream}_loss", loss)
-        if not loss.requires_grad:
+        if not probe.requires_grad:
             raise ProblemError(
-                f"{stream}_loss returned a value without a gradient: it does not depend on params, "
+                f"{name} returned a value without a gradient: it does not depend on params, "
                 f"or detaches them (.item(), .detach(), torch.no_grad())"
             )
-        return loss
-
-
-def _check_scalar(name: str, loss: object) -> None:
-    if not isinstance(loss, Tensor):
-        raise ProblemError(f"{name} must return a scalar tensor, got {type(loss).__name__}")
-    if loss.ndim != 0:
-        raise ProblemError(
-            f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with .mean()"
-        )
-    if not torch.isfinite(loss):
-        raise ProblemError(
-            f"{name} is {loss.item()} at the initial params; start where it is finite"
-        )
+        return probe
 
 
 def _check_tensors(what: str, tensors: object) -> None:
@@ -363,6 +465,7 @@ def _check_tensors(what: str, tensors: object) -> None:
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
 
 
-def _names(names: Any) -> str:
+def listed(names: Any) -> str:
+    """Names in quotes, the first eight of them."""
     shown = [repr(name) for name in names]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

@@ -9,7 +9,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Params, Problem
 from equigrad.solvers import Phase, Solver
 
 
@@ -44,7 +44,7 @@ class MetaGradient:
 
 
 def meta_gradient(
-    problem: Bilevel,
+    problem: Problem,
     params: Params,
     meta_params: Params,
     *,
@@ -53,13 +53,16 @@ def meta_gradient(
 ) -> MetaGradient:
     r"""Estimate the gradient of the outer loss through a problem that settles.
 
-        ∇_θ = d/dθ L_out(φ*(θ), θ),    φ*(θ) = argmin_φ L_in(φ, θ)
+        ∇_θ = d/dθ L_out(φ*(θ), θ),    φ*(θ) = argmin_φ L_in(φ, θ)   or   φ* = F(φ*, θ)
+
+    θ may also be what the learner starts from: `params` with a graph back to `meta_params`, as
+    `params=meta_params` has, is seen by the estimators whose traits say so.
 
     Neither `params` nor `meta_params`, nor the buffers of the modules involved, nor torch's random
     state (but for one draw) are changed.
 
     Args:
-        problem: the losses.
+        problem: a `Bilevel` or a `FixedPoint`.
         params: φ at the start of the free phase, by name.
         meta_params: θ, by name.
         solver: settles the phases.
@@ -69,7 +72,9 @@ def meta_gradient(
         The estimate and its circumstances.
 
     Raises:
-        ProblemError: losses or parameters are not what they have to be.
+        ProblemError: losses or parameters are not what they have to be, or θ is the start of
+            params alone and the estimator does not see it.
+        ConfigurationError: the estimator cannot serve this problem or solver.
         SettlingError: a phase diverged.
         DoubleBackwardError: the estimator needs second derivatives that the model does not have.
 
@@ -91,7 +96,7 @@ def meta_gradient(
     """
     estimator = Contrastive() if estimator is None else estimator
     for name, thing, kind in (
-        ("problem", problem, Bilevel),
+        ("problem", problem, Problem),
         ("solver", solver, Solver),
         ("estimator", estimator, Estimator),
     ):
@@ -99,6 +104,7 @@ def meta_gradient(
             what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
             raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {what}")
     with Evaluation(problem, params, meta_params) as evaluation:
+        estimator.check(evaluation, solver)
         estimate = estimator.estimate(evaluation, solver)
         free = estimate.phases[0]
         outer_loss = evaluation.outer_loss(free).item()

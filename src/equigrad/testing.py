@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as logistic_loss
 
-from equigrad.estimators import Estimator
+from equigrad.estimators import Estimator, Traits
 from equigrad.gradient import meta_gradient
-from equigrad.problem import Bilevel, Params
+from equigrad.nn import ComplexSynapse
+from equigrad.problem import Bilevel, FixedPoint, Params, Problem
 from equigrad.solvers import GradientDescent, Solver
 from equigrad.theory import finite_difference_weights
 
@@ -125,18 +126,26 @@ class Case:
         problem: the losses.
         params: φ at the start.
         meta_params: θ.
-        solver: settles it to nearly machine precision.
-        exact: `dL_out/dθ` at equilibrium, by means that no estimator uses.
+        solver: settles it to nearly machine precision, or takes few steps where `start`.
+        exact: `dL_out/dθ` by means that no estimator uses.
         identity_hessian: `∂²L_in/∂φ² = I`, so that estimators which take it for that are exact.
+        start: θ is what φ starts from, and the gradient that of the solver's few steps.
     """
 
     name: str
-    problem: Bilevel
+    problem: Problem
     params: Params
     meta_params: Params
     solver: Solver
     exact: Params
     identity_hessian: bool = False
+    start: bool = False
+
+    def suits(self, traits: Traits) -> bool:
+        """Whether an estimator of these traits is made for it."""
+        if self.start:
+            return traits.sees_start
+        return not traits.needs_start and (self.problem.energy or not traits.energy)
 
     def relative_error(self, grads: Params) -> float:
         """`‖grads - exact‖ / ‖exact‖` over all meta-parameters."""
@@ -258,20 +267,138 @@ def logistic_case(dtype: torch.dtype) -> Case:
     )
 
 
+def proximal_case(dtype: torch.dtype) -> Case:
+    """Regression pulled to a learned centre: by autograd through the normal equations."""
+    x, y, v, w = _regression_data()
+    strength = 0.5
+    center = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=True)
+    gram = x.T @ x / len(x) + strength * torch.eye(4, dtype=torch.float64)
+    solution = torch.linalg.solve(gram, x.T @ y / len(x) + strength * center)
+    (exact,) = torch.autograd.grad(0.5 * (v @ solution - w).square().mean(), center)
+    model = torch.nn.Linear(4, 1, bias=False, dtype=dtype)
+    synapse = ComplexSynapse(
+        model, strength, {"weight": center.detach().unsqueeze(0)}, learn=("center",)
+    )
+    xs, ys, vs, ws = (t.to(dtype) for t in (x, y, v, w))
+    problem = Bilevel(
+        lambda p, m: 0.5 * (synapse(p, xs).squeeze(1) - ys).square().mean(),
+        lambda p, m: 0.5 * (synapse(p, vs).squeeze(1) - ws).square().mean(),
+        regularizer=synapse,
+    )
+    return Case(
+        "learned center",
+        problem,
+        {"weight": torch.zeros(1, 4, dtype=dtype)},
+        synapse.meta_params(),
+        settling(0.2, dtype),
+        {"center.weight": exact.unsqueeze(0)},
+    )
+
+
+def affine_map_case(dtype: torch.dtype) -> Case:
+    """`F = Wφ + Uθ`, W far from symmetric: `φ* = (I - W)⁻¹ Uθ`, gradient `Uᵀ(I - W)⁻ᵀ(φ* - t)`."""
+    w, u, target, theta = _map_data()
+    inverse = torch.linalg.inv(torch.eye(5, dtype=torch.float64) - w)
+    exact = u.T @ inverse.T @ (inverse @ u @ theta - target)
+    ws, us, ts, thetas = (t.to(dtype) for t in (w, u, target, theta))
+    problem = FixedPoint(
+        lambda p, m: {"h": ws @ p["h"] + us @ m["theta"]},
+        lambda p, m: 0.5 * (p["h"] - ts).square().sum(),
+    )
+    return Case(
+        "affine map",
+        problem,
+        {"h": torch.zeros(5, dtype=dtype)},
+        {"theta": thetas},
+        picard(dtype),
+        {"theta": exact},
+    )
+
+
+def tanh_map_case(dtype: torch.dtype) -> Case:
+    """`F = tanh(Wφ + Uθ)` in two parts, with a direct term: Newton's method, then by hand."""
+    w, u, target, theta = _map_data()
+    w = 1.5 * w
+    h = torch.zeros(5, dtype=torch.float64)
+    for _ in range(30):
+        image = (w @ h + u @ theta).tanh()
+        jacobian = torch.diag(1 - image.square()) @ w
+        h = h - torch.linalg.solve(torch.eye(5, dtype=torch.float64) - jacobian, h - image)
+    gain = torch.diag(1 - h.square())
+    by_state = torch.linalg.solve((torch.eye(5, dtype=torch.float64) - gain @ w).T, h - target)
+    exact = u.T @ gain @ by_state + theta
+    ws, us, ts, thetas = (t.to(dtype) for t in (w, u, target, theta))
+
+    def relax(p: Params, m: Params) -> Params:
+        image = (ws @ torch.cat([p["a"], p["b"]]) + us @ m["theta"]).tanh()
+        return {"b": image[2:], "a": image[:2]}
+
+    problem = FixedPoint(
+        relax,
+        lambda p, m: (
+            0.5 * (torch.cat([p["a"], p["b"]]) - ts).square().sum()
+            + 0.5 * m["theta"].square().sum()
+        ),
+    )
+    return Case(
+        "tanh map",
+        problem,
+        {"a": torch.zeros(2, dtype=dtype), "b": torch.zeros(3, dtype=dtype)},
+        {"theta": thetas},
+        picard(dtype),
+        {"theta": exact},
+    )
+
+
+def start_case(dtype: torch.dtype) -> Case:
+    """T steps from θ on a quadratic: `φ_T = c + (I - ηH)^T (θ - c)`, `∇ = (I - ηH)^T (φ_T - t)`."""
+    generator = torch.Generator().manual_seed(4)
+    root, center, target, theta = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 4), (4,), (4,), (4,))
+    )
+    hessian, eta, steps = root @ root.T / 4, 0.1, 6
+    contraction = torch.linalg.matrix_power(torch.eye(4).double() - eta * hessian, steps)
+    exact = contraction @ (center + contraction @ (theta - center) - target)
+    hs, cs, ts = (t.to(dtype) for t in (hessian, center, target))
+    problem = Bilevel(
+        lambda p, m: 0.5 * (p["phi"] - cs) @ hs @ (p["phi"] - cs),
+        lambda p, m: 0.5 * (p["phi"] - ts).square().sum(),
+    )
+    start = {"phi": theta.to(dtype).requires_grad_()}
+    solver = GradientDescent(lr=eta, max_steps=steps)
+    return Case("start", problem, start, start, solver, {"phi": exact}, start=True)
+
+
 CASES: tuple[Callable[[torch.dtype], Case], ...] = (
     quadratic_case,
     isotropic_case,
     scalar_case,
     ridge_case,
     logistic_case,
+    proximal_case,
 )
-"""All cases, each to be built in a dtype."""
+"""Inner losses that settle, each case to be built in a dtype."""
+
+MAP_CASES: tuple[Callable[[torch.dtype], Case], ...] = (affine_map_case, tanh_map_case)
+"""Maps whose fixed point is sought."""
+
+START_CASES: tuple[Callable[[torch.dtype], Case], ...] = (start_case,)
+"""Few steps from a learned start."""
+
+ALL_CASES = (*CASES, *MAP_CASES, *START_CASES)
+"""All of them; `Case.suits` says which are for an estimator of given traits."""
 
 
 def check_estimator(
-    estimator: Estimator, *, rtol: float, dtype: torch.dtype = torch.float64, exact: bool = True
+    estimator: Estimator,
+    *,
+    rtol: float,
+    dtype: torch.dtype = torch.float64,
+    exact: bool = True,
+    cases: Sequence[Callable[[torch.dtype], Case]] = ALL_CASES,
 ) -> dict[str, float]:
-    """Run an estimator through problems with known gradients.
+    """Run an estimator through those problems with known gradients that its traits say it serves.
 
     Args:
         estimator: with settings that should reach `rtol`.
@@ -279,6 +406,7 @@ def check_estimator(
         dtype: of all tensors.
         exact: False for an estimator that takes the inner Hessian for the identity: it is held to
             the problems where that is true, and to finite, non-zero gradients on the others.
+        cases: the problems.
 
     Returns:
         The relative error on every problem, by name.
@@ -293,12 +421,15 @@ def check_estimator(
         'identity Hessian, direct term'
     """
     errors = {}
-    for build in CASES:
+    for build in cases:
         case = build(dtype)
+        if not case.suits(estimator.traits):
+            continue
         result = meta_gradient(
             case.problem, case.params, case.meta_params, solver=case.solver, estimator=estimator
         )
-        assert result.phases[0].outcome == "converged", f"{case.name}: {result.status}"
+        ended = "stopped" if case.start else "converged"
+        assert result.phases[0].outcome == ended, f"{case.name}: {result.status}"
         for name, grad in result.grads.items():
             given = case.meta_params[name]
             assert grad.shape == given.shape, f"{case.name}: shape of {name!r}"
@@ -314,6 +445,23 @@ def settling(lr: float, dtype: torch.dtype) -> GradientDescent:
     """Gradient descent that settles a case to what its dtype allows."""
     tol = 1e-12 if dtype == torch.float64 else 2e-6
     return GradientDescent(lr=lr, momentum=0.9, nesterov=True, tol=tol, max_steps=5000)
+
+
+def picard(dtype: torch.dtype) -> GradientDescent:
+    """Iterates a map to what its dtype allows."""
+    tol = 1e-13 if dtype == torch.float64 else 2e-6
+    return GradientDescent(lr=1, tol=tol, max_steps=5000)
+
+
+def _map_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of a contraction that is far from symmetric, input weights, a target, θ."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weights = normal(5, 5)
+    return 0.6 * weights / torch.linalg.matrix_norm(weights, 2), normal(5, 3), normal(5), normal(3)
 
 
 def _regression_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:

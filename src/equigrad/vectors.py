@@ -14,4 +14,4 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `flatten`."""
     parts = vector.split([t.numel() for t in like])
-    return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
+    return [part.view_as(t).to(t.dtype) for part, t in zip(parts, like, strict=True)]

@@ -421,7 +421,7 @@ def test_gradients_and_values_belong_together():
         np.testing.assert_allclose(differences, gradient, rtol=1e-6)
         np.testing.assert_array_equal(gradient, objective.gradient(x))
         params = {"w": torch.as_tensor(x)}
-        inner = case.problem.inner_loss(params, case.meta_params)
+        inner = case.problem.evaluate("inner", params, case.meta_params)
         outer = case.problem.outer_loss(params, case.meta_params)
         assert value == objective.value(params) == (inner + objective.beta * outer).item()
         seen.append(objective.beta)
@@ -495,7 +495,7 @@ def test_vectors_are_tensors_without_numpy(monkeypatch):
 def test_autograd_works_inside_the_learner():
     def learner(objective, start):
         w = objective.named(start)["w"].requires_grad_()
-        loss = case.problem.inner_loss({"w": w}, objective.meta_params)
+        loss = case.problem.evaluate("inner", {"w": w}, objective.meta_params)
         loss = loss + objective.beta * case.problem.outer_loss({"w": w}, objective.meta_params)
         gradient = torch.autograd.grad(loss, w)[0].numpy()
         np.testing.assert_allclose(gradient, objective.gradient(start), rtol=1e-12)

@@ -3,11 +3,19 @@
 from equigrad.estimators.conjugate_gradient import ConjugateGradient
 from equigrad.estimators.contrastive import Contrastive
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.evolution_strategies import EvolutionStrategies
 from equigrad.estimators.exact_solve import ExactSolve
 from equigrad.estimators.finite_difference_t1t2 import FiniteDifferenceT1T2
+from equigrad.estimators.first_order_maml import FirstOrderMAML
+from equigrad.estimators.forward_mode import ForwardMode
+from equigrad.estimators.gmres import GMRES
+from equigrad.estimators.imaml import IMAML
+from equigrad.estimators.maml import MAML
 from equigrad.estimators.neumann_series import NeumannSeries
 from equigrad.estimators.nystrom import Nystrom
+from equigrad.estimators.reptile import Reptile
 from equigrad.estimators.t1t2 import T1T2
+from equigrad.estimators.unrolled import Unrolled
 
 ESTIMATORS: tuple[type[Estimator], ...] = (
     Contrastive,
@@ -15,21 +23,37 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     T1T2,
     NeumannSeries,
     ConjugateGradient,
+    GMRES,
     Nystrom,
     ExactSolve,
+    IMAML,
+    Unrolled,
+    ForwardMode,
+    MAML,
+    FirstOrderMAML,
+    Reptile,
+    EvolutionStrategies,
 )
-"""All that there are, the first-order ones first: `equigrad list` and the docs' table."""
+"""All that there are, those at equilibrium first: `equigrad list` and the docs' table."""
 
 __all__ = [
     "ESTIMATORS",
+    "GMRES",
+    "IMAML",
+    "MAML",
     "T1T2",
     "ConjugateGradient",
     "Contrastive",
     "Estimate",
     "Estimator",
+    "EvolutionStrategies",
     "ExactSolve",
     "FiniteDifferenceT1T2",
+    "FirstOrderMAML",
+    "ForwardMode",
     "NeumannSeries",
     "Nystrom",
+    "Reptile",
     "Traits",
+    "Unrolled",
 ]

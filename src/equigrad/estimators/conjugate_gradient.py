@@ -54,7 +54,7 @@ class ConjugateGradient(Implicit):
         for iteration in range(self.max_iterations):
             if power.sqrt().item() <= target:
                 return x
-            image = linear.hessian(direction) + self.damping * direction
+            image = linear.product(direction) + self.damping * direction
             curvature = direction.dot(image)
             if not curvature > 0:
                 rate = (curvature / direction.dot(direction)).item()

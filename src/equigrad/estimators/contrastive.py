@@ -58,9 +58,10 @@ class Contrastive(Estimator):
 
     traits: ClassVar[Traits] = Traits(
         idea="contrast of free and nudged phases",
-        cost="3K (forward, matched), 4K (symmetric)",
-        error="O(β) forward, O(β²) symmetric; vanishes with K",
+        cost="3K, or 4K if symmetric",
+        error="vanishes with β and K",
         double_backward=False,
+        order="p-1; p",
     )
 
     beta: float = 0.1

@@ -1,12 +1,14 @@
 """What an estimator is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from equigrad.evaluation import Evaluation
+from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.evaluation import Evaluation, listed
 from equigrad.solvers import Settled, Solver
 
 
@@ -19,12 +21,32 @@ class Traits:
         cost: gradient evaluations beyond the free phase; T steps in it, K in what follows.
         error: what remains wrong at equilibrium, however long it computes.
         double_backward: differentiates a gradient once more.
+        energy: needs an inner loss that settling minimises; a map will not do.
+        equilibrium: gives the gradient of a learner at rest, not of one that stopped early.
+        sees_start: takes the derivative through params that were computed from meta_params.
+        needs_start: gives nothing else.
+        memory: in the T steps of the free phase.
+        order: of the error in the nudging strength β.
     """
 
     idea: str
     cost: str
     error: str
     double_backward: bool
+    energy: bool = True
+    equilibrium: bool = True
+    sees_start: bool = False
+    needs_start: bool = False
+    memory: str = "flat"
+    order: str = "–"
+
+    def serve(self, evaluation: Evaluation) -> bool:
+        """Whether these traits fit a problem and what its θ acts on."""
+        return (
+            (evaluation.problem.energy or not self.energy)
+            and (self.sees_start or not evaluation.only_start)
+            and (not self.needs_start or bool(evaluation.start))
+        )
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,49 @@ class Estimator(ABC):
 
     traits: ClassVar[Traits]
 
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Refuse what this estimator cannot serve, naming what can.
+
+        Raises:
+            ConfigurationError: the problem has no energy, and this needs one.
+            ProblemError: θ is the initialisation alone and this does not see it, or θ is not the
+                initialisation and this sees nothing else.
+        """
+        who, traits = type(self).__name__, self.traits
+        if traits.energy and not evaluation.problem.energy:
+            raise ConfigurationError(
+                f"{who} needs an inner loss that settling minimises, and a "
+                f"{type(evaluation.problem).__name__} has none; use {serving(evaluation)}"
+            )
+        if evaluation.only_start and not traits.sees_start:
+            seeing = serving(evaluation, lambda t: t.sees_start)
+            raise ProblemError(
+                f"meta-parameter {listed(evaluation.only_start)} has no path to a loss but through "
+                f"the initialisation of params, and its gradient at equilibrium is truly zero: "
+                f"what has settled has forgotten where it started. Make it the centre of a "
+                f"proximal term, as in equigrad.nn.ComplexSynapse(learn=('center',)), or use an "
+                f"estimator of finitely many steps that sees the start: {seeing}"
+            )
+        if traits.needs_start and not evaluation.start:
+            raise ProblemError(
+                f"{who} sees θ through the initialisation alone, and these params do not depend on "
+                f"meta_params. Pass params made from meta_params, for example "
+                f"params=meta_params where θ is the initial φ itself"
+            )
+        if evaluation.start and not traits.sees_start:
+            evaluation.notes.append(
+                f"params start at a function of {listed(evaluation.start)}: the path through the "
+                f"start, which vanishes at equilibrium, is not in the gradient"
+            )
+
     @abstractmethod
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle what is needed and estimate `dL_out/dθ`."""
+
+
+def serving(evaluation: Evaluation, wanted: Callable[[Traits], bool] = lambda traits: True) -> str:
+    """The estimators that serve a problem and are as wanted, in words."""
+    from equigrad.estimators import ESTIMATORS
+
+    fitting = [e for e in ESTIMATORS if e.traits.serve(evaluation) and wanted(e.traits)]
+    return " or ".join(f"{e.__name__}()" for e in fitting)

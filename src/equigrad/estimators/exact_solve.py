@@ -1,4 +1,4 @@
-"""Implicit differentiation with the whole Hessian: the reference for small problems."""
+"""Implicit differentiation with the whole matrix: the reference for small problems."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,23 +15,25 @@ from equigrad.solvers.solver import require
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSolve(Implicit):
-    r"""Forms the Hessian, column by column, and solves `H x = ∂L_out/∂φ` by factorisation.
+    r"""Forms `∂r/∂φ`, row by row, and solves `(∂r/∂φ)ᵀ x = ∂L_out/∂φ` by factorisation.
 
-    Exact at equilibrium, for invertible Hessians definite or not.
+    Exact at equilibrium, for invertible Hessians definite or not, and for maps.
 
     Attributes:
         max_size: most inner parameters that it will form a matrix for.
 
     Raises:
         ConfigurationError: from `meta_gradient`, where there are more.
-        CurvatureError: from `meta_gradient`, where the Hessian is singular.
+        CurvatureError: from `meta_gradient`, where the matrix is singular.
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, the whole Hessian",
+        idea="implicit, the whole matrix",
         cost="2 dim φ + 3",
         error="none",
         double_backward=True,
+        energy=False,
+        memory="flat, (dim φ)²",
     )
 
     max_size: int = 2000
@@ -40,20 +42,24 @@ class ExactSolve(Implicit):
         require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
-        """Form H and factorise it."""
+        """Form the matrix and factorise it."""
         if linear.size > self.max_size:
             raise ConfigurationError(
-                f"ExactSolve would form a {linear.size} × {linear.size} Hessian, more than "
-                f"max_size={self.max_size}; raise it, or use ConjugateGradient()"
+                f"ExactSolve would form a {linear.size} × {linear.size} matrix, more than "
+                f"max_size={self.max_size}; raise it, or use GMRES()"
             )
         units = torch.eye(linear.size, dtype=pressure.dtype, device=pressure.device)
-        hessian = torch.stack([linear.hessian(unit) for unit in units])
-        singular = torch.linalg.svdvals(hessian)
+        matrix = torch.stack([linear.product(unit) for unit in units])
+        singular = torch.linalg.svdvals(matrix)
         largest, smallest = singular[0].item(), singular[-1].item()
         if not smallest > torch.finfo(pressure.dtype).eps * linear.size * largest:
-            raise CurvatureError(
-                f"the inner Hessian is singular (singular values from {smallest:.2g} to "
-                f"{largest:.2g}): the inner loss has flat directions, and its minimiser is not "
-                f"unique. Regularise the inner loss"
+            what = (
+                "the inner Hessian is singular ({}): the inner loss has flat directions, and its "
+                "minimiser is not unique. Regularise the inner loss"
+                if linear.symmetric
+                else "I - ∂F/∂φ is singular ({}): the map has no isolated fixed point there"
             )
-        return torch.linalg.solve(hessian, pressure)
+            raise CurvatureError(
+                what.format(f"singular values from {smallest:.2g} to {largest:.2g}")
+            )
+        return torch.linalg.solve(matrix.T, pressure)

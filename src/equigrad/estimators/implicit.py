@@ -13,19 +13,21 @@ from equigrad.solvers import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class Implicit(Estimator):
-    r"""The implicit function theorem at the settled state, with an approximate inverse Hessian.
+    r"""The implicit function theorem at the settled state.
 
-        ∇_θ = ∂L_out/∂θ - (∂²L_in/∂θ∂φ) x,    (∂²L_in/∂φ²) x = ∂L_out/∂φ
+        ∇_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ x,    (∂r/∂φ)ᵀ x = ∂L_out/∂φ
 
-    The estimators of this family differ in how they solve for x alone.
+    where r is the residual: `∂L_in/∂φ` of a `Bilevel`, so that `∂r/∂φ` is the Hessian H, and
+    `φ - F(φ, θ)` of a `FixedPoint`. The estimators of this family differ in how they solve for x
+    alone.
     """
 
     @abstractmethod
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
-        """Solve `H x = pressure`.
+        """Solve `(∂r/∂φ)ᵀ x = pressure`.
 
         Args:
-            linear: products with `H = ∂²L_in/∂φ²`.
+            linear: products with `(∂r/∂φ)ᵀ`, the Hessian where there is an inner loss.
             pressure: `∂L_out/∂φ`, a flat vector.
             notes: the place for what the user should know about the solution.
 

@@ -1,11 +1,13 @@
-"""The inner gradient at a settled state, ready to be differentiated once more."""
+"""The residual at a settled state, ready to be differentiated once more."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import DoubleBackwardError
+from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, unflatten
@@ -15,16 +17,19 @@ NO_SECOND_DERIVATIVE = (
     "double backward",  # compiled functions
     "donated buffer",  # compiled functions whose backward frees what a second one would need
     "differentiate twice",  # custom functions marked once_differentiable
+    "forward AD",  # fused attention in forward mode
+    "forward mode AD",  # compiled functions in forward mode
 )
 """What torch says where a gradient cannot be differentiated again."""
 
 
 class Linearisation:
-    """Products with the second derivatives of the inner loss where a phase ended.
+    """Products with the derivatives of the residual where a phase ended.
 
-    Vectors over φ are flat tensors of `size` entries, parameter after parameter. The graph of the
-    inner gradient is kept where there is one batch, and built anew for each product where there
-    are several, so that memory does not grow with their number.
+    The residual r is `∂L_in/∂φ` of a `Bilevel`, `φ - F(φ, θ)` of a `FixedPoint`. Vectors over φ
+    are flat tensors of `size` entries, parameter after parameter. The residual's graph is kept
+    where there is one batch, and built anew for each product where there are several, so that
+    memory does not grow with their number.
 
     Args:
         evaluation: evaluates, and counts two gradient evaluations a product and batch.
@@ -42,77 +47,84 @@ class Linearisation:
         self._meta = {
             name: m.clone().requires_grad_() for name, m in evaluation.meta_params.items()
         }
-        self._kept: list[Tensor] | None = None
+        self._kept: tuple[Tensor, ...] | None = None
 
     @property
     def size(self) -> int:
         """Number of inner parameters."""
         return sum(p.numel() for p in self._params.values())
 
-    def hessian(self, vector: Tensor) -> Tensor:
-        """`(∂²L_in/∂φ²) vector`."""
+    @property
+    def symmetric(self) -> bool:
+        """Whether `∂r/∂φ` is a Hessian."""
+        return self._evaluation.problem.energy
+
+    def product(self, vector: Tensor) -> Tensor:
+        """`(∂r/∂φ)ᵀ vector`, which is `(∂²L_in/∂φ²) vector` where there is an inner loss."""
         return flatten(self._product(vector, list(self._params.values())))
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
-        """`(∂²L_in/∂θ∂φ) vector`, by name of the meta-parameter."""
+        """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter."""
         return dict(zip(self._meta, self._product(vector, list(self._meta.values())), strict=True))
 
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        """`∂(∂L_in/∂φ · vector)/∂leaves`, averaged over batches."""
+        """`∂(r · vector)/∂leaves`, averaged over batches."""
         direction = unflatten(vector, list(self._params.values()))
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self._evaluation.batch_steps("inner")
-        try:
-            for gradient in self._gradients(steps):
+        with second_derivatives(self._evaluation, self._who):
+            for residual in self._residuals(steps):
                 self._evaluation.gradient_evaluations += 2
-                varying = [
-                    (g, d) for g, d in zip(gradient, direction, strict=True) if g.requires_grad
-                ]
-                if not varying:
-                    continue
-                product = torch.autograd.grad(
-                    [g for g, _ in varying],
-                    leaves,
-                    [d for _, d in varying],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+                product = pull_back(residual, direction, leaves, retain_graph=True)
                 torch._foreach_add_(total, product, alpha=1 / len(steps))
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
-                raise
-            raise DoubleBackwardError(
-                f"{self._who} differentiates the inner gradient once more, and an operation of "
-                f"this model has no second derivative ({str(error).splitlines()[0]}). Use "
-                f"{first_order_estimators()}, which need first-order gradients only, or a model "
-                f"without that operation (math attention, no torch.compile)"
-            ) from error
         return total
 
-    def _gradients(self, steps: range) -> Iterator[list[Tensor]]:
-        """The inner gradient with its graph, batch after batch."""
+    def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
+        """The residual with its graph, batch after batch."""
         if self._kept is not None:
             yield self._kept
             return
         self._evaluation.stand_at(self._at)
         for step in steps:
-            loss = self._evaluation.total_inner_loss(self._params, self._meta, step)
-            gradient = torch.autograd.grad(
-                loss,
-                list(self._params.values()),
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            residual = self._evaluation.residual(self._params, self._meta, step)
             if len(steps) == 1:
-                self._kept = list(gradient)
-            yield list(gradient)
+                self._kept = residual
+            yield residual
 
 
-def first_order_estimators() -> str:
-    """The estimators that need no second derivative, in words."""
-    from equigrad.estimators import ESTIMATORS
+def pull_back(
+    outputs: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """`Σ (∂output/∂input)ᵀ adjoint` for every input, where some outputs may depend on none."""
+    varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
+    if not varying:
+        return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
+    return torch.autograd.grad(
+        [o for o, _ in varying],
+        inputs,
+        [a for _, a in varying],
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
-    names = [f"{e.__name__}()" for e in ESTIMATORS if not e.traits.double_backward]
-    return " or ".join(names)
+
+@contextmanager
+def second_derivatives(evaluation: Evaluation, who: str) -> Iterator[None]:
+    """Say it clearly where a model has no second derivative, and what works without."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
+            raise
+        without = serving(evaluation, lambda traits: not traits.double_backward)
+        raise DoubleBackwardError(
+            f"{who} differentiates the inner gradient once more, and an operation of this model "
+            f"has no second derivative ({str(error).splitlines()[0]}). Use {without}, which need "
+            f"no second derivatives, or a model without that operation (math attention, no "
+            f"torch.compile)"
+        ) from error

@@ -18,15 +18,17 @@ from equigrad.solvers.solver import require
 class NeumannSeries(Implicit):
     r"""Approximates the inverse Hessian by K terms of its Neumann series (Lorraine et al. 2020).
 
-        H⁻¹ g ≈ α Σ_{k<K} (I - αH)^k g
+        H⁻¹ g ≈ α Σ_{k<K} (I - αH)^k g,    H = ∂²L_in/∂φ²   or   (I - ∂F/∂φ)ᵀ
 
-    Equal to what K matched, infinitesimally nudged gradient steps of size α give at equilibrium,
-    and to recurrent backpropagation. What remains of the system, `g - H x = (I - αH)^K g`, is known
+    Equal to what K matched, infinitesimally nudged gradient steps of size α give at equilibrium.
+    On a `FixedPoint`, α = 1 makes it recurrent backpropagation (Almeida 1987, Pineda 1987):
+    `x ← (∂F/∂φ)ᵀ x + g`. What remains of the system, `g - H x = (I - αH)^K g`, is known
     at no cost, and named where it is more than `tol` of g.
 
     Attributes:
         terms: K.
-        alpha: step size α; 1/L by default, L the largest curvature, found by power iteration.
+        alpha: step size α. By default 1 for a map, and 1/L for an inner loss, L the largest
+            curvature, found by power iteration.
         tol: the share of g that may remain without being named.
 
     Raises:
@@ -35,9 +37,10 @@ class NeumannSeries(Implicit):
 
     traits: ClassVar[Traits] = Traits(
         idea="implicit, Neumann series",
-        cost="2K + 3, and 40 to find α",
+        cost="2K + 3, 40 to find α",
         error="vanishes with K",
         double_backward=True,
+        energy=False,
     )
 
     terms: int = 100
@@ -54,18 +57,21 @@ class NeumannSeries(Implicit):
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
         """Sum the series."""
-        alpha = self.alpha or 1 / largest_curvature(linear, pressure)
+        alpha = self.alpha or (1 / largest_curvature(linear, pressure) if linear.symmetric else 1)
         x, term = torch.zeros_like(pressure), pressure.clone()
         size = pressure.norm().item()
+        # symmetric terms never grow where the series converges; others may, before they shrink
+        growth = 1.01 if linear.symmetric else 1e6
         for k in range(self.terms):
             x += alpha * term
-            term = term - alpha * linear.hessian(term)
-            if not term.norm().item() <= 1.01 * size:
+            term = term - alpha * linear.product(term)
+            last = k + 1 == self.terms
+            if not term.norm().item() <= (1.01 if last else growth) * size:
                 raise CurvatureError(
                     f"NeumannSeries does not contract: after {k + 1} terms with alpha={alpha:.3g} "
-                    f"the remainder is {term.norm().item() / size:.3g} of ∂L_out/∂φ. Lower alpha "
-                    f"below 2 / the largest curvature; if that does not help, the settled state "
-                    f"is no minimum: settle longer, or use Contrastive()"
+                    f"the remainder is {term.norm().item() / size:.3g} of ∂L_out/∂φ. Lower alpha; "
+                    f"if that does not help, the settled state is no minimum, or the map does not "
+                    f"attract there: settle longer, or use GMRES()"
                 )
         remainder = term.norm().item() / size if size else 0.0
         if remainder > self.tol:
@@ -83,7 +89,7 @@ def largest_curvature(linear: Linearisation, start: Tensor, iterations: int = 20
     vector = noise / noise.norm()
     size = 0.0
     for _ in range(iterations):
-        image = linear.hessian(vector)
+        image = linear.product(vector)
         size = image.norm().item()
         if size == 0:
             break

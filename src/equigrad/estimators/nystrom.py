@@ -28,9 +28,9 @@ class Nystrom(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, Nyström approximation",
+        idea="implicit, Nyström columns",
         cost="2K + 3",
-        error="damping; the rest of the spectrum",
+        error="damping, rest of spectrum",
         double_backward=True,
     )
 
@@ -48,7 +48,7 @@ class Nystrom(Implicit):
         sample = torch.randperm(linear.size, generator=generator)[: self.rank].to(pressure.device)
         units = torch.zeros(len(sample), linear.size, dtype=pressure.dtype, device=pressure.device)
         units[torch.arange(len(sample), device=pressure.device), sample] = 1
-        columns = torch.stack([linear.hessian(unit) for unit in units], dim=1)
+        columns = torch.stack([linear.product(unit) for unit in units], dim=1)
         inner = self.damping * columns[sample] + columns.T @ columns
         # a pseudo-inverse: sampled columns may depend on each other
         weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)

@@ -14,11 +14,12 @@ from equigrad.estimators.linearisation import Linearisation
 class T1T2(Implicit):
     r"""One mixed second derivative at the settled state (Luketina et al. 2016).
 
-        ∇̂_θ = ∂L_out/∂θ - (∂²L_in/∂θ∂φ) ∂L_out/∂φ
+        ∇̂_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ ∂L_out/∂φ,    r = ∂L_in/∂φ   or   φ - F(φ, θ)
 
     The inverse Hessian of implicit differentiation is replaced by the identity, and the error this
-    makes does not shrink with compute. Cheap, but needs a double backward wherever θ acts through
-    the model; `FiniteDifferenceT1T2` does not.
+    makes does not shrink with compute. On a `FixedPoint` it is Jacobian-free backpropagation (Fung
+    et al. 2022), a single backward through the map. Cheap, but needs a double backward wherever θ
+    acts through the model of a loss; `FiniteDifferenceT1T2` does not.
 
     Raises:
         DoubleBackwardError: from `meta_gradient`, where an operation on the way from θ to the
@@ -26,10 +27,11 @@ class T1T2(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, identity for the inverse Hessian",
+        idea="implicit, identity for the inverse",
         cost="3",
         error="does not vanish",
         double_backward=True,
+        energy=False,
     )
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:

@@ -1,22 +1,43 @@
 """The estimators side by side, from their own traits."""
 
-from equigrad.estimators import ESTIMATORS
+from equigrad.estimators import ESTIMATORS, Traits
 
-HEADINGS = ("estimator", "how", "further gradients", "error at equilibrium", "needs")
+HEADINGS = (
+    "estimator",
+    "how",
+    "further gradients",
+    "remaining error",
+    "order",
+    "memory",
+    "needs",
+    "start",
+)
+
+LEGEND = (
+    "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order of "
+    "the error in β, with p points, forward; symmetric. Needs: E an energy (an inner loss), Q an "
+    "equilibrium, 2 second derivatives. Start: whether θ as the initialisation is seen, or needed."
+)
+"""What the letters of the table mean."""
 
 
 def rows() -> list[tuple[str, ...]]:
     """A row an estimator, under `HEADINGS`."""
-    return [
-        (
-            estimator.__name__,
-            estimator.traits.idea,
-            estimator.traits.cost,
-            estimator.traits.error,
-            "a double backward" if estimator.traits.double_backward else "first order only",
-        )
-        for estimator in ESTIMATORS
-    ]
+    return [(estimator.__name__, *_cells(estimator.traits)) for estimator in ESTIMATORS]
+
+
+def _cells(traits: Traits) -> tuple[str, ...]:
+    needs = (("E", traits.energy), ("Q", traits.equilibrium), ("2", traits.double_backward))
+    start = "needed" if traits.needs_start else "seen" if traits.sees_start else "–"
+    return (
+        traits.idea,
+        traits.cost,
+        traits.error,
+        traits.order,
+        traits.memory,
+        " ".join(letter for letter, needed in needs if needed) or "–",
+        start,
+    )
 
 
 def as_markdown() -> str:

@@ -3,7 +3,7 @@
 from equigrad.solvers.black_box import BlackBox, FlatObjective
 from equigrad.solvers.gradient_descent import GradientDescent
 from equigrad.solvers.lbfgs import LBFGS
-from equigrad.solvers.settle import Phase, Settled, settle
+from equigrad.solvers.settle import Moment, Phase, Settled, Watch, settle
 from equigrad.solvers.solver import Solver
 from equigrad.solvers.torch_optimizer import TorchOptimizer
 
@@ -12,9 +12,11 @@ __all__ = [
     "BlackBox",
     "FlatObjective",
     "GradientDescent",
+    "Moment",
     "Phase",
     "Settled",
     "Solver",
     "TorchOptimizer",
+    "Watch",
     "settle",
 ]

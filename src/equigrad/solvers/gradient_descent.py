@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class GradientDescent(Solver):
         m ← μ m + v,    φ ← φ + η (v + μ m)   with nesterov,   φ ← φ + η m   without,
 
     where `v = -∂L/∂φ` is the velocity: the rule of `torch.optim.SGD`, in a few fused calls a step.
+    For a `FixedPoint`, `v = F(φ, θ) - φ`: η = 1 without momentum iterates the map, η < 1 damps it.
 
     Attributes:
         lr: step size η > 0.
@@ -29,6 +31,8 @@ class GradientDescent(Solver):
         >>> GradientDescent(lr=0.1, momentum=0.9, nesterov=True, max_steps=500, tol=1e-6).lr
         0.1
     """
+
+    differentiable: ClassVar[bool] = True
 
     lr: float = 0.01
     momentum: float = 0.0

@@ -44,23 +44,36 @@ class Phase:
         return f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Where a phase ended.
+Watch = Callable[[int, Params, Any], None]
+"""`(step, params, solver state)`: is shown both as they are before a step; not to change them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a phase stands between two steps: enough to go on from there.
 
     Attributes:
         params: the parameters, detached.
         solver_state: the solver's state (momentum, for example).
-        end_step: number of the step that would come next.
-        phase: the report.
-        buffers: the modules' buffers at the end, as `KeptBuffers.snapshot` takes them.
+        end_step: number of the step that comes next.
+        buffers: the modules' buffers, as `KeptBuffers.snapshot` takes them.
     """
 
     params: dict[str, Tensor]
     solver_state: Any
     end_step: int
-    phase: Phase
     buffers: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(Moment):
+    """Where a phase ended.
+
+    Attributes:
+        phase: the report.
+    """
+
+    phase: Phase
 
 
 @torch.no_grad()
@@ -76,6 +89,7 @@ def settle(
     first_step: int = 0,
     steps: int | None = None,
     batches: int = 1,
+    watch: Watch | None = None,
     share: float = 1.0,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
@@ -92,6 +106,7 @@ def settle(
         steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
         batches: mini-batches that make up the loss. With several, the residual is that of the
             velocity averaged over the last whole passes, and is looked at after a pass.
+        watch: sees the phase before every step.
         share: of the first residual, which has to be reached as well as the tolerance.
 
     Returns:
@@ -129,6 +144,8 @@ def settle(
     ahead = 0 if solver.jumps else 1
 
     for step in itertools.count():
+        if watch is not None:
+            watch(first_step + step, params, state)
         v = evaluate()
         last = limit is not None and step + ahead >= limit
         if batches > 1:

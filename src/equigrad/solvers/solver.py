@@ -51,10 +51,13 @@ class Solver(ABC):
         jumps: class attribute; whether one step may settle a phase. The norm is then looked at
             where the last step landed, too, and under a tolerance a further step is taken only
             where the one before at least halved it.
+        differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
+            alone and calls no `objective`, so that it can be differentiated as it stands.
     """
 
     fixed_loss: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     max_steps: int | None = 1000
     tol: float | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Bilevel, Params
+from equigrad.problem import Params, Problem
 from equigrad.solvers import Solver
 
 Row = dict[str, float | int | str]
@@ -97,7 +97,7 @@ class Callback:
 
 
 def learn(
-    problem: Bilevel,
+    problem: Problem,
     params: Params,
     meta_params: dict[str, Tensor],
     *,
@@ -114,7 +114,8 @@ def learn(
 
     Args:
         problem: the losses.
-        params: φ at the start of the first free phase.
+        params: φ at the start of the first free phase. Where θ itself is the start, as for
+            `MAML`, the same dictionary as `meta_params`.
         meta_params: θ, leaves that require a gradient; updated in place.
         solver: settles the phases.
         estimator: estimates the meta-gradients.
@@ -130,7 +131,8 @@ def learn(
         The state after the last step.
 
     Raises:
-        ConfigurationError: steps < 0, an unknown start, or an optimiser over other tensors.
+        ConfigurationError: steps < 0, an unknown start, an optimiser over other tensors, or params
+            with a graph.
 
     Example:
         >>> import torch, equigrad as eg
@@ -161,6 +163,13 @@ def learn(
         raise ConfigurationError(
             f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
             f"meta_params.values(), the same tensors that are passed as meta_params"
+        )
+    computed = [name for name, p in params.items() if p.grad_fn is not None]
+    if computed:
+        raise ConfigurationError(
+            f"params[{computed[0]!r}] was computed from other tensors, and would not follow when "
+            f"those are learned; detach it, pass the tensors of meta_params themselves, or call "
+            f"meta_gradient in a loop of your own"
         )
     state = OuterState(meta_params, optimizer, dict(params), steps)
     error: BaseException | None = None

@@ -1,0 +1,44 @@
+"""First-order MAML."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from equigrad.estimators.estimator import Traits
+from equigrad.estimators.start import ThroughStart
+from equigrad.evaluation import Evaluation
+from equigrad.problem import Params
+from equigrad.solvers import Settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrderMAML(ThroughStart):
+    r"""The outer gradient at the end, taken for that at the start (Finn et al. 2017).
+
+        ∇̂_θ = ∂L_out/∂θ + (∂φ_0/∂θ)ᵀ ∂L_out/∂φ(φ_T)
+
+    `MAML` with the identity in place of `∂φ_T/∂φ_0`: right to first order in the distance that the
+    learner goes. First-order gradients only.
+
+    Raises:
+        ProblemError: from `meta_gradient`, where `params` were not computed from `meta_params`, or
+            a meta-parameter acts through the inner loss alone.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="MAML, identity for ∂φ_T/∂φ_0",
+        cost="1",
+        error="grows with T",
+        double_backward=False,
+        energy=False,
+        equilibrium=False,
+        sees_start=True,
+        needs_start=True,
+    )
+
+    def sees(self, evaluation: Evaluation) -> set[str]:
+        """The start and the direct term."""
+        return {*evaluation.start, *evaluation.reached("outer")}
+
+    def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
+        """The outer gradient where the phase ended."""
+        return evaluation.outer_gradients(free)

@@ -1,0 +1,137 @@
+"""Forward mode through the settling."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.linearisation import second_derivatives
+from equigrad.estimators.replay import replay, require_differentiable
+from equigrad.evaluation import Evaluation
+from equigrad.problem import Params
+from equigrad.solvers import Moment, Solver
+from equigrad.solvers.solver import require
+from equigrad.vectors import flatten, unflatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardMode(Estimator):
+    r"""The exact gradient of a learner that takes T steps, by tangents carried along with them.
+
+        ṡ_{t+1} = (∂Φ/∂s) ṡ_t + (∂Φ/∂θ) e_i,    ∂_i = ∂L_out/∂θ_i + (∂L_out/∂φ)·φ̇_T
+
+    for every single meta-parameter i: what `Unrolled` computes, in the other direction (Franceschi
+    et al. 2017; real-time recurrent learning, Williams, Zipser 1989). Memory does not grow with the
+    number of steps, the cost does with that of meta-parameters: for a handful of them.
+
+    Attributes:
+        max_size: most single meta-parameters that it will carry tangents for.
+
+    Raises:
+        ConfigurationError: from `meta_gradient`, where there are more, or where the solver's steps
+            cannot be differentiated.
+        DoubleBackwardError: from `meta_gradient`, where the gradient of an operation of the model
+            has no forward-mode derivative.
+
+    Example:
+        >>> from equigrad.testing import Quadratic
+        >>> import torch, equigrad as eg
+        >>> q = Quadratic(dim=3)
+        >>> forward, reverse = (
+        ...     eg.meta_gradient(
+        ...         q.problem, q.params(), q.meta_params(), solver=q.solver(5), estimator=estimator
+        ...     ).grads["theta"]
+        ...     for estimator in (ForwardMode(), eg.Unrolled())
+        ... )
+        >>> torch.allclose(forward, reverse)
+        True
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="forward mode through the steps",
+        cost="2T dim θ + 1",
+        error="vanishes with T",
+        double_backward=True,
+        energy=False,
+        equilibrium=False,
+        sees_start=True,
+    )
+
+    max_size: int = 100
+
+    def __post_init__(self) -> None:
+        require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Also refuse too many meta-parameters, and a solver that cannot be differentiated."""
+        super().check(evaluation, solver)
+        require_differentiable(solver, type(self).__name__)
+        size = sum(m.numel() for m in evaluation.meta_params.values())
+        if size > self.max_size:
+            raise ConfigurationError(
+                f"ForwardMode would carry tangents for {size} meta-parameters, more than "
+                f"max_size={self.max_size}; raise it, or use Unrolled()"
+            )
+
+    def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
+        """Settle, then carry one tangent after another along the same steps."""
+        free, (start,) = evaluation.settle_recorded(solver)
+        pressure, direct = evaluation.outer_gradients(free)
+        meta = list(evaluation.meta_params.values())
+        derivatives = []
+        for i in range(sum(m.numel() for m in meta)):
+            unit = flatten(meta).new_zeros(sum(m.numel() for m in meta))
+            unit[i] = 1
+            direction = dict(zip(evaluation.meta_params, unflatten(unit, meta), strict=True))
+            with second_derivatives(evaluation, type(self).__name__):
+                tangents = _push_forward(evaluation, solver, start, free.end_step, direction)
+            derivatives.append(sum((pressure[n] * tangents[n]).sum() for n in pressure))
+        through = unflatten(torch.stack([torch.as_tensor(d) for d in derivatives]), meta)
+        grads = {n: direct[n] + d for n, d in zip(direct, through, strict=True)}
+        return Estimate(grads=grads, phases=(free,))
+
+
+def _push_forward(
+    evaluation: Evaluation, solver: Solver, start: Moment, steps: int, direction: Params
+) -> dict[str, Tensor]:
+    """How φ after some steps moves when θ moves along a direction."""
+    params, state = start.params, start.solver_state
+    moves, state_moves = evaluation.push_start(direction), [torch.zeros_like(s) for s in state]
+    evaluation.stand_at(start)
+    for step in range(steps):
+        with forward_ad.dual_level():
+            meta = {
+                n: forward_ad.make_dual(m.clone().requires_grad_(), direction[n])
+                for n, m in evaluation.meta_params.items()
+            }
+            dual = {
+                n: forward_ad.make_dual(p.clone().requires_grad_(), moves[n])
+                for n, p in params.items()
+            }
+            dual_state = [
+                forward_ad.make_dual(s, m) for s, m in zip(state, state_moves, strict=True)
+            ]
+            after, state_after = replay(
+                evaluation, solver, dual, dual_state, meta, range(step, step + 1)
+            )
+            evaluation.gradient_evaluations += 1
+            values, tangents = _unpack([*after.values(), *state_after])
+        params = dict(zip(params, values, strict=False))
+        moves = dict(zip(params, tangents, strict=False))
+        state, state_moves = values[len(params) :], tangents[len(params) :]
+    return moves
+
+
+def _unpack(duals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Values and tangents, without their graphs."""
+    pairs = [forward_ad.unpack_dual(dual) for dual in duals]
+    values = [pair.primal.detach() for pair in pairs]
+    tangents = [
+        torch.zeros_like(value) if pair.tangent is None else pair.tangent.detach()
+        for pair, value in zip(pairs, values, strict=True)
+    ]
+    return values, tangents

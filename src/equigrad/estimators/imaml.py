@@ -1,0 +1,45 @@
+"""Implicit MAML."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from equigrad.errors import ProblemError
+from equigrad.estimators.conjugate_gradient import ConjugateGradient
+from equigrad.estimators.estimator import Traits
+from equigrad.evaluation import Evaluation
+from equigrad.solvers import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMAML(ConjugateGradient):
+    r"""Implicit MAML: few conjugate gradient steps, and a learned centre that every φ is pulled to.
+
+        L_in = L_data + ½ λ ‖φ - ω‖²,    (I + ∂²L_data/∂φ² / λ) ∇_ω = ∂L_out/∂φ
+
+    (Rajeswaran et al. 2019). It is `ConjugateGradient` with the authors' five iterations, and asks
+    for a regulariser with a learned centre, since without one the start of what has settled is
+    forgotten and its gradient zero.
+
+    Raises:
+        ProblemError: from `meta_gradient`, where the problem has no such regulariser.
+    """
+
+    traits: ClassVar[Traits] = dataclasses.replace(
+        ConjugateGradient.traits, idea="implicit, of a learned centre"
+    )
+
+    max_iterations: int = 5
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Also refuse a problem without a learned centre."""
+        super().check(evaluation, solver)
+        regularizer = evaluation.problem.regularizer
+        names = frozenset[str]() if regularizer is None else regularizer.meta_names
+        if not any(name.startswith("center") for name in names):
+            raise ProblemError(
+                "IMAML learns the centre that a proximal term pulls params to, and this problem's "
+                "regularizer has no meta-parameter 'center…'; use "
+                "regularizer=equigrad.nn.ComplexSynapse(…, learn=('center',)), or "
+                "ConjugateGradient() for other meta-parameters"
+            )

@@ -1,0 +1,26 @@
+"""MAML."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from equigrad.estimators.estimator import Traits
+from equigrad.estimators.unrolled import Unrolled
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAML(Unrolled):
+    r"""Model-agnostic meta-learning: an initialisation from which few steps do well.
+
+        ∇_θ = d/dθ L_out(φ_T),   φ_0 = θ,   φ_{t+1} = φ_t - η ∂L_in/∂φ(φ_t)
+
+    (Finn, Abbeel, Levine 2017). It is `Unrolled` under its name in that field, and asks that
+    `params` be computed from `meta_params`: pass the same dictionary as both.
+
+    Raises:
+        ProblemError: from `meta_gradient`, where `params` do not depend on `meta_params`.
+    """
+
+    traits: ClassVar[Traits] = dataclasses.replace(
+        Unrolled.traits, idea="Unrolled, of the start", needs_start=True
+    )

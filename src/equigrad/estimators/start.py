@@ -1,0 +1,54 @@
+"""What is common to estimators that see θ through the initialisation alone."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from equigrad.errors import ProblemError
+from equigrad.estimators.estimator import Estimate, Estimator, serving
+from equigrad.evaluation import Evaluation, listed
+from equigrad.problem import Params
+from equigrad.solvers import Settled, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughStart(Estimator):
+    """An initialisation is learned, and the settling is taken for a shift of it.
+
+        ∇̂_θ = (∂φ_0/∂θ)ᵀ a_0 + direct term
+
+    The estimators of this family differ in the adjoint a_0 that they put in the place of
+    `dL_out/dφ_0`. None of them sees how θ acts through the inner loss; where it does, a note says
+    so, and a θ that acts in no other way is refused.
+    """
+
+    @abstractmethod
+    def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
+        """What stands for `dL_out/dφ_0`, and the direct term, zeros where there is none."""
+
+    @abstractmethod
+    def sees(self, evaluation: Evaluation) -> set[str]:
+        """The meta-parameters whose path this estimator sees."""
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Also refuse a θ that acts on the path that is not seen, and there alone."""
+        super().check(evaluation, solver)
+        unseen = sorted(set(evaluation.meta_params) - self.sees(evaluation))
+        who = type(self).__name__
+        if unseen:
+            others = serving(evaluation, lambda t: t.sees_start and not t.needs_start)
+            raise ProblemError(
+                f"{who} does not see what meta-parameter {listed(unseen)} acts on, a loss along "
+                f"the way, and would call its gradient zero; use {others}"
+            )
+        inner = [n for n in evaluation.meta_params if n in evaluation.reached("inner")]
+        if inner:
+            evaluation.notes.append(
+                f"{who} leaves out how {listed(inner)} acts through the inner loss"
+            )
+
+    def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
+        """Settle, and pull the adjoint back to θ."""
+        free = evaluation.settle(solver)
+        adjoint, direct = self.adjoint(evaluation, free)
+        start = evaluation.pull_back_start(adjoint)
+        return Estimate(grads={n: start[n] + direct[n] for n in start}, phases=(free,))

@@ -1,0 +1,272 @@
+"""Unrolled and ForwardMode: the gradient of T steps, whatever they led to."""
+
+import pytest
+import torch
+from torch import nn
+
+import equigrad as eg
+from equigrad.evaluation import Evaluation
+from equigrad.testing import Quadratic
+from helpers import along, random_direction, small_network
+
+STEPS = 17
+RULES = {
+    "plain": eg.GradientDescent(lr=0.1, max_steps=STEPS),
+    "heavy ball": eg.GradientDescent(lr=0.1, momentum=0.9, max_steps=STEPS),
+    "nesterov": eg.GradientDescent(lr=0.1, momentum=0.9, nesterov=True, max_steps=STEPS),
+}
+
+
+class Learner:
+    """A network with dropout, mini-batches, θ in both losses, in the regulariser and the start."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Tanh(), nn.Linear(4, 1)).double()
+        x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
+        v, w = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+        self.net = eg.nn.ComplexSynapse(net, strength=0.1, positivity="log", learn=("center",))
+        self.problem = eg.Bilevel(
+            lambda p, m, rows: (self.net(p, m["scale"] * x[rows]) - y[rows]).square().mean(),
+            lambda p, m: (self.net(p, v) - w).square().mean() + m["scale"].square().sum(),
+            regularizer=self.net,
+            inner_batches=[slice(0, 4), slice(4, 8), slice(8, 12)],
+        )
+        self.meta = self.net.meta_params() | {
+            "scale": torch.ones(3, dtype=torch.float64, requires_grad=True),
+            "gain": torch.tensor(1.3, dtype=torch.float64, requires_grad=True),
+        }
+
+    def start(self, meta):
+        return {name: meta["gain"] * p for name, p in self.net.params().items()}
+
+    def gradient(self, solver, estimator):
+        torch.manual_seed(0)
+        return eg.meta_gradient(
+            self.problem, self.start(self.meta), self.meta, solver=solver, estimator=estimator
+        )
+
+    def outer_loss(self, solver, meta):
+        meta = {name: m.detach().requires_grad_() for name, m in meta.items()}
+        torch.manual_seed(0)
+        with Evaluation(self.problem, self.start(meta), meta) as evaluation:
+            return evaluation.outer_loss(evaluation.settle(solver)).item()
+
+    def difference(self, solver, direction, step=1e-5):
+        above, below = (
+            self.outer_loss(solver, {n: m + s * direction[n] for n, m in self.meta.items()})
+            for s in (step, -step)
+        )
+        return (above - below) / (2 * step)
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    return Learner()
+
+
+def largest_difference(one, other) -> float:
+    return max((one.grads[n] - other.grads[n]).abs().max().item() for n in one.grads)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_central_differences_of_the_loss_after_so_many_steps(learner, rule):
+    solver = RULES[rule]
+    result = learner.gradient(solver, eg.Unrolled())
+    assert result.phases[0].outcome == "stopped"
+    assert result.phases[0].residual > 0.01  # nowhere near an equilibrium
+    for seed in range(3):
+        direction = random_direction(learner.meta, seed)
+        reference = learner.difference(solver, direction)
+        assert along(result.grads, direction) == pytest.approx(reference, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        eg.Unrolled(segment=1),
+        eg.Unrolled(segment=5),
+        eg.Unrolled(segment=100),
+        eg.Unrolled(truncation=STEPS),
+        eg.Unrolled(truncation=100, segment=5),
+    ],
+    ids=str,
+)
+def test_segments_and_a_truncation_that_cuts_nothing_change_nothing(learner, rule, estimator):
+    full = learner.gradient(RULES[rule], eg.Unrolled())
+    assert largest_difference(full, learner.gradient(RULES[rule], estimator)) < 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_truncation_does_not_depend_on_the_segments(learner, rule):
+    cut = learner.gradient(RULES[rule], eg.Unrolled(truncation=7))
+    assert "out of reach of truncation=7" in cut.status
+    assert not cut.grads["gain"].any()
+    for segment in (2, 7, 30):
+        other = learner.gradient(RULES[rule], eg.Unrolled(truncation=7, segment=segment))
+        assert largest_difference(cut, other) < 1e-12
+    full = learner.gradient(RULES[rule], eg.Unrolled())
+    assert largest_difference(cut, full) > 1e-3
+
+
+def test_truncation_is_what_the_last_steps_contribute(quadratic):
+    """K of T steps on the quadratic: `λη Σ_{k<K} (I-ηA)^k ∂L_out(φ_T)`."""
+    steps, kept, eta = 20, 6, quadratic.step_size
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(steps),
+        estimator=eg.Unrolled(truncation=kept),
+    )
+    pressure = quadratic._hessian * (result.params["phi"] - quadratic._validation)
+    contraction = 1 - eta * (quadratic._hessian + quadratic.strength)
+    expected = sum(quadratic.strength * eta * contraction**k * pressure for k in range(kept))
+    torch.testing.assert_close(result.grads["theta"], expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_forward_mode_is_reverse_mode(learner, rule):
+    solver = eg.GradientDescent(
+        lr=0.1, momentum=RULES[rule].momentum, nesterov=RULES[rule].nesterov, max_steps=5
+    )
+    reverse = learner.gradient(solver, eg.Unrolled())
+    forward = learner.gradient(solver, eg.ForwardMode())
+    assert largest_difference(reverse, forward) < 1e-10
+
+
+def test_many_steps_give_the_implicit_gradient():
+    problem, synapse = small_network()
+    solver = eg.GradientDescent(lr=0.1, momentum=0.95, nesterov=True, max_steps=1500)
+    long, exact = (
+        eg.meta_gradient(
+            problem, synapse.params(), synapse.meta_params(), solver=solver, estimator=estimator
+        )
+        for estimator in (eg.Unrolled(segment=50), eg.ExactSolve())
+    )
+    for name in exact.grads:
+        torch.testing.assert_close(long.grads[name], exact.grads[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [eg.Unrolled(), eg.Unrolled(segment=4), eg.Unrolled(truncation=9, segment=2), eg.ForwardMode()],
+    ids=str,
+)
+def test_every_replayed_step_finds_the_buffers_that_it_saw(estimator):
+    """A loss whose curvature c_t grows with a running count: w_9 = Π(1 - η c_t) w_0."""
+
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, w, pull):
+            self.count += 1
+            return 0.5 * (1 + 0.3 * self.count) * pull * w.square().sum()
+
+    counter = Counter()
+    problem = eg.Bilevel(lambda p, m: counter(p["w"], m["pull"]), lambda p, m: p["w"].sum())
+    pull = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.ones(2, dtype=torch.float64)},
+        {"pull": pull},
+        solver=eg.GradientDescent(lr=0.2, max_steps=9),
+        estimator=estimator,
+    )
+    end = torch.stack([1 - 0.2 * (1 + 0.3 * (t + 1)) * pull for t in range(9)]).prod()
+    (expected,) = torch.autograd.grad(2 * end, pull)
+    torch.testing.assert_close(result.grads["pull"], expected, rtol=1e-12, atol=0)
+    assert counter.count == 0
+
+
+def test_gradient_evaluations_are_counted(quadratic):
+    def count(estimator):
+        return eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=quadratic.solver(10),
+            estimator=estimator,
+        ).gradient_evaluations
+
+    check, free, outer = 2, 10, 1
+    assert count(eg.Unrolled()) == check + free + outer + 10 * (1 + 2)
+    assert count(eg.Unrolled(segment=3)) == check + free + outer + 10 * (1 + 2)
+    assert count(eg.Unrolled(truncation=4)) == check + free + outer + 4 * (1 + 2) + 2  # 6 = 4 + 2
+    small = Quadratic(dim=3)
+    forward = eg.meta_gradient(
+        small.problem,
+        small.params(),
+        small.meta_params(),
+        solver=small.solver(10),
+        estimator=eg.ForwardMode(),
+    )
+    assert forward.gradient_evaluations == check + free + outer + 3 * 10 * 2
+
+
+def saved_numbers(problem, start, meta, solver, estimator) -> int:
+    """The most numbers that autograd's graph held at a time."""
+    held, most = 0, 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor = tensor
+            held += tensor.numel()
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.tensor.numel()
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        eg.meta_gradient(problem, start, meta, solver=solver, estimator=estimator)
+    return most
+
+
+def test_segments_hold_the_graph_of_one_segment_at_a_time():
+    problem = eg.Bilevel(
+        lambda p, m: (m["scale"] * p["w"]).pow(4).mean(), lambda p, m: p["w"].square().mean()
+    )
+    start = {"w": torch.linspace(0, 1, 1000)}
+    meta = {"scale": torch.ones(())}
+
+    def held(estimator, steps=100):
+        solver = eg.GradientDescent(lr=0.1, momentum=0.9, max_steps=steps)
+        return saved_numbers(problem, start, meta, solver, estimator)
+
+    whole, tenth = held(eg.Unrolled()), held(eg.Unrolled(segment=10))
+    assert whole > 9 * tenth
+    assert held(eg.Unrolled(truncation=10)) == pytest.approx(tenth, rel=0.05)
+    assert held(eg.ForwardMode()) == held(eg.ForwardMode(), steps=10)  # one step at a time
+
+
+def test_a_solver_that_cannot_be_differentiated():
+    quadratic = Quadratic(dim=3)
+    adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, max_steps=5)
+    for estimator in (eg.Unrolled(), eg.ForwardMode(), eg.Unrolled(segment=2)):
+        for solver in (adam, eg.LBFGS(max_steps=5), eg.BlackBox(lambda objective, x: x)):
+            with pytest.raises(
+                eg.ConfigurationError, match=f"{type(solver).__name__} are not.*GradientDescent"
+            ):
+                eg.meta_gradient(
+                    quadratic.problem,
+                    quadratic.params(),
+                    quadratic.meta_params(),
+                    solver=solver,
+                    estimator=estimator,
+                )
+
+
+def test_too_many_tangents(quadratic):
+    with pytest.raises(eg.ConfigurationError, match=r"50 meta-parameters.*max_size=49.*Unrolled"):
+        eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=quadratic.solver(3),
+            estimator=eg.ForwardMode(max_size=49),
+        )
