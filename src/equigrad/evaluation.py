@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problem import Bilevel, Params, Problem, Velocity, check_scalar
+from equigrad.problem import Params, Problem, Velocity, check_scalar
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -198,7 +198,7 @@ class Evaluation:
         velocity = self.problem.velocity_at(self.meta_params, beta, self._randomness)
         gradients = 1 if beta == 0 else 2
 
-        def counted(params: Params, step: int) -> tuple[Tensor, ...]:
+        def counted(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             self.gradient_evaluations += gradients
             return velocity(params, step)
 
@@ -206,13 +206,7 @@ class Evaluation:
 
     def _loss(self, beta: float) -> Any:
         def loss(params: Params, step: int) -> Tensor:
-            problem = self.problem
-            if not isinstance(problem, Bilevel):
-                raise ConfigurationError(
-                    f"this solver compares values of a loss, and a {type(problem).__name__} has "
-                    f"none; use GradientDescent, where lr=1 iterates the map"
-                )
-            value = problem.total_inner_loss(params, self.meta_params, step, self._randomness)
+            value = self.problem.total_inner_loss(params, self.meta_params, step, self._randomness)
             if beta == 0:
                 return value
             return value + beta * self.evaluate("outer", params, self.meta_params, step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.buffers import find_modules
-from equigrad.errors import ProblemError
+from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]
@@ -20,8 +20,12 @@ Loss = Callable[..., Tensor]
 """`loss(params, meta_params)`, or `loss(params, meta_params, batch)` where batches are given."""
 
 
-Velocity = Callable[[Params, int], tuple[Tensor, ...]]
-"""`(params, step) -> velocity`, one tensor for each of `params`, in their order."""
+Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
+"""`(params, step) -> velocity, value`.
+
+The velocity has one tensor for each of `params`, in their order. Calling `value` before they move
+gives the loss there, at no cost but that of a regulariser's.
+"""
 
 
 class Pull(Protocol):
@@ -149,9 +153,26 @@ class Problem(ABC):
             randomness: seeds the losses' random numbers; the global generators where None.
 
         Returns:
-            `(params, step) -> velocity`, where all of `params` require a gradient. It is to be
-            called without recording a graph, and returns tensors in the order of `params`.
+            `(params, step) -> velocity, value`, where all of `params` require a gradient. It is to
+            be called without recording a graph.
         """
+
+    def total_inner_loss(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Tensor:
+        """The inner loss with its regulariser, differentiable as often as the model is.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        raise ConfigurationError(
+            f"this solver compares values of a loss, and a {type(self).__name__} has none; use "
+            f"GradientDescent, where lr=1 iterates the map"
+        )
 
     def velocity(
         self, params: Params, meta_params: Params, *, beta: float = 0.0, step: int = 0
@@ -170,7 +191,7 @@ class Problem(ABC):
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         constants = {name: m.detach() for name, m in meta_params.items()}
         with torch.no_grad():
-            velocity = self.velocity_at(constants, beta)(leaves, step)
+            velocity, _ = self.velocity_at(constants, beta)(leaves, step)
         return dict(zip(params, velocity, strict=True))
 
     def batches(self, stream: Stream) -> Sequence[Any] | None:
@@ -299,7 +320,7 @@ class Bilevel(Problem):
         """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, for a loop."""
         pull = None if self.regularizer is None else self.regularizer.bind(meta_params)
 
-        def velocity(params: Params, step: int) -> tuple[Tensor, ...]:
+        def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             with torch.enable_grad():
                 loss = self.evaluate("inner", params, meta_params, step, randomness)
                 if beta != 0:
@@ -312,7 +333,11 @@ class Bilevel(Problem):
                     torch.zeros_like(p, requires_grad=False) if g is None else g
                     for g, p in zip(grads, leaves, strict=True)
                 )
-            return grads if pull is None else pull.add_velocity(grads, params)
+            if self.regularizer is None or pull is None:
+                return grads, loss.detach
+            regularizer = self.regularizer
+            value = lambda: loss.detach() + regularizer.penalty(params, meta_params)  # noqa: E731
+            return pull.add_velocity(grads, params), value
 
         return velocity
 
@@ -389,7 +414,7 @@ class FixedPoint(Problem):
     ) -> Velocity:
         """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, for a loop."""
 
-        def velocity(params: Params, step: int) -> tuple[Tensor, ...]:
+        def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             image = self.evaluate("inner", params, meta_params, step, randomness)
             moves = [image[name] - p for name, p in params.items()]
             if beta != 0:
@@ -399,7 +424,7 @@ class FixedPoint(Problem):
                     loss, list(params.values()), allow_unused=True, materialize_grads=True
                 )
                 torch._foreach_add_(moves, pressure, alpha=-beta)
-            return tuple(moves)
+            return tuple(moves), lambda: self.total_inner_loss(params, meta_params)
 
         return velocity
 

@@ -19,7 +19,8 @@ def minimise(function, start, **options):
     def velocity(params, step):
         with torch.enable_grad():
             x = params["x"].detach().requires_grad_()
-            return (-torch.autograd.grad(function(x), x)[0],)
+            value = function(x)
+            return (-torch.autograd.grad(value, x)[0],), value.detach
 
     return settle(velocity, loss, {"x": start}, eg.LBFGS(**options))
 

@@ -15,7 +15,7 @@ def loss(params, step):
 
 
 def velocity(params, step):
-    return (-CURVATURE * (params["w"].detach() - TARGET),)
+    return (-CURVATURE * (params["w"].detach() - TARGET),), lambda: loss(params, step)
 
 
 def start():

@@ -148,17 +148,21 @@ class FlatObjective:
     def value(self, x: Any) -> float:
         """The loss at `x`, without the cost of a gradient."""
         self._stand_at(x)
-        return self._loss()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return self._objective.loss().item()
 
     def gradient(self, x: Any) -> Any:
         """The gradient at `x`, a vector."""
         self._stand_at(x)
-        return self._gradient()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _gradient(self._objective.velocity())
 
     def value_and_gradient(self, x: Any) -> tuple[float, Any]:
         """Both: what `scipy.optimize.minimize` takes with `jac=True`."""
         self._stand_at(x)
-        return self._loss(), self._gradient()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            value, velocity = self._objective()
+        return value.item(), _gradient(velocity)
 
     def named(self, x: Any) -> dict[str, Tensor]:
         """The params that a vector holds, by name, in their shapes and dtypes."""
@@ -206,18 +210,9 @@ class FlatObjective:
     def _stand_at(self, x: Any) -> None:
         self.move(self.read(x, "the objective got"))
 
-    # a loss seeds torch's generators; the learner's own draws go on where they were
 
-    @torch.no_grad()
-    def _loss(self) -> float:
-        with torch.random.fork_rng(devices=[]):
-            return self._objective.loss().item()
-
-    @torch.no_grad()
-    def _gradient(self) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            velocity = self._objective.velocity()
-        return _array(-flatten([v.cpu().double() for v in velocity]))
+def _gradient(velocity: tuple[Tensor, ...]) -> Any:
+    return _array(-flatten([v.cpu().double() for v in velocity]))
 
 
 def _tensor(x: Any, got: str, hint: str = "") -> Tensor:

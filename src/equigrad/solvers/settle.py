@@ -95,8 +95,8 @@ def settle(
     """Settle a phase: move the parameters along the velocity until they rest.
 
     Args:
-        velocity: `(params, step) -> velocity`, in the order of `params`.
-        loss: `(params, step) -> scalar`, for solvers that compare values.
+        velocity: `(params, step) -> velocity, value`, as `Problem.velocity_at` gives it.
+        loss: `(params, step) -> scalar`, for solvers that ask for values alone.
         start: where to start; not changed.
         solver: the rule, its limit of steps and its tolerance.
         beta: the phase's nudging strength, for its report and for solvers that ask.
@@ -124,10 +124,10 @@ def settle(
     passed: list[Tensor] = []
     count = 0
 
-    seen: tuple[list[int], tuple[Tensor, ...]] = [], ()
+    seen: tuple[list[int], Any] = [], None
 
-    def evaluate() -> tuple[Tensor, ...]:
-        """The velocity, which is remembered where it depends on the parameters alone."""
+    def evaluate() -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+        """Velocity and value, which are remembered where they depend on the parameters alone."""
         nonlocal seen
         versions = [p._version for p in leaves]
         if not solver.fixed_loss or seen[0] != versions:
@@ -139,14 +139,14 @@ def settle(
         params,
         meta_params or {},
         loss=lambda: loss(params, first_step + step),
-        velocity=evaluate,
+        evaluate=evaluate,
     )
     ahead = 0 if solver.jumps else 1
 
     for step in itertools.count():
         if watch is not None:
             watch(first_step + step, params, state)
-        v = evaluate()
+        v, _ = evaluate()
         last = limit is not None and step + ahead >= limit
         if batches > 1:
             passed = list(torch._foreach_add(passed, v)) if passed else list(v)

@@ -22,19 +22,24 @@ class Objective:
         beta: nudging strength β of the phase.
         params: the leaves that `Solver.update` moves, by name.
         meta_params: θ, detached.
-        loss: evaluates `L_in + β L_out` without a gradient, which does not count as one.
-        velocity: evaluates `-∂L/∂φ`, one tensor a parameter.
+        loss: evaluates `L = L_in + β L_out` without a gradient, which does not count as one.
+        evaluate: evaluates `-∂L/∂φ`, one tensor a parameter, and what gives L at no further cost.
     """
 
     beta: float
     params: Params
     meta_params: Params
     loss: Callable[[], Tensor]
-    velocity: Callable[[], tuple[Tensor, ...]]
+    evaluate: Callable[[], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and velocity."""
-        return self.loss(), self.velocity()
+        velocity, value = self.evaluate()
+        return value(), velocity
+
+    def velocity(self) -> tuple[Tensor, ...]:
+        """`-∂L/∂φ`, one tensor a parameter."""
+        return self.evaluate()[0]
 
 
 @dataclass(frozen=True, kw_only=True)
