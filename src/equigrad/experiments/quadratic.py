@@ -345,7 +345,7 @@ class FigS6(OnQuadratic):
     total_steps: int = 30
     """Steps of both phases together."""
 
-    betas: tuple[float, ...] = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
+    betas: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
     """Nudging strengths."""
 
     def __post_init__(self) -> None:
