@@ -64,17 +64,19 @@ class Fig2(Reproduction):
     largest_exponent: int = 1
     """It ends with ten to this power."""
 
-    per_decade: int = 3
+    per_decade: int = 4
     """Values of β a decade in A."""
 
-    betas: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0)
+    betas: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     """Nudging strengths in B and C."""
 
     total_steps: int = 2000
     """Steps of both phases together in C."""
 
-    divisions: int = 16
-    """The free phase takes 1, 2 … divisions-1 parts of so many in C."""
+    shares: tuple[float, ...] = (
+        *(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.985, 0.995),
+    )
+    """The free phase's shares of them."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -90,10 +92,10 @@ class Fig2(Reproduction):
                 f"smallest_exponent must be below largest_exponent and per_decade at least 1, got "
                 f"{self.smallest_exponent}, {self.largest_exponent} and {self.per_decade}"
             )
-        if not 2 <= self.divisions <= self.total_steps:
+        if not self.shares or not all(min(pair) > 0 for pair in self._divided()):
             raise ConfigurationError(
-                f"divisions must be at least 2 and at most total_steps, got {self.divisions} and "
-                f"{self.total_steps}"
+                f"shares must leave both phases at least one of total_steps={self.total_steps}, "
+                f"got {self.shares}"
             )
 
     def cells(self) -> list[Cell]:
@@ -103,7 +105,7 @@ class Fig2(Reproduction):
         return alike + [(2, *divided, beta) for beta in self.betas for divided in self._divided()]
 
     def _divided(self) -> list[tuple[int, int]]:
-        free = [round(self.total_steps * k / self.divisions) for k in range(1, self.divisions)]
+        free = [round(self.total_steps * share) for share in self.shares]
         return [(steps, self.total_steps - steps) for steps in free]
 
     def prepare(self) -> Callable[..., ErrorPoint]:
@@ -119,9 +121,7 @@ class Fig2(Reproduction):
                 [[f"{t:g}", error_and_beta(row)] for t, row in best.items()],
             )
             + f"\nOf {self.total_steps} steps in both phases together:\n\n"
-            + division_table(
-                self._divisions(rows), lambda row: f"{row.free_share:.2f}", "best free share"
-            )
+            + division_table(self._divisions(rows))
         )
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
@@ -165,7 +165,11 @@ class Fig2(Reproduction):
 
     def _divisions(self, rows: Sequence[ErrorPoint]) -> list[ErrorPoint]:
         divided = set(self._divided())
-        return [row for row in rows if (row.free_steps, row.nudged_steps) in divided]
+        return [
+            row
+            for row in rows
+            if (row.free_steps, row.nudged_steps) in divided and row.beta in self.betas
+        ]
 
 
 class Learner:
@@ -175,7 +179,8 @@ class Learner:
         problem: both losses.
         start: φ at the start of every free phase.
         meta_params: λ, one a weight.
-        exact: the meta-gradient at the minimum, as one vector.
+        settled: φ at the minimum that gradient descent tends to.
+        exact: the meta-gradient there, as one vector.
     """
 
     def __init__(self, config: Fig2) -> None:
@@ -191,9 +196,9 @@ class Learner:
             regularizer=synapse,
         )
         self.start, self.meta_params = synapse.params(), synapse.meta_params()
-        self.exact = self._exact()
+        self.settled, self.exact = self._settle()
 
-    def _exact(self) -> Tensor:
+    def _settle(self) -> tuple[Params, Tensor]:
         """Follow gradient descent to the minimum that it tends to, polish, and solve there."""
         descent = GradientDescent(lr=self.config.lr, tol=1e-5, max_steps=100_000)
         with Evaluation(self.problem, self.start, self.meta_params) as evaluation:
@@ -210,7 +215,7 @@ class Learner:
                 f"no equilibrium to compare with: gradient descent {near.phase}, then L-BFGS "
                 f"{result.status}. Raise the strength, or lower lr"
             )
-        return _vector(result.grads)
+        return result.params, _vector(result.grads)
 
     def measure(self, points: int, free_steps: int, nudged_steps: int, beta: float) -> ErrorPoint:
         """The plain rule after so many steps of gradient descent in each phase."""

@@ -56,23 +56,24 @@ def error_and_beta(row: ErrorPoint) -> str:
     return f"{row.error:.1e} ({row.beta:.1g})"
 
 
-def division_table(
-    rows: Sequence[ErrorPoint], division: Callable[[ErrorPoint], str], heading: str
-) -> str:
-    """For every β the least error, where it is had, and the width of the plateau around it."""
+def division_table(rows: Sequence[ErrorPoint]) -> str:
+    """For every β the least error over the divisions of the steps, and the plateau around it."""
+    body = []
+    for beta, best in best_by(rows, lambda row: row.beta).items():
+        first, last = plateau(rows, beta)
+        middle = f"{(first + last) / 2:.2f}"
+        body.append([f"{beta:g}", f"{best.error:.1e}", f"{first:.2f} to {last:.2f}", middle])
     return as_table(
-        ["β", "least error", heading, "share of divisions within 10 % of it"],
-        [
-            [f"{beta:g}", f"{best.error:.1e}", division(best), f"{plateau(rows, beta):.0%}"]
-            for beta, best in best_by(rows, lambda row: row.beta).items()
-        ],
+        ["β", "least error", "free phase's share within 10 % of it", "middle of these"], body
     )
 
 
-def plateau(rows: Sequence[ErrorPoint], beta: float) -> float:
-    """The share of the divisions of steps whose error is within 10 % of the least for this β."""
-    errors = [row.error for row in rows if row.beta == beta]
-    return sum(error <= 1.1 * min(errors) for error in errors) / len(errors)
+def plateau(rows: Sequence[ErrorPoint], beta: float) -> tuple[float, float]:
+    """The smallest and largest share of the free phase with an error within 10 % of the least."""
+    own = [row for row in rows if row.beta == beta]
+    least = min(row.error for row in own)
+    shares = [row.free_share for row in own if row.error <= 1.1 * least]
+    return min(shares), max(shares)
 
 
 def log_slope(x: Sequence[float], y: Sequence[float]) -> float:

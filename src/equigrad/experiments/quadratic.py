@@ -178,7 +178,7 @@ class FigS3(OnQuadratic):
             )
             axes.plot(betas, [row.error for row in settled], "k--", lw=1, label="equilibrium")
             axes.set(xscale="log", yscale="log", xlabel=BETA, ylabel=ERROR)
-            axes.set_ylim(1e-6, 1e2)
+            axes.set_ylim(1e-7, 1e2)
             finish(axes, f"{letter}   p = {p}", STEPS)
         last = panels[len(self.points)]
         draw_curves(
@@ -360,7 +360,7 @@ class FigS6(OnQuadratic):
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
         """For every β the best division, and how wide its plateau is."""
-        return division_table(rows, lambda row: f"{row.free_steps:g}", "best free steps")
+        return division_table(rows)
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
         """A curve a β."""
