@@ -1,4 +1,4 @@
-"""What figure 2 says, with a stronger pull and fewer steps; and its reference, on made-up homes."""
+"""What figure 2 says, with a stronger pull and fewer steps; its reference, on made-up homes."""
 
 import os
 
@@ -18,13 +18,13 @@ needs_data = pytest.mark.skipif(
     FOLDER not in os.environ, reason=f"{FOLDER} names no folder with the Boston housing data"
 )
 CONFIG = Fig2(
-    strength=1.0,
-    steps=(300, 500),
+    strength=0.3,
+    steps=(150, 250),
     smallest_exponent=-3,
     largest_exponent=1,
     per_decade=1,
     betas=(1e-3, 0.1, 1.0),
-    total_steps=600,
+    total_steps=350,
     shares=(0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98),
 )
 
@@ -43,7 +43,7 @@ def made_up_homes(monkeypatch):
 
 
 def test_reference_is_the_derivative_of_the_resolved_outer_loss(made_up_homes):
-    learner = Learner(Fig2(strength=0.5))
+    learner = Learner(Fig2())
     sizes = [m.numel() for m in learner.meta_params.values()]
     parts = learner.exact.split(sizes)
     exact = {
@@ -58,7 +58,7 @@ def test_reference_is_the_derivative_of_the_resolved_outer_loss(made_up_homes):
             learner.meta_params,
             LBFGS(tol=1e-11),
             direction,
-            step=1e-4,
+            step=3e-6,
         )
         assert along(exact, direction) == pytest.approx(resolved, rel=1e-4)
 
@@ -85,13 +85,14 @@ def test_best_beta_and_least_error_fall_with_steps(rows):
 
 @needs_data
 def test_small_beta_divides_what_has_not_settled_and_large_beta_caps(rows):
-    """Panel A: the error is δ/β on the left and the same for all lengths on the right."""
+    """Panel A: on the left the error is δ/β, on the right hardly a matter of δ."""
     error = {(r.free_steps, r.beta): r.error for r in rows if r.settled_alike}
-    assert error[300, 1e-3] / error[300, 1e-2] == pytest.approx(10, rel=0.15)
+    assert error[150, 1e-3] / error[150, 1e-2] == pytest.approx(10, rel=0.15)
     at_ten = [error[steps, 10.0] for steps in CONFIG.steps]
-    assert max(at_ten) < 1.0
-    assert max(at_ten) < 1.05 * min(at_ten)
-    assert min(at_ten) > 1.5 * error[500, 1.0]
+    assert max(at_ten) < 1.2 * min(at_ten)
+    assert error[150, 1e-3] > 100 * error[250, 1e-3]
+    assert max(at_ten) == pytest.approx(1.0, abs=0.1)
+    assert min(at_ten) > 1.5 * error[250, 1.0]
 
 
 @needs_data
@@ -113,10 +114,11 @@ def test_division_of_the_steps(rows):
         ({"seed": -1}, "seed must be at least 0"),
         ({"strength": 0.0}, "strength must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"steps": (100, 100)}, "steps must differ"),
         ({"betas": (0.0,)}, "betas must differ and be positive"),
         ({"largest_exponent": -4}, "smallest_exponent must be below"),
-        ({"shares": (0.5, 1.0)}, "both phases at least one of total_steps=2000"),
+        ({"shares": (0.5, 1.0)}, "both phases at least one of total_steps=1200"),
         ({"total_steps": 10, "shares": (0.01,)}, "both phases at least one of total_steps=10"),
     ],
 )
