@@ -19,10 +19,10 @@ needs_data = pytest.mark.skipif(
 )
 CONFIG = Fig2(
     strength=0.3,
-    steps=(150, 250),
+    steps=(150, 200, 250),
     smallest_exponent=-3,
     largest_exponent=1,
-    per_decade=1,
+    per_decade=2,
     betas=(1e-3, 0.1, 1.0),
     total_steps=350,
     shares=(0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98),
@@ -81,6 +81,14 @@ def test_best_beta_and_least_error_fall_with_steps(rows):
     for values in ([row.beta for row in found], [row.error for row in found]):
         assert values == sorted(values, reverse=True)
         assert values[0] > 5 * values[-1]
+
+
+@needs_data
+def test_rates_are_those_of_corollary_1(rows):
+    """With β* and the least error ∝ √δ, both fall half as fast as δ."""
+    drift, error, beta = CONFIG.rates(rows)
+    assert error == pytest.approx(drift / 2, rel=0.2)
+    assert beta == pytest.approx(drift / 2, rel=0.3)
 
 
 @needs_data

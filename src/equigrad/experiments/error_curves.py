@@ -64,15 +64,15 @@ def division_table(rows: Sequence[ErrorPoint]) -> str:
         middle = f"{(first + last) / 2:.2f}"
         body.append([f"{beta:g}", f"{best.error:.1e}", f"{first:.2f} to {last:.2f}", middle])
     return as_table(
-        ["β", "least error", "free phase's share within 10 % of it", "middle of these"], body
+        ["β", "least error", "free phase's shares with at most twice that", "middle of these"], body
     )
 
 
 def plateau(rows: Sequence[ErrorPoint], beta: float) -> tuple[float, float]:
-    """The smallest and largest share of the free phase with an error within 10 % of the least."""
+    """The smallest and largest share of the free phase with at most twice the least error."""
     own = [row for row in rows if row.beta == beta]
     least = min(row.error for row in own)
-    shares = [row.free_share for row in own if row.error <= 1.1 * least]
+    shares = [row.free_share for row in own if row.error <= 2 * least]
     return min(shares), max(shares)
 
 
