@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from equigrad.experiments.error_curves import EQUILIBRIUM, best_by, plateau
 from equigrad.experiments.quadratic import FigS3, FigS5, FigS6, initial_slope, measure
@@ -21,6 +22,15 @@ def model() -> Quadratic:
 @pytest.fixture(scope="module")
 def division():
     return measure_all(FigS6(draws=2, betas=(1e-5, 1e-3, 0.01, 0.1, 1.0)))
+
+
+def test_draws_side_by_side_are_those_drawn_alone(model):
+    """Each settles on its own, and the error is the geometric mean of theirs."""
+    alone = [Quadratic(strength=1.0, seed=seed) for seed in range(3)]
+    assert torch.equal(model.meta_gradient, torch.stack([q.meta_gradient for q in alone]))
+    errors = [measure(q, 3, 8, 12, 0.2).error for q in alone]
+    assert len(set(errors)) == 3
+    assert measure(model, 3, 8, 12, 0.2).error == pytest.approx(math.prod(errors) ** (1 / 3))
 
 
 @pytest.mark.parametrize("points", [2, 3, 4])

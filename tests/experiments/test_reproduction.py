@@ -82,6 +82,10 @@ def test_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     rows = reproduce(Counting(), tmp_path, resume=True, console=QUIET)
     assert Counting.log == [("a, quoted", 2), ("b", 0)]
     assert [(row.word, row.number) for row in rows] == list(dict.fromkeys(Counting().cells()))
+    whole = reproduce(Counting(), tmp_path / "whole", resume=False, console=QUIET)
+    assert whole == rows
+    tables = [(folder / "counting.csv").read_bytes() for folder in (tmp_path, tmp_path / "whole")]
+    assert tables[0] == tables[1]
     with pytest.raises(RunError, match="size: there 3, here 5"):
         reproduce(Counting(size=5), tmp_path, resume=True, console=QUIET)
 
@@ -98,6 +102,7 @@ def test_numbers_survive_the_table_to_the_last_bit():
     values = [0.1 + 0.2, 1e-300, math.pi, 10 ** (-7 / 3), math.inf]
     rows = [ErrorPoint(2, math.inf, 20, beta, 1 / 3) for beta in values]
     assert from_csv(ErrorPoint, as_csv(rows)) == rows
+    assert as_csv(from_csv(ErrorPoint, as_csv(rows))) == as_csv(rows)
 
 
 def test_decades():

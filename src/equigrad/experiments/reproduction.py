@@ -105,10 +105,18 @@ def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
 def as_csv(rows: Sequence[Any]) -> str:
     """Rows of one dataclass under a header; numbers are written such that they read the same."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(vars(rows[0])))
+    writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
     writer.writeheader()
     writer.writerows(vars(row) for row in rows)
     return text.getvalue()
+
+
+def _number(text: str) -> float:
+    """What is written without a point stays whole, so that it is written the same again."""
+    return int(text) if text.isdigit() else float(text)
+
+
+READERS: dict[type, Callable[[str], Any]] = {str: str, int: int, float: _number}
 
 
 def from_csv(row: type, text: str) -> list[Any]:
@@ -117,10 +125,10 @@ def from_csv(row: type, text: str) -> list[Any]:
     Raises:
         RunError: the table is not one of such rows.
     """
-    fields = get_type_hints(row)
+    fields = {name: READERS[kind] for name, kind in get_type_hints(row).items()}
     try:
         found = list(csv.DictReader(io.StringIO(text), strict=True))
-        return [row(**{name: kind(line[name]) for name, kind in fields.items()}) for line in found]
+        return [row(**{name: read(line[name]) for name, read in fields.items()}) for line in found]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RunError(
             f"the table of the run is damaged ({error!r}): expected the columns "
