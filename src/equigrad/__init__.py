@@ -5,6 +5,7 @@ from equigrad.check import Check, check_meta_gradient
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
+    DataError,
     DoubleBackwardError,
     EquigradError,
     ProblemError,
@@ -48,6 +49,7 @@ __all__ = [
     "ConjugateGradient",
     "Contrastive",
     "CurvatureError",
+    "DataError",
     "DoubleBackwardError",
     "EquigradError",
     "Estimator",

@@ -41,15 +41,25 @@ class Command:
 
 def commands() -> list[Command]:
     """All that can be run or reproduced."""
-    from equigrad.experiments import digits, matched_phases
+    from equigrad.experiments import boston, bound, digits, matched_phases, quadratic
+    from equigrad.experiments.reproduction import reproduce
 
+    reproductions = (
+        matched_phases.MatchedPhases,
+        bound.Fig1,
+        boston.Fig2,
+        bound.FigS1,
+        bound.FigS2,
+        quadratic.FigS3,
+        quadratic.FigS4,
+        quadratic.FigS5,
+        quadratic.FigS6,
+    )
     return [
         Command("run", "digits", digits.Digits.at_scale, digits.run),
-        Command(
-            "reproduce",
-            "matched-phases",
-            lambda scale: matched_phases.MatchedPhases(),
-            matched_phases.run,
+        *(
+            Command("reproduce", figure.name, lambda scale, figure=figure: figure(), reproduce)
+            for figure in reproductions
         ),
     ]
 

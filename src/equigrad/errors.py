@@ -27,3 +27,7 @@ class DoubleBackwardError(EquigradError, NotImplementedError):
 
 class RunError(EquigradError, OSError):
     """A run's folder or checkpoint cannot be used."""
+
+
+class DataError(EquigradError, OSError):
+    """A data set is missing, is not what it has to be, or cannot be fetched."""

@@ -28,7 +28,8 @@ class Quadratic:
     Args:
         dim: N.
         strength: λ.
-        seed: of the draw.
+        seed: of the draw. Several make as many independent draws side by side: all tensors then
+            have a row a draw, and the losses are sums over the rows, which settle on their own.
         dtype: of all tensors.
 
     Example:
@@ -41,20 +42,21 @@ class Quadratic:
         self,
         dim: int = 50,
         strength: float = 0.1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.dim, self.strength, self.dtype = dim, strength, dtype
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(deviation: float) -> Tensor:
-            return deviation * torch.randn(dim, generator=generator, dtype=torch.float64)
-
-        tau = normal(1.0)
         self._hessian = (1 / torch.arange(1, dim + 1, dtype=torch.float64)).to(dtype)
-        self._theta = normal(2.0).to(dtype)
-        self._train = (tau + normal(0.2)).to(dtype)
-        self._validation = (tau + normal(0.2)).to(dtype)
+
+        def draw(seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            tau, theta, train, validation = (
+                torch.randn(dim, generator=generator, dtype=torch.float64) for _ in range(4)
+            )
+            return torch.stack([2.0 * theta, tau + 0.2 * train, tau + 0.2 * validation]).to(dtype)
+
+        drawn = draw(seed) if isinstance(seed, int) else torch.stack([draw(s) for s in seed], dim=1)
+        self._theta, self._train, self._validation = drawn
 
     @property
     def problem(self) -> Bilevel:
@@ -70,7 +72,7 @@ class Quadratic:
 
     def params(self) -> dict[str, Tensor]:
         """φ = 0."""
-        return {"phi": torch.zeros(self.dim, dtype=self.dtype)}
+        return {"phi": torch.zeros_like(self._theta)}
 
     def meta_params(self) -> dict[str, Tensor]:
         """θ as drawn."""
@@ -111,10 +113,20 @@ class Quadratic:
         )
         return factor * self.meta_gradient
 
+    def contrast_error_bounds(self, beta: float) -> tuple[float, float]:
+        """Between what the error of `contrast(beta, [0, 1])` lies, relative to `‖∇_θ‖` (Eq. 8).
+
+        `h β / ((1+β) h + λ)` with the smallest and with the largest curvature h of the data.
+        """
+        smallest, largest = 1 / self.dim, 1.0
+        lower, upper = (h * beta / ((1 + beta) * h + self.strength) for h in (smallest, largest))
+        return lower, upper
+
     def relative_error(self, estimate: Tensor) -> float:
-        """`‖estimate - ∇_θ‖ / ‖∇_θ‖`."""
+        """`‖estimate - ∇_θ‖ / ‖∇_θ‖`; its geometric mean where there are several draws."""
         exact = self.meta_gradient
-        return ((estimate - exact).norm() / exact.norm()).item()
+        errors = (estimate - exact).norm(dim=-1) / exact.norm(dim=-1)
+        return errors.log().mean().exp().item()
 
 
 @dataclass(frozen=True)

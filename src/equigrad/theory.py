@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import prod
+from math import inf, prod, sqrt
 
 from equigrad.errors import ConfigurationError
 
@@ -47,3 +47,143 @@ def finite_difference_weights(nodes: Sequence[int]) -> tuple[Fraction, ...]:
         )
         weights.append(Fraction(numerator, prod(node - other for other in others)))
     return tuple(weights)
+
+
+def error_bound(
+    free_error: float,
+    nudged_error: float,
+    beta: float,
+    *,
+    inner_lipschitz: float = 1.0,
+    outer_lipschitz: float = 1.0,
+    constant: float = 1.0,
+) -> float:
+    r"""Theorem 2: what the error of the two-point contrastive rule cannot exceed.
+
+        B(δ, δ', β) = B_in (δ + δ')/β + B_out δ' + C β/(1 + β)
+
+    in the form of Zucchet et al., Appendix C. The first two terms come from phases that end at a
+    distance from their equilibrium, the third from the finite difference.
+
+    Args:
+        free_error: δ ≥ 0, distance of the free phase's end to its equilibrium, in the units of φ.
+        nudged_error: δ' ≥ 0, the same for the nudged phase.
+        beta: nudging strength β > 0, without a unit.
+        inner_lipschitz: B_in > 0, Lipschitz constant of `∂L_in/∂θ` as a function of φ.
+        outer_lipschitz: B_out ≥ 0, that of `∂L_out/∂θ`.
+        constant: C > 0, in the units of the meta-gradient.
+
+    Returns:
+        The bound, in the units of the meta-gradient.
+
+    Raises:
+        ConfigurationError: an argument outside its domain.
+
+    Example:
+        >>> round(error_bound(0.01, 0.01, 0.25), 12)
+        0.29
+    """
+    _check_bound(free_error, nudged_error, inner_lipschitz, outer_lipschitz, constant)
+    if not 0 < beta < inf:
+        raise ConfigurationError(f"the bound holds for a positive, finite beta, got {beta}")
+    finite_difference = constant * beta / (1 + beta)
+    phases = inner_lipschitz * (free_error + nudged_error) / beta + outer_lipschitz * nudged_error
+    return phases + finite_difference
+
+
+def best_beta(
+    free_error: float,
+    nudged_error: float,
+    *,
+    inner_lipschitz: float = 1.0,
+    constant: float = 1.0,
+) -> float:
+    r"""Corollary 1: the nudging strength with the smallest bound.
+
+        β* = √(B_in (δ + δ')) / (√C - √(B_in (δ + δ')))
+
+    Args:
+        free_error: δ ≥ 0, distance of the free phase's end to its equilibrium.
+        nudged_error: δ' ≥ 0, the same for the nudged phase.
+        inner_lipschitz: B_in > 0, as in `error_bound`.
+        constant: C > 0, as in `error_bound`.
+
+    Returns:
+        β*; zero for δ = δ' = 0, where the bound falls all the way as β → 0.
+
+    Raises:
+        ConfigurationError: an argument outside its domain, or δ + δ' ≥ C/B_in, where the bound
+            falls with β for ever and has no minimum.
+
+    Example:
+        >>> round(best_beta(0.02, 0.02), 12)
+        0.25
+    """
+    _check_bound(free_error, nudged_error, inner_lipschitz, 0.0, constant)
+    total = inner_lipschitz * (free_error + nudged_error)
+    if not total < constant:
+        raise ConfigurationError(
+            f"no beta is best: free_error + nudged_error = {free_error + nudged_error:g} must be "
+            f"below constant / inner_lipschitz = {constant / inner_lipschitz:g}, else the bound "
+            f"falls with beta for ever; settle the phases further"
+        )
+    return sqrt(total) / (sqrt(constant) - sqrt(total))
+
+
+def best_bound(
+    free_error: float,
+    nudged_error: float,
+    *,
+    inner_lipschitz: float = 1.0,
+    outer_lipschitz: float = 1.0,
+    constant: float = 1.0,
+) -> float:
+    r"""The bound of Theorem 2 at the best β.
+
+        B(δ, δ', β*) = B_out δ' + 2 √(C B_in (δ + δ')) - B_in (δ + δ')
+
+    It is what stands before the last upper bound in the proof of Corollary 1 (Appendix C.3); the
+    corollary itself leaves the last term away.
+
+    Args:
+        free_error: δ ≥ 0, distance of the free phase's end to its equilibrium.
+        nudged_error: δ' ≥ 0, the same for the nudged phase.
+        inner_lipschitz: B_in > 0, as in `error_bound`.
+        outer_lipschitz: B_out ≥ 0, as in `error_bound`.
+        constant: C > 0, as in `error_bound`.
+
+    Returns:
+        The bound, in the units of the meta-gradient.
+
+    Raises:
+        ConfigurationError: as `best_beta`.
+
+    Example:
+        >>> round(best_bound(0.02, 0.02), 12)
+        0.38
+        >>> round(error_bound(0.02, 0.02, best_beta(0.02, 0.02)), 12)
+        0.38
+    """
+    best_beta(free_error, nudged_error, inner_lipschitz=inner_lipschitz, constant=constant)
+    _check_bound(free_error, nudged_error, inner_lipschitz, outer_lipschitz, constant)
+    total = inner_lipschitz * (free_error + nudged_error)
+    return outer_lipschitz * nudged_error + 2 * sqrt(constant * total) - total
+
+
+def _check_bound(
+    free_error: float,
+    nudged_error: float,
+    inner_lipschitz: float,
+    outer_lipschitz: float,
+    constant: float,
+) -> None:
+    for name, value in (
+        ("free_error", free_error),
+        ("nudged_error", nudged_error),
+        ("outer_lipschitz", outer_lipschitz),
+    ):
+        if not 0 <= value < inf:
+            raise ConfigurationError(f"{name} must be at least 0 and finite, got {value}")
+    for name, value in (("inner_lipschitz", inner_lipschitz), ("constant", constant)):
+        if not 0 < value < inf:
+            raise ConfigurationError(f"{name} must be positive and finite, got {value}")

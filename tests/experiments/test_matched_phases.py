@@ -1,19 +1,22 @@
 import pytest
+from rich.console import Console
 
 from equigrad.experiments.matched_phases import (
     SETTLING_DISTANCE,
     MatchedPhases,
-    as_csv,
+    Point,
     fitted_slope,
-    from_csv,
-    measure,
 )
+from equigrad.experiments.reproduction import as_csv, from_csv, measure_all, reproduce
+from equigrad.experiments.run_directory import RunDirectory
 from helpers import slope
+
+CONFIG = MatchedPhases(seeds=1, steps=(20, 40, 60, 80))
 
 
 @pytest.fixture(scope="module")
 def points():
-    return list(measure(MatchedPhases(seeds=1, steps=(20, 40, 60, 80))))
+    return measure_all(CONFIG)
 
 
 def test_plain_rule_follows_the_square_root_of_the_distance(points):
@@ -41,7 +44,7 @@ def test_drift_helps_the_plain_rule_only_from_the_centre():
         (MatchedPhases(seeds=1, steps=(5,), start="center"), 1),
         (MatchedPhases(seeds=1, steps=(5,), start="zero"), -1),
     ):
-        plain, matched, _ = measure(config)
+        plain, matched, _ = measure_all(config)
         assert sign * plain.alignment > 0.5
         assert sign * plain.error < sign * matched.error
 
@@ -50,10 +53,22 @@ def test_csv_holds_every_point(points):
     lines = as_csv(points).splitlines()
     assert lines[0] == "rule,steps,distance,alignment,error,beta"
     assert len(lines) == 1 + len(points)
-    assert from_csv(as_csv(points)) == points
+    assert from_csv(Point, as_csv(points)) == points
 
 
-def test_points_that_are_there_are_not_measured_again(points):
-    config = MatchedPhases(seeds=1, steps=(20, 40, 60, 80))
-    (again,) = measure(config, [p for p in points if (p.rule, p.steps) != ("symmetric", 20)])
-    assert again == next(p for p in points if (p.rule, p.steps) == ("symmetric", 20))
+def test_points_that_are_there_are_not_measured_again(points, tmp_path, monkeypatch):
+    asked = []
+    prepare = MatchedPhases.prepare
+
+    def counted(config):
+        measure = prepare(config)
+        return lambda *cell: asked.append(cell) or measure(*cell)
+
+    monkeypatch.setattr(MatchedPhases, "prepare", counted)
+    quiet = Console(quiet=True)
+    RunDirectory(tmp_path, CONFIG)
+    known = [p for p in points if (p.rule, p.steps) != ("symmetric", 20)]
+    (tmp_path / "matched-phases.csv").write_text(as_csv(known))
+    again = reproduce(CONFIG, tmp_path, resume=True, console=quiet)
+    assert asked == [("symmetric", 20)]
+    assert again == points

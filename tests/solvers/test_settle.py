@@ -88,7 +88,7 @@ def test_stops_at_the_tolerance_and_says_so():
     settled = settle(velocity, loss, start(), solver)
     phase = settled.phase
     assert phase.outcome == "converged"
-    assert velocity(settled.params, 0)[0].norm().item() == pytest.approx(phase.residual)
+    assert velocity(settled.params, 0)[0][0].norm().item() == pytest.approx(phase.residual)
     # the slow direction contracts by 0.85 a step: log(1e-6 / 0.3) / log 0.85 steps
     assert phase.steps == 78
     assert str(phase) == "converged: residual 9.4e-07 after 78 steps"

@@ -1,26 +1,21 @@
 """Matched phases: how the error of the contrastive rule follows the distance to equilibrium."""
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive
-from equigrad.experiments import figures
-from equigrad.experiments.run_directory import RunDirectory
+from equigrad.experiments.error_curves import log_slope
+from equigrad.experiments.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
 from equigrad.testing import Quadratic
-from equigrad.training.files import write_whole
 
 RULES = {
     "plain forward": {"scheme": "forward", "matched": False},
@@ -31,14 +26,39 @@ SETTLING_DISTANCE = 0.5
 """Slopes are fitted where the free phase ended at most this far from equilibrium."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """Best error of a rule at one number of steps.
+
+    Attributes:
+        rule: its name.
+        steps: T.
+        distance: δ, the free phase's distance to equilibrium.
+        alignment: cosine between the way that the free phase still has to go and the response
+            `dφ*/dβ` to a nudge: what the plain rule's drift is worth.
+        error: relative error of the meta-gradient at the best β.
+        beta: that β.
+    """
+
+    rule: str
+    steps: int
+    distance: float
+    alignment: float
+    error: float
+    beta: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class MatchedPhases:
+class MatchedPhases(Reproduction):
     """Error of the contrastive rule on the quadratic of Appendix E against the length of phases.
 
     Gradient descent with step size 1/L takes T steps in each phase. For every T and rule the best
     nudging strength on a grid is taken, as Corollary 1 does. The plain rule's error falls like the
     square root of the distance δ to equilibrium, that of matched phases like δ itself.
     """
+
+    name: ClassVar[str] = "matched-phases"
+    row: ClassVar[type] = Point
 
     seeds: int = 5
     """Draws of the quadratic; errors are geometric means over them."""
@@ -72,68 +92,31 @@ class MatchedPhases:
         if not self.strength > 0:
             raise ConfigurationError(f"strength must be positive, got {self.strength}")
 
-    @property
-    def cells(self) -> int:
-        """How many points there are to measure."""
-        return len(self.steps) * len(RULES)
+    def cells(self) -> list[Cell]:
+        """Every rule at every number of steps."""
+        return [(rule, steps) for steps in self.steps for rule in RULES]
 
     def betas(self) -> list[float]:
         """The grid."""
-        return [10 ** (k / 10) for k in range(10 * self.smallest_exponent, 11)]
+        return decades(self.smallest_exponent, 1, 10)
+
+    def prepare(self) -> Callable[[str, int], Point]:
+        """Draw the quadratics."""
+        quadratics = [
+            Quadratic(dim=self.dim, strength=self.strength, seed=seed) for seed in range(self.seeds)
+        ]
+        return partial(best_point, self, quadratics)
+
+    def text(self, rows: Sequence[Point]) -> str:
+        """The table, a row a number of steps."""
+        return as_markdown(rows, fitted_slopes(rows))
+
+    def draw(self, rows: Sequence[Point]) -> Figure:
+        """Error against distance; best β against distance."""
+        return drawn(rows, fitted_slopes(rows))
 
 
-@dataclass(frozen=True)
-class Point:
-    """Best error of a rule at one number of steps.
-
-    Attributes:
-        rule: its name.
-        steps: T.
-        distance: δ, the free phase's distance to equilibrium.
-        alignment: cosine between the way that the free phase still has to go and the response
-            `dφ*/dβ` to a nudge: what the plain rule's drift is worth.
-        error: relative error of the meta-gradient at the best β.
-        beta: that β.
-    """
-
-    rule: str
-    steps: int
-    distance: float
-    alignment: float
-    error: float
-    beta: float
-
-
-def run(config: MatchedPhases, out: Path, *, resume: bool, console: Console) -> list[Point]:
-    """Measure, print and save `matched-phases.{md,csv,png}`; points already there are kept."""
-    directory = RunDirectory(out, config, resume=resume)
-    table = directory.path / "matched-phases.csv"
-    points = from_csv(table.read_text()) if table.exists() else []
-    for point in track(measure(config, points), "settling", config.cells, console=console):
-        points.append(point)
-        write_whole(table, as_csv(points))
-    slopes = {rule: fitted_slope(points, rule) for rule in RULES}
-    text = as_markdown(points, slopes)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    write_whole(directory.path / "matched-phases.md", text)
-    draw(directory.path / "matched-phases.png", points, slopes)
-    return points
-
-
-def measure(config: MatchedPhases, known: Sequence[Point] = ()) -> Iterator[Point]:
-    """The best error of every rule at every number of steps, but for what is known."""
-    there = {(p.rule, p.steps) for p in known}
-    quadratics = [
-        Quadratic(dim=config.dim, strength=config.strength, seed=seed)
-        for seed in range(config.seeds)
-    ]
-    for steps in config.steps:
-        for rule in RULES:
-            if (rule, steps) not in there:
-                yield best_point(config, rule, steps, quadratics)
-
-
-def best_point(config: MatchedPhases, rule: str, steps: int, quadratics: list[Quadratic]) -> Point:
+def best_point(config: MatchedPhases, quadratics: list[Quadratic], rule: str, steps: int) -> Point:
     """Geometric means over the quadratics, at the β of the grid with the smallest error."""
 
     def measured(beta: float) -> list[Measurement]:
@@ -191,16 +174,18 @@ def measure_one(
     )
 
 
-def fitted_slope(points: list[Point], rule: str) -> float:
+def fitted_slope(points: Sequence[Point], rule: str) -> float:
     """Least-squares slope of log error against log δ, where the free phase was settling."""
     near = [p for p in points if p.rule == rule and p.distance < SETTLING_DISTANCE]
-    if len(near) < 2:
-        return math.nan
-    x, y = np.log([p.distance for p in near]), np.log([p.error for p in near])
-    return float(np.polyfit(x, y, 1)[0])
+    return log_slope([p.distance for p in near], [p.error for p in near])
 
 
-def as_markdown(points: list[Point], slopes: dict[str, float]) -> str:
+def fitted_slopes(points: Sequence[Point]) -> dict[str, float]:
+    """The slope of every rule."""
+    return {rule: fitted_slope(points, rule) for rule in RULES}
+
+
+def as_markdown(points: Sequence[Point], slopes: dict[str, float]) -> str:
     """The table, a row a number of steps."""
     lines = [
         "| T | distance δ | alignment | " + " | ".join(f"{rule}, best β" for rule in RULES) + " |",
@@ -215,28 +200,7 @@ def as_markdown(points: list[Point], slopes: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_csv(points: list[Point]) -> str:
-    """All that was measured."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(vars(points[0])))
-    writer.writeheader()
-    writer.writerows(vars(p) for p in points)
-    return text.getvalue()
-
-
-def from_csv(text: str) -> list[Point]:
-    """What `as_csv` wrote."""
-    return [
-        Point(
-            row["rule"],
-            int(row["steps"]),
-            *(float(row[name]) for name in ("distance", "alignment", "error", "beta")),
-        )
-        for row in csv.DictReader(io.StringIO(text))
-    ]
-
-
-def draw(path: Path, points: list[Point], slopes: dict[str, float]) -> None:
+def drawn(points: Sequence[Point], slopes: dict[str, float]) -> Figure:
     """Error against distance; best β against distance."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -252,4 +216,4 @@ def draw(path: Path, points: list[Point], slopes: dict[str, float]) -> None:
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
         axes.legend()
-    figures.save(figure, path)
+    return figure

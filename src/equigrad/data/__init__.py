@@ -1,0 +1,1 @@
+"""Real data sets, read from a folder or fetched."""

@@ -1,0 +1,136 @@
+"""What all reproductions share: cells that are measured once, a table, a text and a figure."""
+
+import csv
+import io
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from equigrad.errors import RunError
+from equigrad.experiments import figures
+from equigrad.experiments.run_directory import RunDirectory
+from equigrad.training.files import write_whole
+
+Cell = tuple[Any, ...]
+"""What tells a row of the table from the others: the values of its first fields."""
+
+SAVE_EVERY = 1.0
+"""Seconds between two writes of the table."""
+
+
+class Reproduction(ABC):
+    """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
+
+    Attributes:
+        name: of the files.
+        row: dataclass of a row of the table; a cell is its first fields.
+    """
+
+    name: ClassVar[str]
+    row: ClassVar[type]
+
+    @abstractmethod
+    def cells(self) -> Sequence[Cell]:
+        """What is to be measured, in the order of the table."""
+
+    @abstractmethod
+    def prepare(self) -> Callable[..., Any]:
+        """Get ready, and return the function that turns the values of a cell into its row."""
+
+    @abstractmethod
+    def text(self, rows: Sequence[Any]) -> str:
+        """What the rows say, as Markdown."""
+
+    @abstractmethod
+    def draw(self, rows: Sequence[Any]) -> Figure:
+        """The figure."""
+
+
+def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console) -> list[Any]:
+    """Measure, print and save `NAME.{csv,md,png}`; rows that are there are kept."""
+    directory = RunDirectory(out, figure, resume=resume)
+    rows = fill(figure, directory.path / f"{figure.name}.csv", console)
+    text = figure.text(rows)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    write_whole(directory.path / f"{figure.name}.md", text)
+    figures.save(figure.draw(rows), directory.path / f"{figure.name}.png")
+    return rows
+
+
+def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
+    """Measure the cells that the table lacks; what was measured is kept also when stopped."""
+    cells = list(dict.fromkeys(figure.cells()))
+    known = from_csv(figure.row, table.read_text()) if table.exists() else []
+    rows = {tuple(vars(row).values())[: len(cells[0])]: row for row in known}
+    missing = [cell for cell in cells if cell not in rows]
+    if missing:
+        measure, saved = figure.prepare(), time.monotonic()
+        try:
+            for cell in track(missing, "measuring", console=console, transient=True):
+                rows[cell] = measure(*cell)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    write_whole(table, as_csv(list(rows.values())))
+                    saved = time.monotonic()
+        finally:
+            if rows:
+                write_whole(table, as_csv(list(rows.values())))
+    ordered = [rows[cell] for cell in cells]
+    write_whole(table, as_csv(ordered))
+    return ordered
+
+
+def measure_all(figure: Reproduction) -> list[Any]:
+    """All rows, without a folder."""
+    measure = figure.prepare()
+    return [measure(*cell) for cell in dict.fromkeys(figure.cells())]
+
+
+def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
+    """Numbers from `10^lowest` to `10^highest`, evenly spaced in their logarithm.
+
+    Example:
+        >>> decades(-1, 1, 1)
+        [0.1, 1.0, 10.0]
+    """
+    first, last = round(lowest * per_decade), round(highest * per_decade)
+    return [10 ** (k / per_decade) for k in range(first, last + 1)]
+
+
+def as_csv(rows: Sequence[Any]) -> str:
+    """Rows of one dataclass under a header; numbers are written such that they read the same."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(vars(row) for row in rows)
+    return text.getvalue()
+
+
+def _number(text: str) -> float:
+    """What is written without a point stays whole, so that it is written the same again."""
+    return int(text) if text.isdigit() else float(text)
+
+
+READERS: dict[type, Callable[[str], Any]] = {str: str, int: int, float: _number}
+
+
+def from_csv(row: type, text: str) -> list[Any]:
+    """What `as_csv` wrote, for fields that are strings or numbers.
+
+    Raises:
+        RunError: the table is not one of such rows.
+    """
+    fields = {name: READERS[kind] for name, kind in get_type_hints(row).items()}
+    try:
+        found = list(csv.DictReader(io.StringIO(text), strict=True))
+        return [row(**{name: read(line[name]) for name, read in fields.items()}) for line in found]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RunError(
+            f"the table of the run is damaged ({error!r}): expected the columns "
+            f"{', '.join(fields)}; delete the .csv to measure it again, or give another --out"
+        ) from error
