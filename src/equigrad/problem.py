@@ -73,6 +73,7 @@ class Problem(ABC):
     """
 
     energy: ClassVar[bool]
+    _returned: ClassVar[str]  # what the function that settles φ has to return, in words
 
     outer_loss: Loss
     regularizer: Regularizer | None = None
@@ -106,8 +107,6 @@ class Problem(ABC):
             object.__setattr__(self, "modules", find_modules(*roots))
         else:
             object.__setattr__(self, "modules", tuple(self.modules))
-
-    _returned: ClassVar[str]
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
