@@ -39,9 +39,15 @@ class Contrastive(Estimator):
             decides how many: until it settles or reaches its limit.
         nudged_solver: settles the nudged phases; the free phase's solver where None.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
+        rtol: relative error to reach. Scheme, points and tolerances are then chosen as the problem
+            asks for, `beta` is only the first guess, and the solver's own limits do not apply; see
+            `equigrad.estimators.refinement.Refinement`. `MetaGradient.error_estimate` says what was
+            reached, and `status` what stood in the way where it is not enough.
+        budget: gradient evaluations to spend under `rtol`.
 
     Raises:
-        ConfigurationError: β = 0, too few points, an odd number of symmetric points.
+        ConfigurationError: β = 0, too few points, an odd number of symmetric points; an rtol
+            outside (0, 1), or together with what it chooses.
 
     Example:
         >>> Contrastive(beta=0.1, scheme="symmetric").nodes
@@ -86,6 +92,14 @@ class Contrastive(Estimator):
             self.momentum in ("keep", "reset"),
             f"momentum must be 'keep' or 'reset', got {self.momentum!r}",
         )
+
+        if self.rtol is None:
+            return
+        require(0 < self.rtol < 1, f"rtol must be in (0, 1), got {self.rtol}; try rtol=1e-2")
+        require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
+        chosen = ("scheme", "points", "matched", "nudged_solver")
+        given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
+        require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")
 
     @property
     def nodes(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ SAFETY = 2
 
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
+
+
+FIRST_LOOK = 20
+"""Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
+
+Obstacle = Literal["budget", "rounding", "restless"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,9 @@ class Refinement:
         self.rtol, self.budget, self.beta = rtol, budget, abs(beta)
         self.dtype = next(iter(evaluation.params.values())).dtype
         self.eps = torch.finfo(self.dtype).eps
-        self.obstacle = ""
         self.share = min(rtol, 1e-2)
-        self.worth = 0.0
+        self.worth = self.most_worth = 0.0
+        self.obstacle: Obstacle | None = None
 
     def run(self) -> Estimate:
         """Settle, contrast and compare until the error estimate is below `rtol`."""
@@ -128,8 +135,7 @@ class Refinement:
                 grads, error, pairs = four, bound, [coarse, fine]
         if error > self.rtol:
             self.evaluation.notes.append(
-                f"rtol={self.rtol:g} not reached, the estimated error is {error:.1e}: "
-                f"{self.obstacle}"
+                f"rtol={self.rtol:g} not reached, the estimated error is {error:.1e}: {self.reason}"
             )
         phases = [phase for pair in pairs for phase in (pair.plus, pair.minus)]
         return Estimate(grads=grads, phases=(self.free, *phases), error_estimate=error)
@@ -152,25 +158,30 @@ class Refinement:
     def first_pair(self) -> Pair:
         """A pair at a β whose nudge bends the outer force by about √rtol."""
         beta, start, aim = self.beta, self.free, min(0.1, self.rtol**0.5)
+        hopeless = self.obstacle is not None
         while True:
             bend = math.inf
             try:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
-                if bend <= 2 * aim or self.spent:
+                if bend <= 2 * aim or self.spent or hopeless:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
                     # against the outer loss there may be no equilibrium to find
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
-                    if bend <= 4 * aim or self.spent:
-                        return self.pair(beta, plus, minus)
+                    smallest = self.spent or hopeless or beta < self.eps * self.beta
+                    if bend <= 4 * aim or smallest:
+                        pair = self.pair(beta, plus, minus)
+                        if self.obstacle != "restless" or smallest:
+                            return pair
+                        bend = math.inf
             except SettlingError:
                 if beta < self.eps * self.beta:
                     raise
-            self.obstacle = ""
-            beta *= max(1e-3, 0.5 * min(1.0, aim / bend))
+            self.obstacle = None
+            beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / bend))
             self.free = self.settle(self.free, 0.0, self.tol(beta))
             start = self.free
 
@@ -196,10 +207,14 @@ class Refinement:
             left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
             if before is not None and left_before > 0:
                 self.worth = relative(before, grads) / left_before
+                self.most_worth = max(self.worth, self.most_worth)
+            rounding = self.rounding(plus, minus)
+            if rounding > self.rtol / 3:
+                self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
             if self.obstacle:
-                self.worth = max(self.worth, 1.0)
+                self.worth = max(self.most_worth, 1.0)
             if before is not None or self.worth > 0:
-                unsettled = SAFETY * self.worth * left + self.rounding(plus, minus)
+                unsettled = SAFETY * self.worth * left + rounding
                 if unsettled <= self.rtol / 3 or self.obstacle:
                     return Pair(beta, plus, minus, grads, unsettled)
             before, left_before = grads, left
@@ -220,6 +235,13 @@ class Refinement:
         error += (1 + 1 / gain) * fine.unsettled + coarse.unsettled / gain
         return grads, error
 
+    def rounds(self, what: str) -> None:
+        """Note that rounding stands in the way."""
+        self.obstacle = "rounding"
+        self.reason = f"{self.dtype} resolves {what} here"
+        if self.dtype != torch.float64:
+            self.reason += "; use torch.float64"
+
     @property
     def spent(self) -> bool:
         """Whether the budget is spent."""
@@ -232,7 +254,7 @@ class Refinement:
         many steps as `limit` says.
         """
         begun = state.phase if state.phase.beta == beta else None
-        keep, chunk = self.keep_momentum or begun is not None, 100
+        keep, chunk = self.keep_momentum or begun is not None, FIRST_LOOK
         before = math.inf
         while True:
             room = (self.budget - self.evaluation.gradient_evaluations) // (1 if beta == 0 else 2)
@@ -252,20 +274,21 @@ class Refinement:
                 state = dataclasses.replace(state, phase=phase)
             if phase.outcome == "converged" or (limit is not None and phase.steps >= limit):
                 return state
-            floor = ROUNDING * self.eps * self.largest
+            stuck = phase.outcome == "stalled" or (
+                chunk > 8 * FIRST_LOOK and phase.residual >= before
+            )
+            at_floor = phase.residual <= ROUNDING * self.eps * self.largest
             if self.spent:
-                self.obstacle = (
+                self.obstacle = "budget"
+                self.reason = (
                     f"the budget of {self.budget} gradient evaluations is spent; raise budget, or "
                     f"settle with a faster solver"
                 )
-            elif phase.residual <= floor and (
-                phase.outcome == "stalled" or phase.residual > 0.7 * before
-            ):
-                self.obstacle = f"{self.dtype} resolves residuals to {phase.residual:.1e} here" + (
-                    "; use torch.float64" if self.dtype != torch.float64 else ""
-                )
-            elif phase.outcome == "stalled" or phase.residual >= before:
-                self.obstacle = (
+            elif at_floor and (stuck or phase.residual > 0.7 * before):
+                self.rounds(f"residuals to {phase.residual:.1e}")
+            elif stuck:
+                self.obstacle = "restless"
+                self.reason = (
                     f"the phase with β = {beta:.2g} does not settle ({phase}): there may be no "
                     f"equilibrium near, or the solver's step size is too large"
                 )
