@@ -69,6 +69,36 @@ def problem_of(model):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("estimator", [eg.GMRES(tol=1e-12), eg.Unrolled()], ids=str)
+def test_a_compiled_map_needs_no_second_derivatives(estimator):
+    """A single backward through the map, for every product of a linear solve."""
+    cell = nn.Sequential(nn.Linear(5, 5), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 5), nn.Tanh())
+    torch._dynamo.reset()
+    fast = torch.compile(cell.double(), backend="aot_eager")
+    weights = {name: p.detach() for name, p in cell.named_parameters()}
+    y = torch.randn(4, 5, dtype=torch.float64)
+
+    def gradient(module, prefix, estimator):
+        def relax(p, m):
+            named = {prefix + name: value for name, value in m.items()}
+            return {"h": 0.5 * torch.func.functional_call(module, named, (p["h"],))}
+
+        problem = eg.FixedPoint(relax, lambda p, m: (p["h"] - y).square().mean())
+        return eg.meta_gradient(
+            problem,
+            {"h": torch.zeros(4, 5, dtype=torch.float64)},
+            weights,
+            solver=eg.GradientDescent(lr=1, tol=1e-13),
+            estimator=estimator,
+        ).grads
+
+    exact = gradient(cell, "", eg.ExactSolve())
+    found = gradient(fast, "_orig_mod.", estimator)
+    for name in exact:
+        torch.testing.assert_close(found[name], exact[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_first_order_maml_trains_the_start_of_a_compiled_model():
     """Against its definition, the outer gradient at the end; MAML itself is told what can."""
     model = compiled("aot_eager")

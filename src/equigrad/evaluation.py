@@ -44,7 +44,9 @@ class Evaluation:
         self.params = {name: p.detach() for name, p in params.items()}
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
         self._given_params, self._given_meta = params, meta_params
-        reached = self._through_start({name: torch.zeros_like(p) for name, p in params.items()})
+        reached = self._through_start(
+            {n: torch.zeros_like(p) for n, p in params.items() if p.requires_grad}
+        )
         self.start = [name for name, grad in reached.items() if grad is not None]
         self.only_start: list[str] = []
         self.gradient_evaluations = 0

@@ -77,6 +77,7 @@ class Problem(ABC):
     """
 
     energy: ClassVar[bool]
+    _returned: ClassVar[str]  # what the function that settles φ has to return, in words
 
     outer_loss: Loss
     regularizer: Regularizer | None = None
@@ -110,8 +111,6 @@ class Problem(ABC):
             object.__setattr__(self, "modules", find_modules(*roots))
         else:
             object.__setattr__(self, "modules", tuple(self.modules))
-
-    _returned: ClassVar[str]
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:

@@ -27,9 +27,10 @@ class Linearisation:
     """Products with the derivatives of the residual where a phase ended.
 
     The residual r is `∂L_in/∂φ` of a `Bilevel`, `φ - F(φ, θ)` of a `FixedPoint`. Vectors over φ
-    are flat tensors of `size` entries, parameter after parameter. The residual's graph is kept
-    where there is one batch, and built anew for each product where there are several, so that
-    memory does not grow with their number.
+    are flat tensors of `size` entries, parameter after parameter. The graph of an inner gradient is
+    kept where there is one batch, and built anew for each product where there are several, so that
+    memory does not grow with their number. That of a map is always built anew, at the cost of one
+    evaluation: compiled functions free what a second backward would need.
 
     Args:
         evaluation: evaluates, and counts two gradient evaluations a product and batch.
@@ -75,7 +76,8 @@ class Linearisation:
         with second_derivatives(self._evaluation, self._who):
             for residual in self._residuals(steps):
                 self._evaluation.gradient_evaluations += 2
-                product = pull_back(residual, direction, leaves, retain_graph=True)
+                kept = self._kept is not None
+                product = pull_back(residual, direction, leaves, retain_graph=kept)
                 torch._foreach_add_(total, product, alpha=1 / len(steps))
         return total
 
@@ -87,7 +89,7 @@ class Linearisation:
         self._evaluation.stand_at(self._at)
         for step in steps:
             residual = self._evaluation.residual(self._params, self._meta, step)
-            if len(steps) == 1:
+            if self.symmetric and len(steps) == 1:
                 self._kept = residual
             yield residual
 
