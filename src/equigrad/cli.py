@@ -41,7 +41,7 @@ class Command:
 
 def commands() -> list[Command]:
     """All that can be run or reproduced."""
-    from equigrad.experiments import boston, bound, digits, matched_phases, quadratic
+    from equigrad.experiments import accuracy, boston, bound, digits, matched_phases, quadratic
     from equigrad.experiments.reproduction import reproduce
 
     reproductions = (
@@ -54,6 +54,7 @@ def commands() -> list[Command]:
         quadratic.FigS4,
         quadratic.FigS5,
         quadratic.FigS6,
+        accuracy.Accuracy,
     )
     return [
         Command("run", "digits", digits.Digits.at_scale, digits.run),

@@ -6,6 +6,7 @@ it (`equigrad reproduce accuracy`) and `Contrastive(rtol=…)` is tested on it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +22,23 @@ from equigrad.solvers import LBFGS
 from equigrad.testing import Case, Quadratic
 
 
-def quadratic(strength: float) -> Case:
+def quadratic(strength: float, draw: int = 0) -> Case:
     """The model of Appendix E, N = 50: a diagonal Hessian and a common centre θ."""
-    model = Quadratic(dim=50, strength=strength)
+    model = Quadratic(dim=50, strength=strength, seed=draw)
     return known(f"quadratic, λ = {strength:g}", model.problem, model.params(), model.meta_params())
 
 
-def stretched(condition: float) -> Case:
+def stretched(condition: float, draw: int = 0) -> Case:
     """A rotated quadratic whose curvatures are spread evenly in logarithm over a range.
 
     The outer loss is a distance, so flat directions of the inner loss answer a nudge the most: β
     has to be small beside the smallest curvature.
     """
-    draw = Draw(3)
-    rotation, _ = torch.linalg.qr(draw(20, 20))
+    normal = Draw(3, draw)
+    rotation, _ = torch.linalg.qr(normal(20, 20))
     curvatures = torch.logspace(0, -torch.tensor(condition).log10().item(), 20).double()
     hessian = rotation @ curvatures.diag() @ rotation.T
-    target, goal = draw(20), draw(20)
+    target, goal = normal(20), normal(20)
     return known(
         f"quadratic, condition {condition:g}",
         Bilevel(
@@ -48,13 +49,13 @@ def stretched(condition: float) -> Case:
             lambda p, m: 0.5 * (p["phi"] - goal).square().mean(),
         ),
         {"phi": torch.zeros(20).double()},
-        {"force": 0.1 * draw(20)},
+        {"force": 0.1 * normal(20)},
     )
 
 
-def ridge() -> Case:
+def ridge(draw: int = 0) -> Case:
     """Ridge regression with a strength a feature."""
-    x, y, v, w = regression(features=20, examples=60)
+    x, y, v, w = regression(draw, features=20, examples=60)
     return known(
         "ridge",
         Bilevel(
@@ -68,9 +69,9 @@ def ridge() -> Case:
     )
 
 
-def logistic() -> Case:
+def logistic(draw: int = 0) -> Case:
     """l2-logistic regression with a strength a feature."""
-    x, y, v, w = regression(features=15, examples=50)
+    x, y, v, w = regression(draw, features=15, examples=50)
     y, w = (y > 0).double(), (w > 0).double()
     return known(
         "logistic",
@@ -83,9 +84,9 @@ def logistic() -> Case:
     )
 
 
-def softmax() -> Case:
+def softmax(draw: int = 0) -> Case:
     """Softmax regression with a strength a class and feature."""
-    x, y, v, w = classification(features=8, classes=4, examples=60)
+    x, y, v, w = classification(draw, features=8, classes=4, examples=60)
     return known(
         "softmax",
         Bilevel(
@@ -101,12 +102,12 @@ def softmax() -> Case:
     )
 
 
-def poisson() -> Case:
+def poisson(draw: int = 0) -> Case:
     """Poisson regression with a common strength and an offset an example: scalars and vectors."""
-    draw = Draw(11)
-    x, truth = draw(40, 6), 0.4 * draw(6)
+    normal = Draw(11, draw)
+    x, truth = normal(40, 6), 0.4 * normal(6)
     counts = (x @ truth).exp().round()
-    v, goal = draw(30, 6), draw(30).exp()
+    v, goal = normal(30, 6), normal(30).exp()
 
     def deviance(rate: Tensor, count: Tensor) -> Tensor:
         return (rate.exp() - count * rate).mean()
@@ -120,19 +121,19 @@ def poisson() -> Case:
             lambda p, m: deviance(v @ p["w"], goal),
         ),
         {"w": torch.zeros(6).double()},
-        {"log_strength": torch.tensor(-3.0).double(), "offset": 0.1 * draw(40)},
+        {"log_strength": torch.tensor(-3.0).double(), "offset": 0.1 * normal(40)},
     )
 
 
-def kernel_ridge() -> Case:
+def kernel_ridge(draw: int = 0) -> Case:
     """Kernel ridge regression: θ are the width of the kernel and the strength."""
-    draw = Draw(5)
-    x, v = draw(40, 2), draw(40, 2)
+    normal = Draw(5, draw)
+    x, v = normal(40, 2), normal(40, 2)
 
     def field(z: Tensor) -> Tensor:
         return (2 * z[:, 0]).sin() * z[:, 1].cos()
 
-    y, w = field(x) + 0.1 * draw(40), field(v)
+    y, w = field(x) + 0.1 * normal(40), field(v)
 
     def kernel(a: Tensor, b: Tensor, m: Params) -> Tensor:
         distance = (a[:, None] - b[None]).square().sum(-1)
@@ -151,9 +152,9 @@ def kernel_ridge() -> Case:
     )
 
 
-def reweighting() -> Case:
+def reweighting(draw: int = 0) -> Case:
     """A weight for every training example, some of which are mislabelled (Ren et al. 2018)."""
-    x, y, v, w = classification(features=6, classes=3, examples=60)
+    x, y, v, w = classification(draw, features=6, classes=3, examples=60)
     wrong = torch.arange(60) % 5 == 0
     y = torch.where(wrong, (y + 1) % 3, y)
     return known(
@@ -170,9 +171,9 @@ def reweighting() -> Case:
     )
 
 
-def tanh_regression() -> Case:
+def tanh_regression(draw: int = 0) -> Case:
     """A tanh network with a strength and a centre a weight: the complex synapse of Eq. 7."""
-    x, y, v, w = regression(features=3, examples=30, outputs=1)
+    x, y, v, w = regression(draw, features=3, examples=30, outputs=1)
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
     synapse = ComplexSynapse(net, strength=0.03, learn=("strength", "center"))
     return known(
@@ -188,9 +189,9 @@ def tanh_regression() -> Case:
     )
 
 
-def tanh_classification() -> Case:
+def tanh_classification(draw: int = 0) -> Case:
     """A deeper tanh network and cross-entropy, with a strength a weight."""
-    x, y, v, w = classification(features=5, classes=3, examples=40)
+    x, y, v, w = classification(draw, features=5, classes=3, examples=40)
     net = seeded(
         lambda: nn.Sequential(
             nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3)
@@ -210,10 +211,10 @@ def tanh_classification() -> Case:
     )
 
 
-def convolution() -> Case:
+def convolution(draw: int = 0) -> Case:
     """A convolutional network on small images, with a strength a weight."""
-    draw = Draw(8)
-    x, v = draw(24, 1, 6, 6), draw(24, 1, 6, 6)
+    normal = Draw(8, draw)
+    x, v = normal(24, 1, 6, 6), normal(24, 1, 6, 6)
     y, w = ((z[:, 0, :3].mean((1, 2)) > z[:, 0, 3:].mean((1, 2))).long() for z in (x, v))
     net = seeded(
         lambda: nn.Sequential(
@@ -234,10 +235,10 @@ def convolution() -> Case:
     )
 
 
-def transformer() -> Case:
+def transformer(draw: int = 0) -> Case:
     """A transformer layer that labels sequences, with a strength and a centre a weight."""
-    draw = Draw(9)
-    x, v = draw(16, 5, 4), draw(16, 5, 4)
+    normal = Draw(9, draw)
+    x, v = normal(16, 5, 4), normal(16, 5, 4)
     y, w = ((z[:, 0, 0] * z[:, -1, 0] > 0).long() for z in (x, v))
 
     class Labeller(nn.Module):
@@ -267,10 +268,10 @@ def transformer() -> Case:
     )
 
 
-def recurrent() -> Case:
+def recurrent(draw: int = 0) -> Case:
     """An LSTM that reads a sequence and predicts a number, with a strength a weight."""
-    draw = Draw(10)
-    x, v = draw(16, 6, 2), draw(16, 6, 2)
+    normal = Draw(10, draw)
+    x, v = normal(16, 6, 2), normal(16, 6, 2)
     y, w = (z[:, :, 0].cumsum(1)[:, -1:].tanh() for z in (x, v))
 
     class Reader(nn.Module):
@@ -296,11 +297,11 @@ def recurrent() -> Case:
     )
 
 
-ZOO: dict[str, Callable[[], Case]] = {
-    "quadratic-1": lambda: quadratic(1.0),
-    "quadratic-0.01": lambda: quadratic(0.01),
-    "stretched-100": lambda: stretched(1e2),
-    "stretched-10000": lambda: stretched(1e4),
+ZOO: dict[str, Callable[..., Case]] = {
+    "quadratic-1": partial(quadratic, 1.0),
+    "quadratic-0.01": partial(quadratic, 0.01),
+    "stretched-100": partial(stretched, 1e2),
+    "stretched-10000": partial(stretched, 1e4),
     "ridge": ridge,
     "logistic": logistic,
     "softmax": softmax,
@@ -313,7 +314,7 @@ ZOO: dict[str, Callable[[], Case]] = {
     "transformer": transformer,
     "lstm": recurrent,
 }
-"""All of them, by name; each is made in float64 and knows its gradient."""
+"""All of them, by name, each a function of which draw of its data to make (0 by default)."""
 
 
 def known(
@@ -334,8 +335,8 @@ def known(
     if settled.phases[0].residual > 1e-10:
         raise AssertionError(f"{name} does not settle: {settled.status}")
     if near:
-        draw = Draw(0)
-        params = {n: p + 0.03 * draw(*p.shape) for n, p in settled.params.items()}
+        normal = Draw(0, 0)
+        params = {n: p + 0.03 * normal(*p.shape) for n, p in settled.params.items()}
     solver = LBFGS(tol=1e-8, max_steps=10_000)
     return Case(name, problem, params, meta_params, solver, settled.grads)
 
@@ -346,10 +347,10 @@ def pull(log_strength: Tensor, weights: Tensor) -> Tensor:
 
 
 class Draw:
-    """Seeded normal numbers in float64."""
+    """Seeded normal numbers in float64; every problem has its own stream for each draw."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, stream: int, draw: int) -> None:
+        self.generator = torch.Generator().manual_seed(stream + 1000 * draw)
 
     def __call__(self, *shape: int) -> Tensor:
         """The next of them."""
@@ -364,30 +365,30 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def regression(
-    *, features: int, examples: int, outputs: int | None = None
+    draw: int, *, features: int, examples: int, outputs: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and validation points of a noisy, slightly curved function."""
-    draw = Draw(6)
-    direction = draw(features)
+    normal = Draw(6, draw)
+    direction = normal(features)
 
     def sample() -> tuple[Tensor, Tensor]:
-        x = draw(examples, features)
+        x = normal(examples, features)
         y = x @ direction / features**0.5
-        y = y + 0.3 * y.sin() + 0.3 * draw(examples)
+        y = y + 0.3 * y.sin() + 0.3 * normal(examples)
         return x, y if outputs is None else y[:, None]
 
     return (*sample(), *sample())
 
 
 def classification(
-    *, features: int, classes: int, examples: int
+    draw: int, *, features: int, classes: int, examples: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and validation points of overlapping classes."""
-    draw = Draw(7)
-    means = draw(classes, features)
+    normal = Draw(7, draw)
+    means = normal(classes, features)
 
     def sample() -> tuple[Tensor, Tensor]:
         y = torch.arange(examples) % classes
-        return means[y] + draw(examples, features), y
+        return means[y] + normal(examples, features), y
 
     return (*sample(), *sample())

@@ -15,7 +15,7 @@ from equigrad.problem import Params
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
-TIGHTER = 8
+TIGHTER = 64
 """How much further a pair of phases is settled, to see what the settling is worth."""
 
 ORDER = 1.5
@@ -72,8 +72,8 @@ class Refinement:
     The two errors of Theorem 2 (Zucchet et al.) are found by doing better and looking at what that
     changes:
 
-    - *unsettled phases:* a pair of phases is settled to an eighth of its residual; the contrast
-      changes by what the residual was worth, and what is left of it is worth proportionally less;
+    - *unsettled phases:* a pair of phases is settled further, to a 64th of its residual; the
+      contrast changes by what the residual was worth, and what is left is worth so much less;
     - *finite β:* contrasts at two β are compared; the error at the smaller one is of order β², a
       known share of their difference.
 
@@ -108,18 +108,19 @@ class Refinement:
         self.dtype = next(iter(evaluation.params.values())).dtype
         self.eps = torch.finfo(self.dtype).eps
         self.share = min(rtol, 1e-2)
-        self.worth = self.most_worth = 0.0
         self.obstacle: Obstacle | None = None
 
     def run(self) -> Estimate:
         """Settle, contrast and compare until the error estimate is below `rtol`."""
-        self.settle_free()
+        self.free = self.evaluation.settle(dataclasses.replace(self.solver, max_steps=1, tol=None))
+        self.largest = self.free.phase.start_residual
+        self.settle_free(self.beta)
         if self.force_size == 0:
             self.evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=0.0)
-        coarse, ratio = self.first_pair(), 2
+        coarse, ratio, error = self.first_pair(), 2, math.inf
         while True:
-            beta = coarse.beta / ratio
+            beta, before = coarse.beta / ratio, error
             fine = self.pair(beta, *coarse.starts(self.free, beta))
             finite = SAFETY * relative(coarse.grads, fine.grads) / (ratio**ORDER - 1)
             grads, error, pairs = fine.grads, finite + fine.unsettled, [fine]
@@ -129,7 +130,11 @@ class Refinement:
             # after a jump, the next comparison is of neighbours again
             ratio = 2 ** min(max(jump, 1), 6) if ratio == 2 else 2
             coarse = fine
-        if error > self.rtol:
+        if self.obstacle == "budget":  # a pair that was cut short proves nothing
+            error = max(error, before)
+        elif error > self.rtol:
+            if self.obstacle == "rounding":
+                coarse, fine = self.wider(coarse, fine, finite / SAFETY)
             four, bound = self.four_points(coarse, fine)
             if bound < error:
                 grads, error, pairs = four, bound, [coarse, fine]
@@ -140,17 +145,14 @@ class Refinement:
         phases = [phase for pair in pairs for phase in (pair.plus, pair.minus)]
         return Estimate(grads=grads, phases=(self.free, *phases), error_estimate=error)
 
-    def settle_free(self) -> None:
-        """The free phase, until its residual is small beside the nudge."""
-        one_step = dataclasses.replace(self.solver, max_steps=1, tol=None)
-        self.free = self.evaluation.settle(one_step)
-        self.largest = self.free.phase.start_residual
+    def settle_free(self, beta: float) -> None:
+        """Go on with the free phase until its residual is small beside the nudge."""
         while True:
             force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force = flatten(list(force.values()))
             self.force_size = self.force.norm().item()
             floor = ROUNDING * self.eps * self.largest
-            tol = max(self.share * self.beta * self.force_size, floor)
+            tol = max(self.tol(beta), floor)
             if self.free.phase.residual <= tol or self.obstacle:
                 break
             self.free = self.settle(self.free, 0.0, tol)
@@ -182,7 +184,7 @@ class Refinement:
                     raise
             self.obstacle = None
             beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / bend))
-            self.free = self.settle(self.free, 0.0, self.tol(beta))
+            self.settle_free(beta)
             start = self.free
 
     def bend(self, phase: Settled) -> float:
@@ -197,24 +199,23 @@ class Refinement:
     def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
         """Settle the phases at ±β until what is left is worth less than a third of `rtol`.
 
-        What a residual is worth is seen where the first pair is settled further.
+        What a residual is worth is seen where the phases are settled further.
         """
         before, left_before = None, math.inf
+        self.share = min(self.rtol, self.share * TIGHTER)  # the last pair ended one turn further
         while True:
             plus = self.settle(plus, beta, self.tol(beta))
             minus = self.settle(minus, -beta, self.tol(beta))
             grads = self.evaluation.contrast([plus, minus], [0.5 / beta, -0.5 / beta])
             left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
+            worth = 1.0
             if before is not None and left_before > 0:
-                self.worth = relative(before, grads) / left_before
-                self.most_worth = max(self.worth, self.most_worth)
+                worth = max(1.0, relative(before, grads) / left_before)
             rounding = self.rounding(plus, minus)
             if rounding > self.rtol / 3:
                 self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
-            if self.obstacle:
-                self.worth = max(self.most_worth, 1.0)
-            if before is not None or self.worth > 0:
-                unsettled = SAFETY * self.worth * left + rounding
+            if before is not None or self.obstacle:
+                unsettled = SAFETY * worth * left + rounding
                 if unsettled <= self.rtol / 3 or self.obstacle:
                     return Pair(beta, plus, minus, grads, unsettled)
             before, left_before = grads, left
@@ -225,6 +226,20 @@ class Refinement:
         one, other = flatten(list(plus.params.values())), flatten(list(minus.params.values()))
         moved = (one - other).norm().item()
         return self.eps * one.norm().item() / moved if moved else math.inf
+
+    def wider(self, coarse: Pair, fine: Pair, curved: float) -> tuple[Pair, Pair]:
+        """Two pairs at larger β and 2β, where four points have the least error.
+
+        What rounding adds falls like 1/β; the error of order β⁴ is about the product of the two
+        pairs' errors of order β².
+        """
+        errors = [SAFETY * 4 * curved**2 * 16**k + fine.unsettled / 2**k for k in range(10)]
+        beta = fine.beta * 2 ** errors.index(min(errors))
+        if beta <= fine.beta:
+            return coarse, fine
+        self.obstacle = None
+        wide = self.pair(2 * beta, *coarse.starts(self.free, 2 * beta))
+        return wide, self.pair(beta, *wide.starts(self.free, beta))
 
     def four_points(self, coarse: Pair, fine: Pair) -> tuple[dict[str, Tensor], float]:
         """Take the error of order β² out of two pairs, and estimate the one of order β⁴."""

@@ -87,7 +87,7 @@ class LBFGS(Solver):
             value, velocity = objective()
             return value.item(), -flatten(velocity).dot(direction).item()
 
-        first = 1.0 if state.rows else min(1.0, 1 / gradient.abs().sum().item())
+        first = min(1.0, 1 / gradient.abs().sum().item()) if state.empty else 1.0
         eps = torch.finfo(gradient.dtype).eps
         rise = RESOLUTION * eps**0.5 * abs(loss)
         state.loss = search(along, loss, slope, first, rise, self.max_evaluations)
@@ -102,70 +102,72 @@ class Memory:
     takes few large operations instead of many small ones.
 
     Attributes:
-        moves: s, a row a pair, in the order in which `rows` says.
-        changes: y, likewise.
-        rows: where the pairs stand, the oldest first.
-        products: `s_i · y_j` for pairs in the order of `rows`.
-        sizes: `y_i · y_j`, likewise.
         loss: where the parameters are, or None where it is not known.
     """
 
     def __init__(self, history: int, like: Tensor, previous: "Memory | None" = None) -> None:
         self.loss: float | None = None
         self._at: tuple[Tensor, Tensor] | None = None
-        if previous is not None and len(previous.moves) == history:
-            self.moves, self.changes = previous.moves.clone(), previous.changes.clone()
-            self.rows = list(previous.rows)
-            self.products, self.sizes = previous.products, previous.sizes
+        if previous is not None and previous._pairs.shape[1] == history:
+            self._pairs, self._order = previous._pairs.clone(), previous._order
+            self._products = previous._products
         else:
-            self.moves, self.changes = like.new_zeros(2, history, like.numel()).unbind()
-            self.rows = []
-            self.products = self.sizes = like.new_zeros(0, 0)
+            # rows of s, rows of y; where they stand, the oldest first; s_i·y_j (i ≤ j) and y_i·y_j
+            self._pairs = like.new_zeros(2, history, like.numel())
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget all pairs."""
+        self._pairs.zero_()
+        self._order = torch.empty(0, dtype=torch.long, device=self._pairs.device)
+        self._products = self._pairs.new_zeros(2, 0, 0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no pair."""
+        return len(self._order) == 0
 
     def learn(self, position: Tensor, gradient: Tensor) -> None:
         """Remember the move that led here, if the loss curved upward along it."""
         if self._at is not None:
             move, change = position - self._at[0], gradient - self._at[1]
-            curvature = move.dot(change)
-            if curvature > torch.finfo(move.dtype).eps * change.dot(change):
-                self._remember(move / curvature.sqrt(), change / curvature.sqrt())
+            curvature = move.dot(change).item()
+            if curvature > torch.finfo(move.dtype).eps * change.dot(change).item():
+                self._remember(move, change, 1 / math.sqrt(curvature))
         self._at = position, gradient
 
-    def _remember(self, move: Tensor, change: Tensor) -> None:
+    def _remember(self, move: Tensor, change: Tensor, scale: float) -> None:
         """Add a pair, in the place of the oldest where all are taken."""
-        full = len(self.rows) == len(self.moves)
-        row = self.rows.pop(0) if full else len(self.rows)
-        self.rows.append(row)
-        self.moves[row], self.changes[row] = move, change
-        with_moves = (self.moves @ change)[self.rows]
-        with_changes = (self.changes @ change)[self.rows]
-        kept = slice(1, None) if full else slice(None)
-        grown = len(self.rows)
-        for name, column in (("products", with_moves), ("sizes", with_changes)):
-            table = change.new_zeros(grown, grown)
-            table[:-1, :-1] = getattr(self, name)[kept, kept]
-            table[:, -1] = column
-            setattr(self, name, table)
-        self.sizes[-1] = with_changes
+        known, history = self._products, self._pairs.shape[1]
+        if len(self._order) == history:
+            self._order, known = self._order.roll(-1), known[:, 1:, 1:]
+        else:
+            self._order = torch.arange(len(self._order) + 1, device=move.device)
+        row = self._order[-1]
+        torch.mul(move, scale, out=self._pairs[0, row])
+        torch.mul(change, scale, out=self._pairs[1, row])
+        column = self._dot(self._pairs[1, row])
+        self._products = torch.nn.functional.pad(known, (0, 1, 0, 1))
+        self._products[:, :, -1] = column
+        self._products[1, -1] = column[1]
 
-    def forget(self) -> None:
-        """Forget all pairs."""
-        self.rows, self.products, self.sizes = [], self.products[:0, :0], self.sizes[:0, :0]
+    def _dot(self, vector: Tensor) -> Tensor:
+        """`s_i · vector` and `y_i · vector`, the oldest pair first."""
+        return (self._pairs.flatten(0, 1) @ vector).view(2, -1)[:, self._order]
 
     def direction(self, gradient: Tensor) -> Tensor:
         """`-B g`, where B approximates the inverse Hessian."""
-        if not self.rows:
+        if self.empty:
             return -gradient
-        last = 1 / self.sizes[-1, -1]  # s·y / y·y of the last pair
-        along_moves = (self.moves @ gradient)[self.rows]
-        along_changes = (self.changes @ gradient)[self.rows]
-        upper = self.products.triu()
-        u = torch.linalg.solve_triangular(upper, along_moves[:, None], upper=True)
-        right = u + last * (self.sizes @ u) - last * along_changes[:, None]
-        w = torch.linalg.solve_triangular(upper.T, right, upper=False)
-        weights = gradient.new_zeros(2, len(self.moves))
-        weights[0, self.rows], weights[1, self.rows] = w[:, 0], -last * u[:, 0]
-        return -(last * gradient + self.moves.T @ weights[0] + self.changes.T @ weights[1])
+        upper, sizes = self._products
+        last = 1 / sizes[-1, -1].item()  # s·y / y·y of the last pair
+        along_moves, along_changes = self._dot(gradient)
+        u = torch.linalg.solve_triangular(upper, along_moves[:, None], upper=True)[:, 0]
+        right = u + last * (sizes @ u - along_changes)
+        w = torch.linalg.solve_triangular(upper.T, right[:, None], upper=False)[:, 0]
+        weights = self._pairs.new_zeros(self._pairs.shape[:2])
+        weights[:, self._order] = torch.stack([w, -last * u])
+        return -torch.addmv(last * gradient, self._pairs.flatten(0, 1).T, weights.flatten())
 
 
 def search(

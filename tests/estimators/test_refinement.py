@@ -1,0 +1,218 @@
+"""Accuracy on request: the true error is what was asked for, and the estimate says so."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import equigrad as eg
+from equigrad.testing import CASES, quadratic_case
+from equigrad.zoo import ZOO
+
+QUICK = [name for name in ZOO if name not in ("transformer", "deep-tanh", "lstm")]
+
+
+made = functools.cache(lambda name, draw=0: ZOO[name](draw))
+
+
+@functools.cache
+def measured(name, rtol, draw=0):
+    case = made(name, draw)
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=rtol),
+    )
+    return case.relative_error(result.grads), result
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_error_is_the_one_asked_for(name, rtol):
+    error, result = measured(name, rtol)
+    assert error <= rtol
+    assert result.error_estimate <= rtol
+    assert "not reached" not in result.status
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in QUICK])
+def test_networks_whose_phases_take_long(name):
+    """The transformer has no double backward: nothing here asks for one."""
+    error, result = measured(name, 1e-2)
+    assert error <= 1e-2
+    assert "not reached" not in result.status
+
+
+def test_the_estimate_is_an_estimate_of_the_error():
+    ratios = []
+    for name in QUICK:
+        for rtol in (1e-1, 1e-2, 1e-3, 1e-5):
+            error, result = measured(name, rtol)
+            ratios.append(result.error_estimate / error)
+        error, result = measured(name, 1e-3, draw=1)
+        assert error <= 1e-3  # data on which no constant was chosen
+        ratios.append(result.error_estimate / error)
+    within = sum(1 <= ratio <= 30 for ratio in ratios)
+    assert within >= 0.9 * len(ratios), sorted(ratios)
+    assert min(ratios) > 0.5
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("name", ["ridge", "tanh"])
+def test_the_scale_of_the_outer_loss_does_not_matter(name, scale):
+    """The first β is only a guess: what counts is how much it changes the outer force."""
+    case = made(name)
+    problem = eg.Bilevel(
+        case.problem.inner_loss,
+        lambda p, m: scale * case.problem.outer_loss(p, m),
+        case.problem.regularizer,
+    )
+    result = eg.meta_gradient(
+        problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3),
+    )
+    grads = {n: g / scale for n, g in result.grads.items()}
+    assert case.relative_error(grads) <= 1e-3
+    assert result.error_estimate <= 1e-3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_with_gradient_descent_the_tolerances_are_tightened(momentum):
+    case = made("logistic")
+    solver = eg.GradientDescent(lr=1.0, momentum=momentum, max_steps=5)  # gives way to rtol
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=solver,
+        estimator=eg.Contrastive(rtol=1e-4),
+    )
+    assert case.relative_error(result.grads) <= 1e-4
+    assert all(phase.outcome == "converged" for phase in result.phases)
+    assert result.phases[0].steps > 5
+
+
+def test_a_first_guess_of_beta_that_is_far_too_large():
+    """Against the outer loss the phase at -β has no equilibrium there: β is lowered."""
+    case = made("ridge")
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3, beta=1e3),
+    )
+    assert case.relative_error(result.grads) <= 1e-3
+    assert 0 < result.phases[1].beta < 1
+
+
+@pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
+def test_float32_to_a_thousandth(build):
+    case = build(torch.float32)
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3),
+    )
+    assert case.relative_error(result.grads) <= 1e-3
+    assert result.error_estimate <= 1e-3
+
+
+# What stands in the way is named
+
+
+def asked(case, rtol, solver=None, **options):
+    return eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=solver or eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=rtol, **options),
+    )
+
+
+def test_the_floor_of_float32():
+    case = quadratic_case(torch.float32)
+    result = asked(case, 1e-7)
+    assert "rtol=1e-07 not reached" in result.status
+    assert "torch.float32 resolves" in result.status
+    assert "use torch.float64" in result.status
+    assert 1e-7 < case.relative_error(result.grads) <= result.error_estimate
+
+
+def test_more_points_reach_what_two_do_not_in_float32():
+    """Two points are at best where β² = ε/β, at some 1e-4; four where β⁴ = ε/β."""
+    case = quadratic_case(torch.float32)
+    result = asked(case, 1e-4, solver=case.solver)
+    assert len(result.phases) == 5
+    assert case.relative_error(result.grads) <= result.error_estimate <= 1e-4
+    assert "not reached" not in result.status
+
+
+def test_the_budget():
+    case = made("tanh")
+    result = asked(case, 1e-3, budget=300)
+    assert "the budget of 300 gradient evaluations is spent" in result.status
+    assert result.error_estimate > 1e-3
+    assert result.gradient_evaluations < 400
+    assert case.relative_error(result.grads) <= result.error_estimate
+    enough = asked(case, 1e-3, budget=10_000)
+    assert "budget" not in enough.status
+
+
+def test_no_equilibrium():
+    """A saddle: the inner loss has no minimum."""
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"][0] - m["c"]).square() - 0.1 * p["w"][1].square(),
+        lambda p, m: p["w"].sum(),
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.ones(2, dtype=torch.float64)},
+        {"c": torch.tensor(1.0, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1),
+        estimator=eg.Contrastive(rtol=1e-2),
+    )
+    assert "does not settle" in result.status
+    assert "there may be no equilibrium near" in result.status
+    assert result.error_estimate > 1e-2
+
+
+def test_an_outer_loss_at_its_minimum_leaves_the_direct_term():
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["c"]).square().sum(),
+        lambda p, m: (0 * p["w"]).sum() + 3 * m["c"].sum(),
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"c": torch.ones(2, dtype=torch.float64)},
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3),
+    )
+    torch.testing.assert_close(result.grads["c"], torch.full((2,), 3.0, dtype=torch.float64))
+    assert "only the direct term" in result.status
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": 0.0}, r"rtol must be in \(0, 1\), got 0.0"),
+        ({"rtol": 2.0}, "rtol must be in"),
+        ({"rtol": math.nan}, "rtol must be in"),
+        ({"rtol": 1e-2, "points": 3}, "rtol chooses points"),
+        ({"rtol": 1e-2, "scheme": "symmetric"}, "rtol chooses scheme"),
+        ({"rtol": 1e-2, "budget": 0}, "budget must be at least 1"),
+    ],
+)
+def test_knobs_that_cannot_work(options, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        eg.Contrastive(**options)
