@@ -150,6 +150,7 @@ class Evaluation:
         keep_momentum: bool,
         steps: int | None = None,
         share: float = ANSWERED,
+        force: Params | None = None,
     ) -> Settled:
         """A phase from the free solution, with any β: settle `L_in + β L_out`.
 
@@ -163,11 +164,13 @@ class Evaluation:
             keep_momentum: go on with the free phase's solver state, or start a new one.
             steps: run exactly so many steps.
             share: of its first residual, which a nudged phase has to reach under a tolerance.
+            force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss: settle
+                `L_in + β force·φ`.
         """
         self.stand_at(free)
         nudged = settle(
-            self._velocity(beta),
-            self._loss(beta),
+            self._velocity(beta, force),
+            self._loss(beta, force),
             free.params,
             solver,
             beta=beta,
@@ -175,7 +178,7 @@ class Evaluation:
             previous=free.solver_state if keep_momentum else None,
             first_step=free.end_step,
             steps=steps,
-            batches=self._batches(solver, beta),
+            batches=self._batches(solver, beta if force is None else 0.0),
             share=share if beta != 0 else 1.0,
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
@@ -196,21 +199,29 @@ class Evaluation:
             )
         return batches
 
-    def _velocity(self, beta: float) -> Velocity:
-        velocity = self.problem.velocity_at(self.meta_params, beta, self._randomness)
-        gradients = 1 if beta == 0 else 2
+    def _velocity(self, beta: float, force: Params | None = None) -> Velocity:
+        whole = beta if force is None else 0.0
+        velocity = self.problem.velocity_at(self.meta_params, whole, self._randomness)
+        gradients = 1 if whole == 0 else 2
+        forces = tuple((force or {}).values())
 
         def counted(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             self.gradient_evaluations += gradients
-            return velocity(params, step)
+            moves, value = velocity(params, step)
+            if not forces or beta == 0:
+                return moves, value
+            pushed = tuple(torch._foreach_add(moves, forces, alpha=-beta))
+            return pushed, lambda: value() + beta * _dot(forces, params)
 
         return counted
 
-    def _loss(self, beta: float) -> Any:
+    def _loss(self, beta: float, force: Params | None = None) -> Any:
         def loss(params: Params, step: int) -> Tensor:
             value = self.problem.total_inner_loss(params, self.meta_params, step, self._randomness)
             if beta == 0:
                 return value
+            if force is not None:
+                return value + beta * _dot(tuple(force.values()), params)
             return value + beta * self.evaluate("outer", params, self.meta_params, step)
 
         return loss
@@ -344,11 +355,22 @@ class Evaluation:
         by_params = dict(zip(params, total[:count], strict=True))
         return by_params, dict(zip(meta, total[count:], strict=True))
 
-    def contrast(self, states: Sequence[Settled], weights: Sequence[float]) -> dict[str, Tensor]:
+    def contrast(
+        self,
+        states: Sequence[Settled],
+        weights: Sequence[float],
+        direct: Params | None = None,
+    ) -> dict[str, Tensor]:
         """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero.
 
         Differences to the first state are formed before anything is weighted, and the
         regulariser's part in factored form.
+
+        Args:
+            states: where the phases ended.
+            weights: w_i.
+            direct: `∂L_out/∂θ`, which takes the place of what the outer loss contributes where the
+                phases were nudged by a constant force.
         """
         total = {name: torch.zeros_like(m) for name, m in self.meta_params.items()}
         reference = self.meta_partial("inner", states[0])
@@ -357,9 +379,11 @@ class Evaluation:
                 inner = self.meta_partial("inner", state)
                 for name, grad in inner.items():
                     total[name].add_(grad - reference[name], alpha=weight)
-            if state.phase.beta != 0:
+            if state.phase.beta != 0 and direct is None:
                 for name, grad in self.meta_partial("outer", state).items():
                     total[name].add_(grad, alpha=weight * state.phase.beta)
+        for name, grad in (direct or {}).items():
+            total[name].add_(grad)
         if self.problem.regularizer is not None:
             pull = self.problem.regularizer.bind(self.meta_params)
             part = pull.contrast([state.params for state in states], weights)
@@ -439,6 +463,12 @@ class Evaluation:
                 f"or detaches them (.item(), .detach(), torch.no_grad())"
             )
         return probe
+
+
+def _dot(forces: tuple[Tensor, ...], params: Params) -> Tensor:
+    """`force·φ`."""
+    products = [(f * p).sum() for f, p in zip(forces, params.values(), strict=True)]
+    return torch.stack(products).sum()
 
 
 def _check_tensors(what: str, tensors: object) -> None:

@@ -5,7 +5,7 @@ import torch
 
 import equigrad as eg
 from equigrad.evaluation import Evaluation
-from equigrad.testing import Quadratic
+from equigrad.testing import CASES, Quadratic
 from helpers import along, directional_derivative, random_direction, slope, small_network
 
 EXACT = eg.GradientDescent(
@@ -262,3 +262,61 @@ def test_momentum_cannot_be_handed_to_another_kind_of_solver(quadratic):
                 solver=solver,
                 estimator=eg.Contrastive(nudged_solver=adam),
             )
+
+
+# Nudged by a constant force
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1.0, -5.0, 100.0])
+@pytest.mark.parametrize("scheme", ["forward", "symmetric"])
+def test_a_constant_force_is_exact_for_any_beta_where_the_inner_loss_is_quadratic(beta, scheme):
+    """β = -5 would make the augmented loss of the plain rule unbounded."""
+    quadratic = Quadratic(dim=10, strength=0.5)
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=eg.LBFGS(tol=1e-12),
+        estimator=eg.Contrastive(beta=beta, scheme=scheme, nudge="force", matched=False),
+    )
+    assert quadratic.relative_error(result.grads["theta"]) < 1e-7
+
+
+def test_a_constant_force_has_the_order_of_the_scheme_elsewhere():
+    problem, synapse = small_network(strength=0.3)
+    solver = eg.LBFGS(tol=1e-13)
+    arguments = problem, synapse.params(), synapse.meta_params()
+    exact = eg.meta_gradient(*arguments, solver=solver, estimator=eg.ExactSolve()).grads
+    for scheme, order in (("forward", 1), ("symmetric", 2)):
+        betas, errors = [0.001, 0.002, 0.004], []
+        for beta in betas:
+            estimator = eg.Contrastive(beta=beta, scheme=scheme, nudge="force", matched=False)
+            grads = eg.meta_gradient(*arguments, solver=solver, estimator=estimator).grads
+            errors.append(sum((grads[n] - exact[n]).square().sum().item() for n in exact) ** 0.5)
+        assert slope(betas, errors) == pytest.approx(order, abs=0.15)
+
+
+def test_a_constant_force_takes_one_outer_gradient():
+    """T + K + K steps of one gradient each, two for the checks, one for the force."""
+    quadratic = Quadratic(dim=5)
+    result = eg.meta_gradient(
+        quadratic.problem,
+        quadratic.params(),
+        quadratic.meta_params(),
+        solver=quadratic.solver(30),
+        estimator=eg.Contrastive(nudge="force", nudged_solver=quadratic.solver(20)),
+    )
+    contrast = 2  # ∂L_in/∂θ at both ends
+    assert result.gradient_evaluations == 30 + 20 + 20 + 2 + 1 + contrast
+
+
+def test_a_constant_force_keeps_the_direct_term():
+    case = CASES[1](torch.float64)  # L_out depends on θ directly
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=case.solver,
+        estimator=eg.Contrastive(beta=1e-3, scheme="symmetric", nudge="force"),
+    )
+    assert case.relative_error(result.grads) < 1e-7

@@ -38,11 +38,14 @@ class Contrastive(Estimator):
         matched: run every phase after the free one for equally many steps. The first nudged phase
             decides how many: until it settles or reaches its limit.
         nudged_solver: settles the nudged phases; the free phase's solver where None.
+        nudge: `loss` settles `L_in + β L_out`, the rule of the paper. `force` settles
+            `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: the outer loss is evaluated once instead of at every step,
+            its minimum pulls no phase away however large β is, and it is as accurate for β → 0.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
-        rtol: relative error to reach. Scheme, points and tolerances are then chosen as the problem
-            asks for, `beta` is only the first guess, and the solver's own limits do not apply; see
-            `equigrad.estimators.refinement.Refinement`. `MetaGradient.error_estimate` says what was
-            reached, and `status` what stood in the way where it is not enough.
+        rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
+            problem asks for, `beta` is only the first guess, and the solver's own limits do not
+            apply; see `equigrad.estimators.refinement.Refinement`. `MetaGradient.error_estimate`
+            says what was reached, and `status` what stood in the way where it is not enough.
         budget: gradient evaluations to spend under `rtol`.
 
     Raises:
@@ -69,6 +72,7 @@ class Contrastive(Estimator):
     points: int = 2
     matched: bool = True
     nudged_solver: Solver | None = None
+    nudge: Literal["loss", "force"] = "loss"
     momentum: Literal["keep", "reset"] = "keep"
     rtol: float | None = None
     budget: int = 100_000
@@ -89,6 +93,10 @@ class Contrastive(Estimator):
             f"a symmetric scheme needs an even number of points, got {self.points}",
         )
         require(
+            self.nudge in ("loss", "force"),
+            f"nudge must be 'loss' or 'force', got {self.nudge!r}",
+        )
+        require(
             self.momentum in ("keep", "reset"),
             f"momentum must be 'keep' or 'reset', got {self.momentum!r}",
         )
@@ -97,7 +105,7 @@ class Contrastive(Estimator):
             return
         require(0 < self.rtol < 1, f"rtol must be in (0, 1), got {self.rtol}; try rtol=1e-2")
         require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
-        chosen = ("scheme", "points", "matched", "nudged_solver")
+        chosen = ("scheme", "points", "matched", "nudge", "nudged_solver")
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
         require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")
 
@@ -128,6 +136,9 @@ class Contrastive(Estimator):
             f"momentum='reset'",
         )
         free = evaluation.settle(solver)
+        force = direct = None
+        if self.nudge == "force":
+            force, direct = evaluation.outer_gradients(free)
         settled: dict[int, Settled] = {}
         steps: int | None = None
         # nudged phases first: the first of them decides how long a matched phase runs
@@ -141,6 +152,7 @@ class Contrastive(Estimator):
                 node * self.beta,
                 keep_momentum=self.momentum == "keep",
                 steps=steps,
+                force=force,
             )
             if self.matched:
                 steps = settled[node].phase.steps
@@ -148,7 +160,7 @@ class Contrastive(Estimator):
         weights = [float(w) / self.beta for w in finite_difference_weights(self.nodes)]
         self._note_weak_contrast(evaluation, states, nudged_solver)
         return Estimate(
-            grads=evaluation.contrast(states, weights),
+            grads=evaluation.contrast(states, weights, direct),
             phases=(free, *(state for state in states if state is not free)),
         )
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class LBFGS(Solver):
             f"max_evaluations must be at least 1, got {self.max_evaluations}",
         )
 
-    def init(self, params: list[Tensor], previous: "Memory | None" = None) -> "Memory":
+    def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """An empty memory, or the moves of an earlier phase."""
         return Memory(self.history, flatten(params).detach(), previous)
 
@@ -65,7 +65,7 @@ class LBFGS(Solver):
         self,
         params: list[Tensor],
         velocity: tuple[Tensor, ...],
-        state: "Memory",
+        state: Any,
         objective: Objective,
     ) -> bool:
         """One iteration: a direction, and how far to go along it."""
