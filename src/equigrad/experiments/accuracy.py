@@ -51,10 +51,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "forward": {"matched": False},
     "symmetric": {"scheme": "symmetric"},
     "forward force": {"matched": False, "nudge": "force"},
-    "matched force": {"nudge": "force"},
     "symmetric force": {"scheme": "symmetric", "nudge": "force"},
 }
-TOLERANCES = tuple(10.0**-k for k in range(2, 9))
+TOLERANCES = tuple(10.0**-k for k in range(2, 8))
 
 
 @dataclass(frozen=True)
@@ -319,8 +318,8 @@ def settings(method: str) -> Iterator[tuple[Solver, Estimator, str]]:
                 estimator = ConjugateGradient(tol=share, max_iterations=500)
                 yield solver, estimator, f"tol {tol:g}, {share:g}"
             continue
-        lengths = {f"{k} steps": LBFGS(max_steps=k) for k in (3, 10)} | {"to tol": None}
-        for beta, (length, nudged) in product((1.0, 0.1, 0.01, 1e-3, 1e-4), lengths.items()):
+        lengths = {"3 steps": LBFGS(max_steps=3), "to tol": None}
+        for beta, (length, nudged) in product((1.0, 0.1, 0.01, 1e-3), lengths.items()):
             for name, scheme in SCHEMES.items():
                 estimator = Contrastive(beta=beta, nudged_solver=nudged, **scheme)
                 yield solver, estimator, f"tol {tol:g}, {name} β {beta:g}, {length}"

@@ -1,0 +1,42 @@
+"""The Python examples of the documentation run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import equigrad as eg
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def run_examples(page):
+    scopes = []
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
+        if "eg.meta_gradient(" not in code:  # a fragment
+            continue
+        scopes.append({})
+        exec(compile(code, page, "exec"), scopes[-1])
+    return scopes
+
+
+@pytest.mark.parametrize("page", ["index.md", "estimators.md"])
+def test_examples_run(page):
+    scopes = run_examples(page)
+    assert scopes
+    assert all(isinstance(scope["result"], eg.MetaGradient) for scope in scopes)
+
+
+def test_the_accuracy_page_keeps_its_promise():
+    (scope,) = run_examples("accuracy.md")
+    result = scope["result"]
+    meta = {"strength": scope["torch"].full((5,), 0.1).double()}
+    exact = eg.meta_gradient(
+        scope["problem"],
+        {"w": scope["torch"].zeros(5).double()},
+        meta,
+        solver=eg.LBFGS(tol=1e-12),
+        estimator=eg.ExactSolve(),
+    ).grads["strength"]
+    error = ((result.grads["strength"] - exact).norm() / exact.norm()).item()
+    assert error <= result.error_estimate <= 1e-3
