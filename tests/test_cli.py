@@ -131,7 +131,7 @@ def whole_run(tmp_path_factory):
 def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
     process = started(tmp_path, lines)
     process.send_signal(sign)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=180)
     if sign == signal.SIGINT:
         assert process.returncode == 130
         assert "--out run --resume" in complaint
