@@ -202,6 +202,42 @@ def test_an_outer_loss_at_its_minimum_leaves_the_direct_term():
     assert "only the direct term" in result.status
 
 
+def test_a_gradient_that_is_zero():
+    """θ turns the settled params around a circle on which the outer loss is constant."""
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - torch.stack([m["t"].cos(), m["t"].sin()])).square().sum(),
+        lambda p, m: p["w"].square().sum(),
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"t": torch.tensor(0.5, dtype=torch.float64)},
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3, budget=5000),
+    )
+    assert result.grads["t"].abs() < 1e-3
+    # no relative error can be had for what is zero
+    assert result.error_estimate > 1e-3
+    assert "rtol=0.001 not reached" in result.status
+
+
+def test_a_derivative_by_theta_that_is_not_finite():
+    problem = eg.Bilevel(
+        lambda p, m: (
+            (p["w"] - m["c"]).square().sum() + 0 * m["c"].sum().abs().sqrt() * p["w"].sum()
+        ),
+        lambda p, m: p["w"].sum(),
+    )
+    with pytest.raises(eg.SettlingError, match="not finite"):
+        eg.meta_gradient(
+            problem,
+            {"w": torch.ones(2, dtype=torch.float64)},
+            {"c": torch.zeros(2, dtype=torch.float64)},
+            solver=eg.LBFGS(),
+            estimator=eg.Contrastive(rtol=1e-3),
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

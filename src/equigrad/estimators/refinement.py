@@ -30,7 +30,6 @@ LEAST_WORTH = 0.03
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
 
-
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
@@ -140,9 +139,9 @@ class Refinement:
             grads, error, pairs = fine.grads, finite + fine.unsettled, [fine]
             if error <= self.rtol or self.obstacle:
                 break
-            jump = math.ceil(math.log2(2 * finite / self.rtol) / ORDER)
+            jump = max(1.0, math.log2(2 * finite / self.rtol) / ORDER)
             # after a jump, the next comparison is of neighbours again
-            ratio = 2 ** min(max(jump, 1), 6) if ratio == 2 else 2
+            ratio = 2 ** math.ceil(min(jump, 6.0)) if ratio == 2 else 2
             coarse = fine
         if self.obstacle == "budget":  # a pair that was cut short proves nothing
             error = max(error, before)
@@ -182,7 +181,7 @@ class Refinement:
                 if bend <= 2 * aim or self.spent or hopeless:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
-                    # against the outer loss there may be no equilibrium to find
+                    # against the force there may be no equilibrium near
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
@@ -286,7 +285,7 @@ class Refinement:
         keep, chunk = self.keep_momentum or begun is not None, FIRST_LOOK
         before = math.inf
         while True:
-            room = (self.budget - self.evaluation.gradient_evaluations) // (1 if beta == 0 else 2)
+            room = self.budget - self.evaluation.gradient_evaluations
             solver = dataclasses.replace(
                 self.solver, tol=tol, max_steps=max(1, min(chunk, room, limit or chunk))
             )
@@ -332,7 +331,12 @@ class Refinement:
 
 
 def relative(one: Params, other: Params) -> float:
-    """`‖one - other‖ / ‖other‖` over all meta-parameters."""
+    """`‖one - other‖ / ‖other‖` over all names; 0 where they are the same."""
     a, b = flatten(list(one.values())).double(), flatten(list(other.values())).double()
-    size = b.norm().item()
-    return (a - b).norm().item() / size if size else math.inf
+    apart, size = (a - b).norm().item(), b.norm().item()
+    if not math.isfinite(apart):
+        raise SettlingError(
+            "the contrast of two phases is not finite: a derivative of a loss is NaN or infinite "
+            "where they settled"
+        )
+    return apart / size if size else math.inf if apart else 0.0
