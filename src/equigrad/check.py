@@ -263,7 +263,7 @@ class _Resolve:
 
     def halved(self, estimator: Estimator, solver: Solver, params: Params) -> Params | None:
         """The contrastive estimate at half the β."""
-        if not isinstance(estimator, Contrastive):
+        if not isinstance(estimator, Contrastive) or estimator.rtol is not None:
             return None
         torch.manual_seed(self.seed)
         less = replace(estimator, beta=estimator.beta / 2)

@@ -152,6 +152,8 @@ def examine(target: str, **options: Any) -> None:
         scope = runpy.run_path(path)
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
+    except Exception as error:
+        raise ConfigurationError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if name not in scope:
         raise ConfigurationError(f"{path} defines no {name!r}")
     described = scope[name]() if callable(scope[name]) else scope[name]

@@ -168,6 +168,7 @@ class Evaluation:
                 `L_in + β force·φ`.
         """
         self.stand_at(free)
+        batches = self._batches(solver, beta if force is None else 0.0)
         nudged = settle(
             self._velocity(beta, force),
             self._loss(beta, force),
@@ -176,9 +177,9 @@ class Evaluation:
             beta=beta,
             meta_params=self.meta_params,
             previous=free.solver_state if keep_momentum else None,
-            first_step=free.end_step,
+            first_step=batches * math.ceil(free.end_step / batches),  # a pass begins
             steps=steps,
-            batches=self._batches(solver, beta if force is None else 0.0),
+            batches=batches,
             share=share if beta != 0 else 1.0,
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())

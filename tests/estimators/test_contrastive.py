@@ -320,3 +320,30 @@ def test_a_constant_force_keeps_the_direct_term():
         estimator=eg.Contrastive(beta=1e-3, scheme="symmetric", nudge="force"),
     )
     assert case.relative_error(result.grads) < 1e-7
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_plain_rule_compares_phases_at_the_same_place_of_a_pass(count):
+    """A learner on mini-batches goes in circles; where on the circle it stands is divided by β."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    y = x.sum(1) + 0.5 * torch.randn(40, generator=generator, dtype=torch.float64)
+
+    def inner(p, m, rows):
+        return (x[rows] @ p["w"] - y[rows]).square().mean() + (m["r"].exp() * p["w"].square()).sum()
+
+    problem = eg.Bilevel(
+        inner,
+        lambda p, m: (x @ p["w"] + y).square().mean(),
+        inner_batches=[slice(i, None, count) for i in range(count)],
+    )
+    start = {"w": torch.zeros(3, dtype=torch.float64)}
+    meta = {"r": torch.full((3,), -1.0, dtype=torch.float64)}
+    solver = eg.GradientDescent(lr=0.02, tol=1e-8, max_steps=20_000)
+    plain, matched = (
+        eg.meta_gradient(
+            problem, start, meta, solver=solver, estimator=eg.Contrastive(beta=0.01, matched=m)
+        ).grads["r"]
+        for m in (False, True)
+    )
+    torch.testing.assert_close(plain, matched, rtol=0.05, atol=0)

@@ -202,6 +202,130 @@ def test_an_outer_loss_at_its_minimum_leaves_the_direct_term():
     assert "only the direct term" in result.status
 
 
+def test_phases_on_both_sides_of_a_kink():
+    """The free phase rests at 1.0014, above a kink at 1 that the phase at -β crosses."""
+    problem = eg.Bilevel(
+        lambda p, m: (
+            0.5 * (p["w"] - m["t"]).square().sum() + 3 * torch.relu(p["w"] - 1).square().sum()
+        ),
+        lambda p, m: 0.5 * (p["w"] + p["w"] ** 2).sum(),
+    )
+    meta = {"t": torch.full((1,), 1.01, dtype=torch.float64)}
+    for rtol in (1e-1, 1e-2):
+        result = eg.meta_gradient(
+            problem,
+            {"w": torch.zeros(1, dtype=torch.float64)},
+            meta,
+            solver=eg.GradientDescent(lr=0.1),
+            estimator=eg.Contrastive(rtol=rtol),
+        )
+        w = 1 + 0.01 / 7  # (w - t) + 6 (w - 1) = 0, and dw/dt = 1/7
+        assert result.grads["t"].item() == pytest.approx((0.5 + w) / 7, rel=rtol)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(1.0, 1e-6), (1e6, 1.0), (1e-3, 1e3)])
+def test_the_scale_of_losses_in_float32(inner, outer):
+    case = quadratic_case(torch.float32)
+    problem = eg.Bilevel(
+        lambda p, m: inner * case.problem.inner_loss(p, m),
+        lambda p, m: outer * case.problem.outer_loss(p, m),
+    )
+    result = eg.meta_gradient(
+        problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-2),
+    )
+    grads = {n: g / outer for n, g in result.grads.items()}
+    assert case.relative_error(grads) <= 1e-2
+    assert result.error_estimate <= 1e-2
+    assert result.gradient_evaluations < 2000
+
+
+def test_params_of_two_dtypes():
+    """The coarser one decides what rounding allows."""
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["c"]).square().sum() + p["z"].square().float(),
+        lambda p, m: (p["w"] ** 3).sum(),
+    )
+    params = {"z": torch.zeros((), dtype=torch.float64), "w": torch.zeros(4)}
+    c = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    result = eg.meta_gradient(
+        problem, params, {"c": c}, solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-3)
+    )
+    torch.testing.assert_close(result.grads["c"], 3 * c**2, rtol=1e-3, atol=1e-3)
+    assert result.gradient_evaluations < 1000
+
+
+def test_a_force_that_is_nothing_but_rounding():
+    """Inner and outer loss have the same minimum."""
+    problem = eg.Bilevel(
+        lambda p, m: (p["a"] - m["t"]).square().sum(), lambda p, m: (p["a"] - 1).square().sum()
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"a": torch.zeros(1, dtype=torch.float64)},
+        {"t": torch.ones(1, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1),
+        estimator=eg.Contrastive(rtol=1e-2),
+    )
+    assert result.grads["t"].abs() < 1e-6
+
+
+def test_a_budget_that_ends_before_anything_is_known():
+    problem = eg.Bilevel(
+        lambda p, m: (p["a"] - m["t"]).square().sum(),
+        lambda p, m: torch.relu(p["a"] - 0.9).sum(),  # no force where the phase was stopped
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"a": torch.zeros(1, dtype=torch.float64)},
+        {"t": torch.ones(1, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1),
+        estimator=eg.Contrastive(rtol=1e-2, budget=8),
+    )
+    assert result.error_estimate == math.inf
+
+
+@pytest.mark.parametrize("budget", [150, 400, 1000])
+def test_line_searches_keep_to_the_budget(budget):
+    result = asked(made("deep-tanh"), 1e-9, budget=budget)
+    assert result.gradient_evaluations <= budget + 100
+
+
+def test_a_learner_that_ignores_the_nudge():
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["c"]).square().sum(), lambda p, m: p["w"].square().sum()
+    )
+    c = torch.ones(2, dtype=torch.float64)
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"c": c},
+        solver=eg.BlackBox(lambda objective, start: c.numpy()),
+        estimator=eg.Contrastive(rtol=1e-2),
+    )
+    assert "did not react to the nudge" in result.status
+    assert result.error_estimate > 1
+
+
+def test_mini_batches_are_refused():
+    problem = eg.Bilevel(
+        lambda p, m, batch: (p["w"] - m["c"] * batch).square().sum(),
+        lambda p, m: p["w"].square().sum(),
+        inner_batches=[torch.tensor(1.0), torch.tensor(2.0)],
+    )
+    with pytest.raises(eg.ConfigurationError, match=r"2 mini-batches.*average them in inner_loss"):
+        eg.meta_gradient(
+            problem,
+            {"w": torch.zeros(2)},
+            {"c": torch.ones(2)},
+            solver=eg.GradientDescent(lr=0.1),
+            estimator=eg.Contrastive(rtol=1e-2),
+        )
+
+
 def test_a_gradient_that_is_zero():
     """θ turns the settled params around a circle on which the outer loss is constant."""
     problem = eg.Bilevel(

@@ -635,3 +635,21 @@ def test_the_limits_of_any_solver_hold():
     with pytest.raises(eg.ConfigurationError, match="max_steps must be at least 1"):
         eg.BlackBox(bfgs, max_steps=0)
     assert eg.BlackBox(bfgs).max_steps == 1
+
+
+def test_a_learner_cannot_change_the_users_theta():
+    def spoil(objective, start):
+        objective.meta_params["c"].add_(1)
+        return objective.flat({"w": objective.meta_params["c"]})
+
+    c = torch.ones(2, dtype=F64)
+    eg.meta_gradient(
+        eg.Bilevel(
+            lambda p, m: (p["w"] - m["c"]).square().sum(), lambda p, m: p["w"].square().sum()
+        ),
+        {"w": torch.zeros(2, dtype=F64)},
+        {"c": c},
+        solver=eg.BlackBox(spoil),
+        estimator=eg.Contrastive(),
+    )
+    assert torch.equal(c, torch.ones(2, dtype=F64))

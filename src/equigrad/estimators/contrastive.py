@@ -1,5 +1,6 @@
 """The contrastive rule: run the learner again, slightly nudged, and contrast."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -44,8 +45,9 @@ class Contrastive(Estimator):
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
         rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
             problem asks for, `beta` is only the first guess, and the solver's own limits do not
-            apply; see `equigrad.estimators.refinement.Refinement`. `MetaGradient.error_estimate`
-            says what was reached, and `status` what stood in the way where it is not enough.
+            apply; see docs/accuracy.md. The inner loss has to be the same at every step, and twice
+            continuously differentiable where it settles. `MetaGradient.error_estimate` says what
+            was reached, and `status` what stood in the way where it is not enough.
         budget: gradient evaluations to spend under `rtol`.
 
     Raises:
@@ -101,10 +103,10 @@ class Contrastive(Estimator):
             f"momentum must be 'keep' or 'reset', got {self.momentum!r}",
         )
 
+        require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
         if self.rtol is None:
             return
         require(0 < self.rtol < 1, f"rtol must be in (0, 1), got {self.rtol}; try rtol=1e-2")
-        require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
         chosen = ("scheme", "points", "matched", "nudge", "nudged_solver")
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
         require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")
@@ -120,6 +122,13 @@ class Contrastive(Estimator):
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
         if self.rtol is not None:
+            batches = len(evaluation.batch_steps("inner"))
+            require(
+                batches == 1,
+                f"rtol={self.rtol:g} needs an inner loss that is the same at every step, and this "
+                f"one has {batches} mini-batches, on which a learner never quite rests: average "
+                f"them in inner_loss, or give beta without rtol",
+            )
             return Refinement(
                 evaluation,
                 solver,
@@ -154,6 +163,8 @@ class Contrastive(Estimator):
                 steps=steps,
                 force=force,
             )
+            # nobody goes on from here, and the state may be large
+            settled[node] = dataclasses.replace(settled[node], solver_state=None)
             if self.matched:
                 steps = settled[node].phase.steps
         states = [settled[node] for node in self.nodes]

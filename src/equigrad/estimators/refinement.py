@@ -12,7 +12,7 @@ from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
 from equigrad.evaluation import Evaluation
 from equigrad.problem import Params
-from equigrad.solvers import Settled, Solver
+from equigrad.solvers import Phase, Settled, Solver
 from equigrad.vectors import flatten
 
 TIGHTER = 64
@@ -30,6 +30,8 @@ LEAST_WORTH = 0.03
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
 
+TINY = torch.finfo(torch.float64).tiny
+
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
@@ -46,6 +48,7 @@ class Pair:
         minus: the phase at -β.
         grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
         unsettled: estimated relative error from the residuals that are left.
+        lopsided: relative difference of the contrast with the free phase to this one, of order β.
     """
 
     beta: float
@@ -53,6 +56,7 @@ class Pair:
     minus: Settled
     grads: dict[str, Tensor]
     unsettled: float
+    lopsided: float
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
         """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
@@ -66,6 +70,15 @@ class Pair:
             dataclasses.replace(self.plus, params=plus),
             dataclasses.replace(self.minus, params=minus),
         )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A meta-gradient, the pairs it is made of, and its estimated relative error."""
+
+    error: float
+    grads: dict[str, Tensor]
+    pairs: tuple[Pair, ...]
 
 
 class Refinement:
@@ -87,7 +100,9 @@ class Refinement:
       contrast changes by what the residual was worth, and what is left is worth so much less;
     - *finite β:* contrasts at two β are compared; the error at the smaller one is of order β², a
       known share of their difference. The force is taken anew at each, from a free phase that is
-      settled the further the smaller β is.
+      settled the further the smaller β is. Where the phases at β and -β stand on the two sides of
+      a kink, their contrasts with the free phase do not come together as β falls, and their
+      difference is taken for the error.
 
     The first β is the one at which the response changes the force by about `√rtol` of itself,
     however the losses are scaled. Later phases start where the parabola through the earlier ones
@@ -117,10 +132,12 @@ class Refinement:
     ) -> None:
         self.evaluation, self.solver, self.keep_momentum = evaluation, solver, keep_momentum
         self.rtol, self.budget, self.beta = rtol, budget, abs(beta)
-        self.dtype = next(iter(evaluation.params.values())).dtype
+        dtypes = {p.dtype for p in evaluation.params.values()}
+        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.eps = torch.finfo(self.dtype).eps
         self.share = min(rtol, 1e-2)
         self.worth = 1.0
+        self.largest_force = 0.0
         self.obstacle: Obstacle | None = None
 
     def run(self) -> Estimate:
@@ -128,76 +145,94 @@ class Refinement:
         self.free = self.evaluation.settle(dataclasses.replace(self.solver, max_steps=1, tol=None))
         self.largest = self.free.phase.start_residual
         self.settle_free(self.beta)
-        if self.force_size == 0:
+        if self.force_size <= ROUNDING * self.eps * self.largest_force:
             self.evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
-            return Estimate(grads=self.direct, phases=(self.free,), error_estimate=0.0)
-        coarse, ratio, error = self.first_pair(), 2, math.inf
+            error = math.inf if self.obstacle else 0.0
+            return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
+        coarse, ratio = self.first_pair(), 2
+        best = Answer(math.inf, coarse.grads, (coarse,))
         while True:
-            beta, before = coarse.beta / ratio, error
+            beta = coarse.beta / ratio
             fine = self.pair(beta, *coarse.starts(self.free, beta))
-            finite = SAFETY * relative(coarse.grads, fine.grads) / (ratio**ORDER - 1)
-            grads, error, pairs = fine.grads, finite + fine.unsettled, [fine]
+            apart = relative(coarse.grads, fine.grads)
+            finite = SAFETY * apart / (ratio**ORDER - 1)
+            if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5:  # on both sides of a kink
+                finite = max(finite, fine.lopsided)
+            error = finite + fine.unsettled
+            if error < best.error and self.obstacle != "budget":  # a pair cut short proves nothing
+                best = Answer(error, fine.grads, (fine,))
             if error <= self.rtol or self.obstacle:
                 break
             jump = max(1.0, math.log2(2 * finite / self.rtol) / ORDER)
             # after a jump, the next comparison is of neighbours again
             ratio = 2 ** math.ceil(min(jump, 6.0)) if ratio == 2 else 2
             coarse = fine
-        if self.obstacle == "budget":  # a pair that was cut short proves nothing
-            error = max(error, before)
-        elif error > self.rtol:
+        if best.error > self.rtol and self.obstacle != "budget":
             if self.obstacle == "rounding":
                 coarse, fine = self.wider(coarse, fine, finite / SAFETY)
-            four, bound = self.four_points(coarse, fine)
-            if bound < error:
-                grads, error, pairs = four, bound, [coarse, fine]
-        if error > self.rtol:
+            best = min(best, self.four_points(coarse, fine), key=lambda answer: answer.error)
+        if best.error > self.rtol:
             self.evaluation.notes.append(
-                f"rtol={self.rtol:g} not reached, the estimated error is {error:.1e}: {self.reason}"
+                f"rtol={self.rtol:g} not reached, the estimated error is {best.error:.1e}: "
+                f"{self.reason}"
+                + ("; the contrasts have nothing in common: it may be zero" * (apart > 0.5))
             )
-        phases = [phase for pair in pairs for phase in (pair.plus, pair.minus)]
-        return Estimate(grads=grads, phases=(self.free, *phases), error_estimate=error)
+        phases = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
+        if best.error <= self.rtol:  # however far they settled, it was enough
+            phases = [dataclasses.replace(s, phase=enough(s.phase)) for s in phases]
+        return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
 
     def settle_free(self, beta: float) -> None:
         """Go on with the free phase until its residual is small beside the nudge."""
         while True:
             self.force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force_size = flatten(list(self.force.values())).norm().item()
-            floor = ROUNDING * self.eps * self.largest
-            tol = max(self.tol(beta) / TIGHTER, floor)
-            if self.free.phase.residual <= tol or self.obstacle:
+            self.largest_force = max(self.force_size, self.largest_force)
+            tol = max(self.tol(beta) / TIGHTER, self.floor)
+            reached = self.free.phase.residual <= tol and self.free.phase.outcome == "converged"
+            if reached or self.obstacle:
                 break
             self.free = self.settle(self.free, 0.0, tol)
 
     def first_pair(self) -> Pair:
-        """A pair at a β whose nudge bends the outer force by about √rtol."""
+        """A pair at a β whose response bends the outer force by about √rtol."""
         beta, start, aim = self.beta, self.free, min(0.1, self.rtol**0.5)
-        hopeless = self.obstacle is not None
+        lowered, hopeless = False, self.obstacle is not None
         while True:
             bend = math.inf
+            last = hopeless or beta < self.eps**2 * self.beta
             try:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
-                if bend <= 2 * aim or self.spent or hopeless:
+                coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.rtol
+                if coarse and bend < aim / 4 and not (lowered or last or self.spent):
+                    self.obstacle = None
+                    beta *= min(TIGHTER, aim / max(bend, TINY))
+                    continue
+                if bend <= 2 * aim or self.spent or last:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
                     # against the force there may be no equilibrium near
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
-                    smallest = self.spent or hopeless or beta < self.eps * self.beta
-                    if bend <= 4 * aim or smallest:
+                    if bend <= 4 * aim or self.spent or last:
                         pair = self.pair(beta, plus, minus)
-                        if self.obstacle != "restless" or smallest:
+                        if self.obstacle != "restless" or self.spent or last:
                             return pair
                         bend = math.inf
             except SettlingError:
-                if beta < self.eps * self.beta:
+                if last:
                     raise
-            self.obstacle = None
-            beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / bend))
+            lowered, self.obstacle = True, None
+            beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / max(bend, TINY)))
             self.settle_free(beta)
             start = self.free
+
+    @property
+    def floor(self) -> float:
+        """The residual that rounding may leave; positive."""
+        return max(ROUNDING * self.eps * self.largest, TINY)
 
     def bend(self, phase: Settled) -> float:
         """How much the outer force has changed since the free phase, relative to itself."""
@@ -206,7 +241,7 @@ class Refinement:
 
     def tol(self, beta: float) -> float:
         """The residual that a phase at β may leave."""
-        return self.share * beta * self.force_size
+        return max(self.share * beta * self.force_size, TINY)
 
     def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
         """Settle the phases at ±β until what is left is worth less than a third of `rtol`.
@@ -219,20 +254,30 @@ class Refinement:
         while True:
             plus = self.settle(plus, beta, self.tol(beta))
             minus = self.settle(minus, -beta, self.tol(beta))
-            grads = self.evaluation.contrast([plus, minus], [0.5 / beta, -0.5 / beta], self.direct)
+            grads = self.contrast(plus, minus, 2 * beta)
             left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
             if before is not None and left < left_before / 2:
                 change = relative(before, grads)
                 self.worth = max(LEAST_WORTH, change / (left_before - left))
             rounding = self.rounding(plus, minus)
-            if rounding > self.rtol / 3:
+            if rounding == math.inf:
+                self.obstacle = "restless"
+                self.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
+            elif rounding > self.rtol / 3:
                 self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
             if before is not None or self.obstacle:
                 unsettled = SAFETY * self.worth * left + rounding
                 if unsettled <= self.rtol / 3 or self.obstacle:
-                    return Pair(beta, plus, minus, grads, unsettled)
+                    drift = self.worth * self.free.phase.residual / (beta * self.force_size)
+                    noise = SAFETY * (drift + rounding + unsettled)
+                    lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
+                    return Pair(beta, plus, minus, grads, unsettled, lopsided)
             before, left_before = grads, left
             self.share /= TIGHTER
+
+    def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
+        """The contrast of two phases whose nudges differ by `apart`."""
+        return self.evaluation.contrast([one, other], [1 / apart, -1 / apart], self.direct)
 
     def rounding(self, plus: Settled, minus: Settled) -> float:
         """What rounding φ is worth beside the distance between the phases."""
@@ -254,14 +299,14 @@ class Refinement:
         wide = self.pair(2 * beta, *coarse.starts(self.free, 2 * beta))
         return wide, self.pair(beta, *wide.starts(self.free, beta))
 
-    def four_points(self, coarse: Pair, fine: Pair) -> tuple[dict[str, Tensor], float]:
+    def four_points(self, coarse: Pair, fine: Pair) -> Answer:
         """Take the error of order β² out of two pairs, and estimate the one of order β⁴."""
         gain = (coarse.beta / fine.beta) ** 2 - 1
         grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
         curved = relative(coarse.grads, fine.grads) / gain
         error = SAFETY * curved**2 * (1 + gain)
         error += (1 + 1 / gain) * fine.unsettled + coarse.unsettled / gain
-        return grads, error
+        return Answer(error, grads, (coarse, fine))
 
     def rounds(self, what: str) -> None:
         """Note that rounding stands in the way."""
@@ -286,9 +331,9 @@ class Refinement:
         before = math.inf
         while True:
             room = self.budget - self.evaluation.gradient_evaluations
-            solver = dataclasses.replace(
-                self.solver, tol=tol, max_steps=max(1, min(chunk, room, limit or chunk))
-            )
+            # a step with a line search takes several gradients
+            most = max(1, min(chunk, room // 20, limit or chunk))
+            solver = dataclasses.replace(self.solver, tol=tol, max_steps=most)
             state = self.evaluation.settle_nudged(
                 state,
                 solver,
@@ -308,16 +353,17 @@ class Refinement:
             if phase.outcome == "converged" or (limit is not None and phase.steps >= limit):
                 return state
             stuck = phase.outcome == "stalled" or (
-                chunk > 8 * FIRST_LOOK and phase.residual >= before
+                most > 8 * FIRST_LOOK and phase.residual >= before
             )
-            at_floor = phase.residual <= ROUNDING * self.eps * self.largest
+            slow = most >= FIRST_LOOK and phase.residual > 0.7 * before
+            at_floor = phase.residual <= self.floor
             if self.spent:
                 self.obstacle = "budget"
                 self.reason = (
                     f"the budget of {self.budget} gradient evaluations is spent; raise budget, or "
                     f"settle with a faster solver"
                 )
-            elif at_floor and (stuck or phase.residual > 0.7 * before):
+            elif at_floor and (stuck or slow):
                 self.rounds(f"residuals to {phase.residual:.1e}")
             elif stuck:
                 self.obstacle = "restless"
@@ -328,6 +374,13 @@ class Refinement:
             if self.obstacle:
                 return state
             begun, before, keep, chunk = phase, phase.residual, True, 2 * chunk
+
+
+def enough(phase: Phase) -> Phase:
+    """The report of a phase whose tolerance turned out not to be needed."""
+    if phase.outcome == "converged":
+        return phase
+    return dataclasses.replace(phase, outcome="stopped", tol=None)
 
 
 def relative(one: Params, other: Params) -> float:

@@ -142,8 +142,8 @@ class FlatObjective:
 
     @property
     def meta_params(self) -> Params:
-        """θ of this call, detached, by name."""
-        return self._objective.meta_params
+        """A copy of θ of this call, by name."""
+        return {name: m.clone() for name, m in self._objective.meta_params.items()}
 
     def value(self, x: Any) -> float:
         """The loss at `x`, without the cost of a gradient."""
