@@ -424,6 +424,13 @@ class Evaluation:
         seen = self.reached("inner") | self.reached("outer")
         self.only_start = [name for name in self.start if name not in seen]
         unseen = sorted(set(meta) - seen - set(self.start))
+        given = {id(p) for p in self._given_params.values()}
+        same = [name for name in unseen if id(self._given_meta[name]) in given]
+        if same:
+            raise ProblemError(
+                f"meta-parameter {listed(same)} is what params start from, but does not require a "
+                f"gradient: call requires_grad_() on it to have its derivative through the start"
+            )
         if unseen:
             raise ProblemError(
                 f"meta-parameter {listed(unseen)} has no path to {self.problem.name('inner')} or "

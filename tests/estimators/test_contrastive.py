@@ -287,7 +287,8 @@ def test_a_constant_force_has_the_order_of_the_scheme_elsewhere():
     solver = eg.LBFGS(tol=1e-13)
     arguments = problem, synapse.params(), synapse.meta_params()
     exact = eg.meta_gradient(*arguments, solver=solver, estimator=eg.ExactSolve()).grads
-    for scheme, order in (("forward", 1), ("symmetric", 2)):
+    orders: list[tuple[Literal["forward", "symmetric"], int]] = [("forward", 1), ("symmetric", 2)]
+    for scheme, order in orders:
         betas, errors = [0.001, 0.002, 0.004], []
         for beta in betas:
             estimator = eg.Contrastive(beta=beta, scheme=scheme, nudge="force", matched=False)

@@ -13,6 +13,12 @@ from equigrad.zoo import ZOO
 QUICK = [name for name in ZOO if name not in ("transformer", "deep-tanh", "lstm")]
 
 
+def stated(result: eg.MetaGradient) -> float:
+    """The error that the estimator states."""
+    assert result.error_estimate is not None
+    return result.error_estimate
+
+
 made = functools.cache(lambda name, draw=0: ZOO[name](draw))
 
 
@@ -34,7 +40,7 @@ def measured(name, rtol, draw=0):
 def test_the_error_is_the_one_asked_for(name, rtol):
     error, result = measured(name, rtol)
     assert error <= rtol
-    assert result.error_estimate <= rtol
+    assert stated(result) <= rtol
     assert "not reached" not in result.status
 
 
@@ -51,10 +57,10 @@ def test_the_estimate_is_an_estimate_of_the_error():
     for name in QUICK:
         for rtol in (1e-1, 1e-2, 1e-3, 1e-5):
             error, result = measured(name, rtol)
-            ratios.append(result.error_estimate / error)
+            ratios.append(stated(result) / error)
         error, result = measured(name, 1e-3, draw=1)
         assert error <= 1e-3  # data on which no constant was chosen
-        ratios.append(result.error_estimate / error)
+        ratios.append(stated(result) / error)
     within = sum(1 <= ratio <= 30 for ratio in ratios)
     assert within >= 0.9 * len(ratios), sorted(ratios)
     assert min(ratios) > 0.5
@@ -66,7 +72,7 @@ def test_the_scale_of_the_outer_loss_does_not_matter(name, scale):
     """The first β is only a guess: what counts is how much it changes the outer force."""
     case = made(name)
     problem = eg.Bilevel(
-        case.problem.inner_loss,
+        case.problem.function("inner"),
         lambda p, m: scale * case.problem.outer_loss(p, m),
         case.problem.regularizer,
     )
@@ -79,7 +85,7 @@ def test_the_scale_of_the_outer_loss_does_not_matter(name, scale):
     )
     grads = {n: g / scale for n, g in result.grads.items()}
     assert case.relative_error(grads) <= 1e-3
-    assert result.error_estimate <= 1e-3
+    assert stated(result) <= 1e-3
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -123,7 +129,7 @@ def test_float32_to_a_thousandth(build):
         estimator=eg.Contrastive(rtol=1e-3),
     )
     assert case.relative_error(result.grads) <= 1e-3
-    assert result.error_estimate <= 1e-3
+    assert stated(result) <= 1e-3
 
 
 # What stands in the way is named
@@ -145,7 +151,7 @@ def test_the_floor_of_float32():
     assert "rtol=1e-07 not reached" in result.status
     assert "torch.float32 resolves" in result.status
     assert "use torch.float64" in result.status
-    assert 1e-7 < case.relative_error(result.grads) <= result.error_estimate
+    assert 1e-7 < case.relative_error(result.grads) <= stated(result)
 
 
 def test_more_points_reach_what_two_do_not_in_float32():
@@ -153,7 +159,7 @@ def test_more_points_reach_what_two_do_not_in_float32():
     case = quadratic_case(torch.float32)
     result = asked(case, 1e-4, solver=case.solver)
     assert len(result.phases) == 5
-    assert case.relative_error(result.grads) <= result.error_estimate <= 1e-4
+    assert case.relative_error(result.grads) <= stated(result) <= 1e-4
     assert "not reached" not in result.status
 
 
@@ -161,9 +167,9 @@ def test_the_budget():
     case = made("tanh")
     result = asked(case, 1e-3, budget=300)
     assert "the budget of 300 gradient evaluations is spent" in result.status
-    assert result.error_estimate > 1e-3
+    assert stated(result) > 1e-3
     assert result.gradient_evaluations < 400
-    assert case.relative_error(result.grads) <= result.error_estimate
+    assert case.relative_error(result.grads) <= stated(result)
     enough = asked(case, 1e-3, budget=10_000)
     assert "budget" not in enough.status
 
@@ -183,7 +189,7 @@ def test_no_equilibrium():
     )
     assert "does not settle" in result.status
     assert "there may be no equilibrium near" in result.status
-    assert result.error_estimate > 1e-2
+    assert stated(result) > 1e-2
 
 
 def test_an_outer_loss_at_its_minimum_leaves_the_direct_term():
@@ -227,7 +233,7 @@ def test_phases_on_both_sides_of_a_kink():
 def test_the_scale_of_losses_in_float32(inner, outer):
     case = quadratic_case(torch.float32)
     problem = eg.Bilevel(
-        lambda p, m: inner * case.problem.inner_loss(p, m),
+        lambda p, m: inner * case.problem.function("inner")(p, m),
         lambda p, m: outer * case.problem.outer_loss(p, m),
     )
     result = eg.meta_gradient(
@@ -239,7 +245,7 @@ def test_the_scale_of_losses_in_float32(inner, outer):
     )
     grads = {n: g / outer for n, g in result.grads.items()}
     assert case.relative_error(grads) <= 1e-2
-    assert result.error_estimate <= 1e-2
+    assert stated(result) <= 1e-2
     assert result.gradient_evaluations < 2000
 
 
@@ -285,7 +291,7 @@ def test_a_budget_that_ends_before_anything_is_known():
         solver=eg.GradientDescent(lr=0.1),
         estimator=eg.Contrastive(rtol=1e-2, budget=8),
     )
-    assert result.error_estimate == math.inf
+    assert stated(result) == math.inf
 
 
 @pytest.mark.parametrize("budget", [150, 400, 1000])
@@ -307,7 +313,7 @@ def test_a_learner_that_ignores_the_nudge():
         estimator=eg.Contrastive(rtol=1e-2),
     )
     assert "did not react to the nudge" in result.status
-    assert result.error_estimate > 1
+    assert stated(result) > 1
 
 
 def test_mini_batches_are_refused():
@@ -341,7 +347,7 @@ def test_a_gradient_that_is_zero():
     )
     assert result.grads["t"].abs() < 1e-3
     # no relative error can be had for what is zero
-    assert result.error_estimate > 1e-3
+    assert stated(result) > 1e-3
     assert "rtol=0.001 not reached" in result.status
 
 

@@ -1,5 +1,6 @@
 """The table of accuracy on request, on one small problem."""
 
+import dataclasses
 import math
 
 import pytest
@@ -39,6 +40,24 @@ def test_the_text_counts_what_the_rows_say(rows):
     assert "1 at 0.01, 1 at 1e-05" in text
     assert "in 2 of 2" in text
     config.draw(list(by_method.values()))
+
+
+def test_rows_without_an_answer_are_told_as_such(rows):
+    config, by_method = rows
+    failed = [
+        dataclasses.replace(row, error=math.inf, estimate=math.nan, note="SettlingError")
+        for row in by_method.values()
+    ]
+    text = config.text(failed)
+    assert "0 at 0.01, 0 at 1e-05" in text
+    assert "SettlingError" in text
+    config.draw(failed)
+
+
+def test_memory_of_a_child_that_fails_is_not_a_number():
+    assert math.isnan(accuracy.peak_memory(lambda: 1 / 0))
+    little, much = (accuracy.peak_memory(lambda n=n: bytearray(n)) for n in (1, 10**8))
+    assert 90 < much - little < 110
 
 
 def test_a_model_without_a_double_backward_is_noted():

@@ -149,3 +149,19 @@ def test_mini_batches_are_refused():
         eg.meta_gradient(
             problem, {"w": torch.ones(1)}, {"c": torch.ones(1)}, solver=eg.LBFGS(tol=1e-3)
         )
+
+
+@pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
+def test_a_tolerance_below_what_float32_resolves_ends_soon(build):
+    case = build(torch.float32)
+    result = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.LBFGS(tol=1e-12),
+        estimator=eg.FiniteDifferenceT1T2(),
+    )
+    phase = result.phases[0]
+    assert phase.outcome == "stalled" or phase.residual == 0
+    assert phase.residual < 1e-6
+    assert result.gradient_evaluations < 1000  # 20 a line search, for 30 iterations at the floor

@@ -14,6 +14,9 @@ from equigrad.vectors import flatten, unflatten
 RESOLUTION = 1e-2
 """A loss has risen where it did so by more than this times √ε of its size; rounding does less."""
 
+PATIENCE = 30
+"""Iterations that may bring nothing before a phase has stalled."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LBFGS(Solver):
@@ -72,6 +75,8 @@ class LBFGS(Solver):
         position, gradient = flatten(params), -flatten(velocity)
         if not gradient.any():
             return True
+        if state.idles(gradient):
+            return False
         state.learn(position, gradient)
         direction = state.direction(gradient)
         slope = gradient.dot(direction).item()
@@ -108,6 +113,7 @@ class Memory:
     def __init__(self, history: int, like: Tensor, previous: "Memory | None" = None) -> None:
         self.loss: float | None = None
         self._at: tuple[Tensor, Tensor] | None = None
+        self._least, self._idle = (math.inf, math.inf), 0
         if previous is not None and previous._pairs.shape[1] == history:
             self._pairs, self._order = previous._pairs.clone(), previous._order
             self._products = previous._products
@@ -115,6 +121,16 @@ class Memory:
             # rows of s, rows of y; where they stand, the oldest first; s_i·y_j (i ≤ j) and y_i·y_j
             self._pairs = like.new_zeros(2, history, like.numel())
             self.forget()
+
+    def idles(self, gradient: Tensor) -> bool:
+        """Whether neither loss nor gradient has got smaller for many iterations."""
+        size = gradient.norm().item()
+        low = math.inf if self.loss is None else self.loss
+        eps = torch.finfo(gradient.dtype).eps
+        if size < 0.9 * self._least[0] or low < self._least[1] - 100 * eps * abs(low):
+            self._least, self._idle = (min(size, self._least[0]), min(low, self._least[1])), 0
+        self._idle += 1
+        return self._idle > PATIENCE
 
     def forget(self) -> None:
         """Forget all pairs."""
