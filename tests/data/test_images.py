@@ -158,9 +158,9 @@ def test_archive_is_fetched_once_for_all_its_files(tmp_path, monkeypatch):
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name in ("set/one", "set/two"):
-            member = tarfile.TarInfo(name)
-            member.size = len(name)
-            tar.addfile(member, io.BytesIO(name.encode()))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(name)
+            tar.addfile(entry, io.BytesIO(name.encode()))
     asked = []
 
     def retrieve(url, known_hash, fname, path, progressbar):

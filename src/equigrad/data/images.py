@@ -26,11 +26,19 @@ class Images:
 
 @dataclass(frozen=True)
 class Split:
-    """What the learner sees, what judges it, and what neither saw: inputs and labels."""
+    """What the learner sees, what judges it, and what neither saw: inputs and labels.
+
+    Attributes:
+        train: for the learner.
+        validation: for its judge.
+        test: for neither.
+        note: what a reader of the numbers should know of it.
+    """
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    note: str = ""
 
 
 def split(
