@@ -97,7 +97,7 @@ def test_strengths_make_ten_images_enough():
     contrastive = replace(config.contrastive, solver=solver, nudged_steps=30, outer_lr=0.02)
     t1t2 = replace(config.t1t2, solver=solver, outer_lr=0.02)
     job = Job(replace(config, contrastive=contrastive, t1t2=t1t2), 0)
-    plain, _ = job.row([0.0])
+    plain, _ = job.single([0.0])
     for method in ("contrastive", "t1t2"):
         row = job.learn(method).row
         assert row.validation > plain.validation + 15
@@ -112,9 +112,9 @@ def test_run_leaves_and_says_what_it_should(tmp_path, monkeypatch, capsys, exper
     code, said = call_main(*words, capsys=capsys)
     assert code == 0
     trained = SETTINGS[setting].training
-    total = {"mnist": "60,000 training images of MNIST", "cifar10": "50,000 training images"}
+    pool = {"mnist": "60,000 training images of MNIST", "cifar10": "50,000 training images"}
     assert f"{trained} training and {200 - trained} validation images, drawn from" in said
-    assert f"the first 400 of {total[experiment]}" in said
+    assert f"drawn from 400 of the {pool[experiment]}" in said
     assert "a nudged step sees 50 of the validation images" in said
     for label in ("unregularised", "best single strength", "T1–T2", "contrastive"):
         assert label in said

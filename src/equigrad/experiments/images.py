@@ -4,7 +4,7 @@ The hyperparameters of scale `paper` are the best found of Tables S1 to S4, in b
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -78,7 +78,17 @@ class ByT1T2:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A line of Table 1, with the best hyperparameters of Appendix F."""
+    """A line of Table 1.
+
+    Attributes:
+        samples: images for training and validation together.
+        training: of them, for training.
+        batch: images of a mini-batch.
+        contrastive: the best hyperparameters of Appendix F for the contrastive rule.
+        t1t2: those for T1–T2.
+        published: accuracies of the table.
+        small: what scale `small` changes.
+    """
 
     samples: int
     training: int
@@ -86,6 +96,7 @@ class Setting:
     contrastive: ByContrast
     t1t2: ByT1T2
     published: Mapping[EstimatorName, Published]
+    small: Mapping[str, Any]
 
 
 def contrast(beta: float, lr: float, steps: int, nudged_steps: int, outer_lr: float) -> ByContrast:
@@ -114,6 +125,11 @@ SETTINGS: dict[str, Setting] = {
             "contrastive": Published((99.75, 0.06), (98.04, 0.04)),
             "t1t2": Published((98.64, 0.05), (97.57, 0.03)),
         },
+        small={
+            "outer_steps": 20,
+            "contrastive": contrast(1.0, 0.03, 600, 60, 0.003),
+            "t1t2": t1t2(0.03, 600, 0.0003),
+        },
     ),
     "mnist-1": Setting(
         samples=10000,
@@ -124,6 +140,7 @@ SETTINGS: dict[str, Setting] = {
             "contrastive": Published((93.50, 0.63), (89.49, 0.55)),
             "t1t2": Published((87.77, 0.66), (85.89, 0.55)),
         },
+        small={"validation_batch": 500},
     ),
     "mnist-10": Setting(
         samples=10000,
@@ -134,6 +151,12 @@ SETTINGS: dict[str, Setting] = {
             "contrastive": Published((96.19, 0.32), (91.52, 0.28)),
             "t1t2": Published((89.84, 2.62), (87.19, 2.49)),
         },
+        small={
+            "outer_steps": 50,
+            "validation_batch": 500,
+            "contrastive": contrast(3.0, 0.003, 2000, 100, 0.003),
+            "t1t2": t1t2(0.0001, 2000, 0.06),
+        },
     ),
     "cifar-50": Setting(
         samples=1000,
@@ -143,6 +166,12 @@ SETTINGS: dict[str, Setting] = {
         published={
             "contrastive": Published((99.77, 0.13), (31.68, 0.26)),
             "t1t2": Published((62.97, 3.73), (28.69, 0.85)),
+        },
+        small={
+            "outer_steps": 30,
+            "validation_batch": 475,
+            "contrastive": contrast(3.0, 0.004, 500, 20, 0.01),
+            "t1t2": t1t2(0.004, 500, 0.003),
         },
     ),
 }
@@ -207,7 +236,30 @@ class OnImages(StrengthLearning):
             t1t2=setting.t1t2,
         )
         scale = chosen.get("scale", "small")
-        return paper if scale == "paper" else SCALES.get(scale, small)(paper)
+        if scale == "paper":
+            return paper
+        if scale == "smoke":
+            return paper._smoke()
+        return replace(paper, scale="small", **setting.small)
+
+    def _smoke(self) -> Self:
+        """A few short steps on few images, to see that all works."""
+
+        def hurried(solver: GradientDescent) -> GradientDescent:
+            return replace(solver, max_steps=10)
+
+        contrastive, t1t2 = self.contrastive, self.t1t2
+        return replace(
+            self,
+            scale="smoke",
+            outer_steps=2,
+            samples=200,
+            training=min(self.training, 100),
+            batch=self.batch and 50,
+            validation_batch=50,
+            contrastive=replace(contrastive, solver=hurried(contrastive.solver), nudged_steps=3),
+            t1t2=replace(t1t2, solver=hurried(t1t2.solver)),
+        )
 
     @property
     def name(self) -> str:
@@ -228,7 +280,7 @@ class OnImages(StrengthLearning):
         )
         counts = [len(labels) for _, labels in (parts.train, parts.validation, parts.test)]
         name, there = self.source
-        of = f"{there:,}" if len(pool) == there else f"the first {len(pool):,} of {there:,}"
+        of = f"the {there:,}" if len(pool) == there else f"{len(pool):,} of the {there:,}"
         note = (
             f"{counts[0]:,} training and {counts[1]:,} validation images, drawn from {of} "
             f"training images of {name}; {counts[2]:,} test images"
@@ -254,33 +306,6 @@ class OnImages(StrengthLearning):
         setting = SETTINGS[self.setting]
         same = (self.samples, self.training) == (setting.samples, setting.training)
         return setting.published[name] if same else None
-
-
-def small(paper: OnImages) -> OnImages:
-    """Fewer outer steps, and mini-batches of validation images in nudged phases."""
-    return replace(paper, scale="small", outer_steps=50, validation_batch=500)
-
-
-def smoke(paper: OnImages) -> OnImages:
-    """A few short steps on few images, to see that all works."""
-    return replace(
-        paper,
-        scale="smoke",
-        outer_steps=2,
-        samples=200,
-        training=min(paper.training, 100),
-        batch=paper.batch and 50,
-        validation_batch=50,
-        contrastive=replace(
-            paper.contrastive,
-            solver=replace(paper.contrastive.solver, max_steps=10),
-            nudged_steps=3,
-        ),
-        t1t2=replace(paper.t1t2, solver=replace(paper.t1t2.solver, max_steps=10)),
-    )
-
-
-SCALES: dict[str, Callable[..., Any]] = {"small": small, "smoke": smoke}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ class Job:
         evaluations = evaluation.gradient_evaluations
         return self.accuracy(synapse, settled.params), settled.params, evaluations
 
-    def row(self, strengths: Sequence[float]) -> tuple[Row, float]:
+    def single(self, strengths: Sequence[float]) -> tuple[Row, float]:
         """The best of some single strengths, chosen by validation accuracy."""
         began, tried, evaluations = time.perf_counter(), [], 0
         solver = self.config.recipe("contrastive").solver
@@ -259,6 +259,13 @@ class Job:
             evaluations += count
         best = max(tried, key=lambda entry: entry[0])
         return Row(best[0], best[1], evaluations, time.perf_counter() - began), best[2]
+
+    def baselines(self) -> dict[str, Any]:
+        """No regularisation, and the best single strength: rows as JSON has them."""
+        unregularised, _ = self.single([0.0])
+        single, strength = self.single(SINGLE_STRENGTHS)
+        rows = {"unregularised": vars(unregularised), "single": vars(single)}
+        return {"rows": rows, "best_single_strength": strength}
 
     def learn(self, name: EstimatorName, callbacks: Sequence[Callback] = ()) -> Learned:
         """Learn a strength for every weight."""
@@ -390,11 +397,16 @@ def run_seed(
     """All rows of the table for one seed."""
     job = Job(config, config.seed)
     if job.split.note:
-        console.print(f"seed {config.seed}: {job.split.note}", highlight=False, soft_wrap=True)
+        said = f"seed {config.seed}: {job.split.note}; {config.outer_steps} outer steps"
+        console.print(said, highlight=False, soft_wrap=True)
     rows: dict[str, Row] = {}
     if config.compare:
-        rows["unregularised"], _ = job.row([0.0])
-        rows["single"], strength = job.row(SINGLE_STRENGTHS)
+        baselines = directory.read_json("baselines.json")
+        if baselines is None:
+            baselines = job.baselines()
+            directory.write_json("baselines.json", baselines)
+        rows |= {name: Row(**row) for name, row in baselines["rows"].items()}
+        strength = baselines["best_single_strength"]
         console.print(f"seed {config.seed} best single strength {strength:.3g}", highlight=False)
         other: EstimatorName = "t1t2" if config.estimator == "contrastive" else "contrastive"
         beside = RunDirectory(
