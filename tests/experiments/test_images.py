@@ -205,6 +205,13 @@ def test_cell_of_the_table_is_the_run_of_its_seed():
     assert (row.validation, row.test) == (again.validation, again.test)
 
 
+def test_a_rule_that_chooses_its_nudged_phases_is_left_alone():
+    preset = Mnist.preset(scale="smoke")
+    for rule in (Contrastive(rtol=0.1), Contrastive(nudged_solver=GradientDescent(lr=0.5))):
+        chosen = replace(preset, contrastive=replace(preset.contrastive, rule=rule))
+        assert chosen.recipe("contrastive").estimator == rule
+
+
 @pytest.mark.parametrize("options", [{"seeds": 0}, {"only": ()}, {"only": ("mnist-1", "mnist-1")}])
 def test_tables_that_cannot_be(options):
     with pytest.raises(ConfigurationError):

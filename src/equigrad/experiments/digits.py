@@ -17,6 +17,7 @@ from equigrad.experiments.strength_learning import (
     StrengthLearning,
     at_least,
     positive,
+    with_nudged,
 )
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
@@ -82,8 +83,7 @@ class Digits(StrengthLearning):
 
     def rule(self) -> Contrastive:
         """The contrastive rule with its nudged solver."""
-        nudged = replace(self.solver, max_steps=self.nudged_steps)
-        return replace(self.contrastive, nudged_solver=self.contrastive.nudged_solver or nudged)
+        return with_nudged(self.contrastive, self.solver, self.nudged_steps)
 
     def network(self) -> Module:
         """64 inputs, tanh layers, 10 outputs."""

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from equigrad.data.images import Split
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Estimator
+from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory, versions
@@ -98,7 +98,7 @@ class StrengthLearning(ABC):
     """Run the other rows of the table too."""
 
     scale: ScaleName = "small"
-    """`smoke` presets a few short steps, to see that all works."""
+    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
 
     outer_steps: int = 100
     """Steps of Adam on the strengths."""
@@ -179,6 +179,13 @@ def positive(name: str, value: float) -> None:
     """Raise a `ConfigurationError` unless a number is positive and finite."""
     if not 0 < value < float("inf"):
         raise ConfigurationError(f"{name} must be positive, got {value}")
+
+
+def with_nudged(rule: Contrastive, solver: GradientDescent, steps: int) -> Contrastive:
+    """The rule, with nudged phases of so many steps of a solver unless it says how they settle."""
+    if rule.nudged_solver is not None or rule.rtol is not None:
+        return rule
+    return replace(rule, nudged_solver=replace(solver, max_steps=steps))
 
 
 @dataclass(frozen=True)
