@@ -153,5 +153,7 @@ class Table1(Reproduction):
             axes.set(ylabel=f"{part} accuracy (%)", xticks=range(len(self.only)))
             axes.set_xticklabels(self.only)
             axes.grid(alpha=0.3)
-        figure.axes[-1].legend(loc="lower left")
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        )
         return figure
