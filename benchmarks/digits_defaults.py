@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 import equigrad as eg
-from equigrad.experiments.digits import Digits, Job
+from equigrad.experiments.digits import Digits
+from equigrad.experiments.strength_learning import Job
 from equigrad.training import learn
 
 RULE = Digits().rule()
@@ -42,7 +43,7 @@ def validation_accuracy(config: Digits, seed: int, estimator: eg.Estimator) -> f
         steps=config.outer_steps,
         project=synapse.project_,
     )
-    return job.settle(None, meta_params)[0]["validation_accuracy"]
+    return job.settle(config.solver, meta_params=meta_params)[0]["validation_accuracy"]
 
 
 def main() -> None:

@@ -90,11 +90,19 @@ class KeptBuffers:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        holders = {i: m for i, m in enumerate(modules) if next(m.buffers(), None) is not None}
+        alone = len(holders) == 1
         self._places = [
             (part, name, buffer)
-            for module in modules
+            for module in holders.values()
             for part in module.modules()
             for name, buffer in part.named_buffers(recurse=False)
+        ]
+        self._names = [
+            ".".join(filter(None, ("" if alone else str(i), path, name)))
+            for i, module in holders.items()
+            for path, part in module.named_modules()
+            for name, _ in part.named_buffers(recurse=False)
         ]
         self.before: tuple[Tensor, ...] = ()
 
@@ -108,6 +116,13 @@ class KeptBuffers:
     def snapshot(self) -> tuple[Tensor, ...]:
         """A copy of every buffer's present value."""
         return tuple(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
+
+    def named(self, snapshot: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """A snapshot's values, by the names that `named_buffers()` of the module gives.
+
+        Where several modules have buffers, each name begins with its module's position.
+        """
+        return dict(zip(self._names, snapshot, strict=True))
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[Tensor, ...]) -> None:

@@ -26,22 +26,32 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Command:
-    """`equigrad VERB NAME`: a config with defaults for a scale, and what is done with it."""
+    """`equigrad VERB NAME`: a config with defaults that some words choose, and its work."""
 
     verb: str
     name: str
-    defaults: Callable[[str], Any]
+    defaults: Callable[..., Any]
     work: Callable[..., object]
 
     @property
     def summary(self) -> str:
         """The first line of the config's documentation."""
-        return (self.defaults("").__doc__ or "").splitlines()[0]
+        return (self.defaults().__doc__ or "").splitlines()[0]
 
 
 def commands() -> list[Command]:
     """All that can be run or reproduced."""
-    from equigrad.experiments import accuracy, boston, bound, digits, matched_phases, quadratic
+    from equigrad.experiments import (
+        accuracy,
+        boston,
+        bound,
+        digits,
+        images,
+        matched_phases,
+        quadratic,
+        strength_learning,
+        table1,
+    )
     from equigrad.experiments.reproduction import reproduce
 
     reproductions = (
@@ -55,15 +65,19 @@ def commands() -> list[Command]:
         quadratic.FigS5,
         quadratic.FigS6,
         accuracy.Accuracy,
+        table1.Table1,
     )
     return [
-        Command("run", "digits", digits.Digits.at_scale, digits.run),
         *(
-            Command("reproduce", figure.name, lambda scale, figure=figure: figure(), reproduce)
-            for figure in reproductions
+            Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
+            for experiment in (digits.Digits, images.Mnist, images.Cifar10)
         ),
+        *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
     ]
 
+
+CHOOSERS = ("setting", "scale")
+"""Options that choose the defaults of the others."""
 
 VERBS = {"run": "run an experiment", "reproduce": "reproduce a figure or table"}
 
@@ -174,12 +188,13 @@ def examine(target: str, **options: Any) -> None:
 
 
 def execute(command: Command, arguments: Sequence[str]) -> None:
-    """Read the command's options and do its work; `--scale` decides the other defaults."""
+    """Read the command's options and do its work; `CHOOSERS` decide the other defaults."""
     from equigrad.experiments.run_directory import default_directory
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--scale", default="")
-    defaults = command.defaults(peek.parse_known_args(arguments)[0].scale)
+    for chooser in CHOOSERS:
+        peek.add_argument(f"--{chooser}", default=argparse.SUPPRESS)
+    defaults = command.defaults(**vars(peek.parse_known_args(arguments)[0]))
     console = Console()
 
     def work(

@@ -189,6 +189,10 @@ class Evaluation:
         self._buffers.restore(at.buffers)
         self._restore_flags()
 
+    def named_buffers(self, at: Moment) -> dict[str, Tensor]:
+        """The modules' buffers as they were at a moment of a phase, by name."""
+        return self._buffers.named(at.buffers)
+
     def _batches(self, solver: Solver, beta: float) -> int:
         """How many steps make a pass over the data of a phase."""
         inner = len(self.batch_steps("inner"))

@@ -20,6 +20,10 @@ class MetaGradient:
     Attributes:
         grads: one tensor a meta-parameter, of its shape, dtype and device.
         params: the settled φ of the free phase.
+        buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
+            for example), by the module's own names; where several of `problem.modules` have some,
+            each name begins with its module's position there. The modules themselves are as they
+            were.
         outer_loss: `L_out` there, averaged over its batches.
         status: in words: whether the free phase settled, then whatever is worth knowing.
         phases: a report for every phase, the free one first.
@@ -30,6 +34,7 @@ class MetaGradient:
 
     grads: dict[str, Tensor] = field(repr=False)
     params: dict[str, Tensor] = field(repr=False)
+    buffers: dict[str, Tensor] = field(repr=False)
     outer_loss: float
     status: str
     phases: tuple[Phase, ...]
@@ -59,7 +64,10 @@ def meta_gradient(
     `params=meta_params` has, is seen by the estimators whose traits say so.
 
     Neither `params` nor `meta_params`, nor the buffers of the modules involved, nor torch's random
-    state (but for one draw) are changed.
+    state (but for one draw) are changed. Batch normalisation in training mode uses the statistics
+    of each batch, in every phase; the running ones, as the free phase left them, are in the
+    result's `buffers`, to evaluate the settled network with in `eval` mode:
+    `functional_call(net.eval(), {**result.params, **result.buffers}, x)`.
 
     Args:
         problem: a `Bilevel` or a `FixedPoint`.
@@ -108,11 +116,13 @@ def meta_gradient(
         estimate = estimator.estimate(evaluation, solver)
         free = estimate.phases[0]
         outer_loss = evaluation.outer_loss(free).item()
+        buffers = evaluation.named_buffers(free)
     _check_finite(estimate.grads, outer_loss)
     phases = tuple(settled.phase for settled in estimate.phases)
     return MetaGradient(
         grads=estimate.grads,
         params=free.params,
+        buffers=buffers,
         outer_loss=outer_loss,
         status=_status(phases, estimate.grads, evaluation.notes),
         phases=phases,

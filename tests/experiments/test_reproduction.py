@@ -111,9 +111,9 @@ def test_decades():
     assert all(b / a == pytest.approx(10**0.1) for a, b in pairwise(grid))
 
 
-def test_every_figure_has_a_command_with_a_summary():
+def test_every_figure_and_table_has_a_command_with_a_summary():
     known = {c.name: c.summary for c in commands() if c.verb == "reproduce"}
-    assert list(known) == ["matched-phases", *FIGURES, "accuracy"]
+    assert list(known) == ["matched-phases", *FIGURES, "accuracy", "table1"]
     for name in FIGURES:
         assert known[name].startswith(f"Fig. {name.removeprefix('fig')}:")
 

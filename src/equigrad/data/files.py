@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,15 @@ FOLDER = "EQUIGRAD_DATA"
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """A file of a data set, known by its checksum.
+    """A file of a data set, known by its checksum, or by what whoever reads it finds in it.
 
     Attributes:
         name: path below the folder of data sets.
-        md5: checksum of the file as it is read.
         url: public home.
+        md5: checksum of the file as it is read; None where files with the same contents differ.
+        mirrors: other homes, tried in turn where the first does not have it.
         convert: turns what the home holds into the file; None where they are the same.
+        archive: whether the homes hold a tar archive that has the file under its name.
 
     Example:
         >>> DataFile(name="boston/boston_housing.csv", md5="0", url="https://example.org/b").name
@@ -29,9 +33,17 @@ class DataFile:
     """
 
     name: str
-    md5: str
     url: str
+    md5: str | None = None
+    mirrors: tuple[str, ...] = ()
     convert: Callable[[bytes], bytes] | None = None
+    archive: bool = False
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the user names a folder of data sets, and this file is not in it."""
+        folder = os.environ.get(FOLDER)
+        return bool(folder) and not (Path(folder or "") / self.name).is_file()
 
     def find(self) -> Path:
         """The file: `$EQUIGRAD_DATA/NAME` where that is set, else fetched into the user's cache.
@@ -43,43 +55,75 @@ class DataFile:
         if not folder:
             return self._cached()
         path = Path(folder) / self.name
-        if not path.is_file():
+        if self.withheld:
             raise DataError(
                 f"{path} is not there, where {FOLDER} says that it is. Put it there, or unset "
                 f"{FOLDER} to have it fetched from {self.url}"
             )
-        self._verify(path, f"Replace it, or unset {FOLDER} to have it fetched from {self.url}")
+        self._verify(path, self._remedy)
         return path
 
+    def damaged(self, path: Path, reason: object) -> DataError:
+        """What to raise where the file that was found does not hold what it should."""
+        return DataError(
+            f"{path} is not the {Path(self.name).name} it should be: {reason}. {self._remedy}"
+        )
+
+    @property
+    def _remedy(self) -> str:
+        if os.environ.get(FOLDER):
+            return f"Replace it, or unset {FOLDER} to have it fetched from {self.url}"
+        return "Delete it to have it fetched again"
+
     def _cached(self) -> Path:
-        pooch = _pooch()
-        path = Path(pooch.os_cache("equigrad")) / self.name
+        path = _cache() / self.name
         if path.exists():
-            self._verify(path, "Delete it to have it fetched again")
+            self._verify(path, self._remedy)
             return path
-        fetched = path.with_name(f".{path.name}.fetched")
-        fetched.unlink(missing_ok=True)
+        failures = []
+        for url in (self.url, *self.mirrors):
+            fetched = path.with_name(f".{path.name}.fetched")
+            fetched.unlink(missing_ok=True)
+            try:
+                self._fetch(url, fetched)
+                self._verify(fetched, f"{url} is not what it was; put the file into {FOLDER}")
+                return fetched.replace(path)
+            except (OSError, ValueError, DataError) as error:
+                fetched.unlink(missing_ok=True)
+                failures.append(f"{url}: {error}")
+        raise DataError(
+            f"cannot fetch {self.name} from {'; nor from '.join(failures)}. Try again, or put it "
+            f"into a folder as {self.name} and set {FOLDER} to that folder"
+        )
+
+    def _fetch(self, url: str, target: Path) -> None:
+        if self.archive:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self._member(url))
+        else:
+            _retrieve(url, target, self.name)
+        if self.convert is not None:
+            target.write_bytes(self.convert(target.read_bytes()))
+
+    def _member(self, url: str) -> bytes:
+        """The file out of the home's archive, which is fetched once for all its files."""
+        path = _cache() / url.rpartition("/")[2]
+        if not path.exists():
+            fetched = path.with_name(f".{path.name}.fetched")
+            fetched.unlink(missing_ok=True)
+            _retrieve(url, fetched, path.name)
+            fetched.replace(path)
         try:
-            pooch.retrieve(
-                self.url,
-                known_hash=None,  # of what the file is after conversion, the checksum is known
-                fname=fetched.name,
-                path=fetched.parent,
-                progressbar=_Bar(self.name),
-            )
-            if self.convert is not None:
-                fetched.write_bytes(self.convert(fetched.read_bytes()))
-        except (OSError, ValueError) as error:
+            with tarfile.open(path) as tar:
+                member = tar.extractfile(self.name)
+                if member is None:
+                    raise KeyError(f"{self.name} is no file there")
+                return member.read()
+        except (KeyError, EOFError, OSError, zlib.error, tarfile.TarError) as error:
             raise DataError(
-                f"cannot fetch {self.name} from {self.url}: {error}. Try again, or put it into a "
-                f"folder as {self.name} and set {FOLDER} to that folder"
+                f"cannot read {self.name} out of {path}: {error}. Delete it to have it fetched "
+                f"again"
             ) from error
-        try:
-            self._verify(fetched, f"{self.url} is not what it was; put the file into {FOLDER}")
-        except DataError:
-            fetched.unlink()
-            raise
-        return fetched.replace(path)
 
     def _verify(self, path: Path, remedy: str) -> None:
         try:
@@ -87,11 +131,25 @@ class DataFile:
                 md5 = hashlib.file_digest(file, "md5").hexdigest()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        if md5 != self.md5:
+        if self.md5 not in (None, md5):
             raise DataError(
                 f"{path} is truncated or altered: {path.stat().st_size} bytes with md5 {md5}, "
                 f"expected md5 {self.md5}. {remedy}"
             )
+
+
+def _cache() -> Path:
+    return Path(_pooch().os_cache("equigrad"))
+
+
+def _retrieve(url: str, target: Path, title: str) -> None:
+    _pooch().retrieve(
+        url,
+        known_hash=None,  # of what the file is after conversion, the checksum is known
+        fname=target.name,
+        path=target.parent,
+        progressbar=_Bar(title),
+    )
 
 
 class _Bar:

@@ -1,6 +1,7 @@
 """Figures of the experiments."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def strength_learning(
     Args:
         path: the PNG.
         history: rows with `outer_step`, `validation_accuracy` and `test_accuracy` in percent.
-        strengths: λ by name of the weight, in the order of the layers; the first acts on 8×8
-            pixels (hidden × 64).
+        strengths: λ by name of the weight, in the order of the layers; the first acts on the
+            pixels of a square image (hidden × pixels), or on those under a kernel
+            (maps × channels × height × width).
         title: of the figure.
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -59,7 +61,10 @@ def strength_learning(
     middle.grid(alpha=0.3)
 
     first = next(iter(weights.values()))
-    image = right.imshow(first.mean(0).reshape(8, 8).numpy(), cmap="viridis")
-    right.set(title="mean λ of each input pixel", xticks=[], yticks=[])
+    kernel = first.ndim > 2
+    side = math.isqrt(first[0, 0].numel() if kernel else first.shape[1])
+    image = right.imshow(first.reshape(-1, side, side).mean(0).numpy(), cmap="viridis")
+    seen = "pixel under the first kernels" if kernel else "input pixel"
+    right.set(title=f"mean λ of each {seen}", xticks=[], yticks=[])
     figure.colorbar(image, ax=right, shrink=0.9)
     save(figure, path)

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -34,6 +34,11 @@ class Reproduction(ABC):
 
     name: ClassVar[str]
     row: ClassVar[type]
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that some words choose, `scale` for example."""
+        return cls()
 
     @abstractmethod
     def cells(self) -> Sequence[Cell]:

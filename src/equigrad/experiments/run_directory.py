@@ -49,7 +49,11 @@ class RunDirectory:
     @property
     def result(self) -> dict[str, Any] | None:
         """What `result.json` holds, or None while the run has not ended."""
-        path = self.path / "result.json"
+        return self.read_json("result.json")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What a file of JSON holds, or None where it is not there."""
+        path = self.path / name
         return _read(path) if path.exists() else None
 
     def write_json(self, name: str, content: Any) -> None:
