@@ -129,8 +129,10 @@ def settle(
     def evaluate() -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         """Velocity and value, which are remembered where they depend on the parameters alone."""
         nonlocal seen
+        if not solver.fixed_loss:
+            return velocity(params, first_step + step)
         versions = [p._version for p in leaves]
-        if not solver.fixed_loss or seen[0] != versions:
+        if seen[0] != versions:
             seen = versions, velocity(params, first_step + step)
         return seen[1]
 
