@@ -208,6 +208,32 @@ def test_an_outer_loss_at_its_minimum_leaves_the_direct_term():
     assert "only the direct term" in result.status
 
 
+@pytest.mark.parametrize("force", [1.0, 30.0])
+def test_a_force_that_no_phase_can_stand_against(force):
+    """The inner loss pulls with a force of at most one: at β = 0.1 the larger nudge wins."""
+    problem = eg.Bilevel(
+        lambda p, m: (1 + (p["w"] - m["c"]).square()).sqrt().sum(),
+        lambda p, m: force * p["w"].sum(),
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"c": torch.ones(2, dtype=torch.float64)},
+        solver=eg.LBFGS(),
+        estimator=eg.Contrastive(rtol=1e-3),
+    )
+    torch.testing.assert_close(
+        result.grads["c"], torch.full((2,), force, dtype=torch.float64), rtol=1e-3, atol=0
+    )
+    assert result.gradient_evaluations < 1000
+
+
+def test_phases_that_keep_what_the_free_one_learned_take_fewer_gradients():
+    case = made("tanh")
+    kept = asked(case, 1e-3).gradient_evaluations
+    assert 1.1 * kept < asked(case, 1e-3, momentum="reset").gradient_evaluations
+
+
 def test_phases_on_both_sides_of_a_kink():
     """The free phase rests at 1.0014, above a kink at 1 that the phase at -β crosses."""
     problem = eg.Bilevel(
