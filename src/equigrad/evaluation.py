@@ -169,6 +169,10 @@ class Evaluation:
         """
         self.stand_at(free)
         batches = self._batches(solver, beta if force is None else 0.0)
+        first_step = free.end_step
+        if isinstance(free, Settled) and free.phase.outcome == "converged":
+            # it came to rest at the end of a pass, and left out its last step
+            first_step = batches * math.ceil(first_step / batches)
         nudged = settle(
             self._velocity(beta, force),
             self._loss(beta, force),
@@ -177,7 +181,7 @@ class Evaluation:
             beta=beta,
             meta_params=self.meta_params,
             previous=free.solver_state if keep_momentum else None,
-            first_step=batches * math.ceil(free.end_step / batches),  # a pass begins
+            first_step=first_step,
             steps=steps,
             batches=batches,
             share=share if beta != 0 else 1.0,
