@@ -176,17 +176,7 @@ def tanh_regression(draw: int = 0) -> Case:
     x, y, v, w = regression(draw, features=3, examples=30, outputs=1)
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
     synapse = ComplexSynapse(net, strength=0.03, learn=("strength", "center"))
-    return known(
-        "tanh network",
-        Bilevel(
-            lambda p, m: 0.5 * (synapse(p, x) - y).square().mean(),
-            lambda p, m: 0.5 * (synapse(p, v) - w).square().mean(),
-            regularizer=synapse,
-        ),
-        synapse.params(),
-        synapse.meta_params(),
-        near=True,
-    )
+    return on_network("tanh network", synapse, half_squared_error, (x, y), (v, w))
 
 
 def tanh_classification(draw: int = 0) -> Case:
@@ -198,17 +188,7 @@ def tanh_classification(draw: int = 0) -> Case:
         )
     )
     synapse = ComplexSynapse(net, strength=0.01)
-    return known(
-        "deep tanh network",
-        Bilevel(
-            lambda p, m: cross_entropy(synapse(p, x), y),
-            lambda p, m: cross_entropy(synapse(p, v), w),
-            regularizer=synapse,
-        ),
-        synapse.params(),
-        synapse.meta_params(),
-        near=True,
-    )
+    return on_network("deep tanh network", synapse, cross_entropy, (x, y), (v, w))
 
 
 def convolution(draw: int = 0) -> Case:
@@ -222,17 +202,7 @@ def convolution(draw: int = 0) -> Case:
         )
     )
     synapse = ComplexSynapse(net, strength=0.02)
-    return known(
-        "convolutional network",
-        Bilevel(
-            lambda p, m: cross_entropy(synapse(p, x), y),
-            lambda p, m: cross_entropy(synapse(p, v), w),
-            regularizer=synapse,
-        ),
-        synapse.params(),
-        synapse.meta_params(),
-        near=True,
-    )
+    return on_network("convolutional network", synapse, cross_entropy, (x, y), (v, w))
 
 
 def transformer(draw: int = 0) -> Case:
@@ -255,17 +225,7 @@ def transformer(draw: int = 0) -> Case:
     synapse = ComplexSynapse(
         seeded(Labeller), strength=0.1, center="init", learn=("strength", "center")
     )
-    return known(
-        "transformer layer",
-        Bilevel(
-            lambda p, m: cross_entropy(synapse(p, x), y),
-            lambda p, m: cross_entropy(synapse(p, v), w),
-            regularizer=synapse,
-        ),
-        synapse.params(),
-        synapse.meta_params(),
-        near=True,
-    )
+    return on_network("transformer layer", synapse, cross_entropy, (x, y), (v, w))
 
 
 def recurrent(draw: int = 0) -> Case:
@@ -284,17 +244,7 @@ def recurrent(draw: int = 0) -> Case:
             return self.head(self.lstm(sequence)[0][:, -1])
 
     synapse = ComplexSynapse(seeded(Reader), strength=0.02)
-    return known(
-        "LSTM",
-        Bilevel(
-            lambda p, m: 0.5 * (synapse(p, x) - y).square().mean(),
-            lambda p, m: 0.5 * (synapse(p, v) - w).square().mean(),
-            regularizer=synapse,
-        ),
-        synapse.params(),
-        synapse.meta_params(),
-        near=True,
-    )
+    return on_network("LSTM", synapse, half_squared_error, (x, y), (v, w))
 
 
 ZOO: dict[str, Callable[..., Case]] = {
@@ -339,6 +289,28 @@ def known(
         params = {n: p + 0.03 * normal(*p.shape) for n, p in settled.params.items()}
     solver = LBFGS(tol=1e-8, max_steps=10_000)
     return Case(name, problem, params, meta_params, solver, settled.grads)
+
+
+def on_network(
+    name: str,
+    synapse: ComplexSynapse,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+) -> Case:
+    """A network with complex synapses, which learns from some examples and is judged by others."""
+    (x, y), (v, w) = train, validation
+    problem = Bilevel(
+        lambda p, m: loss(synapse(p, x), y),
+        lambda p, m: loss(synapse(p, v), w),
+        regularizer=synapse,
+    )
+    return known(name, problem, synapse.params(), synapse.meta_params(), near=True)
+
+
+def half_squared_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """`½ mean (found - wanted)²`."""
+    return 0.5 * (found - wanted).square().mean()
 
 
 def pull(log_strength: Tensor, weights: Tensor) -> Tensor:

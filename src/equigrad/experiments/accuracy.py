@@ -89,8 +89,8 @@ class Accuracy(Reproduction):
     `Contrastive(rtol=…)` on all problems of `equigrad.zoo`, in float64, against gradients by an
     exact solve. Beside it conjugate gradients, a Neumann series and T1–T2 at a state settled to
     1e-8, and reverse mode through 400 steps of gradient descent. Last, at equal accuracy: the
-    fastest settings of the plain contrastive rule and of conjugate gradients, chosen by the true
-    error.
+    fastest settings of the contrastive rule with a fixed β and of conjugate gradients, chosen by
+    the true error.
     """
 
     name: ClassVar[str] = "accuracy"
@@ -291,9 +291,8 @@ def measure_one(problem: str, method: str, case: Case, repeats: int) -> Accuracy
 def measure_tuned(problem: str, method: str, case: Case, repeats: int) -> AccuracyRow:
     """A method with the fastest settings whose true error is small enough."""
     candidates = list(settings(method))
-    needs_plain = method.startswith("conjugate") and problem == "transformer"
     found: list[tuple[float, int]] = []
-    with plain_attention() if needs_plain else nullcontext():
+    with plain_attention() if method.startswith("conjugate") else nullcontext():
         for i, (solver, estimator, _) in enumerate(candidates):
             try:
                 result, seconds = timed(case, solver, estimator, 1)
