@@ -18,7 +18,9 @@ from equigrad.experiments.digits import Digits
 from equigrad.experiments.strength_learning import Job
 from equigrad.training import learn
 
-RULE = Digits().rule()
+RULE = replace(
+    Digits().contrastive, nudged_solver=replace(Digits().solver, max_steps=Digits().nudged_steps)
+)
 VARIANTS: dict[str, eg.Estimator] = {
     "T1-T2": eg.T1T2(),
     **{f"plain forward, β {b}": replace(RULE, beta=b, matched=False) for b in (0.3, 1.0, 3.0)},

@@ -93,6 +93,22 @@ def test_seeds_are_runs_of_their_own(tmp_path):
     assert len(summary["contrastive"]) == 2
 
 
+def test_any_estimator_with_knobs_of_its_own_stands_beside_the_contrastive_rule(tmp_path):
+    words = ["--estimator", "nystrom", "--other.rank", 7]
+    done = equigrad(*SMOKE, *words, "--out", "run", cwd=tmp_path)
+    assert "per weight, Nystrom" in done.stdout
+    assert "per weight, contrastive" in done.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["other"]["type"], config["other"]["rank"]) == ("Nystrom", 7)
+    # what seven Hessian columns cost beyond the free phase is the rank
+    spent = json.loads((tmp_path / "run" / "result.json").read_text())["gradient_evaluations"]
+    other = equigrad(*SMOKE, "--estimator", "nystrom", "--no-compare", "--out", "ten", cwd=tmp_path)
+    more = json.loads((tmp_path / "ten" / "result.json").read_text())["gradient_evaluations"]
+    rank = json.loads((tmp_path / "ten" / "config.json").read_text())["config"]["other"]["rank"]
+    assert "Nystrom" in other.stdout
+    assert more - spent == 2 * 3 * (rank - 7)  # a column is two gradients, in three outer steps
+
+
 LONG = [*SMOKE, "--no-compare", "--outer-steps", "8", "--checkpoint-every", "2"]
 LONG += ["--solver.max-steps", "200"]
 

@@ -76,7 +76,7 @@ def commands() -> list[Command]:
     ]
 
 
-CHOOSERS = ("setting", "scale")
+CHOOSERS = ("setting", "scale", "estimator")
 """Options that choose the defaults of the others."""
 
 VERBS = {"run": "run an experiment", "reproduce": "reproduce a figure or table"}

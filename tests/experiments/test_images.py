@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from equigrad import Contrastive, GradientDescent, meta_gradient
+from equigrad import IMAML, T1T2, ConjugateGradient, Contrastive, GradientDescent, meta_gradient
 from equigrad.data import cifar10, mnist
 from equigrad.data.images import Images
 from equigrad.errors import ConfigurationError
+from equigrad.estimators import ESTIMATORS
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist
 from equigrad.experiments.reproduction import fill, from_csv
-from equigrad.experiments.strength_learning import Job
+from equigrad.experiments.strength_learning import OTHERS, EstimatorName, Job
 from equigrad.experiments.table1 import Accuracies, Table1
 from equigrad.nn import ComplexSynapse
 from helpers import call_main
@@ -210,6 +212,22 @@ def test_a_rule_that_chooses_its_nudged_phases_is_left_alone():
     for rule in (Contrastive(rtol=0.1), Contrastive(nudged_solver=GradientDescent(lr=0.5))):
         chosen = replace(preset, contrastive=replace(preset.contrastive, rule=rule))
         assert chosen.recipe("contrastive").estimator == rule
+
+
+def test_other_estimators_learn_as_the_contrastive_rule_does():
+    preset = Mnist.preset(scale="smoke", estimator="conjugate-gradient")
+    assert preset.other == ConjugateGradient()
+    recipe, contrastive = (preset.recipe(n) for n in (preset.estimator, "contrastive"))
+    assert recipe == replace(contrastive, estimator=ConjugateGradient())
+    with pytest.raises(ConfigurationError, match="knobs of another estimator than 'nystrom'"):
+        replace(preset, estimator="nystrom")
+
+
+def test_all_estimators_can_be_chosen_that_see_strengths():
+    named = {Contrastive, T1T2, *OTHERS.values()}
+    starts = {kind for kind in ESTIMATORS if kind.traits.needs_start}
+    assert named == set(ESTIMATORS) - starts - {IMAML}  # which learns the centre alone
+    assert set(get_args(EstimatorName)) == {"contrastive", "t1t2", *OTHERS}
 
 
 @pytest.mark.parametrize("options", [{"seeds": 0}, {"only": ()}, {"only": ("mnist-1", "mnist-1")}])

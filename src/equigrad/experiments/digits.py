@@ -61,7 +61,7 @@ class Digits(StrengthLearning):
             raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
 
     @classmethod
-    def preset(cls, **chosen: str) -> Self:
+    def _preset(cls, **chosen: str) -> Self:
         """The defaults of a scale."""
         if chosen.get("scale") != "smoke":
             return cls()
@@ -78,12 +78,12 @@ class Digits(StrengthLearning):
         return "digits, 10 training images"
 
     def recipe(self, name: EstimatorName) -> Recipe:
-        """Both estimators learn in the same way."""
-        return Recipe(self.rule() if name == "contrastive" else T1T2(), self.solver, self.outer_lr)
-
-    def rule(self) -> Contrastive:
-        """The contrastive rule with its nudged solver."""
-        return with_nudged(self.contrastive, self.solver, self.nudged_steps)
+        """All estimators learn in the same way."""
+        if name == "contrastive":
+            estimator = with_nudged(self.contrastive, self.solver, self.nudged_steps)
+        else:
+            estimator = T1T2() if name == "t1t2" else self.another(name)
+        return Recipe(estimator, self.solver, self.outer_lr)
 
     def network(self) -> Module:
         """64 inputs, tanh layers, 10 outputs."""

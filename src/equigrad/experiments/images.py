@@ -95,7 +95,7 @@ class Setting:
     batch: int | None = None
     contrastive: ByContrast
     t1t2: ByT1T2
-    published: Mapping[EstimatorName, Published]
+    published: Mapping[str, Published]
     small: Mapping[str, Any]
 
 
@@ -231,7 +231,7 @@ class OnImages(StrengthLearning):
                 at_least(1, name, size)
 
     @classmethod
-    def preset(cls, **chosen: str) -> Self:
+    def _preset(cls, **chosen: str) -> Self:
         """The defaults of a setting and a scale."""
         name = chosen.get("setting", "")
         name = name if name in cls.settings else cls.settings[0]
@@ -309,14 +309,17 @@ class OnImages(StrengthLearning):
         return self.batch, self.validation_batch
 
     def recipe(self, name: EstimatorName) -> Recipe:
-        """Each estimator has settings of its own."""
-        return (self.contrastive if name == "contrastive" else self.t1t2).recipe()
+        """The two of the paper have settings of their own, others learn as the contrastive rule."""
+        if name == "t1t2":
+            return self.t1t2.recipe()
+        recipe = self.contrastive.recipe()
+        return recipe if name == "contrastive" else replace(recipe, estimator=self.another(name))
 
-    def published(self, name: EstimatorName) -> Published | None:
+    def published(self, name: str) -> Published | None:
         """Table 1's numbers, unless another number of images was asked for."""
         setting = SETTINGS[self.setting]
         same = (self.samples, self.training) == (setting.samples, setting.training)
-        return setting.published[name] if same else None
+        return setting.published.get(name) if same else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,19 @@ from torch.nn.functional import cross_entropy
 
 from equigrad.data.images import Split
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Contrastive, Estimator
+from equigrad.estimators import (
+    GMRES,
+    ConjugateGradient,
+    Contrastive,
+    Estimator,
+    EvolutionStrategies,
+    ExactSolve,
+    FiniteDifferenceT1T2,
+    ForwardMode,
+    NeumannSeries,
+    Nystrom,
+    Unrolled,
+)
 from equigrad.evaluation import Evaluation
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory, versions
@@ -38,12 +50,37 @@ from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.progress import ProgressBar
 
-EstimatorName = Literal["contrastive", "t1t2"]
-ESTIMATORS: tuple[EstimatorName, ...] = ("contrastive", "t1t2")
+EstimatorName = Literal[
+    "contrastive",
+    "t1t2",
+    "finite-difference-t1t2",
+    "neumann-series",
+    "conjugate-gradient",
+    "gmres",
+    "nystrom",
+    "exact-solve",
+    "unrolled",
+    "forward-mode",
+    "evolution-strategies",
+]
+OTHERS: dict[EstimatorName, type[Estimator]] = {
+    "finite-difference-t1t2": FiniteDifferenceT1T2,
+    "neumann-series": NeumannSeries,
+    "conjugate-gradient": ConjugateGradient,
+    "gmres": GMRES,
+    "nystrom": Nystrom,
+    "exact-solve": ExactSolve,
+    "unrolled": Unrolled,
+    "forward-mode": ForwardMode,
+    "evolution-strategies": EvolutionStrategies,
+}
+"""Estimators beside the two that the paper compares."""
+
 ScaleName = Literal["smoke", "small", "paper"]
 LABELS = {
     "unregularised": "unregularised",
     "single": "best single strength",
+    **{name: f"per weight, {other.__name__}" for name, other in OTHERS.items()},
     "t1t2": "per weight, T1–T2",
     "contrastive": "per weight, contrastive",
 }
@@ -94,6 +131,9 @@ class StrengthLearning(ABC):
     estimator: EstimatorName = "contrastive"
     """What learns the strengths that are saved and drawn."""
 
+    other: Estimator | None = None
+    """The estimator's own knobs, where it is neither the contrastive rule nor T1–T2."""
+
     compare: bool = True
     """Run the other rows of the table too."""
 
@@ -133,15 +173,29 @@ class StrengthLearning(ABC):
                 f"give seed={self.seed} for one run, or seeds={self.seeds} for seeds 0 to "
                 f"{self.seeds - 1}, not both"
             )
+        if self.other is not None and type(self.other) is not OTHERS.get(self.estimator):
+            raise ConfigurationError(
+                f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
+                f"{self.estimator!r}, which learns the strengths"
+            )
         if not self.initial_strength >= 0:
             raise ConfigurationError(
                 f"initial_strength must be at least 0, got {self.initial_strength}"
             )
 
     @classmethod
-    @abstractmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose, `scale` for example."""
+        """The defaults that some words choose: `scale`, `setting` and `estimator`."""
+        defaults = cls._preset(**chosen)
+        for name, kind in OTHERS.items():
+            if name == chosen.get("estimator"):
+                return replace(defaults, estimator=name, other=kind())
+        return defaults
+
+    @classmethod
+    @abstractmethod
+    def _preset(cls, **chosen: str) -> Self:
+        """The defaults that all words but `estimator` choose."""
 
     @property
     @abstractmethod
@@ -160,12 +214,16 @@ class StrengthLearning(ABC):
     def recipe(self, name: EstimatorName) -> Recipe:
         """How an estimator learns the strengths."""
 
+    def another(self, name: EstimatorName) -> Estimator:
+        """An estimator that is neither the contrastive rule nor T1–T2."""
+        return self.other or OTHERS[name]()
+
     def batch_sizes(self) -> tuple[int | None, int | None]:
         """Images of a mini-batch for training and for validation; None for all at once."""
         return None, None
 
-    def published(self, name: EstimatorName) -> Published | None:
-        """What the paper reports of this."""
+    def published(self, name: str) -> Published | None:
+        """What the paper reports of a row of the table."""
         return None
 
 
@@ -415,11 +473,11 @@ def run_seed(
         rows |= {name: Row(**row) for name, row in baselines["rows"].items()}
         strength = baselines["best_single_strength"]
         console.print(f"seed {config.seed} best single strength {strength:.3g}", highlight=False)
-        other: EstimatorName = "t1t2" if config.estimator == "contrastive" else "contrastive"
+        second: EstimatorName = "t1t2" if config.estimator == "contrastive" else "contrastive"
         beside = RunDirectory(
-            directory.path / other, replace(config, estimator=other), resume=resume
+            directory.path / second, replace(config, estimator=second, other=None), resume=resume
         )
-        rows[other] = job.learned(other, beside, resume=resume, console=console)
+        rows[second] = job.learned(second, beside, resume=resume, console=console)
     rows[config.estimator] = job.learned(
         config.estimator, directory, resume=resume, console=console
     )
@@ -466,6 +524,6 @@ def make_table(config: StrengthLearning, rows: dict[str, list[Row]]) -> Table:
             format(round(np.mean([row.gradient_evaluations for row in each])), ","),
             format(np.mean([row.seconds for row in each]), ".1f"),
         )
-        if name in ESTIMATORS and (paper := config.published(name)) is not None:
+        if (paper := config.published(name)) is not None:
             table.add_row("  in the paper", with_error(*paper.validation), with_error(*paper.test))
     return table
