@@ -46,6 +46,7 @@ def commands() -> list[Command]:
         boston,
         bound,
         digits,
+        first_phase,
         images,
         matched_phases,
         quadratic,
@@ -66,6 +67,7 @@ def commands() -> list[Command]:
         quadratic.FigS6,
         accuracy.Accuracy,
         table1.Table1,
+        first_phase.Fig3,
     )
     return [
         *(

@@ -332,8 +332,10 @@ class Job:
         rows = {"unregularised": vars(unregularised), "single": vars(single)}
         return {"rows": rows, "best_single_strength": strength}
 
-    def learn(self, name: EstimatorName, callbacks: Sequence[Callback] = ()) -> Learned:
-        """Learn a strength for every weight."""
+    def learn(
+        self, name: EstimatorName, callbacks: Sequence[Callback] = (), *, watched: bool = True
+    ) -> Learned:
+        """Learn a strength for every weight; watched, with the accuracy of every outer step."""
         recipe = self.config.recipe(name)
         synapse = ComplexSynapse(self.network, strength=self.config.initial_strength)
         meta_params = synapse.meta_params()
@@ -347,7 +349,7 @@ class Job:
             optimizer=torch.optim.Adam(meta_params.values(), lr=recipe.outer_lr),
             steps=self.config.outer_steps,
             project=synapse.project_,
-            evaluate=lambda params: self.accuracy(synapse, params),
+            evaluate=(lambda params: self.accuracy(synapse, params)) if watched else None,
             callbacks=callbacks,
         )
         # what the last step of the strengths is worth: learn once more
