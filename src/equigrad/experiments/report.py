@@ -3,7 +3,7 @@
 import base64
 import csv
 import io
-import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,26 +20,27 @@ from PIL import Image
 
 from equigrad.errors import RunError
 from equigrad.experiments import figures
+from equigrad.experiments.formats import is_numeric, short, shown, text, with_error, words
 from equigrad.experiments.run_folders import (
     RunFolder,
     find_runs,
     flat,
-    is_number,
     json_object,
     numbers,
     tensors,
 )
+from equigrad.experiments.run_groups import BESIDE, Group, grouped
 from equigrad.experiments.strength_learning import LABELS, mean_and_error
 from equigrad.training.files import write_whole
 
 GENERATOR = '<meta name="generator" content="equigrad report">'
 """The mark of a page that may be written over."""
 
-SECTION = ("setting", "scale")
-"""Settings that make runs of one experiment another matter."""
-
 MOST_ROWS = 200
 """Rows of a table that are shown."""
+
+FEW_ROWS = 24
+"""Rows of a table that is shown unfolded."""
 
 
 @dataclass(frozen=True)
@@ -78,107 +79,6 @@ class Run:
     anchor: str
     panels: Sequence[Panel]
     open: bool
-
-
-class Group:
-    """Runs with the same settings but for the seed."""
-
-    def __init__(self, family: RunFolder | None) -> None:
-        self.family, self.runs, self.label = family, list[RunFolder](), ""
-
-    @property
-    def seeded(self) -> list[RunFolder]:
-        """The runs without the folder that holds those of all seeds."""
-        return [run for run in self.runs if run.seeds is None]
-
-    @property
-    def missing(self) -> list[int]:
-        """Seeds that were asked for and have no folder."""
-        there = {run.settings.get("seed") for run in self.seeded}
-        asked = (self.family.seeds if self.family else None) or 0
-        return [seed for seed in range(asked) if seed not in there]
-
-    @property
-    def finished(self) -> list[RunFolder]:
-        """Those that have ended."""
-        return [run for run in self.seeded if run.ended]
-
-    @property
-    def status(self) -> str:
-        """Whether all have ended, and how far the others are."""
-        if len(self.finished) == len(self.seeded) and not self.missing:
-            return "finished"
-        several = len(self.seeded) + len(self.missing) > 1
-        lines = [
-            f"seed {run.settings.get('seed')}: {run.progress}" if several else run.progress
-            for run in self.seeded
-            if not run.ended
-        ]
-        lines += [f"seed {seed}: missing" for seed in self.missing]
-        if several:
-            total = len(self.seeded) + len(self.missing)
-            lines.insert(0, f"{len(self.finished)} of {total} seeds finished")
-        return "; ".join(lines)
-
-    @property
-    def seeds(self) -> str:
-        """The seeds of those that have ended; of all where none has."""
-        seeds = [
-            run.settings["seed"]
-            for run in self.finished or self.seeded
-            if run.settings.get("seed") is not None
-        ]
-        return ", ".join(map(str, seeds))
-
-    def mean(self, read: Callable[[RunFolder], float | None]) -> tuple[float, float | None] | None:
-        """Mean and standard error over those that have ended, or None where there is no number."""
-        values = [value for run in self.finished if (value := read(run)) is not None]
-        return mean_and_error(values) if values else None
-
-    @property
-    def gradients(self) -> str:
-        """Mean number of gradients of a seed."""
-        found = self.mean(lambda run: numbers(run.result).get("gradient_evaluations"))
-        return "" if found is None else f"{found[0]:,.0f}"
-
-    @property
-    def time(self) -> str:
-        """Mean time of a seed."""
-        found = self.mean(lambda run: numbers(run.result).get("seconds"))
-        return "" if found is None else duration(found[0])
-
-    @property
-    def device(self) -> str:
-        """Where it was computed."""
-        devices = (str(run.result["device"]) for run in self.finished if "device" in run.result)
-        return ", ".join(dict.fromkeys(devices))
-
-    def cell(self, metric: str) -> "Cell":
-        """A metric, beside the paper's."""
-        found = self.mean(lambda run: run.metrics.get(metric))
-        if found is None:
-            last = [
-                f"{shown(run.logged[metric])} at step {run.steps_done}"
-                for run in self.seeded
-                if metric in run.logged
-            ]
-            return Cell("", "; ".join(last))
-        paper = next(
-            (p for run in self.finished if metric in (p := numbers(run.result.get("paper")))), None
-        )
-        if paper is None:
-            return Cell(with_error(*found))
-        published = with_error(paper[metric], paper.get(f"{metric}_standard_error"))
-        return Cell(with_error(*found), f"paper {published}", f"{found[0] - paper[metric]:+.2f}")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of the overview, what stands below it, and how far they are apart."""
-
-    number: str
-    below: str = ""
-    difference: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,47 +141,12 @@ def render(folders: Sequence[RunFolder]) -> str:
     )
 
 
-def grouped(folders: Sequence[RunFolder]) -> dict[str, list[Group]]:
-    """Groups of runs by the title of their section, in order of path."""
-    families = {folder.path: folder for folder in folders if folder.seeds is not None}
-    sections: dict[str, dict[str, list[Group]]] = {}
-    for run in folders:
-        family = next(
-            (families[at] for at in (run.path, *run.path.parents) if at in families), None
-        )
-        title = ", ".join(
-            [
-                run.experiment,
-                *(f"{word} {run.settings[word]}" for word in SECTION if word in run.settings),
-            ]
-        )
-        alike = {k: v for k, v in run.settings.items() if k not in ("seed", "seeds")}
-        # a run without readable settings is like no other
-        key = json.dumps([str(family), alike or str(run)], sort_keys=True)
-        same = sections.setdefault(title, {}).setdefault(key, [])
-        taken = (run.settings.get("seed"), run.seeds)
-        for group in same:  # a seed that was run twice is not two seeds
-            if all((r.settings.get("seed"), r.seeds) != taken for r in group.runs):
-                break
-        else:
-            same.append(group := Group(family))
-        group.runs.append(run)
-    return {
-        title: [group for groups in keyed.values() for group in groups]
-        for title, keyed in sections.items()
-    }
-
-
 def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) -> Section:
     """Label the groups by what tells them apart, draw their curves, and gather their runs."""
     settings = [
         {
             "": str(group.runs[0]),
-            **dict(
-                flat(
-                    {k: v for k, v in group.runs[0].settings.items() if k not in ("seed", "seeds")}
-                )
-            ),
+            **dict(flat({k: v for k, v in group.runs[0].settings.items() if k not in BESIDE})),
             **dict(flat({"versions": group.runs[0].about.get("versions", {})})),
         }
         for group in groups
@@ -306,7 +171,12 @@ def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) ->
         [[name, *(text(each.get(name, "")) for each in settings)] for name in differing],
     )
     runs = [
-        Run(run, anchors[run.path], list(panels(run)), open=run is group.runs[0])
+        Run(
+            run,
+            anchors[run.path],
+            list(panels(run)),
+            open=run is group.family or run is group.seeded[0],
+        )
         for group in groups
         for run in group.runs
     ]
@@ -345,10 +215,9 @@ def curves(groups: Sequence[Group]) -> list[Panel]:
     for name in [*metric_names([run for _, run in runs]), "outer_loss", "residual"]:
         lines = []
         for i, run in runs:
-            points = [(r["outer_step"], r[name]) for r in run.history if name in numbers(r)]
-            if name in run.metrics:  # with what was learned, after the last step
-                points.append((run.steps_done, run.metrics[name]))
-            if points:
+            rows = [*run.history, {"outer_step": run.steps_done, **run.metrics}]
+            points = [(row["outer_step"], numbers(row).get(name, math.nan)) for row in rows]
+            if points := [(step, value) for step, value in points if math.isfinite(value)]:
                 lines.append((i, points))
         if lines:
             svg = figures.curves(lines, log=name == "residual")
@@ -363,45 +232,71 @@ def panels(run: RunFolder) -> Iterator[Panel]:
         ".png": lambda content: {"picture": data_uri(smaller(content), "png")},
         ".pt": lambda content: {"table": strengths_table(content)},
         ".json": json_panel,
-        ".csv": lambda content: {"table": csv_table(content), "folded": True},
+        ".csv": csv_panel,
     }
-    passed_over = ("config.json", "checkpoint.pt")
+    passed_over = ("config.json", "result.json", "checkpoint.pt")
     names = [name for name in run.files if name not in passed_over]
     for suffix, reader in readers.items():
         for name in (n for n in names if n.endswith(suffix)):
             content = run.read(name, reader)
             if content is not None:
                 yield Panel(name, **content)
-    table = Table(["setting", "value"], [[n, text(v)] for n, v in flat(run.about)])
-    yield Panel("config.json", table=table, folded=True)
+    for name, content in (("config.json", run.about), ("result.json", run.result)):
+        if content:
+            yield Panel(name, table=listing(content), folded=True)
 
 
 def json_panel(content: bytes) -> dict[str, Any]:
-    """A table by rows, of means where there is one a seed, or else all that it says, folded."""
+    """A table where it is one, with means where there is a row a seed; else all it says, folded."""
     found = json_object(content)
-    if found and all(isinstance(value, list) for value in found.values()):
-        found = {
+    if all(is_rows(rows) for rows in found.values()):
+        means = {
             name: {
-                column: with_error(*mean_and_error([numbers(row)[column] for row in rows]))
+                column: with_error(*mean_and_error([row[column] for row in rows]))
                 for column in numbers(rows[0])
             }
             for name, rows in found.items()
         }
-    if found and all(isinstance(value, dict) for value in found.values()):
-        columns = list(dict.fromkeys(column for row in found.values() for column in row))
-        rows = [
+        return {"table": by_name(means)}
+    if is_rows(list(found.values())):
+        return {"table": by_name(found)}
+    return {"table": listing(found), "folded": True}
+
+
+def is_rows(value: Any) -> bool:
+    """Whether it is a list of dictionaries, one at least, with the same keys."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and row.keys() == value[0].keys() for row in value)
+    )
+
+
+def by_name(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of named rows."""
+    columns = list(next(iter(rows.values()), {}))
+    return Table(
+        ["", *map(words, columns)],
+        [
             [LABELS.get(name, name), *(text(row.get(column, ""), brief=True) for column in columns)]
-            for name, row in found.items()
-        ]
-        return {"table": Table(["", *map(words, columns)], rows)}
-    return {"table": Table(["", ""], [[n, text(v)] for n, v in flat(found)]), "folded": True}
+            for name, row in rows.items()
+        ],
+    )
 
 
-def csv_table(content: bytes) -> Table:
-    """A table of comma-separated values, as far as it is shown."""
+def listing(content: Mapping[str, Any]) -> Table:
+    """All that a JSON object says, a line each."""
+    return Table(["name", "value"], [[name, text(value)] for name, value in flat(content)])
+
+
+def csv_panel(content: bytes) -> dict[str, Any]:
+    """A table of comma-separated values, as far as it is shown; folded where it is long."""
     headings, *rows = csv.reader(io.StringIO(content.decode()), strict=True)
+    if any(len(row) != len(headings) for row in rows):
+        raise ValueError("a row with more or fewer entries than the header")
     note = f"The first {MOST_ROWS} of {len(rows):,} rows." if len(rows) > MOST_ROWS else ""
-    return Table(headings, [[short(entry) for entry in row] for row in rows[:MOST_ROWS]], note)
+    table = Table(headings, [[short(entry) for entry in row] for row in rows[:MOST_ROWS]], note)
+    return {"table": table, "folded": len(rows) > FEW_ROWS}
 
 
 def strengths_table(content: bytes) -> Table:
@@ -435,72 +330,3 @@ def smaller(png: bytes) -> bytes:
 def data_uri(content: bytes, kind: str) -> str:
     """An image that needs no file."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def words(name: str) -> str:
-    """A name as a heading; accuracies are in percent.
-
-    Example:
-        >>> words("test_accuracy")
-        'test accuracy, %'
-    """
-    return name.replace("_", " ") + (", %" if name.endswith("_accuracy") else "")
-
-
-def shown(number: float) -> str:
-    """A number as a table has it.
-
-    Example:
-        >>> [shown(number) for number in (80702, 94.4258, 0.00012345)]
-        ['80,702', '94.43', '0.0001234']
-    """
-    if isinstance(number, int) or abs(number) >= 1e4:
-        return f"{number:,.0f}"
-    return f"{number:.2f}" if abs(number) >= 1 else f"{number:.4g}"
-
-
-def with_error(mean: float, error: float | None) -> str:
-    """`mean ± error` with the same digits after the point, or the mean alone.
-
-    Example:
-        >>> with_error(95.1, 0.66), with_error(0.0123, 0.00041), with_error(80702.0, None)
-        ('95.10 ± 0.66', '0.0123 ± 0.00041', '80,702')
-    """
-    if error is None:
-        return shown(mean)
-    return f"{shown(mean)} ± {f'{error:.2f}' if 1 <= abs(mean) < 1e4 else f'{error:.2g}'}"
-
-
-def is_numeric(entry: str) -> bool:
-    """Whether a table's entry is a number, or empty."""
-    return not entry.strip(" 0123456789,.±+-−einfa∞")
-
-
-def text(value: Any, *, brief: bool = False) -> str:
-    """A value of JSON as a table has it; `brief` leaves out digits that nobody reads."""
-    if value is None or isinstance(value, bool | list | dict):
-        return json.dumps(value, ensure_ascii=False)
-    return shown(value) if brief and is_number(value) else str(value)
-
-
-def short(entry: str) -> str:
-    """A number with no more digits than anyone reads; other words as they are."""
-    try:
-        return shown(float(entry)) if "." in entry else entry
-    except ValueError:
-        return entry
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    Example:
-        >>> [duration(seconds) for seconds in (0.26, 76.4, 7300)]
-        ['0.3 s', '1 min 16 s', '2 h 1 min']
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

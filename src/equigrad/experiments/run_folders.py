@@ -13,8 +13,11 @@ from equigrad.errors import RunError
 
 T = TypeVar("T")
 
-ENDS = ("result.json", "summary.json", "best.json", "*.md")
-"""What a run writes when it has ended."""
+ENDS = ("result.json", "summary.json", "best.json")
+"""What a run writes when it has ended; a reproduction writes a text beside its table."""
+
+IN_TABLE = "trials"
+"""A folder of runs that are rows of a table in the run above, and not looked for."""
 
 BY_LOOP = (
     "outer_step",
@@ -67,8 +70,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except Exception as error:  # readers raise a dozen kinds for a damaged file
-            said = str(error).partition("\n")[0]
-            self.damage.append(f"{name} cannot be read ({type(error).__name__}: {said[:200]})")
+            self.damage.append(f"{name} cannot be read ({type(error).__name__})")
             return None
 
     @property
@@ -86,17 +88,24 @@ class RunFolder:
         return str(self.about.get("experiment", "unknown"))
 
     @property
+    def seed(self) -> int | None:
+        """What drew the split and the start, where a single number did."""
+        seed = self.settings.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
     def seeds(self) -> int | None:
         """N where the folder holds the runs of seeds 0 to N-1."""
         seeds = self.settings.get("seeds")
-        return seeds if "seed" in self.settings and isinstance(seeds, int) else None
+        return seeds if self.seed is not None and isinstance(seeds, int) else None
 
     @property
     def ended(self) -> bool:
         """Whether what a run writes at its end is there, and can be read."""
         if (self.path / "result.json").exists():
             return bool(self.result)
-        return any(True for pattern in ENDS for _ in self.path.glob(pattern))
+        texts = (table.with_suffix(".md") for table in self.path.glob("*.csv"))
+        return any(end.exists() for end in (*(self.path / name for name in ENDS), *texts))
 
     @property
     def steps_done(self) -> int:
@@ -108,10 +117,11 @@ class RunFolder:
         """Whether the run has ended, and how far it is where it has not."""
         if self.ended:
             return "finished"
+        state = "result unreadable" if (self.path / "result.json").exists() else "unfinished"
         steps = self.settings.get("outer_steps")
         if self.seeds is not None or not isinstance(steps, int):
-            return "unfinished"
-        return f"unfinished, {self.steps_done} of {steps} outer steps"
+            return state
+        return f"{state}, {self.steps_done} of {steps} outer steps"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -144,11 +154,12 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"{folder} is not a folder; name the folder of a run, or one above it")
-    found = {
-        path.resolve(): path
-        for folder in reversed(folders)
-        for path in (Path(at) for at, _, files in os.walk(folder) if "config.json" in files)
-    }
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        for at, inside, files in os.walk(folder):
+            if "config.json" in files:
+                found.setdefault(Path(at).resolve(), Path(at))
+                inside[:] = [name for name in inside if name != IN_TABLE]
     if not found:
         raise RunError(
             f"no run in {', '.join(map(str, folders))}: no folder there holds a config.json"
