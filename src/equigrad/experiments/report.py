@@ -39,6 +39,9 @@ GENERATOR = '<meta name="generator" content="equigrad report">'
 MOST_ROWS = 200
 """Rows of a table that are shown."""
 
+HUGE = 1e100
+"""From here on, as where they are NaN, values are not drawn."""
+
 FEW_ROWS = 24
 """Rows of a table that is shown unfolded."""
 
@@ -217,7 +220,7 @@ def curves(groups: Sequence[Group]) -> list[Panel]:
         for i, run in runs:
             rows = [*run.history, {"outer_step": run.steps_done, **run.metrics}]
             points = [(row["outer_step"], numbers(row).get(name, math.nan)) for row in rows]
-            if points := [(step, value) for step, value in points if math.isfinite(value)]:
+            if points := [(step, value) for step, value in points if abs(value) < HUGE]:
                 lines.append((i, points))
         if lines:
             svg = figures.curves(lines, log=name == "residual")
