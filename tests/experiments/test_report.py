@@ -160,7 +160,7 @@ def test_what_is_unfinished_or_missing_is_named(copied):
     assert row[4] == f"0 of 2 seeds finished; {unfinished}"
     assert row[2].strip() == f"{last['test_accuracy']:.2f} at step 2"  # no mean of what has no end
     assert page.row("per weight, T1–T2")[4] == "1 of 2 seeds finished; seed 1: missing"
-    assert "seed-0: metrics.jsonl: line 3 cannot be read" in page.words
+    assert "seed-0: metrics.jsonl: 1 of 3 lines cannot be read and are left out" in page.words
     assert f"{copied}: seed 1 of per weight, contrastive is missing" in page.words
 
 

@@ -26,6 +26,7 @@ from equigrad.experiments.run_folders import (
     find_runs,
     flat,
     json_object,
+    mapping,
     numbers,
     tensors,
 )
@@ -145,30 +146,11 @@ def render(folders: Sequence[RunFolder]) -> str:
 
 
 def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) -> Section:
-    """Label the groups by what tells them apart, draw their curves, and gather their runs."""
-    settings = [
-        {
-            "": str(group.runs[0]),
-            **dict(flat({k: v for k, v in group.runs[0].settings.items() if k not in BESIDE})),
-            **dict(flat({"versions": group.runs[0].about.get("versions", {})})),
-        }
-        for group in groups
-    ]
-    names = list(dict.fromkeys(name for each in settings for name in each if name))
+    """Compare the groups, draw their curves, and gather their runs."""
+    settings = [settings_of(group.runs[0]) for group in groups]
+    names = dict.fromkeys(name for each in settings for name in each)
     differing = [n for n in names if any(each.get(n) != settings[0].get(n) for each in settings)]
-    for group, each in zip(groups, settings, strict=True):
-        estimator = each.get("estimator")
-        own = [
-            f"{name} {text(each.get(name))}"
-            for name in differing
-            if name != "estimator" and not name.startswith("versions.")
-        ]
-        first = LABELS.get(str(estimator), str(estimator or group.runs[0].experiment))
-        group.label = ", ".join([first, *own[:3]])
-    labels = Counter(group.label for group in groups)
-    for group in groups:
-        if labels[group.label] > 1:
-            group.label += f" ({group.family or group.runs[0]})"
+    name_groups(groups, settings, differing)
     table = Table(
         ["setting", *(group.label for group in groups)],
         [[name, *(text(each.get(name, "")) for each in settings)] for name in differing],
@@ -178,12 +160,33 @@ def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) ->
             run,
             anchors[run.path],
             list(panels(run)),
-            open=run is group.family or run is group.seeded[0],
+            open=run in (group.family, *group.seeded[:1]),
         )
         for group in groups
         for run in group.runs
     ]
     return Section(title, groups, curves(groups), table if differing else None, runs)
+
+
+def settings_of(run: RunFolder) -> dict[str, Any]:
+    """What a run's numbers depend on but for the seed, by dotted names."""
+    settings = {name: value for name, value in run.settings.items() if name not in BESIDE}
+    return dict(flat({**settings, "versions": mapping(run.about.get("versions"))}))
+
+
+def name_groups(
+    groups: Sequence[Group], settings: Sequence[Mapping[str, Any]], differing: Sequence[str]
+) -> None:
+    """Label each group by its estimator and what differs; by its path where that is not enough."""
+    told = [n for n in differing if n != "estimator" and not n.startswith("versions.")]
+    for group, each in zip(groups, settings, strict=True):
+        estimator = str(each.get("estimator") or group.runs[0].experiment)
+        own = (f"{name} {text(each.get(name))}" for name in told[:3])
+        group.label = ", ".join([LABELS.get(estimator, estimator), *own])
+    shared = Counter(group.label for group in groups)
+    for group in groups:
+        if shared[group.label] > 1:
+            group.label += f" ({group.family or group.runs[0]})"
 
 
 def troubles(sections: Sequence[Section]) -> Iterator[tuple[str, str, str]]:

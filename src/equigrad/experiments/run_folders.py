@@ -56,8 +56,10 @@ class RunFolder:
             self.damage.append("config.json is not that of a run: it names no experiment")
         self.history, torn = self.read("metrics.jsonl", json_lines) or ([], [])
         if torn:
-            lines = ("line " if len(torn) == 1 else "lines ") + ", ".join(map(str, torn))
-            self.damage.append(f"metrics.jsonl: {lines} cannot be read, and left out here")
+            self.damage.append(
+                f"metrics.jsonl: {len(torn)} of {len(torn) + len(self.history)} lines cannot be "
+                f"read and are left out, the first of them line {torn[0]}"
+            )
         self.result = self.read("result.json", json_object) or {}
 
     def __str__(self) -> str:
