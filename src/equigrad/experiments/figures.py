@@ -97,7 +97,7 @@ def curves(
     if log and positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")
     axes.set_xlabel("outer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
