@@ -106,7 +106,9 @@ def dispatch(arguments: Sequence[str]) -> None:
         description="Meta-gradients through anything that settles.",
         epilog="`equigrad run digits --help` shows a command's options.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{run,reproduce,check,list}")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="{run,reproduce,report,check,list}"
+    )
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
@@ -122,6 +124,13 @@ def dispatch(arguments: Sequence[str]) -> None:
     check.add_argument("--rtol", type=float, default=1e-2, help="relative error to pass")
     check.add_argument("--directions", type=int, default=3, help="directions to re-solve along")
     check.add_argument("--seed", type=int, default=0, help="draws the directions")
+    report = verbs.add_parser("report", help="write a page about the runs in some folders")
+    report.add_argument(
+        "folders", metavar="DIR", nargs="+", type=Path, help="folder of a run, or one above runs"
+    )
+    report.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="the page; report.html in the first DIR"
+    )
 
     of_experiment = bool(arguments) and arguments[0] in VERBS
     words = parser.parse_args(arguments[:2] if of_experiment else arguments)
@@ -130,6 +139,11 @@ def dispatch(arguments: Sequence[str]) -> None:
         return
     if words.verb == "check":
         examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
+        return
+    if words.verb == "report":
+        from equigrad.experiments.report import report as write_report
+
+        print(f"written to {write_report(words.folders, words.out)}")
         return
     for command in known:
         if (command.verb, command.name) == (words.verb, words.name):

@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from equigrad.training.files import write_whole
+
+MOST_POINTS = 400
+"""Points of a curve that are drawn."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -68,3 +74,38 @@ def strength_learning(
     right.set(title=f"mean λ of each {seen}", xticks=[], yticks=[])
     figure.colorbar(image, ax=right, shrink=0.9)
     save(figure, path)
+
+
+def curves(
+    lines: Sequence[tuple[int, Sequence[tuple[float, float]]]], *, log: bool = False
+) -> bytes:
+    """Lines over each other against the outer step, as SVG.
+
+    Args:
+        lines: the number of the line's colour (`color`), and its points.
+        log: draw the values on a logarithmic axis, where they span a decade.
+    """
+    figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for i, points in lines:
+        every = -(-len(points) // MOST_POINTS)
+        kept = [*points[:-1:every], points[-1]]
+        marker = "o" if len(kept) < 20 else None
+        x, y = zip(*kept, strict=True)
+        axes.plot(x, y, color=color(i), linewidth=1.4, alpha=0.85, marker=marker, markersize=3)
+    positive = [value for _, points in lines for _, value in points if value > 0]
+    if log and positive and max(positive) > 10 * min(positive):
+        axes.set_yscale("log")
+    axes.set_xlabel("outer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "equigrad"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def color(i: int) -> str:
+    """The i-th colour that lines have, as `#rrggbb`; they repeat after ten."""
+    return to_hex(f"C{i % 10}")

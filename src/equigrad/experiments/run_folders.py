@@ -1,0 +1,236 @@
+"""Reads what runs have left in their folders, whatever became of them."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from equigrad.errors import RunError
+
+T = TypeVar("T")
+
+ENDS = ("result.json", "summary.json", "best.json")
+"""What a run writes when it has ended; a reproduction writes a text beside its table."""
+
+IN_TABLE = "trials"
+"""A folder of runs that are rows of a table in the run above, and not looked for."""
+
+BY_LOOP = (
+    "outer_step",
+    "outer_loss",
+    "residual",
+    "gradient_norm",
+    "gradient_evaluations",
+    "seconds",
+    "status",
+)
+"""What the outer loop logs of a step; all else is a metric of the experiment."""
+
+
+class RunFolder:
+    """A folder with a `config.json`, and what can be read of what else lies in it.
+
+    Nothing that is missing or damaged raises: it is named in `damage`.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        about: the content of `config.json`.
+        settings: the run's configuration, from there.
+        history: the rows of `metrics.jsonl`.
+        result: the content of `result.json`; empty where there is none.
+        damage: a sentence a file that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damage: list[str] = []
+        self.about = self.read("config.json", json_object) or {}
+        self.settings: dict[str, Any] = mapping(self.about.get("config"))
+        if not self.damage and not (self.settings and self.about.get("experiment")):
+            self.damage.append("config.json is not that of a run: it names no experiment")
+        self.history, torn = self.read("metrics.jsonl", json_lines) or ([], [])
+        if torn:
+            self.damage.append(
+                f"metrics.jsonl: {len(torn)} of {len(torn) + len(self.history)} lines cannot be "
+                f"read and are left out, the first of them line {torn[0]}"
+            )
+        self.result = self.read("result.json", json_object) or {}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str, reader: Callable[[bytes], T]) -> T | None:
+        """What a reader makes of a file; None where there is none, or a damaged one."""
+        try:
+            return reader((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # readers raise a dozen kinds for a damaged file
+            self.damage.append(f"{name} cannot be read ({type(error).__name__})")
+            return None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in the folder, hidden ones left out."""
+        return sorted(
+            child.name
+            for child in self.path.iterdir()
+            if child.is_file() and not child.name.startswith(".")
+        )
+
+    @property
+    def experiment(self) -> str:
+        """What was run or reproduced."""
+        return str(self.about.get("experiment", "unknown"))
+
+    @property
+    def seed(self) -> int | None:
+        """What drew the split and the start, where a single number did."""
+        seed = self.settings.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def seeds(self) -> int | None:
+        """N where the folder holds the runs of seeds 0 to N-1."""
+        seeds = self.settings.get("seeds")
+        return seeds if self.seed is not None and isinstance(seeds, int) else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether what a run writes at its end is there, and can be read."""
+        if (self.path / "result.json").exists():
+            return bool(self.result)
+        texts = (table.with_suffix(".md") for table in self.path.glob("*.csv"))
+        return any(end.exists() for end in (*(self.path / name for name in ENDS), *texts))
+
+    @property
+    def steps_done(self) -> int:
+        """Outer steps that were logged."""
+        return 1 + max((row["outer_step"] for row in self.history), default=-1)
+
+    @property
+    def progress(self) -> str:
+        """Whether the run has ended, and how far it is where it has not."""
+        if self.ended:
+            return "finished"
+        state = "result unreadable" if (self.path / "result.json").exists() else "unfinished"
+        steps = self.settings.get("outer_steps")
+        if self.seeds is not None or not isinstance(steps, int):
+            return state
+        return f"{state}, {self.steps_done} of {steps} outer steps"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the run reached, by name."""
+        return numbers(self.result.get("metrics"))
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The metrics of the last outer step that was logged."""
+        last = self.history[-1] if self.history else {}
+        return {name: value for name, value in numbers(last).items() if name not in BY_LOOP}
+
+    @property
+    def uneasy(self) -> list[str]:
+        """What the outer steps' status says beyond that a phase converged or ran its steps."""
+        said = [str(row["status"]) for row in self.history if "status" in row]
+        return [
+            status
+            for status in said
+            if not all(part.startswith(("converged", "stopped")) for part in status.split("; "))
+        ]
+
+
+def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
+    """The runs in some folders and in all that is below them, each once, in order of path.
+
+    Raises:
+        RunError: a folder is not there, or there is no run in any.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunError(f"{folder} is not a folder; name the folder of a run, or one above it")
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        for at, inside, files in os.walk(folder):
+            if "config.json" in files:
+                found.setdefault(Path(at).resolve(), Path(at))
+                inside[:] = [name for name in inside if name != IN_TABLE]
+    if not found:
+        raise RunError(
+            f"no run in {', '.join(map(str, folders))}: no folder there holds a config.json"
+        )
+    return [RunFolder(path) for path in sorted(found.values())]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A dictionary as it is, and an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number.
+
+    Example:
+        >>> [is_number(value) for value in (1, 0.5, True, "1", None)]
+        [True, True, False, False, False]
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The entries of a dictionary that are numbers."""
+    return {name: entry for name, entry in mapping(value).items() if is_number(entry)}
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON object was expected, not {type(found).__name__}")
+    return found
+
+
+def json_lines(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of `metrics.jsonl`, and the numbers of lines that are none, cut off by a kill."""
+    rows, torn = [], []
+    for i, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json_object(line)
+        except ValueError:
+            row = {}
+        if isinstance(row.get("outer_step"), int):
+            rows.append(row)
+        else:
+            torn.append(i)
+    return rows, torn
+
+
+def tensors(content: bytes) -> dict[str, torch.Tensor]:
+    """The meta-parameters of `learned.pt`; only tensors and plain values are loaded."""
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return {name: tensor.detach() for name, tensor in loaded["meta_params"].items()}
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in nested dictionaries, by dotted names.
+
+    Example:
+        >>> dict(flat({"solver": {"lr": 0.1, "tol": None}, "hidden": [8, 8]}))
+        {'solver.lr': 0.1, 'solver.tol': None, 'hidden': [8, 8]}
+    """
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            yield from flat(entry, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
