@@ -51,6 +51,7 @@ def commands() -> list[Command]:
         quadratic,
         strength_learning,
         table1,
+        tabular,
     )
     from equigrad.experiments.reproduction import reproduce
 
@@ -70,7 +71,7 @@ def commands() -> list[Command]:
     return [
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
-            for experiment in (digits.Digits, images.Mnist, images.Cifar10)
+            for experiment in (digits.Digits, images.Mnist, images.Cifar10, tabular.Tabular)
         ),
         *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
     ]
@@ -104,12 +105,23 @@ def dispatch(arguments: Sequence[str]) -> None:
         description="Meta-gradients through anything that settles.",
         epilog="`equigrad run digits --help` shows a command's options.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{run,reproduce,check,list}")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="{run,reproduce,predict,check,list}"
+    )
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in known if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
+    predict = verbs.add_parser("predict", help="ask the model that a run on your own data saved")
+    predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
+    predict.add_argument("--csv", type=Path, required=True, help="rows to predict the target of")
+    predict.add_argument(
+        "--out", type=Path, help="file of the predictions; standard output by default"
+    )
+    predict.add_argument("--delimiter", help="between columns; found in the header by default")
+    predict.add_argument("--encoding", default="utf-8", help="of the file's text")
+    predict.add_argument("--decimal", choices=(".", ","), default=".", help="decimal mark")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
     check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
     check.add_argument(
@@ -128,6 +140,9 @@ def dispatch(arguments: Sequence[str]) -> None:
         return
     if words.verb == "check":
         examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
+        return
+    if words.verb == "predict":
+        ask(words)
         return
     for command in known:
         if (command.verb, command.name) == (words.verb, words.name):
@@ -152,6 +167,21 @@ def show(known: Sequence[Command]) -> None:
         estimators.add_row(*row)
     console.print(estimators)
     console.print(LEGEND)
+
+
+def ask(words: argparse.Namespace) -> None:
+    """Predictions of a saved model; notes go where they do not mix with them."""
+    from equigrad.experiments.predict import predict_table
+
+    predict_table(
+        words.model,
+        words.csv,
+        out=words.out,
+        delimiter=words.delimiter,
+        encoding=words.encoding,
+        decimal=words.decimal,
+        console=Console(stderr=True),
+    )
 
 
 def examine(target: str, **options: Any) -> None:
