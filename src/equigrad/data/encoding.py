@@ -19,6 +19,7 @@ MOST_CATEGORIES = 50
 MOST_WHOLE_CLASSES = 10
 """A target of whole numbers with more values is taken for a number."""
 
+MARKS = str.maketrans("", "", "-.,")
 Missing = Literal["error", "impute", "drop"]
 TaskName = Literal["auto", "classification", "regression"]
 
@@ -227,10 +228,8 @@ def is_numeric(table: Table, name: str) -> bool:
     there = [i for i, text in enumerate(texts) if text not in MISSING]
     junk = [i for i in there if numbers[i] is None]
     if 2 * len(junk) > len(there):
-        commas = [i for i in junk if table.decimal == "." and texts[i].count(",") == 1]
-        if 2 * len(commas) > len(there) and all(
-            texts[i].replace(",", "").lstrip("-").isdigit() for i in commas
-        ):
+        digits = [i for i in junk if texts[i].translate(MARKS).isdigit() and "," in texts[i]]
+        if table.decimal == "." and 2 * len(digits) > len(there):
             raise not_a_number(table, name, junk)
         return False
     if junk:
