@@ -36,7 +36,7 @@ TABLES = {
 DEFAULT = Tabular(csv=Path(), target="y")
 VARIANTS = {
     "as it is": DEFAULT,
-    **{f"outer lr {lr}": replace(DEFAULT, outer_lr=lr) for lr in (0.001, 0.003, 0.03)},
+    **{f"outer lr {lr}": replace(DEFAULT, outer_lr=lr) for lr in (0.0003, 0.003, 0.01)},
     **{f"{n} outer steps": replace(DEFAULT, outer_steps=n) for n in (20, 100)},
     "initial strength 0.01": replace(DEFAULT, initial_strength=0.01),
     "lr 0.05": replace(DEFAULT, solver=replace(DEFAULT.solver, lr=0.05)),

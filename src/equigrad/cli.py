@@ -46,6 +46,7 @@ def commands() -> list[Command]:
         boston,
         bound,
         digits,
+        folder,
         images,
         matched_phases,
         quadratic,
@@ -71,7 +72,13 @@ def commands() -> list[Command]:
     return [
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
-            for experiment in (digits.Digits, images.Mnist, images.Cifar10, tabular.Tabular)
+            for experiment in (
+                digits.Digits,
+                images.Mnist,
+                images.Cifar10,
+                tabular.Tabular,
+                folder.Folder,
+            )
         ),
         *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
     ]
@@ -115,13 +122,16 @@ def dispatch(arguments: Sequence[str]) -> None:
             names.add_parser(command.name, help=command.summary, add_help=False)
     predict = verbs.add_parser("predict", help="ask the model that a run on your own data saved")
     predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
-    predict.add_argument("--csv", type=Path, required=True, help="rows to predict the target of")
+    asked = predict.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--csv", type=Path, help="rows to predict the target of")
+    asked.add_argument("--images", metavar="DIR", type=Path, help="images to predict the class of")
     predict.add_argument(
         "--out", type=Path, help="file of the predictions; standard output by default"
     )
     predict.add_argument("--delimiter", help="between columns; found in the header by default")
     predict.add_argument("--encoding", default="utf-8", help="of the file's text")
     predict.add_argument("--decimal", choices=(".", ","), default=".", help="decimal mark")
+    predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
     check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
     check.add_argument(
@@ -171,8 +181,18 @@ def show(known: Sequence[Command]) -> None:
 
 def ask(words: argparse.Namespace) -> None:
     """Predictions of a saved model; notes go where they do not mix with them."""
-    from equigrad.experiments.predict import predict_table
+    from equigrad.experiments.predict import predict_images, predict_table
 
+    console = Console(stderr=True)
+    if words.images is not None:
+        predict_images(
+            words.model,
+            words.images,
+            out=words.out,
+            skip_broken=words.skip_broken,
+            console=console,
+        )
+        return
     predict_table(
         words.model,
         words.csv,
@@ -180,7 +200,7 @@ def ask(words: argparse.Namespace) -> None:
         delimiter=words.delimiter,
         encoding=words.encoding,
         decimal=words.decimal,
-        console=Console(stderr=True),
+        console=console,
     )
 
 

@@ -63,7 +63,7 @@ class StrengthLearning(BaseEstimator):
         *,
         validation_fraction: float = 0.5,
         outer_steps: int = 50,
-        outer_lr: float = 0.01,
+        outer_lr: float = 0.001,
         initial_strength: float = 1e-3,
         lr: float = 0.02,
         inner_steps: int = 400,

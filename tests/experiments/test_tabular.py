@@ -139,7 +139,7 @@ def test_predict_scores_where_the_target_is_there(run_folder, tmp_path, capsys):
     predicted = table_of(out)
     truth = table_of((run_folder / "fruit.csv").read_text())
     right = sum(p["prediction"] == t["kind"] for p, t in zip(predicted, truth, strict=True))
-    assert f"accuracy {100 * right / 90:.4g} on 90 rows with a target" in err
+    assert f"accuracy {100 * right / 90:.4g} on 90 with a known target" in err
     assert right > 60
     assert [int(p["line"]) for p in predicted] == list(range(2, 92))
     for p in predicted[:5]:
@@ -158,8 +158,8 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
     code, said = said_of("length,color,weight,price,kind\n5,purple,100,9,fig\n6,red,90,9,apple\n")
     assert code == 0
     assert "column 'color': 1 rows of unseen category 'purple'" in said
-    assert "not scored, 'kind' being 'fig'" in said
-    assert "on 1 rows with a target" in said
+    assert "not scored, the target being 'fig'" in said
+    assert "on 1 with a known target" in said
     code, said = said_of("length,weight,price\n5,100,9\n")
     assert (code, "lacks the columns 'color'" in said) == (2, True)
     code, said = said_of("length,color,weight,price\n,red,100,9\n")

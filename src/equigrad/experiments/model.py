@@ -11,13 +11,14 @@ from torch.nn import Module
 
 import equigrad
 from equigrad.data.encoding import Categorical, Encoding, Numeric
+from equigrad.data.folder import Pixels
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import RunError
 from equigrad.experiments.run_directory import describe
-from equigrad.nn import Functional, tanh_network
+from equigrad.nn import Functional, lenet5, tanh_network
 
 FORMAT = "equigrad model 1"
-NETWORKS = {"tanh_network": tanh_network}
+NETWORKS = {"tanh_network": tanh_network, "lenet5": lenet5}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Architecture:
 
 
 KINDS = {
-    kind.__name__: kind for kind in (Architecture, Classes, Numbers, Encoding, Numeric, Categorical)
+    kind.__name__: kind
+    for kind in (Architecture, Classes, Numbers, Encoding, Numeric, Categorical, Pixels)
 }
 """What a model is made of beside tensors and plain values."""
 
@@ -57,11 +59,12 @@ class Model:
     architecture: Architecture
     params: Mapping[str, Tensor]
     target: Target
-    encoding: Encoding
+    encoding: Encoding | Pixels
 
     def outputs(self, x: Tensor) -> Tensor:
         """What the network says of inputs, in the type it has learned in."""
-        network = Functional(self.architecture.build())
+        with torch.random.fork_rng(devices=[]):
+            network = Functional(self.architecture.build())
         first = next(iter(self.params.values()))
         with torch.no_grad():
             return network(self.params, x.to(first))
@@ -90,7 +93,8 @@ def load_model(path: Path) -> Model:
         beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []
         where = f"; there is one in {beside[0].parent}" if beside else ""
         raise RunError(
-            f"{file} is not there: a model is saved at the end of `equigrad run tabular`{where}"
+            f"{file} is not there: a model is saved at the end of `equigrad run tabular` and "
+            f"`run folder`{where}"
         )
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)

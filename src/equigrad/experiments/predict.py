@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from equigrad.data import tables
 from equigrad.data.encoding import Encoding
-from equigrad.data.tables import MISSING, Decimal, Table, listed
+from equigrad.data.folder import SUFFIXES, Pixels, find, named, read_images
+from equigrad.data.tables import MISSING, Decimal, listed
 from equigrad.data.targets import Target
 from equigrad.errors import DataError, RunError
 from equigrad.experiments.model import load_model
@@ -51,40 +53,77 @@ def predict_table(
     if more := [name for name in table.columns if name not in known]:
         notes.append(f"not looked at: {listed(more)}")
     outputs = asked.outputs(x)
-    notes += scored(asked.target, asked.encoding.target, outputs, table)
-    write(out, {"line": table.lines, **asked.target.answers(outputs)})
-    for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"{len(table)} predictions saved in {out}", highlight=False, soft_wrap=True)
+    name = asked.encoding.target
+    if name in table.columns:
+        notes += scored(asked.target, outputs, table.columns[name], table.numbers(name))
+    write(out, {"line": table.lines, **asked.target.answers(outputs)}, notes, console)
 
 
-def scored(target: Target, name: str, outputs: torch.Tensor, table: Table) -> list[str]:
-    """What the predictions are worth on the rows whose target is there and can be read."""
-    if name not in table.columns:
-        return []
-    texts = table.columns[name]
-    values = target.read(texts, table.numbers(name))
+def predict_images(
+    model: Path, folder: Path, *, out: Path | None, skip_broken: bool, console: Console
+) -> None:
+    """Predict the class of every image in a folder and below; score where subfolders name it.
+
+    Args:
+        model: a run's folder, or its `model.pt`.
+        folder: of images.
+        out: the file of predictions; None for standard output.
+        skip_broken: leave out files that cannot be read, and say so.
+        console: where notes go.
+
+    Raises:
+        RunError: there is no model, or `out` exists.
+        DataError: there are no images, or broken ones.
+    """
+    asked = load_model(model)
+    if not isinstance(asked.encoding, Pixels):
+        raise DataError(f"{model} learned from a table; ask it with --csv FILE")
+    if not (files := find(folder)):
+        raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))})")
+    pixels, kept, broken = read_images(
+        files, size=asked.encoding.size, channels=asked.encoding.channels
+    )
+    if broken and not (skip_broken and kept):
+        raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
+    notes = [named(broken, len(files)) + ", left out"] if broken else []
+    outputs = asked.outputs(asked.encoding.encode(pixels))
+    classes = [path.parent.name for path in kept]
+    unknown: list[float | None] = [None] * len(classes)
+    if any(label is not None for label in asked.target.read(classes, unknown)):
+        notes += scored(asked.target, outputs, classes, unknown)
+    write(out, {"file": kept, **asked.target.answers(outputs)}, notes, console)
+
+
+def scored(
+    target: Target, outputs: torch.Tensor, texts: Sequence[str], numbers: Sequence[float | None]
+) -> list[str]:
+    """What predictions are worth where the target is there and can be read."""
+    values = target.read(texts, numbers)
     strange = {t for t, v in zip(texts, values, strict=True) if v is None and t not in MISSING}
     rows = [i for i, value in enumerate(values) if value is not None]
-    notes = [f"not scored, {name!r} being {listed(sorted(strange), 5)}"] if strange else []
+    notes = [f"not scored, the target being {listed(sorted(strange), 5)}"] if strange else []
     if rows:
         y = torch.tensor([values[i] for i in rows])
         found = target.metrics(outputs[rows], y)
         said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
-        notes.append(f"{said} on {len(rows)} rows with a target")
+        notes.append(f"{said} on {len(rows)} with a known target")
     return notes
 
 
-def write(out: Path | None, columns: dict[str, list]) -> None:
-    """Write columns as CSV; nothing is written over."""
+def write(
+    out: Path | None, columns: dict[str, list], notes: Sequence[str], console: Console
+) -> None:
+    """Write columns as CSV, without writing over anything, and print the notes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     if out is None:
         sys.stdout.write(text.getvalue())
-        return
-    if out.exists():
+    elif out.exists():
         raise RunError(f"{out} is there, and nothing is written over; give another --out")
-    write_whole(out, text.getvalue())
+    else:
+        write_whole(out, text.getvalue())
+        notes = [*notes, f"{len(columns['prediction'])} predictions saved in {out}"]
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
