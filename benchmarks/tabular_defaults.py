@@ -38,7 +38,7 @@ VARIANTS = {
     "as it is": DEFAULT,
     **{f"outer lr {lr}": replace(DEFAULT, outer_lr=lr) for lr in (0.0003, 0.003, 0.01)},
     **{f"{n} outer steps": replace(DEFAULT, outer_steps=n) for n in (20, 100)},
-    "initial strength 0.01": replace(DEFAULT, initial_strength=0.01),
+    "initial strength 0.001": replace(DEFAULT, initial_strength=1e-3),
     "lr 0.05": replace(DEFAULT, solver=replace(DEFAULT.solver, lr=0.05)),
     "half the steps": replace(DEFAULT, solver=replace(DEFAULT.solver, max_steps=200)),
     "30 nudged steps": replace(DEFAULT, nudged_steps=30),

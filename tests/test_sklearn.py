@@ -15,8 +15,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from equigrad import T1T2
 from equigrad.sklearn import StrengthLearningClassifier, StrengthLearningRegressor
+from equigrad.training.strengths import SINGLE_STRENGTHS
 
 SHORT = {"hidden": (8,), "outer_steps": 1, "inner_steps": 60, "lr": 0.1, "nudged_steps": 5}
+SHORT |= {"initial_strength": 1e-3}
 
 
 @parametrize_with_checks(
@@ -113,3 +115,18 @@ def test_what_cannot_work_is_named(change, labels, message):
     x = np.random.default_rng(0).normal(size=(20, 2))
     with pytest.raises(ValueError, match=message):
         short(StrengthLearningClassifier, **change).fit(x, labels)
+
+
+def test_strengths_start_at_the_best_single_one_unless_told():
+    """Where nothing is learned, the best of thirteen is what is left: here a strong one."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 8))
+    y = x[:, 0] + 2 * random.normal(size=40)
+    scores = {
+        strength: short(StrengthLearningRegressor, outer_steps=0, initial_strength=strength)
+        .fit(x, y)
+        .validation_score_
+        for strength in (*SINGLE_STRENGTHS, None)
+    }
+    assert scores.pop(None) == max(scores.values())
+    assert max(scores, key=lambda strength: scores[strength]) >= 0.01

@@ -130,7 +130,9 @@ def dispatch(arguments: Sequence[str]) -> None:
     )
     predict.add_argument("--delimiter", help="between columns; found in the header by default")
     predict.add_argument("--encoding", default="utf-8", help="of the file's text")
-    predict.add_argument("--decimal", choices=(".", ","), default=".", help="decimal mark")
+    predict.add_argument(
+        "--decimal", choices=(".", ","), default=".", metavar="MARK", help="a point or a comma"
+    )
     predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
     check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")

@@ -252,6 +252,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(run_folder, tmp_path, capsys, mo
     assert all(torch.equal(p, two.params[name]) for name, p in one.params.items())
 
 
+def test_data_that_change_under_a_run_are_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = fruit(tmp_path / "fruit.csv")
+    words = ["run", "tabular", "--csv", path, "--target", "kind", *SMOKE, "--no-compare"]
+    assert call_main(*words, "--out", "run", capsys=capsys)[0] == 0
+    (tmp_path / "run" / "result.json").unlink()
+    fruit(path, seed=1)
+    code, said = call_main(*words, "--out", "run", "--resume", capsys=capsys)
+    assert (code, "the data have changed since the run in run began" in said) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

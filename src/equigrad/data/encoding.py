@@ -228,13 +228,19 @@ def is_numeric(table: Table, name: str) -> bool:
     there = [i for i, text in enumerate(texts) if text not in MISSING]
     junk = [i for i in there if numbers[i] is None]
     if 2 * len(junk) > len(there):
-        digits = [i for i in junk if texts[i].translate(MARKS).isdigit() and "," in texts[i]]
-        if table.decimal == "." and 2 * len(digits) > len(there):
-            raise not_a_number(table, name, junk)
+        refuse_commas(table, name)
         return False
     if junk:
         raise not_a_number(table, name, junk)
     return True
+
+
+def refuse_commas(table: Table, name: str) -> None:
+    """Raise a `DataError` where most of a column looks like numbers with decimal commas."""
+    texts = table.columns[name]
+    digits = [i for i, t in enumerate(texts) if "," in t and t.translate(MARKS).isdigit()]
+    if table.decimal == "." and 2 * len(digits) > len(texts):
+        raise not_a_number(table, name, digits)
 
 
 def fit_numbers(table: Table, name: str) -> Numeric:
@@ -293,6 +299,7 @@ def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Tensor
     junk = [i for i, number in enumerate(numbers) if number is None]
     there = [number for number in numbers if number is not None]
     values = set(texts)
+    refuse_commas(table, name)
     how = "as --task says"
     if task == "auto":
         whole = all(number == int(number) for number in there)

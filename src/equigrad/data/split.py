@@ -1,5 +1,6 @@
 """How data are divided between a learner, its judge and the last word."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,15 @@ class Split:
         """What a network is scored on."""
         test = {} if self.test is None else {"test": self.test}
         return {"validation": self.validation, **test}
+
+    @property
+    def digest(self) -> str:
+        """A checksum of all data."""
+        found = hashlib.sha256()
+        for part in (self.train, *self.judges.values()):
+            for tensor in part:
+                found.update(tensor.contiguous().cpu().numpy().tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class OwnData(LearningAlike):
     batch: int | None = 1000
     """Rows of a mini-batch at most; None for all at once."""
 
+    initial_strength: float | None = None
+    """Where every strength starts; None for the best single one. They are clamped at zero."""
+
     outer_steps: int = 50
     """Steps of Adam on the strengths."""
 

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from equigrad.data.split import Split
 from equigrad.data.targets import Classes, Target
-from equigrad.errors import ConfigurationError
+from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import (
     GMRES,
     T1T2,
@@ -46,7 +46,13 @@ from equigrad.training import (
 from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.progress import ProgressBar
-from equigrad.training.strengths import Learned, Recipe, StrengthLearner, with_nudged
+from equigrad.training.strengths import (
+    SINGLE_STRENGTHS,
+    Learned,
+    Recipe,
+    StrengthLearner,
+    with_nudged,
+)
 
 EstimatorName = Literal[
     "contrastive",
@@ -82,7 +88,6 @@ LABELS = {
     "t1t2": "per weight, T1–T2",
     "contrastive": "per weight, contrastive",
 }
-SINGLE_STRENGTHS = [10 ** (k / 2) for k in range(-10, 3)]
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,8 @@ class StrengthLearning(ABC):
     outer_steps: int = 100
     """Steps of Adam on the strengths."""
 
-    initial_strength: float = 1e-3
-    """Where every strength starts; strengths are clamped at zero."""
+    initial_strength: float | None = 1e-3
+    """Where every strength starts; None for the best single one. They are clamped at zero."""
 
     checkpoint_every: int = 5
     """Outer steps between two checkpoints."""
@@ -161,7 +166,7 @@ class StrengthLearning(ABC):
                 f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
                 f"{self.estimator!r}, which learns the strengths"
             )
-        if not self.initial_strength >= 0:
+        if self.initial_strength is not None and not self.initial_strength >= 0:
             raise ConfigurationError(
                 f"initial_strength must be at least 0, got {self.initial_strength}"
             )
@@ -287,14 +292,10 @@ class Job(StrengthLearner):
 
     def single(self, strengths: Sequence[float]) -> tuple[Row, float]:
         """The best of some single strengths, chosen by the validation data."""
-        began, tried = time.perf_counter(), []
-        solver = self.config.recipe("contrastive").solver
-        for strength in strengths:
-            tried.append((self.settle(solver, strength=strength), strength))
-        evaluations = sum(network.gradient_evaluations for network, _ in tried)
-        score = f"validation_{self.split.target.score}"
-        best, strength = max(tried, key=lambda entry: entry[0].metrics[score])
-        return self.row(best.metrics, evaluations, time.perf_counter() - began), strength
+        began = time.perf_counter()
+        best, strength = self.best_single(self.config.recipe("contrastive").solver, strengths)
+        seconds = time.perf_counter() - began
+        return self.row(best.metrics, best.gradient_evaluations, seconds), strength
 
     def baselines(self) -> dict[str, Any]:
         """No regularisation, and the best single strength: rows as JSON has them."""
@@ -311,9 +312,8 @@ class Job(StrengthLearner):
             initial_strength=self.config.initial_strength,
             callbacks=callbacks,
         )
-        state, network = learned.state, learned.network
-        evaluations = state.gradient_evaluations + network.gradient_evaluations
-        return learned, self.row(network.metrics, evaluations, state.seconds)
+        metrics, evaluations = learned.network.metrics, learned.gradient_evaluations
+        return learned, self.row(metrics, evaluations, learned.state.seconds)
 
     def learned(
         self, name: EstimatorName, directory: RunDirectory, *, resume: bool, console: Console
@@ -408,6 +408,14 @@ def run_seed(
     if job.split.note:
         said = f"seed {config.seed}: {config.outer_steps} outer steps; {job.split.note}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if job.split.encoding is not None:  # the user's own data, which may change under a run
+        began = directory.read_json("data.json")
+        if began is not None and began["sha256"] != job.split.digest:
+            raise RunError(
+                f"the data have changed since the run in {directory.path} began; put back those it "
+                f"began with, or give another --out"
+            )
+        directory.write_json("data.json", {"sha256": job.split.digest})
     rows: dict[str, Row] = {}
     if config.compare:
         baselines = directory.read_json("baselines.json")

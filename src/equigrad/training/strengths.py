@@ -15,6 +15,9 @@ from equigrad.problem import Bilevel, Params
 from equigrad.solvers import GradientDescent, Solver
 from equigrad.training.loop import Callback, OuterState, learn
 
+SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
+"""Strengths that are tried where one is to serve all weights."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -61,11 +64,13 @@ class Learned:
         state: of the outer loop at its end.
         network: that learned with the strengths.
         strengths: λ by name of the weight.
+        gradient_evaluations: that all of it took.
     """
 
     state: OuterState
     network: Network
     strengths: dict[str, Tensor]
+    gradient_evaluations: int
 
 
 class StrengthLearner:
@@ -126,15 +131,40 @@ class StrengthLearner:
         metrics = self.metrics(synapse, settled.params)
         return Network(settled.params, metrics, evaluation.gradient_evaluations)
 
+    def best_single(
+        self, solver: Solver, strengths: Sequence[float] = SINGLE_STRENGTHS
+    ) -> tuple[Network, float]:
+        """The best of some strengths for all weights, chosen by the validation data.
+
+        Returns:
+            What it is worth, with the gradient evaluations of all; the strength.
+        """
+        tried = [(self.settle(solver, strength=strength), strength) for strength in strengths]
+        score = f"validation_{self.split.target.score}"
+        best, strength = max(tried, key=lambda entry: entry[0].metrics[score])
+        evaluations = sum(network.gradient_evaluations for network, _ in tried)
+        return replace(best, gradient_evaluations=evaluations), strength
+
     def learn_by(
         self,
         recipe: Recipe,
         *,
         outer_steps: int,
-        initial_strength: float,
+        initial_strength: float | None,
         callbacks: Sequence[Callback] = (),
     ) -> Learned:
-        """Learn a strength for every weight, and then with them; torch's generator is put back."""
+        """Learn a strength for every weight, and then with them; torch's generator is put back.
+
+        Args:
+            recipe: how.
+            outer_steps: of Adam.
+            initial_strength: where all start; None for the best single one, whose search counts.
+            callbacks: watch the outer loop.
+        """
+        searched = 0
+        if initial_strength is None:
+            best, initial_strength = self.best_single(recipe.solver)
+            searched = best.gradient_evaluations
         synapse = ComplexSynapse(self.network, strength=initial_strength)
         meta_params = synapse.meta_params()
         devices = {x.device for x in self.split.train if x.device.type == "cuda"}
@@ -154,8 +184,9 @@ class StrengthLearner:
             )
             # what the last step of the strengths is worth: learn once more
             network = self.settle(recipe.solver, meta_params=meta_params)
+        evaluations = searched + state.gradient_evaluations + network.gradient_evaluations
         strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
-        return Learned(state, network, strengths)
+        return Learned(state, network, strengths, evaluations)
 
 
 def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
