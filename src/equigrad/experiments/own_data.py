@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch.nn import Module
 
@@ -21,6 +21,9 @@ RULE = Contrastive(beta=0.1)
 @dataclass(frozen=True, kw_only=True)
 class OwnData(LearningAlike):
     """Data that the user brings, and how they are divided."""
+
+    scale: Literal["smoke", "small"] = "small"
+    """`smoke` presets a few short steps, to see that all works."""
 
     test_share: float = 0.2
     """Share of the rows that is held back and used for the test column alone."""
