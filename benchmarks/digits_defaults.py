@@ -11,12 +11,11 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 import equigrad as eg
 from equigrad.experiments.digits import Digits
 from equigrad.experiments.strength_learning import Job
-from equigrad.training import learn
+from equigrad.training.strengths import Recipe
 
 RULE = replace(
     Digits().contrastive, nudged_solver=replace(Digits().solver, max_steps=Digits().nudged_steps)
@@ -32,20 +31,12 @@ VARIANTS: dict[str, eg.Estimator] = {
 
 def validation_accuracy(config: Digits, seed: int, estimator: eg.Estimator) -> float:
     job = Job(config, seed)
-    synapse = eg.nn.ComplexSynapse(job.network, strength=config.initial_strength)
-    meta_params = synapse.meta_params()
-    torch.manual_seed(seed)
-    learn(
-        job.problem(synapse),
-        synapse.params(),
-        meta_params,
-        solver=config.solver,
-        estimator=estimator,
-        optimizer=torch.optim.Adam(meta_params.values(), lr=config.outer_lr),
-        steps=config.outer_steps,
-        project=synapse.project_,
+    learned = job.learn_by(
+        Recipe(estimator, config.solver, config.outer_lr),
+        outer_steps=config.outer_steps,
+        initial_strength=config.initial_strength,
     )
-    return job.settle(config.solver, meta_params=meta_params)[0]["validation_accuracy"]
+    return learned.network.metrics["validation_accuracy"]
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import equigrad as eg
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def run_examples(page):
+def run_examples(page, marked="eg.meta_gradient("):
     scopes = []
     for code in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
-        if "eg.meta_gradient(" not in code:  # a fragment
+        if marked not in code:  # a fragment
             continue
         scopes.append({})
         exec(compile(code, page, "exec"), scopes[-1])
@@ -40,3 +40,9 @@ def test_the_accuracy_page_keeps_its_promise():
     ).grads["strength"]
     error = ((result.grads["strength"] - exact).norm() / exact.norm()).item()
     assert error <= result.error_estimate <= 1e-3
+
+
+def test_the_page_on_own_data_learns_from_python():
+    (scope,) = run_examples("own-data.md", "from equigrad.sklearn import")
+    assert scope["scores"].mean() > 0.9
+    assert scope["model"].strengths_["0.weight"].shape == (16, 13)

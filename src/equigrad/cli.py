@@ -47,11 +47,13 @@ def commands() -> list[Command]:
         bound,
         digits,
         first_phase,
+        folder,
         images,
         matched_phases,
         quadratic,
         strength_learning,
         table1,
+        tabular,
     )
     from equigrad.experiments.reproduction import reproduce
 
@@ -72,7 +74,13 @@ def commands() -> list[Command]:
     return [
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
-            for experiment in (digits.Digits, images.Mnist, images.Cifar10)
+            for experiment in (
+                digits.Digits,
+                images.Mnist,
+                images.Cifar10,
+                tabular.Tabular,
+                folder.Folder,
+            )
         ),
         *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
     ]
@@ -107,13 +115,27 @@ def dispatch(arguments: Sequence[str]) -> None:
         epilog="`equigrad run digits --help` shows a command's options.",
     )
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="{run,reproduce,report,check,list}"
+        dest="verb", required=True, metavar="{run,reproduce,predict,report,check,list}"
     )
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in known if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
+    predict = verbs.add_parser("predict", help="ask the model that a run on your own data saved")
+    predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
+    asked = predict.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--csv", type=Path, help="rows to predict the target of")
+    asked.add_argument("--images", metavar="DIR", type=Path, help="images to predict the class of")
+    predict.add_argument(
+        "--out", type=Path, help="file of the predictions; standard output by default"
+    )
+    predict.add_argument("--delimiter", help="between columns; found in the header by default")
+    predict.add_argument("--encoding", default="utf-8", help="of the file's text")
+    predict.add_argument(
+        "--decimal", choices=(".", ","), default=".", metavar="MARK", help="a point or a comma"
+    )
+    predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
     check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
     check.add_argument(
@@ -145,6 +167,9 @@ def dispatch(arguments: Sequence[str]) -> None:
 
         print(f"written to {write_report(words.folders, words.out)}")
         return
+    if words.verb == "predict":
+        ask(words)
+        return
     for command in known:
         if (command.verb, command.name) == (words.verb, words.name):
             execute(command, arguments)
@@ -168,6 +193,31 @@ def show(known: Sequence[Command]) -> None:
         estimators.add_row(*row)
     console.print(estimators)
     console.print(LEGEND)
+
+
+def ask(words: argparse.Namespace) -> None:
+    """Predictions of a saved model; notes go where they do not mix with them."""
+    from equigrad.experiments.predict import predict_images, predict_table
+
+    console = Console(stderr=True)
+    if words.images is not None:
+        predict_images(
+            words.model,
+            words.images,
+            out=words.out,
+            skip_broken=words.skip_broken,
+            console=console,
+        )
+        return
+    predict_table(
+        words.model,
+        words.csv,
+        out=words.out,
+        delimiter=words.delimiter,
+        encoding=words.encoding,
+        decimal=words.decimal,
+        console=console,
+    )
 
 
 def examine(target: str, **options: Any) -> None:

@@ -289,8 +289,8 @@ def test_split_is_standardised_by_what_may_be_seen():
     assert seen.mean((0, 2, 3)).abs().max() < 1e-6
     assert (seen.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-6
     # half as bright: below the mean by half of it, and the test images had no say
-    assert (parts.test[0].mean((0, 2, 3)) < -0.5).all()
-    assert (parts.test[0].std((0, 2, 3)) - 0.5).abs().max() < 0.1
+    assert (parts.judges["test"][0].mean((0, 2, 3)) < -0.5).all()
+    assert (parts.judges["test"][0].std((0, 2, 3)) - 0.5).abs().max() < 0.1
 
 
 def test_split_draws_different_images_by_seed_and_none_twice():

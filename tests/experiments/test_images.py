@@ -101,7 +101,7 @@ def test_strengths_make_ten_images_enough():
     job = Job(replace(config, contrastive=contrastive, t1t2=t1t2), 0)
     plain, _ = job.single([0.0])
     for method in ("contrastive", "t1t2"):
-        row = job.learn(method).row
+        _, row = job.learn(method)
         assert row.validation > plain.validation + 15
         assert row.test > plain.test + 10
 
@@ -203,7 +203,7 @@ def test_table_is_gone_on_with_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_cell_of_the_table_is_the_run_of_its_seed():
     row = TABLE.measure("cifar-50", "t1t2", 1)
-    again = Job(replace(Cifar10.preset(scale="smoke"), threads=1), 1).learn("t1t2").row
+    _, again = Job(replace(Cifar10.preset(scale="smoke"), threads=1), 1).learn("t1t2")
     assert (row.validation, row.test) == (again.validation, again.test)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError, DataError
 
 
@@ -22,23 +23,6 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Split:
-    """What the learner sees, what judges it, and what neither saw: inputs and labels.
-
-    Attributes:
-        train: for the learner.
-        validation: for its judge.
-        test: for neither.
-        note: what a reader of the numbers should know of it.
-    """
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    note: str = ""
 
 
 def split(

@@ -8,17 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from equigrad.data.images import Split
+from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import T1T2, Contrastive
-from equigrad.experiments.strength_learning import (
-    EstimatorName,
-    Recipe,
-    StrengthLearning,
-    at_least,
-    positive,
-    with_nudged,
-)
+from equigrad.estimators import Contrastive
+from equigrad.experiments.strength_learning import LearningAlike
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 
@@ -27,7 +20,7 @@ RULE = Contrastive(beta=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(StrengthLearning):
+class Digits(LearningAlike):
     """Learn a regularisation strength for every weight of a network that sees ten images.
 
     A tanh network learns from ten 8×8 digits, one a class; 890 validation images judge what it
@@ -50,13 +43,8 @@ class Digits(StrengthLearning):
     contrastive: Contrastive = RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    nudged_steps: int = 100
-    """Steps of each nudged phase."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "nudged_steps", self.nudged_steps)
-        positive("outer_lr", self.outer_lr)
         if any(width < 1 for width in self.hidden):
             raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
 
@@ -77,15 +65,7 @@ class Digits(StrengthLearning):
         """What is learned from."""
         return "digits, 10 training images"
 
-    def recipe(self, name: EstimatorName) -> Recipe:
-        """All estimators learn in the same way."""
-        if name == "contrastive":
-            estimator = with_nudged(self.contrastive, self.solver, self.nudged_steps)
-        else:
-            estimator = T1T2() if name == "t1t2" else self.another(name)
-        return Recipe(estimator, self.solver, self.outer_lr)
-
-    def network(self) -> Module:
+    def network(self, split: Split) -> Module:
         """64 inputs, tanh layers, 10 outputs."""
         return tanh_network(64, self.hidden, 10)
 

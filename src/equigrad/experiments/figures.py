@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from equigrad.data.targets import Target
 from equigrad.training.files import write_whole
 
 MOST_POINTS = 400
@@ -26,17 +28,25 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def strength_learning(
-    path: Path, *, history: Sequence[Mapping[str, Any]], strengths: Mapping[str, Tensor], title: str
+    path: Path,
+    *,
+    history: Sequence[Mapping[str, Any]],
+    strengths: Mapping[str, Tensor],
+    title: str,
+    target: Target,
+    inputs: Sequence[str] = (),
 ) -> None:
-    """Accuracy against outer step; learned strengths by layer; by input pixel.
+    """Score against outer step; learned strengths by layer; by input.
 
     Args:
         path: the PNG.
-        history: rows with `outer_step`, `validation_accuracy` and `test_accuracy` in percent.
+        history: rows with `outer_step` and the target's score on validation and test data.
         strengths: λ by name of the weight, in the order of the layers; the first acts on the
-            pixels of a square image (hidden × pixels), or on those under a kernel
-            (maps × channels × height × width).
+            inputs (hidden × inputs), the pixels of a square image unless they have names, or on
+            the pixels under a kernel (maps × channels × height × width).
         title: of the figure.
+        target: what was learned.
+        inputs: their names.
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -44,9 +54,9 @@ def strength_learning(
 
     steps = [row["outer_step"] for row in history]
     for name, color in (("validation", "tab:blue"), ("test", "tab:orange")):
-        accuracy = [row[f"{name}_accuracy"] for row in history]
-        left.plot(steps, accuracy, color=color, label=f"{name}, {accuracy[-1]:.1f} % at the end")
-    left.set(xlabel="outer step", ylabel="accuracy (%)")
+        scores = [row[f"{name}_{target.score}"] for row in history]
+        left.plot(steps, scores, color=color, label=f"{name}, {target.say(scores[-1])} at the end")
+    left.set(xlabel="outer step", ylabel=target.axis)
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
 
@@ -67,12 +77,15 @@ def strength_learning(
     middle.grid(alpha=0.3)
 
     first = next(iter(weights.values()))
-    kernel = first.ndim > 2
-    side = math.isqrt(first[0, 0].numel() if kernel else first.shape[1])
-    image = right.imshow(first.reshape(-1, side, side).mean(0).numpy(), cmap="viridis")
-    seen = "pixel under the first kernels" if kernel else "input pixel"
-    right.set(title=f"mean λ of each {seen}", xticks=[], yticks=[])
-    figure.colorbar(image, ax=right, shrink=0.9)
+    if inputs:
+        draw_inputs(right, dict(zip(inputs, first.mean(0).tolist(), strict=True)))
+    else:
+        kernel = first.ndim > 2
+        side = math.isqrt(first[0, 0].numel() if kernel else first.shape[1])
+        image = right.imshow(first.reshape(-1, side, side).mean(0).numpy(), cmap="viridis")
+        seen = "pixel under the first kernels" if kernel else "input pixel"
+        right.set(title=f"mean λ of each {seen}", xticks=[], yticks=[])
+        figure.colorbar(image, ax=right, shrink=0.9)
     save(figure, path)
 
 
@@ -109,3 +122,14 @@ def curves(
 def color(i: int) -> str:
     """The i-th colour that lines have, as `#rrggbb`; they repeat after ten."""
     return to_hex(f"C{i % 10}")
+
+
+def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
+    """Bars of the inputs that are held back least, which the network leans on."""
+    least = sorted(means, key=lambda name: means[name])[:most]
+    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in least]
+    axes.barh(range(len(least)), [means[name] for name in least], color="tab:blue")
+    axes.set_yticks(range(len(least)), shown, fontsize=7, parse_math=False)
+    which = f"the {most} of {len(means)} inputs held back least" if len(means) > most else "inputs"
+    axes.set(xlabel="mean λ", title=f"mean λ of {which}")
+    axes.invert_yaxis()

@@ -168,7 +168,7 @@ class Fig3(Reproduction):
         """Learn strengths, and then with them."""
         experiment = self.mnist(steps) if panel == "A" else self.cifar(steps, beta)
         try:
-            row = Job(experiment, seed).learn(estimator, watched=False).row
+            _, row = Job(experiment, seed).learn(estimator, watched=False)
             reached = (row.validation, row.test, row.gradient_evaluations, row.seconds)
         except SettlingError:
             reached = (float("nan"), float("nan"), 0, float("nan"))

@@ -12,19 +12,19 @@ import torch
 from torch.nn import Flatten, Module, Sequential
 
 from equigrad.data import cifar10, mnist
-from equigrad.data.images import Images, Split, split
+from equigrad.data.images import Images, split
+from equigrad.data.split import Split
 from equigrad.estimators import T1T2, Contrastive
 from equigrad.experiments.strength_learning import (
     EstimatorName,
     Published,
-    Recipe,
     StrengthLearning,
     at_least,
     positive,
-    with_nudged,
 )
 from equigrad.nn import lenet5, tanh_network
 from equigrad.solvers import GradientDescent
+from equigrad.training.strengths import Recipe, with_nudged
 
 
 def nesterov(lr: float, steps: int) -> GradientDescent:
@@ -289,7 +289,7 @@ class OnImages(StrengthLearning):
             device=device,
             dtype=dtype,
         )
-        counts = [len(labels) for _, labels in (parts.train, parts.validation, parts.test)]
+        counts = [len(labels) for _, labels in (parts.train, *parts.judges.values())]
         name, there = self.source
         of = f"the {there:,}" if len(pool) == there else f"{len(pool):,} of the {there:,}"
         note = (
@@ -344,7 +344,7 @@ class Mnist(OnImages):
         """Training and test images."""
         return mnist.load(), mnist.load(mnist.TEST)
 
-    def network(self) -> Module:
+    def network(self, split: Split) -> Module:
         """784 inputs, tanh layers, 10 outputs."""
         return Sequential(Flatten(), *tanh_network(28 * 28, self.hidden, 10))
 
@@ -368,6 +368,6 @@ class Cifar10(OnImages):
         """Training images, of as many batches as there are, and test images."""
         return cifar10.load(), cifar10.load(cifar10.TEST)
 
-    def network(self) -> Module:
+    def network(self, split: Split) -> Module:
         """LeNet-5 with batch normalisation and ReLUs."""
         return lenet5()

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import cross_entropy
 
-from equigrad.data.images import Split
-from equigrad.errors import ConfigurationError
+from equigrad.data.split import Split
+from equigrad.data.targets import Classes, Target
+from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import (
     GMRES,
+    T1T2,
     ConjugateGradient,
     Contrastive,
     Estimator,
@@ -30,25 +30,29 @@ from equigrad.estimators import (
     Nystrom,
     Unrolled,
 )
-from equigrad.evaluation import Evaluation
 from equigrad.experiments import figures
+from equigrad.experiments.model import Model
 from equigrad.experiments.run_directory import RunDirectory, versions
-from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params
-from equigrad.solvers import GradientDescent, Solver
+from equigrad.problem import Params
+from equigrad.solvers import GradientDescent
 from equigrad.training import (
     Callback,
     Checkpoint,
     JsonLines,
-    OuterState,
     TensorBoard,
-    learn,
     pick_device,
     pick_dtype,
 )
 from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.progress import ProgressBar
+from equigrad.training.strengths import (
+    SINGLE_STRENGTHS,
+    Learned,
+    Recipe,
+    StrengthLearner,
+    with_nudged,
+)
 
 EstimatorName = Literal[
     "contrastive",
@@ -84,22 +88,6 @@ LABELS = {
     "t1t2": "per weight, T1–T2",
     "contrastive": "per weight, contrastive",
 }
-SINGLE_STRENGTHS = [10 ** (k / 2) for k in range(-10, 3)]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an estimator learns the strengths.
-
-    Attributes:
-        estimator: of the meta-gradient.
-        solver: how the network learns: the free phase, from the same start each time.
-        outer_lr: Adam's step size on the strengths.
-    """
-
-    estimator: Estimator
-    solver: GradientDescent
-    outer_lr: float
 
 
 @dataclass(frozen=True)
@@ -143,8 +131,8 @@ class StrengthLearning(ABC):
     outer_steps: int = 100
     """Steps of Adam on the strengths."""
 
-    initial_strength: float = 1e-3
-    """Where every strength starts; strengths are clamped at zero."""
+    initial_strength: float | None = 1e-3
+    """Where every strength starts; None for the best single one. They are clamped at zero."""
 
     checkpoint_every: int = 5
     """Outer steps between two checkpoints."""
@@ -178,7 +166,7 @@ class StrengthLearning(ABC):
                 f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
                 f"{self.estimator!r}, which learns the strengths"
             )
-        if not self.initial_strength >= 0:
+        if self.initial_strength is not None and not self.initial_strength >= 0:
             raise ConfigurationError(
                 f"initial_strength must be at least 0, got {self.initial_strength}"
             )
@@ -204,27 +192,61 @@ class StrengthLearning(ABC):
 
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """The images of this seed."""
+        """The data of this seed, a test part among them."""
 
     @abstractmethod
-    def network(self) -> Module:
-        """The network, before anything is drawn from the seed but its start."""
+    def network(self, split: Split) -> Module:
+        """The network for these data, with a start that torch's generator draws."""
 
     @abstractmethod
     def recipe(self, name: EstimatorName) -> Recipe:
         """How an estimator learns the strengths."""
+
+    def model(self, split: Split, params: Params) -> Model | None:
+        """What `equigrad predict` needs; None where there is nothing to ask."""
+        return None
 
     def another(self, name: EstimatorName) -> Estimator:
         """An estimator that is neither the contrastive rule nor T1–T2."""
         return self.other or OTHERS[name]()
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
-        """Images of a mini-batch for training and for validation; None for all at once."""
+        """Rows of a mini-batch for training and for validation; None for all at once."""
         return None, None
 
     def published(self, name: str) -> Published | None:
         """What the paper reports of a row of the table."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningAlike(StrengthLearning):
+    """Strengths learned by any estimator in the same way, whatever the data."""
+
+    outer_lr: float
+    """Adam's step size."""
+
+    solver: GradientDescent
+    """How the network learns: the free phase, from the same start each time."""
+
+    contrastive: Contrastive
+    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+
+    nudged_steps: int = 100
+    """Steps of each nudged phase."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, "nudged_steps", self.nudged_steps)
+        positive("outer_lr", self.outer_lr)
+
+    def recipe(self, name: EstimatorName) -> Recipe:
+        """All estimators learn in the same way."""
+        if name == "contrastive":
+            estimator = with_nudged(self.contrastive, self.solver, self.nudged_steps)
+        else:
+            estimator = T1T2() if name == "t1t2" else self.another(name)
+        return Recipe(estimator, self.solver, self.outer_lr)
 
 
 def at_least(least: int, name: str, value: int) -> None:
@@ -239,16 +261,9 @@ def positive(name: str, value: float) -> None:
         raise ConfigurationError(f"{name} must be positive, got {value}")
 
 
-def with_nudged(rule: Contrastive, solver: GradientDescent, steps: int) -> Contrastive:
-    """The rule, with nudged phases of so many steps of a solver unless it says how they settle."""
-    if rule.nudged_solver is not None or rule.rtol is not None:
-        return rule
-    return replace(rule, nudged_solver=replace(solver, max_steps=steps))
-
-
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: accuracies in percent."""
+    """A line of the table: the score on validation and test data, and what it cost."""
 
     validation: float
     test: float
@@ -256,74 +271,31 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What was learned, and what it is worth when the network learns with it once more."""
-
-    row: Row
-    state: OuterState
-    params: dict[str, Tensor]
-    strengths: dict[str, Tensor]
-
-
-class Job:
+class Job(StrengthLearner):
     """One seed's data, network and losses, shared by all rows of the table."""
 
     def __init__(self, config: StrengthLearning, seed: int) -> None:
-        self.config, self.seed = replace(config, seed=seed, seeds=None), seed
+        self.config = replace(config, seed=seed, seeds=None)
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
-        self.split = self.config.load(device, dtype)
+        split = self.config.load(device, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = self.config.network().to(device, dtype)
+            network = self.config.network(split).to(device, dtype)
+        super().__init__(network, split, seed=seed, batch_sizes=self.config.batch_sizes())
 
-    def problem(self, synapse: ComplexSynapse) -> Bilevel:
-        """Training loss plus the strengths' penalty inside, validation loss outside."""
-
-        def loss(params: Params, meta_params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
-            x, y = batch
-            return cross_entropy(synapse(params, x), y)
-
-        inner, outer = self.config.batch_sizes()
-        return Bilevel(
-            inner_loss=loss,
-            outer_loss=loss,
-            regularizer=synapse,
-            inner_batches=batches(*self.split.train, inner),
-            outer_batches=batches(*self.split.validation, outer),
+    def row(self, metrics: Mapping[str, float], gradient_evaluations: int, seconds: float) -> Row:
+        """What stands in the table of these metrics."""
+        score = self.split.target.score
+        return Row(
+            metrics[f"validation_{score}"], metrics[f"test_{score}"], gradient_evaluations, seconds
         )
 
-    def accuracy(self, synapse: ComplexSynapse, params: Params) -> dict[str, float]:
-        """Validation and test accuracy in percent."""
-        found = {}
-        with torch.no_grad():
-            for name in ("validation", "test"):
-                x, y = getattr(self.split, name)
-                right = synapse(params, x).argmax(1) == y
-                found[f"{name}_accuracy"] = 100 * right.double().mean().item()
-        return found
-
-    def settle(
-        self, solver: Solver, *, strength: float = 0.0, meta_params: Params | None = None
-    ) -> tuple[dict[str, float], dict[str, Tensor], int]:
-        """Learn at fixed strengths: accuracies, weights, evaluations."""
-        synapse = ComplexSynapse(self.network, strength=strength)
-        meta_params = meta_params or synapse.meta_params()
-        with Evaluation(self.problem(synapse), synapse.params(), meta_params) as evaluation:
-            settled = evaluation.settle(solver)
-        evaluations = evaluation.gradient_evaluations
-        return self.accuracy(synapse, settled.params), settled.params, evaluations
-
     def single(self, strengths: Sequence[float]) -> tuple[Row, float]:
-        """The best of some single strengths, chosen by validation accuracy."""
-        began, tried, evaluations = time.perf_counter(), [], 0
-        solver = self.config.recipe("contrastive").solver
-        for strength in strengths:
-            accuracy, _, count = self.settle(solver, strength=strength)
-            tried.append((accuracy["validation_accuracy"], accuracy["test_accuracy"], strength))
-            evaluations += count
-        best = max(tried, key=lambda entry: entry[0])
-        return Row(best[0], best[1], evaluations, time.perf_counter() - began), best[2]
+        """The best of some single strengths, chosen by the validation data."""
+        began = time.perf_counter()
+        best, strength = self.best_single(self.config.recipe("contrastive").solver, strengths)
+        seconds = time.perf_counter() - began
+        return self.row(best.metrics, best.gradient_evaluations, seconds), strength
 
     def baselines(self) -> dict[str, Any]:
         """No regularisation, and the best single strength: rows as JSON has them."""
@@ -334,47 +306,25 @@ class Job:
 
     def learn(
         self, name: EstimatorName, callbacks: Sequence[Callback] = (), *, watched: bool = True
-    ) -> Learned:
-        """Learn a strength for every weight; watched, with the accuracy of every outer step."""
-        recipe = self.config.recipe(name)
-        synapse = ComplexSynapse(self.network, strength=self.config.initial_strength)
-        meta_params = synapse.meta_params()
-        torch.manual_seed(self.seed)
-        state = learn(
-            self.problem(synapse),
-            synapse.params(),
-            meta_params,
-            solver=recipe.solver,
-            estimator=recipe.estimator,
-            optimizer=torch.optim.Adam(meta_params.values(), lr=recipe.outer_lr),
-            steps=self.config.outer_steps,
-            project=synapse.project_,
-            evaluate=(lambda params: self.accuracy(synapse, params)) if watched else None,
+    ) -> tuple[Learned, Row]:
+        """Learn a strength for every weight, as the experiment has it for an estimator."""
+        learned = self.learn_by(
+            self.config.recipe(name),
+            outer_steps=self.config.outer_steps,
+            initial_strength=self.config.initial_strength,
+            watched=watched,
             callbacks=callbacks,
         )
-        # what the last step of the strengths is worth: learn once more
-        accuracy, params, evaluations = self.settle(recipe.solver, meta_params=meta_params)
-        row = Row(
-            accuracy["validation_accuracy"],
-            accuracy["test_accuracy"],
-            state.gradient_evaluations + evaluations,
-            state.seconds,
-        )
-        strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
-        return Learned(row, state, params, strengths)
+        metrics, evaluations = learned.network.metrics, learned.gradient_evaluations
+        return learned, self.row(metrics, evaluations, learned.state.seconds)
 
     def learned(
         self, name: EstimatorName, directory: RunDirectory, *, resume: bool, console: Console
     ) -> Row:
         """Learn a strength for every weight, and leave the run in its directory."""
         if (ended := directory.result) is not None:
-            return Row(
-                ended["metrics"]["validation_accuracy"],
-                ended["metrics"]["test_accuracy"],
-                ended["gradient_evaluations"],
-                ended["seconds"],
-            )
-        learned = self.learn(
+            return self.row(ended["metrics"], ended["gradient_evaluations"], ended["seconds"])
+        learned, row = self.learn(
             name,
             [
                 Checkpoint(
@@ -388,19 +338,23 @@ class Job:
                 ProgressBar(f"seed {self.seed} {name}", console),
             ],
         )
-        state, row = learned.state, learned.row
+        state, network = learned.state, learned.network
         console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
-        accuracy = {"validation_accuracy": row.validation, "test_accuracy": row.test}
         meta_params = {n: m.detach() for n, m in state.meta_params.items()}
-        write_whole(
-            directory.path / "learned.pt",
-            as_bytes({"params": learned.params, "meta_params": meta_params}),
-        )
+        content = {"params": network.params, "meta_params": meta_params}
+        write_whole(directory.path / "learned.pt", as_bytes(content))
+        if (model := self.config.model(self.split, network.params)) is not None:
+            write_whole(directory.path / "model.pt", as_bytes(model.plain()))
         figures.strength_learning(
             directory.path / "strengths.png",
-            history=[*state.history, {"outer_step": self.config.outer_steps, **accuracy}],
+            history=[
+                *state.history,
+                {"outer_step": self.config.outer_steps, **network.metrics},
+            ],
             strengths={n: s.cpu() for n, s in learned.strengths.items()},
             title=f"{LABELS[name]}, seed {self.seed}",
+            target=self.split.target,
+            inputs=self.split.inputs,
         )
         published = self.config.published(name)
         directory.write_json(
@@ -410,7 +364,7 @@ class Job:
                 "estimator": name,
                 "seed": self.seed,
                 "scale": self.config.scale,
-                "metrics": accuracy,
+                "metrics": network.metrics,
                 "paper": None if published is None else published.numbers(),
                 "outer_steps": state.step,
                 "gradient_evaluations": row.gradient_evaluations,
@@ -420,17 +374,6 @@ class Job:
             },
         )
         return row
-
-
-def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Mini-batches of at most `size` images that differ in length by one at most.
-
-    Example:
-        >>> [len(y) for _, y in batches(torch.zeros(7, 2), torch.arange(7), 3)]
-        [3, 2, 2]
-    """
-    count = 1 if size is None else -(-len(y) // size)
-    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
 
 
 def run(
@@ -445,13 +388,15 @@ def run(
     seeds = [config.seed] if config.seeds is None else list(range(config.seeds))
     whole = None if config.seeds is None else RunDirectory(out, config, resume=resume)
     rows: dict[str, list[Row]] = {}
+    target: Target = Classes()
     for seed in seeds:
-        one = replace(config, seed=seed, seeds=None)
+        job = Job(config, seed)
+        target = job.split.target
         folder = out if whole is None else out / f"seed-{seed}"
-        directory = RunDirectory(folder, one, resume=resume)
-        for name, row in run_seed(one, directory, resume=resume, console=console).items():
+        directory = RunDirectory(folder, job.config, resume=resume)
+        for name, row in run_seed(job, directory, resume=resume, console=console).items():
             rows.setdefault(name, []).append(row)
-    console.print(make_table(config, rows))
+    console.print(make_table(config, rows, target))
     if whole is not None:
         summary = {name: [vars(row) for row in each] for name, each in rows.items()}
         whole.write_json("summary.json", summary)
@@ -459,13 +404,21 @@ def run(
 
 
 def run_seed(
-    config: StrengthLearning, directory: RunDirectory, *, resume: bool, console: Console
+    job: Job, directory: RunDirectory, *, resume: bool, console: Console
 ) -> dict[str, Row]:
     """All rows of the table for one seed."""
-    job = Job(config, config.seed)
+    config = job.config
     if job.split.note:
-        said = f"seed {config.seed}: {job.split.note}; {config.outer_steps} outer steps"
-        console.print(said, highlight=False, soft_wrap=True)
+        said = f"seed {config.seed}: {config.outer_steps} outer steps; {job.split.note}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if job.split.encoding is not None:  # the user's own data, which may change under a run
+        began = directory.read_json("data.json")
+        if began is not None and began["sha256"] != job.split.digest:
+            raise RunError(
+                f"the data have changed since the run in {directory.path} began; put back those it "
+                f"began with, or give another --out"
+            )
+        directory.write_json("data.json", {"sha256": job.split.digest})
     rows: dict[str, Row] = {}
     if config.compare:
         baselines = directory.read_json("baselines.json")
@@ -503,21 +456,21 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 def with_error(mean: float, error: float | None, form: str = ".2f") -> str:
     """`mean ± error`, or the mean alone."""
-    return format(mean, form) if error is None else f"{mean:{form}} ± {error:.2f}"
+    return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form}}"
 
 
-def make_table(config: StrengthLearning, rows: dict[str, list[Row]]) -> Table:
+def make_table(config: StrengthLearning, rows: dict[str, list[Row]], target: Target) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
-    table = Table(title=f"{config.name}, {seeds}, scale {config.scale}: accuracy and cost")
+    table = Table(title=f"{config.name}, {seeds}, scale {config.scale}: {target.axis} and cost")
     table.add_column("")
-    for name in ("validation %", "test %", "gradients", "seconds"):
+    for name in (f"validation {target.unit}", f"test {target.unit}", "gradients", "seconds"):
         table.add_column(name, justify="right")
     for name, each in rows.items():
 
         def column(read: Callable[[Row], float], each: list[Row] = each) -> str:
-            return with_error(*mean_and_error([read(row) for row in each]))
+            return with_error(*mean_and_error([read(row) for row in each]), target.form)
 
         table.add_row(
             LABELS[name],

@@ -82,7 +82,7 @@ class Table1(Reproduction):
 
     def measure(self, setting: str, estimator: EstimatorName, seed: int) -> Accuracies:
         """Learn strengths, and then with them."""
-        row = Job(self.experiment(setting), seed).learn(estimator).row
+        _, row = Job(self.experiment(setting), seed).learn(estimator)
         return Accuracies(setting, estimator, seed, **vars(row))
 
     def experiment(self, setting: str) -> OnImages:

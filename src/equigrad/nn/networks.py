@@ -43,39 +43,58 @@ def tanh_network(inputs: int, hidden: Sequence[int], outputs: int) -> Sequential
     return Sequential(*layers, Linear(widths[-1], outputs))
 
 
-def lenet5(*, running_statistics: bool = False) -> Sequential:
-    """LeNet-5 for 3 × 32 × 32 images, with batch normalisation before each ReLU.
+def lenet5(
+    *,
+    channels: int = 3,
+    side: int = 32,
+    outputs: int = 10,
+    normalise: bool = True,
+    running_statistics: bool = False,
+) -> Sequential:
+    """LeNet-5, for 3 × 32 × 32 images unless told otherwise, with batch normalisation and ReLUs.
 
     LeCun et al. 1998, as Zucchet et al. (Methods) modify it: two convolutions of 5 × 5, each with
     a pooling by two, then layers of 120, 84 and 10 units.
 
     Args:
+        channels: of an image.
+        side: its height and width, 16 at least.
+        outputs: number of outputs, which are linear.
+        normalise: batch normalisation before each ReLU. Without, what the network says of an image
+            depends on no other.
         running_statistics: whether normalisation keeps running statistics, for use in `eval` mode.
             Without, it takes those of the batch in either mode: the network has no buffers, and a
             loss is a function of its parameters alone, but what it says of an image depends on the
             images beside it (it is transductive).
+
+    Raises:
+        ConfigurationError: a side < 16, which leaves nothing after the second pooling.
 
     Example:
         >>> import torch
         >>> lenet5()(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    keep = running_statistics
+    if side < 16:
+        raise ConfigurationError(f"the side of an image must be at least 16, got {side}")
+    left = ((side - 4) // 2 - 4) // 2
+
+    def relu(norm: type[Module], features: int) -> list[Module]:
+        if not normalise:
+            return [ReLU()]
+        return [norm(features, track_running_stats=running_statistics), ReLU()]
+
     return Sequential(
-        Conv2d(3, 6, 5),
-        BatchNorm2d(6, track_running_stats=keep),
-        ReLU(),
+        Conv2d(channels, 6, 5),
+        *relu(BatchNorm2d, 6),
         MaxPool2d(2),
         Conv2d(6, 16, 5),
-        BatchNorm2d(16, track_running_stats=keep),
-        ReLU(),
+        *relu(BatchNorm2d, 16),
         MaxPool2d(2),
         Flatten(),
-        Linear(400, 120),
-        BatchNorm1d(120, track_running_stats=keep),
-        ReLU(),
+        Linear(16 * left * left, 120),
+        *relu(BatchNorm1d, 120),
         Linear(120, 84),
-        BatchNorm1d(84, track_running_stats=keep),
-        ReLU(),
-        Linear(84, 10),
+        *relu(BatchNorm1d, 84),
+        Linear(84, outputs),
     )

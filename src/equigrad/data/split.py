@@ -1,0 +1,132 @@
+"""How data are divided between a learner, its judge and the last word."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equigrad.data.targets import Classes, Target
+from equigrad.errors import ConfigurationError, DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the learner sees, what judges it, and what neither saw: inputs and targets.
+
+    Attributes:
+        train: for the learner.
+        validation: for its judge.
+        test: for neither; None where nothing is held back.
+        target: what is learned.
+        encoding: what turned the user's data into inputs, which a saved model needs.
+        inputs: names of the inputs, where they have any.
+        note: what a reader of the numbers should know of it.
+    """
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor] | None
+    target: Target = field(default_factory=Classes)
+    encoding: Any = None
+    inputs: Sequence[str] = ()
+    note: str = ""
+
+    @property
+    def judges(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a network is scored on."""
+        test = {} if self.test is None else {"test": self.test}
+        return {"validation": self.validation, **test}
+
+    @property
+    def digest(self) -> str:
+        """A checksum of all data."""
+        found = hashlib.sha256()
+        for part in (self.train, *self.judges.values()):
+            for tensor in part:
+                found.update(tensor.contiguous().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows are for what: indices, each part in an order drawn by the seed."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        """Those that the learner and its judge see."""
+        return torch.cat([self.train, self.validation])
+
+
+def divide(
+    groups: Tensor,
+    *,
+    test_share: float,
+    training_share: float,
+    samples: int | None,
+    seed: int,
+    names: Sequence[str] = (),
+) -> Rows:
+    """Draw the rows of each part, such that every group has its share of every part.
+
+    Args:
+        groups: a number for every row: its class, or zero for all.
+        test_share: of the rows, for testing; 0 for none.
+        training_share: of the others, for the learner; the rest judges it.
+        samples: rows for learner and judge together; None for all that are not for testing.
+        seed: draws them.
+        names: of the groups, for the error messages.
+
+    Raises:
+        ConfigurationError: more samples are asked for than there are.
+        DataError: a group has too few rows to be in every part, or there is one class only.
+
+    Example:
+        >>> groups = torch.tensor([0] * 10 + [1] * 5)
+        >>> rows = divide(groups, test_share=0.2, training_share=0.5, samples=None, seed=0)
+        >>> len(rows.train), len(rows.validation), len(rows.test)
+        (6, 6, 3)
+    """
+    present, counts = (found.tolist() for found in groups.unique(return_counts=True))
+    parts = 2 + (test_share > 0)
+    few = [(g, n) for g, n in zip(present, counts, strict=True) if n < parts]
+    if few:
+        listed = ", ".join(f"{names[g] if names else g!s} ({n})" for g, n in few[:10])
+        what = "classes have" if names else "the data have"
+        raise DataError(
+            f"{what} too few rows for training, validation{' and test' * (parts > 2)}, which need "
+            f"one each: {listed}; add rows, or leave these out"
+        )
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+
+    def drawn(rows: Tensor, share: float, leave: int) -> tuple[Tensor, Tensor]:
+        """A share of every group, at least one row and all but `leave` at most; and the others."""
+        taken = []
+        for group in present:
+            own = rows[groups[rows] == group]
+            taken.append(own[: min(max(1, round(share * len(own))), len(own) - leave)])
+        chosen = torch.isin(rows, torch.cat(taken))
+        return rows[chosen], rows[~chosen]
+
+    test, rest = drawn(order, test_share, 2) if test_share > 0 else (order[:0], order)
+    if samples is not None:
+        if samples > len(rest):
+            raise ConfigurationError(
+                f"{samples} samples were asked for, and there are {len(rest)} beside the "
+                f"{len(test)} for testing"
+            )
+        if samples < 2 * len(present):
+            raise ConfigurationError(
+                f"samples must be at least {2 * len(present)}, one for training and one for "
+                f"validation{' of each class' if len(present) > 1 else ''}, got {samples}"
+            )
+        if samples < len(rest):
+            rest, _ = drawn(rest, samples / len(rest), 0)
+    train, validation = drawn(rest, training_share, 1)
+    return Rows(train, validation, test)

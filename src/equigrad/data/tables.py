@@ -1,0 +1,217 @@
+"""Tables that users bring as CSV: read as text, with the line of every row, and mistrusted."""
+
+import codecs
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from equigrad.errors import DataError
+
+LONGEST_LINE = 2**20
+"""Bytes; a longer line is no row of a table that a network could learn from."""
+
+DELIMITERS = ",;\t|"
+MISSING = frozenset({"", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})
+"""What stands for a value that is not there."""
+
+NOT_TEXT = {
+    b"PK\x03\x04": "it is a spreadsheet or a zip archive: save the table as CSV",
+    b"\x1f\x8b": "it is compressed with gzip: unpack it",
+    b"\xff\xfe": "it is encoded as UTF-16: save it as UTF-8",
+    b"\xfe\xff": "it is encoded as UTF-16: save it as UTF-8",
+}
+
+Decimal = Literal[".", ","]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of text.
+
+    Attributes:
+        source: the file.
+        columns: values by name of the column, without the white space around them.
+        lines: where in the file each row ends.
+        decimal: the decimal mark of numbers.
+    """
+
+    source: str
+    columns: dict[str, list[str]]
+    lines: list[int]
+    decimal: Decimal = "."
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def column(self, name: str, option: str) -> list[str]:
+        """A column by its name.
+
+        Raises:
+            DataError: there is none, and what comes near.
+        """
+        if name in self.columns:
+            return self.columns[name]
+        near = get_close_matches(name, self.columns, n=1, cutoff=0.5)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"{option} {name!r} is no column of {self.source}, which has {listed(self.columns)}."
+            f"{meant}"
+        )
+
+    def rows(self, chosen: Sequence[int]) -> "Table":
+        """Some of the rows."""
+        columns = {name: [c[i] for i in chosen] for name, c in self.columns.items()}
+        return replace(self, columns=columns, lines=[self.lines[i] for i in chosen])
+
+    def numbers(self, name: str) -> list[float | None]:
+        """A column's values as finite numbers, None where they are not."""
+        return [as_number(text, self.decimal) for text in self.columns[name]]
+
+    def where(self, name: str, chosen: Sequence[int]) -> str:
+        """Some values of a column with their lines: at most five, and how many more."""
+        some = [f"{shortened(self.columns[name][i])} (line {self.lines[i]})" for i in chosen[:5]]
+        more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+        return ", ".join(some) + more
+
+
+def as_number(text: str, decimal: Decimal = ".") -> float | None:
+    """The finite number that a text writes, or None.
+
+    Example:
+        >>> as_number("1e3"), as_number("1,5", ","), as_number("1_0"), as_number("inf")
+        (1000.0, 1.5, None, None)
+    """
+    if decimal == ",":
+        text = text.replace(".", "").replace(",", ".")
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) < float("inf") and "_" not in text else None
+
+
+def listed(names: Sequence[object] | dict[str, list[str]], most: int = 20) -> str:
+    """Names in a sentence, not too many of them."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def shortened(text: str) -> str:
+    """A value as an error shows it."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")
+
+
+def read(
+    path: Path, *, delimiter: str | None = None, encoding: str = "utf-8", decimal: Decimal = "."
+) -> Table:
+    """Read a CSV file with a header.
+
+    Args:
+        path: the file.
+        delimiter: between columns; None for whichever of `, ; tab |` divides the header most.
+        encoding: of the text; a byte-order mark is skipped.
+        decimal: the decimal mark; with a comma, points group digits.
+
+    Raises:
+        DataError: it cannot be read, is not a table, or has no rows; the message names the line.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+            for magic, reason in NOT_TEXT.items():
+                if start.startswith(magic):
+                    raise DataError(f"{path} is not text: {reason}")
+            if b"\0" in start:
+                raise DataError(f"{path} is not text: it has zero bytes; save the table as CSV")
+            file.seek(0)
+            return _parse(path, file, delimiter, encoding, decimal)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    except OSError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse(
+    path: Path, file: BinaryIO, delimiter: str | None, encoding: str, decimal: Decimal
+) -> Table:
+    lines = _lines(path, file, encoding)
+    first, header_line = next(((n, ln) for n, ln in enumerate(lines, 1) if ln.strip()), (0, ""))
+    if not header_line:
+        raise DataError(f"{path} is empty; expected a header with the names of the columns")
+    if delimiter is None:
+        delimiter = max(DELIMITERS, key=lambda d: len(next(csv.reader([header_line], delimiter=d))))
+    elif len(delimiter) != 1:
+        raise DataError(f"delimiter must be one character, got {delimiter!r}")
+    names = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter))]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path} has several columns of the name {listed(twice)}; rename them")
+    found: list[list[str]] = []
+    places: list[int] = []
+    ragged: list[str] = []
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    for fields, line in _with_lines(path, reader, first):
+        if not any(fields):
+            continue
+        if len(fields) != len(names):
+            ragged.append(f"line {line} ({len(fields)})")
+            continue
+        found.append([field.strip() for field in fields])
+        places.append(line)
+    if ragged:
+        more = f" and {len(ragged) - 5} more" if len(ragged) > 5 else ""
+        raise DataError(
+            f"{path}: the header has {len(names)} columns, other lines do not: "
+            f"{', '.join(ragged[:5])}{more}. Mend them; a value that holds the delimiter "
+            f"{delimiter!r} needs quotes around it"
+        )
+    if not found:
+        raise DataError(f"{path} has a header ({listed(names)}) and no rows")
+    columns = {name: [row[i] for row in found] for i, name in enumerate(names)}
+    return Table(str(path), columns, places, decimal)
+
+
+def _lines(path: Path, file: BinaryIO, encoding: str) -> Iterator[str]:
+    """Decoded lines; none is held in memory that is longer than a row may be."""
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise DataError(f"encoding {encoding!r} is unknown to Python; try 'latin-1'") from error
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}: line {number} is longer than {LONGEST_LINE:,} bytes, which no row of a "
+                f"table should be; is it one, with line ends?"
+            )
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield line.decode(encoding)
+        except UnicodeError as error:
+            raise DataError(
+                f"{path}: line {number} is not {encoding} ({error}); save the file as UTF-8, or "
+                f"say --encoding latin-1"
+            ) from error
+
+
+def _with_lines(path: Path, reader: Any, header: int) -> Iterator[tuple[list[str], int]]:
+    """Rows with the line of the file that they end in; the header is in another one."""
+    while True:
+        line = header + reader.line_num
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: the row that begins in line {line + 1} cannot be read ({error}); is a "
+                f"quote not closed?"
+            ) from error
+        yield fields, header + reader.line_num

@@ -1,0 +1,117 @@
+"""A network that has learned, with all it takes to ask it: what `equigrad predict` reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import equigrad
+from equigrad.data.encoding import Categorical, Encoding, Numeric
+from equigrad.data.folder import Pixels
+from equigrad.data.targets import Classes, Numbers, Target
+from equigrad.errors import RunError
+from equigrad.experiments.run_directory import describe
+from equigrad.nn import Functional, lenet5, tanh_network
+
+FORMAT = "equigrad model 1"
+NETWORKS = {"tanh_network": tanh_network, "lenet5": lenet5}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of the library, by name.
+
+    Attributes:
+        name: of the function that makes it.
+        arguments: of that function.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    def build(self) -> Module:
+        """The network, with a start that torch's generator draws."""
+        return NETWORKS[self.name](**self.arguments)
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (Architecture, Classes, Numbers, Encoding, Numeric, Categorical, Pixels)
+}
+"""What a model is made of beside tensors and plain values."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network that has learned, what it predicts, and how its inputs are had.
+
+    Attributes:
+        architecture: of the network.
+        params: its weights.
+        target: what it predicts.
+        encoding: turns what a user has into inputs.
+    """
+
+    architecture: Architecture
+    params: Mapping[str, Tensor]
+    target: Target
+    encoding: Encoding | Pixels
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """What the network says of inputs, in the type it has learned in."""
+        with torch.random.fork_rng(devices=[]):
+            network = Functional(self.architecture.build())
+        first = next(iter(self.params.values()))
+        with torch.no_grad():
+            return network(self.params, x.to(first))
+
+    def plain(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that it loads with `weights_only=True`."""
+        return {
+            "format": FORMAT,
+            "equigrad": equigrad.__version__,
+            "params": {name: p.detach().cpu() for name, p in self.params.items()},
+            **{part: describe(getattr(self, part)) for part in PARTS},
+        }
+
+
+PARTS = ("architecture", "target", "encoding")
+
+
+def load_model(path: Path) -> Model:
+    """The model in a run's folder, or in a file; nothing of it is executed.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    file = path / "model.pt" if path.is_dir() else path
+    if not file.is_file():
+        beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []
+        where = f"; there is one in {beside[0].parent}" if beside else ""
+        raise RunError(
+            f"{file} is not there: a model is saved at the end of `equigrad run tabular` and "
+            f"`run folder`{where}"
+        )
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        if loaded["format"] != FORMAT:
+            raise ValueError(f"its format is {loaded['format']!r}, expected {FORMAT!r}")
+        return Model(params=loaded["params"], **{part: _made(loaded[part]) for part in PARTS})
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise RunError(
+            f"{file} cannot be read as a model of equigrad ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _made(value: Any) -> Any:
+    """The inverse of `describe` for what a model is made of."""
+    if isinstance(value, list):
+        return tuple(_made(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    made = {key: _made(item) for key, item in value.items() if key != "type"}
+    return KINDS[value["type"]](**made) if "type" in value else made

@@ -1,0 +1,129 @@
+"""Ask a model that a run has saved."""
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from equigrad.data import tables
+from equigrad.data.encoding import Encoding
+from equigrad.data.folder import SUFFIXES, Pixels, find, named, read_images
+from equigrad.data.tables import MISSING, Decimal, listed
+from equigrad.data.targets import Target
+from equigrad.errors import DataError, RunError
+from equigrad.experiments.model import load_model
+from equigrad.training.files import write_whole
+
+
+def predict_table(
+    model: Path,
+    path: Path,
+    *,
+    out: Path | None,
+    delimiter: str | None,
+    encoding: str,
+    decimal: Decimal,
+    console: Console,
+) -> None:
+    """Predict the target of every row of a CSV file, in its order, and score where it is known.
+
+    Args:
+        model: a run's folder, or its `model.pt`.
+        path: the table; columns in any order.
+        out: the file of predictions; None for standard output.
+        delimiter: as in `equigrad.data.tables.read`.
+        encoding: likewise.
+        decimal: likewise.
+        console: where notes go.
+
+    Raises:
+        RunError: there is no model, or `out` exists.
+        DataError: the table cannot be read, or is not one of such rows.
+    """
+    asked = load_model(model)
+    if not isinstance(asked.encoding, Encoding):
+        raise DataError(f"{model} learned from images; ask it with --images DIR")
+    table = tables.read(path, delimiter=delimiter, encoding=encoding, decimal=decimal)
+    x, notes = asked.encoding.encode(table)
+    known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}
+    if more := [name for name in table.columns if name not in known]:
+        notes.append(f"not looked at: {listed(more)}")
+    outputs = asked.outputs(x)
+    name = asked.encoding.target
+    if name in table.columns:
+        notes += scored(asked.target, outputs, table.columns[name], table.numbers(name))
+    write(out, {"line": table.lines, **asked.target.answers(outputs)}, notes, console)
+
+
+def predict_images(
+    model: Path, folder: Path, *, out: Path | None, skip_broken: bool, console: Console
+) -> None:
+    """Predict the class of every image in a folder and below; score where subfolders name it.
+
+    Args:
+        model: a run's folder, or its `model.pt`.
+        folder: of images.
+        out: the file of predictions; None for standard output.
+        skip_broken: leave out files that cannot be read, and say so.
+        console: where notes go.
+
+    Raises:
+        RunError: there is no model, or `out` exists.
+        DataError: there are no images, or broken ones.
+    """
+    asked = load_model(model)
+    if not isinstance(asked.encoding, Pixels):
+        raise DataError(f"{model} learned from a table; ask it with --csv FILE")
+    if not (files := find(folder)):
+        raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))})")
+    pixels, kept, broken = read_images(
+        files, size=asked.encoding.size, channels=asked.encoding.channels
+    )
+    if broken and not (skip_broken and kept):
+        raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
+    notes = [named(broken, len(files)) + ", left out"] if broken else []
+    outputs = asked.outputs(asked.encoding.encode(pixels))
+    classes = [path.parent.name for path in kept]
+    unknown: list[float | None] = [None] * len(classes)
+    if any(label is not None for label in asked.target.read(classes, unknown)):
+        notes += scored(asked.target, outputs, classes, unknown)
+    write(out, {"file": kept, **asked.target.answers(outputs)}, notes, console)
+
+
+def scored(
+    target: Target, outputs: torch.Tensor, texts: Sequence[str], numbers: Sequence[float | None]
+) -> list[str]:
+    """What predictions are worth where the target is there and can be read."""
+    values = target.read(texts, numbers)
+    strange = {t for t, v in zip(texts, values, strict=True) if v is None and t not in MISSING}
+    rows = [i for i, value in enumerate(values) if value is not None]
+    notes = [f"not scored, the target being {listed(sorted(strange), 5)}"] if strange else []
+    if rows:
+        y = torch.tensor([values[i] for i in rows])
+        found = target.metrics(outputs[rows], y)
+        said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
+        notes.append(f"{said} on {len(rows)} with a known target")
+    return notes
+
+
+def write(
+    out: Path | None, columns: dict[str, list], notes: Sequence[str], console: Console
+) -> None:
+    """Write columns as CSV, without writing over anything, and print the notes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    if out is None:
+        sys.stdout.write(text.getvalue())
+    elif out.exists():
+        raise RunError(f"{out} is there, and nothing is written over; give another --out")
+    else:
+        write_whole(out, text.getvalue())
+        notes = [*notes, f"{len(columns['prediction'])} predictions saved in {out}"]
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

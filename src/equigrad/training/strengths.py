@@ -1,0 +1,203 @@
+"""Learn a regularisation strength for every weight: the same for experiments and estimators."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from equigrad.data.split import Split
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.evaluation import Evaluation
+from equigrad.nn import ComplexSynapse
+from equigrad.problem import Bilevel, Params
+from equigrad.solvers import GradientDescent, Solver
+from equigrad.training.loop import Callback, OuterState, learn
+
+SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
+"""Strengths that are tried where one is to serve all weights."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an estimator learns the strengths.
+
+    Attributes:
+        estimator: of the meta-gradient.
+        solver: how the network learns: the free phase, from the same start each time.
+        outer_lr: Adam's step size on the strengths.
+    """
+
+    estimator: Estimator
+    solver: GradientDescent
+    outer_lr: float
+
+
+def with_nudged(rule: Contrastive, solver: GradientDescent, steps: int) -> Contrastive:
+    """The rule, with nudged phases of so many steps of a solver unless it says how they settle."""
+    if rule.nudged_solver is not None or rule.rtol is not None:
+        return rule
+    return replace(rule, nudged_solver=replace(solver, max_steps=steps))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that has learned at fixed strengths.
+
+    Attributes:
+        params: its weights.
+        metrics: what they are worth, `validation_accuracy` for example.
+        gradient_evaluations: that it took.
+    """
+
+    params: dict[str, Tensor]
+    metrics: dict[str, float]
+    gradient_evaluations: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned, and the network that learned with it once more.
+
+    Attributes:
+        state: of the outer loop at its end.
+        network: that learned with the strengths.
+        strengths: λ by name of the weight.
+        gradient_evaluations: that all of it took.
+    """
+
+    state: OuterState
+    network: Network
+    strengths: dict[str, Tensor]
+    gradient_evaluations: int
+
+
+class StrengthLearner:
+    """A network and its data, and the strengths of its weights to be learned.
+
+    Args:
+        network: any module; its parameters are where it learns from each time.
+        split: the data, on the network's device.
+        seed: of whatever an estimator or a module draws.
+        batch_sizes: rows of a mini-batch for training and for validation; None for all at once.
+    """
+
+    def __init__(
+        self,
+        network: Module,
+        split: Split,
+        *,
+        seed: int,
+        batch_sizes: tuple[int | None, int | None] = (None, None),
+    ) -> None:
+        self.network, self.split, self.seed = network, split, seed
+        self.batch_sizes = batch_sizes
+
+    def problem(self, synapse: ComplexSynapse) -> Bilevel:
+        """Training loss plus the strengths' penalty inside, validation loss outside."""
+        target = self.split.target
+
+        def loss(params: Params, meta_params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch
+            return target.loss(synapse(params, x), y)
+
+        inner, outer = self.batch_sizes
+        return Bilevel(
+            inner_loss=loss,
+            outer_loss=loss,
+            regularizer=synapse,
+            inner_batches=batches(*self.split.train, inner),
+            outer_batches=batches(*self.split.validation, outer),
+        )
+
+    def metrics(self, synapse: ComplexSynapse, params: Params) -> dict[str, float]:
+        """What weights are worth on validation and test data."""
+        with torch.no_grad():
+            return {
+                f"{part}_{name}": value
+                for part, (x, y) in self.split.judges.items()
+                for name, value in self.split.target.metrics(synapse(params, x), y).items()
+            }
+
+    def settle(
+        self, solver: Solver, *, strength: float = 0.0, meta_params: Params | None = None
+    ) -> Network:
+        """Learn at fixed strengths."""
+        synapse = ComplexSynapse(self.network, strength=strength)
+        meta_params = meta_params or synapse.meta_params()
+        with Evaluation(self.problem(synapse), synapse.params(), meta_params) as evaluation:
+            settled = evaluation.settle(solver)
+        metrics = self.metrics(synapse, settled.params)
+        return Network(settled.params, metrics, evaluation.gradient_evaluations)
+
+    def best_single(
+        self, solver: Solver, strengths: Sequence[float] = SINGLE_STRENGTHS
+    ) -> tuple[Network, float]:
+        """The best of some strengths for all weights, chosen by the validation data.
+
+        Returns:
+            What it is worth, with the gradient evaluations of all; the strength.
+        """
+        tried = [(self.settle(solver, strength=strength), strength) for strength in strengths]
+        score = f"validation_{self.split.target.score}"
+        best, strength = max(tried, key=lambda entry: entry[0].metrics[score])
+        evaluations = sum(network.gradient_evaluations for network, _ in tried)
+        return replace(best, gradient_evaluations=evaluations), strength
+
+    def learn_by(
+        self,
+        recipe: Recipe,
+        *,
+        outer_steps: int,
+        initial_strength: float | None,
+        callbacks: Sequence[Callback] = (),
+        watched: bool = True,
+    ) -> Learned:
+        """Learn a strength for every weight, and then with them; torch's generator is put back.
+
+        Args:
+            recipe: how.
+            outer_steps: of Adam.
+            initial_strength: where all start; None for the best single one, whose search counts.
+            callbacks: watch the outer loop.
+            watched: whether metrics are taken at every outer step; a look at many test rows may
+                cost as much as the step.
+        """
+        searched = 0
+        if initial_strength is None:
+            best, initial_strength = self.best_single(recipe.solver)
+            searched = best.gradient_evaluations
+        synapse = ComplexSynapse(self.network, strength=initial_strength)
+        meta_params = synapse.meta_params()
+        devices = {x.device for x in self.split.train if x.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(self.seed)
+            state = learn(
+                self.problem(synapse),
+                synapse.params(),
+                meta_params,
+                solver=recipe.solver,
+                estimator=recipe.estimator,
+                optimizer=torch.optim.Adam(meta_params.values(), lr=recipe.outer_lr),
+                steps=outer_steps,
+                project=synapse.project_,
+                evaluate=(lambda params: self.metrics(synapse, params)) if watched else None,
+                callbacks=callbacks,
+            )
+            # what the last step of the strengths is worth: learn once more
+            network = self.settle(recipe.solver, meta_params=meta_params)
+        evaluations = searched + state.gradient_evaluations + network.gradient_evaluations
+        strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
+        return Learned(state, network, strengths, evaluations)
+
+
+def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Mini-batches of at most `size` rows that differ in length by one at most.
+
+    Example:
+        >>> [len(y) for _, y in batches(torch.zeros(7, 2), torch.arange(7), 3)]
+        [3, 2, 2]
+    """
+    count = 1 if size is None else -(-len(y) // size)
+    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))

@@ -1,0 +1,226 @@
+"""Tables as people have them: read, understood or refused, with the line and the remedy."""
+
+import math
+
+import pytest
+import torch
+
+from equigrad.data import tables
+from equigrad.data.encoding import fit, read_target
+from equigrad.data.split import divide
+from equigrad.data.tables import read
+from equigrad.data.targets import Classes, Numbers
+from equigrad.errors import ConfigurationError, DataError
+
+
+def written(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "table.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return path
+
+
+def test_dialects_are_recognised(tmp_path):
+    expected = {"a": ["1.5", "2"], "b c": ["x", "y, z"]}
+    for text in (
+        'a,b c\n1.5,x\n2,"y, z"\n',
+        "a;b c\r\n1.5;x\r\n2;y, z\r\n",
+        "a\tb c\n1.5\tx\n\n2\ty, z",
+        "\n a | b c \n 1.5 | x\n2|y, z\n",
+        '\ufeff"a","b c"\n"1.5","x"\n"2","y, z"\n',
+    ):
+        assert read(written(tmp_path, text)).columns == expected, text
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    text = 'a,b\n1,2\n\n"in two\nlines",3\n4,5\n'
+    assert read(written(tmp_path, text)).lines == [2, 5, 6]
+
+
+def test_decimal_commas_are_read_where_they_are_asked_for(tmp_path):
+    path = written(tmp_path, "a;b\n1.234,5;x\n-0,5;y\n")
+    assert read(path, decimal=",").numbers("a") == [1234.5, -0.5]
+    table = read(path)
+    with pytest.raises(DataError, match="say --decimal ,"):
+        fit(table, target="b", missing="error")
+
+
+def test_other_encodings_are_read_where_they_are_named(tmp_path):
+    path = written(tmp_path, "straße,b\ncafé,1\n", "latin-1")
+    with pytest.raises(DataError, match=r"line 1 is not utf-8.*--encoding latin-1"):
+        read(path)
+    assert read(path, encoding="latin-1").columns["straße"] == ["café"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("a,b\n", "has a header \\('a', 'b'\\) and no rows"),
+        ("a,b,a\n1,2,3\n", "several columns of the name 'a'"),
+        ("a,b\n1,2\n1\n1,2,3\n", "header has 2 columns, other lines do not: line 3 .1., line 4"),
+        ('a,b\n1,2\n"1,2\n3,4\n', "row that begins in line 3 cannot be read.*quote not closed"),
+        (b"PK\x03\x04rest", "spreadsheet"),
+        (b"\x1f\x8brest", "gzip"),
+        ("a,b\n".encode("utf-16"), "UTF-16"),
+        (b"a,b\n1,\x002\n", "zero bytes"),
+        (b"a,b\n1,\xff\n", "line 2 is not utf-8"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read(written(tmp_path, text))
+
+
+def test_files_that_are_not_there(tmp_path):
+    for path in (tmp_path / "gone.csv", tmp_path):
+        with pytest.raises(DataError, match=f"cannot read {path}"):
+            read(path)
+    with pytest.raises(DataError, match="delimiter must be one character"):
+        read(written(tmp_path, "a,b\n1,2\n"), delimiter=";;")
+    with pytest.raises(DataError, match="encoding 'klingon' is unknown"):
+        read(written(tmp_path, "a,b\n1,2\n"), encoding="klingon")
+
+
+def test_a_line_of_a_gigabyte_is_refused_without_reading_it(tmp_path):
+    path = tmp_path / "long.csv"
+    with path.open("wb") as file:
+        file.write(b"a,b\n1,")
+        file.seek(2**30)  # a hole: it takes no disk
+        file.write(b"\n")
+    with pytest.raises(DataError, match="zero bytes"):
+        read(path)
+    path.write_bytes(b"a,b\n1," + b"7" * (2 * tables.LONGEST_LINE) + b"\n")
+    with pytest.raises(DataError, match="line 2 is longer than 1,048,576 bytes"):
+        read(path)
+
+
+def fitted(text, tmp_path, **options):
+    table = read(written(tmp_path, text))
+    return fit(table, target="y", **{"missing": "error", **options}), table
+
+
+def test_encoding_by_hand(tmp_path):
+    text = "n,c,y\n1,a,0\n2,b,0\n3,a,0\n6,b,1\n"
+    (encoding, notes), table = fitted(text, tmp_path)
+    assert encoding.inputs == ["n", "c=a", "c=b"]
+    assert notes == []
+    x, said = encoding.encode(table)
+    root = math.sqrt(3.5)  # mean 3, squares 4 1 0 9
+    expected = [[-2 / root, 1, 0], [-1 / root, 0, 1], [0, 1, 0], [3 / root, 0, 1]]
+    torch.testing.assert_close(x, torch.tensor(expected, dtype=torch.float64))
+    assert said == []
+    # other rows, other columns, in another order: the same numbers
+    other = read(written(tmp_path, "extra,c,n\n0,z,1\n0,b,6\n"))
+    x, said = encoding.encode(other)
+    torch.testing.assert_close(x[0], torch.tensor([-2 / root, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(x[1], torch.tensor(expected[3], dtype=torch.float64))
+    assert said == ["column 'c': 1 rows of unseen category 'z'"]
+
+
+def test_missing_values_are_named_or_imputed(tmp_path):
+    text = "n,m,c,y\n1,1,a,0\n,2,b,0\n2,3,NA,0\n9,4,b,1\n"
+    with pytest.raises(DataError, match=r"'n' .1, the first in line 3., 'c' .1, .*line 4"):
+        fitted(text, tmp_path)[0][0].encode(read(written(tmp_path, text)))
+    (encoding, _), table = fitted(text, tmp_path, missing="impute")
+    assert encoding.inputs == ["n", "n is missing", "m", "c is missing", "c=a", "c=b"]
+    x, _ = encoding.encode(table)
+    mean, root = 14 / 4, math.sqrt(((1 - 3.5) ** 2 + 2 * (2 - 3.5) ** 2 + (9 - 3.5) ** 2) / 4)
+    torch.testing.assert_close(x[1, :2], torch.tensor([(2 - mean) / root, 1]).double())
+    assert x[:, 1].tolist() == [0, 1, 0, 0]
+    assert x[:, 3].tolist() == [0, 0, 1, 0]
+    # missing where nothing was when it was fitted: the median, or no category
+    gaps = read(written(tmp_path, "n,m,c\n1,?,a\n"))
+    assert encoding.encode(gaps)[0][0, 2].item() == 0.0  # the median of 1 2 3 4 is their mean
+
+
+@pytest.mark.parametrize(
+    ("cell", "rows", "options", "message"),
+    [
+        ("{i}", 60, {"junk": "abc"}, r"'n' has numbers, and 2 of its 62 values.*'abc' \(line 62\)"),
+        ("{i}", 60, {"junk": "1,5"}, "say --decimal ,"),
+        ("{i}", 60, {"junk": "inf"}, "'inf'"),
+        ("id-{i}", 60, {}, "60 different texts in 60 rows.*--ignore n, or .*--categorical n"),
+        ("19{i}-01-02", 60, {}, "look like dates"),
+        ("{d:02}.01.19{i}", 60, {}, "look like dates"),
+        ("7", 30, {}, "no column to learn from"),
+    ],
+)
+def test_columns_that_cannot_be_learned_from(tmp_path, cell, rows, options, message):
+    lines = [cell.format(i=10 + i, d=1 + i % 28) for i in range(rows)]
+    lines += [options["junk"]] * 2 if "junk" in options else []
+    rows_ = "".join(f'"{value}",{i % 2}\n' for i, value in enumerate(lines))
+    with pytest.raises(DataError, match=message):
+        fitted("n,y\n" + rows_, tmp_path)
+
+
+def test_columns_are_what_they_are_said_to_be(tmp_path):
+    lines = "".join(f"id-{i},{i % 3},{i},5,{i % 2}\n" for i in range(60))
+    (encoding, notes), _ = fitted("id,code,n,k,y\n" + lines, tmp_path, categorical=("id", "code"))
+    assert len(encoding.inputs) == 60 + 3 + 1
+    assert "column 'n' holds whole numbers that are all different" in notes[0]
+    assert notes[1] == "left out, having one value only: 'k'"
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "expected"),
+    [
+        (["b", "a"] * 5, "auto", Classes(("a", "b"))),
+        (["True", "False"] * 5, "auto", Classes(("False", "True"))),
+        (["10", "9", "9"] * 5, "auto", Classes(("9", "10"))),
+        (["1", "2"] * 5, "regression", Numbers()),
+        ([str(i) for i in range(12)], "auto", Numbers()),
+        (["0.5", "1.5"] * 5, "auto", Numbers()),
+        (["0.5", "1.5"] * 5, "classification", Classes(("0.5", "1.5"))),
+    ],
+)
+def test_targets_are_classes_or_numbers(tmp_path, values, task, expected):
+    table = read(written(tmp_path, "y\n" + "".join(f"{v}\n" for v in values)))
+    target, read_values, how = read_target(table, "y", task)
+    assert target == expected
+    assert len(read_values) == len(values)
+    assert how.startswith("classification" if isinstance(expected, Classes) else "regression")
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "message"),
+    [
+        (["a"] * 9, "auto", "one class only, 'a'"),
+        (["3.5"] * 9, "auto", "is 3.5 in every row"),
+        ([*map(str, range(60)), "x"], "auto", r"1 of its 61 values are none: 'x' \(line 62\)"),
+        ([*map(str, range(60)), "x"], "regression", r"no numbers: 'x' \(line 62\)"),
+        ([f"n{i}" for i in range(60)], "auto", "60 different values in 60 rows.* no classes"),
+    ],
+)
+def test_targets_that_cannot_be_learned(tmp_path, values, task, message):
+    table = read(written(tmp_path, "y\n" + "".join(f"{v}\n" for v in values)))
+    with pytest.raises(DataError, match=message):
+        read_target(table, "y", task)
+
+
+def test_every_class_has_its_share_of_every_part():
+    groups = torch.tensor([0] * 100 + [1] * 20 + [2] * 3)
+    parts = divide(groups, test_share=0.2, training_share=0.5, samples=None, seed=0)
+    counts = [groups[rows].bincount(minlength=3).tolist() for rows in vars(parts).values()]
+    assert counts == [[40, 8, 1], [40, 8, 1], [20, 4, 1]]
+    assert sorted(torch.cat(list(vars(parts).values())).tolist()) == list(range(123))
+    # in an order that mini-batches can be cut from
+    assert len(groups[parts.train][:10].unique()) > 1
+    other = divide(groups, test_share=0.2, training_share=0.5, samples=None, seed=1)
+    assert not torch.equal(parts.train, other.train)
+    few = divide(groups, test_share=0.2, training_share=0.5, samples=30, seed=0)
+    assert torch.equal(few.test, parts.test)
+    assert abs(len(few.seen) - 30) <= 3
+
+
+def test_parts_that_cannot_be_drawn():
+    groups = torch.tensor([0] * 10 + [1] * 2)
+    options = {"test_share": 0.2, "training_share": 0.5, "samples": None, "seed": 0}
+    with pytest.raises(DataError, match=r"too few rows for training, validation and test.*b \(2\)"):
+        divide(groups, **options, names=("a", "b"))
+    with pytest.raises(DataError, match="too few rows"):
+        divide(torch.zeros(2, dtype=torch.long), **options)
+    with pytest.raises(ConfigurationError, match="100 samples were asked for, and there are 8"):
+        divide(groups[:10], **{**options, "samples": 100})
+    with pytest.raises(ConfigurationError, match=r"samples must be at least 2, .* got 1"):
+        divide(groups[:10], **{**options, "samples": 1})

@@ -1,0 +1,132 @@
+"""The estimators keep scikit-learn's contract, and learn what the command line learns."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from equigrad import T1T2
+from equigrad.sklearn import StrengthLearningClassifier, StrengthLearningRegressor
+from equigrad.training.strengths import SINGLE_STRENGTHS
+
+SHORT = {"hidden": (8,), "outer_steps": 1, "inner_steps": 60, "lr": 0.1, "nudged_steps": 5}
+SHORT |= {"initial_strength": 1e-3}
+
+
+@parametrize_with_checks(
+    [
+        StrengthLearningClassifier(**SHORT, random_state=0),
+        StrengthLearningRegressor(**SHORT, random_state=0),
+    ]
+)
+def test_keeps_the_contract_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def short(kind: Any, **changes: Any) -> Any:
+    return kind(**{**SHORT, "random_state": 0, **changes})
+
+
+def data(load: Any) -> tuple[np.ndarray, np.ndarray]:
+    return load(return_X_y=True)
+
+
+def test_same_seed_same_bits_and_nothing_else_is_touched():
+    x, y = data(load_iris)
+    before, drawn = torch.get_rng_state(), np.random.get_state(legacy=False)
+    model = short(StrengthLearningClassifier).fit(x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state(legacy=False)["state"]["key"] == drawn["state"]["key"]).all()
+    probabilities = model.predict_proba(x)
+    again: Any = clone(model)
+    assert (again.fit(x, y).predict_proba(x) == probabilities).all()
+    assert (
+        short(StrengthLearningClassifier, random_state=1).fit(x, y).predict_proba(x)
+        != probabilities
+    ).any()
+    assert (pickle.loads(pickle.dumps(model)).predict_proba(x) == probabilities).all()
+
+
+def test_units_and_scales_do_not_matter():
+    """Inputs and target are standardised: metres or millimetres, the same is learned."""
+    x, y = data(load_diabetes)
+    one = short(StrengthLearningRegressor).fit(x, y).predict(x)
+    other = short(StrengthLearningRegressor).fit(1000 * x + 7, 60 * y - 3).predict(1000 * x + 7)
+    np.testing.assert_allclose(other, 60 * one - 3, rtol=1e-6)
+
+
+def test_strengths_are_learned_by_the_rows_that_judge():
+    """Of ten inputs two say something, in 60 rows that are learned from and 60 that judge."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(120, 10))
+    y = x[:, 0] - 2 * x[:, 1] + 0.5 * random.normal(size=120)
+    held_out = random.normal(size=(500, 10))
+    truth = held_out[:, 0] - 2 * held_out[:, 1]
+    settings = {"outer_steps": 15, "outer_lr": 0.02, "inner_steps": 100, "nudged_steps": 30}
+    learned = short(StrengthLearningRegressor, **settings).fit(x, y)
+    plain = short(StrengthLearningRegressor, **{**settings, "outer_steps": 0}).fit(x, y)
+    assert {n: s.shape for n, s in learned.strengths_.items()} == {
+        "0.weight": (8, 10),
+        "0.bias": (8,),
+        "2.weight": (1, 8),
+        "2.bias": (1,),
+    }
+    assert (plain.strengths_["0.weight"] == plain.initial_strength).all()
+    # at most half of what the fixed strengths leave unexplained
+    assert 1 - learned.score(held_out, truth) < 0.5 * (1 - plain.score(held_out, truth))
+    assert len(learned.history_) == 15
+    assert learned.validation_score_ > learned.history_[0]["validation_r2"]
+
+
+def test_chosen_and_piped_as_any_other():
+    x, y = data(load_iris)
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    pipe = make_pipeline(StandardScaler(), short(StrengthLearningClassifier))
+    grid = {
+        "strengthlearningclassifier__estimator": [None, T1T2()],
+        "strengthlearningclassifier__lr": [0.0001, 0.1],
+    }
+    search = GridSearchCV(pipe, grid, cv=2).fit(x, names)
+    assert search.best_params_["strengthlearningclassifier__lr"] == 0.1
+    assert search.best_score_ > 0.9
+    assert set(search.predict(x)) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels", "message"),
+    [
+        ({"validation_fraction": 1.0}, [0, 1] * 10, "between 0 and 1, got 1.0"),
+        ({"lr": 0.0}, [0, 1] * 10, "lr must be positive, got 0.0"),
+        ({"hidden": (0,)}, [0, 1] * 10, "hidden widths must be at least 1"),
+        ({"outer_steps": -1}, [0, 1] * 10, "steps must be at least 0, got -1"),
+        ({}, [0] * 20, "one class"),
+        ({}, [0] * 19 + [1], r"too few rows for training, validation.*: 1 \(1\)"),
+    ],
+)
+def test_what_cannot_work_is_named(change, labels, message):
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    with pytest.raises(ValueError, match=message):
+        short(StrengthLearningClassifier, **change).fit(x, labels)
+
+
+def test_strengths_start_at_the_best_single_one_unless_told():
+    """Where nothing is learned, the best of thirteen is what is left: here a strong one."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 8))
+    y = x[:, 0] + 2 * random.normal(size=40)
+    scores = {
+        strength: short(StrengthLearningRegressor, outer_steps=0, initial_strength=strength)
+        .fit(x, y)
+        .validation_score_
+        for strength in (*SINGLE_STRENGTHS, None)
+    }
+    assert scores.pop(None) == max(scores.values())
+    assert max(SINGLE_STRENGTHS, key=lambda strength: scores[strength]) >= 0.01
