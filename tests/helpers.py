@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.cli import main
+from equigrad.data.images import Images
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problem import Bilevel, Params, Problem
@@ -80,3 +81,12 @@ def small_network(strength: float = 0.05) -> tuple[Bilevel, ComplexSynapse]:
         regularizer=synapse,
     )
     return problem, synapse
+
+
+def made_up(count: int, channels: int, side: int, seed: int) -> Images:
+    """Ten patterns, an image being one of them under noise."""
+    patterns = torch.rand(10, channels, side, side, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    noise = torch.rand(count, channels, side, side, generator=generator)
+    return Images((255 * (0.25 * patterns[labels] + 0.75 * noise)).to(torch.uint8), labels)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from equigrad import IMAML, T1T2, ConjugateGradient, Contrastive, GradientDescent, meta_gradient
-from equigrad.data import cifar10, mnist
-from equigrad.data.images import Images
+from equigrad.data import mnist
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import ESTIMATORS
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist
@@ -17,27 +16,9 @@ from equigrad.experiments.reproduction import fill, from_csv
 from equigrad.experiments.strength_learning import OTHERS, EstimatorName, Job
 from equigrad.experiments.table1 import Accuracies, Table1
 from equigrad.nn import ComplexSynapse
-from helpers import call_main
+from helpers import call_main, made_up
 
-
-def made_up(count, channels, side, seed):
-    """Ten patterns, an image being one of them under noise."""
-    patterns = torch.rand(10, channels, side, side, generator=torch.Generator().manual_seed(9))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (count,), generator=generator)
-    noise = torch.rand(count, channels, side, side, generator=generator)
-    return Images((255 * (0.25 * patterns[labels] + 0.75 * noise)).to(torch.uint8), labels)
-
-
-@pytest.fixture(autouse=True)
-def images(monkeypatch):
-    for data, channels, side in ((mnist, 1, 28), (cifar10, 3, 32)):
-        pool, test = (made_up(n, channels, side, s) for n, s in ((400, 0), (150, 1)))
-
-        def load(files=None, pool=pool, test=test, held_out=data.TEST):
-            return test if files is held_out else pool
-
-        monkeypatch.setattr(data, "load", load)
+pytestmark = pytest.mark.usefixtures("made_up_images")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
