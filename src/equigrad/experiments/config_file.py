@@ -150,7 +150,7 @@ def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> A
     try:
         return made(**values)
     except TypeError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{where.rstrip('.')}: {error}") from error
 
 
 def _family(kind: type) -> Iterator[type]:

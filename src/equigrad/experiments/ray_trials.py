@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,9 +52,10 @@ def run_trials(
     threads, gpus = config.experiment.threads, gpus_of(config)
     scratch = out.resolve() / ".ray"  # of nothing that is not in the trials' own folders
     waiting = {trial.number: trial for trial in trials if not trial.ended}
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed search leaves it
     os.environ.update(QUIET)
-    start_ray(config)
     try:
+        start_ray(config)
         have = ray.cluster_resources()
         for what, need in (("CPU", threads), ("GPU", gpus)):
             if need > have.get(what, 0):
@@ -93,7 +95,9 @@ def gpus_of(config: Search) -> float:
 def start_ray(config: Search) -> None:
     """Start Ray here, or join a cluster."""
     own: dict[str, Any] = {}
-    if config.address is None:
+    if config.address is not None:
+        reach(config.address)
+    else:
         threads = config.experiment.threads
         parallel = config.parallel or max(1, (os.cpu_count() or 1) // threads)
         own = {"num_cpus": parallel * threads, "include_dashboard": False}
@@ -107,6 +111,19 @@ def start_ray(config: Search) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {config.address}" if config.address else "here"
         raise RunError(f"Ray does not start {where}: {error}") from error
+
+
+def reach(address: str) -> None:
+    """Raise at once where nobody listens; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise RunError(
+                f"no Ray cluster answers at {address} ({error}); `ray start --head` prints its "
+                f"address where it is started"
+            ) from error
 
 
 def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
@@ -202,7 +219,7 @@ class Notes(tune.Callback):
         if "failed" in last:
             noted.status, noted.error = "failed", last["failed"]
         elif "lost" in last:
-            noted.error = last["lost"]
+            noted.status, noted.error = "lost", last["lost"]
         else:
             whole = noted.outer_steps >= noted.config.outer_steps
             noted.status = "whole" if whole else "stopped"
@@ -211,5 +228,5 @@ class Notes(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """When its process has died."""
         noted = self.trials[trial.config["number"]]
-        noted.error = "its process died"
+        noted.status, noted.error = "lost", "its process died"
         self.changed(noted)

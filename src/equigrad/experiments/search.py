@@ -50,8 +50,8 @@ class Search:
     """Random points to try, each once, or the whole `grid`; None as the paper's table says."""
 
     space: Path | None = None
-    """A JSON file of what to vary instead: a list of values, or `{"log_uniform": [low, high]}`, by
-    option, such as `contrastive.rule.beta`."""
+    """A JSON file of what to vary instead: by option, a list of values or
+    `{"log_uniform": [low, high]}`."""
 
     grace_period: int = 10
     """Outer steps that every trial may take before it can be stopped."""
@@ -66,7 +66,7 @@ class Search:
     """GPUs of a trial, 0.5 for two on each; None for one where the device is CUDA."""
 
     address: str | None = None
-    """Of a running Ray cluster, `auto` for this machine's; None starts Ray in this process."""
+    """HOST:PORT of a running Ray cluster, or `auto`; None starts Ray here and ends it."""
 
     def __post_init__(self) -> None:
         if self.trials != "grid" and self.trials is not None:
@@ -102,9 +102,8 @@ class Search:
             )
         return space
 
-    def points(self) -> list[Point]:
-        """What to try."""
-        space = self.find_space()
+    def points(self, space: Space) -> list[Point]:
+        """What to try of a space."""
         trials = space.trials if self.trials is None else self.trials
         return space.points(None if trials == "grid" else trials, self.experiment.seed)
 
@@ -124,7 +123,8 @@ class Trial:
         config: the experiment with these values.
         folder: of its run.
         status: `whole` where it took all outer steps, `stopped` where it lagged behind, `failed`
-            where it cannot be computed, and `waiting` until one of these is known.
+            where it cannot be computed; `lost` where its process or its disk failed, and `waiting`
+            until it is known.
         history: outer steps done, and the validation accuracy after them in percent.
         seconds: spent in the outer loop.
         error: why it failed.
@@ -134,7 +134,7 @@ class Trial:
     point: Point
     config: StrengthLearning
     folder: Path
-    status: Literal["waiting", "whole", "stopped", "failed"] = "waiting"
+    status: Literal["waiting", "whole", "stopped", "failed", "lost"] = "waiting"
     history: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
@@ -154,7 +154,7 @@ class Trial:
     @property
     def ended(self) -> bool:
         """Whether it need not be run again."""
-        return self.status != "waiting"
+        return self.status not in ("waiting", "lost")
 
     @property
     def summary(self) -> str:
@@ -176,8 +176,10 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
         RunError: some trials were lost with their processes or their disk.
         DataError: the experiment's data are not there.
     """
-    space, points = config.find_space(), config.points()
+    space = config.find_space()
+    points = config.points(space)
     configs = [overlay(config.experiment, at_paths(point)) for point in points]
+    ray = ray_trials()  # before anything is written
     directory = RunDirectory(out, config.what(), resume=resume)
     experiment = config.experiment
     note = experiment.load(torch.device("cpu"), torch.float32).note  # raises here, and once
@@ -193,7 +195,7 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
     console.print(f"{note}\n{said}" if note else said, highlight=False, soft_wrap=True)
     if not all(trial.ended for trial in trials):
         with Board(trials, directory, console) as board:
-            ray_trials().run_trials(config, trials, out, board.changed)
+            ray.run_trials(config, trials, out, board.changed)
     return conclude(config, trials, directory, console)
 
 
@@ -251,7 +253,7 @@ class Board:
             ending = {name: getattr(trial, name) for name in Trial.ENDING}
             write_whole(trial.folder / "trial.json", json.dumps(ending) + "\n")
             write_whole(self.directory.path / "trials.csv", as_csv(self.trials))
-        if (trial.ended or trial.error) and not self.console.is_terminal:
+        if trial.status != "waiting" and not self.console.is_terminal:
             self.console.print(trial.summary, markup=False, highlight=False, soft_wrap=True)
         self._tell()
 
@@ -274,7 +276,7 @@ def rank(trial: Trial) -> tuple[bool, int, float]:
 def counted(trials: Sequence[Trial]) -> str:
     """How many ended in which way."""
     counts = Counter(trial.status for trial in trials)
-    words = ("whole", "stopped", "failed")
+    words = ("whole", "stopped", "failed", "lost")
     return ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
 
 
@@ -322,7 +324,7 @@ def conclude(
     )
     figures.save(draw(trials), directory.path / "search.png")
     ordered = sorted(trials, key=rank, reverse=True)
-    table = Table(title=f"the best of {len(trials)} trials: {counted(trials)}", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     for heading in ("trial", *short(list(best.point)), "outer steps", "validation %"):
         table.add_column(heading, justify="right")
     for trial in ordered[:5]:
@@ -330,6 +332,7 @@ def conclude(
             values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.point.values())
             numbers = str(trial.outer_steps), f"{trial.validation:.2f}"
             table.add_row(str(trial.number), *values, *numbers)
+    console.print(f"{len(trials)} trials: {counted(trials)}; the best are", highlight=False)
     console.print(table)
     file = shlex.quote(str(directory.path / "best.json"))
     console.print(
