@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -181,11 +182,12 @@ def test_the_scheduler_is_told_of_trials_that_have_ended(folder):
     past = [trial_of(folder, status="whole", history=[(i, 50.0 + i) for i in range(101)])]
     for trials, decision in ((past, "STOP"), ([], "CONTINUE")):
         asha = ray_trials.scheduler(config, trials)
-        new = SimpleNamespace(trial_id="new")
-        asha.on_trial_add(None, new)
+        new: Any = SimpleNamespace(trial_id="new")
+        controller: Any = None
+        asha.on_trial_add(controller, new)
         for step, accuracy, decided in ((9, 0.0, "CONTINUE"), (10, 59.0, decision)):
             row = {"outer_step": step, "validation_accuracy": accuracy}
-            assert asha.on_trial_result(None, new, row) == decided
+            assert asha.on_trial_result(controller, new, row) == decided
 
 
 @pytest.mark.parametrize(

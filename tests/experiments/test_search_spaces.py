@@ -1,6 +1,7 @@
 """The spaces of Tables S1 to S4, and points of them."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def configured(what, **chosen):
     return (Mnist if what in Mnist.settings else Cifar10).preset(setting=what, **chosen)
 
 
-def value_at(config, path):
+def value_at(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
     return config

@@ -258,19 +258,18 @@ class Board:
         self._tell()
 
     def _tell(self) -> None:
-        said = [counted(self.trials)]
-        if any(trial.history for trial in self.trials):
-            best = max(self.trials, key=rank)
-            said.append(
-                f"best: trial {best.number}, {best.validation:.2f} % after {best.outer_steps} steps"
-            )
+        said, best = counted(self.trials), max(self.trials, key=rank)
+        if best.history:
+            accuracy = f"{best.validation:.2f} % after {best.outer_steps} steps"
+            said += f"{'; ' if said else ''}best: trial {best.number}, {accuracy}"
         done = sum(trial.ended for trial in self.trials)
-        self.progress.update(self.task, completed=done, said="; ".join(filter(None, said)))
+        self.progress.update(self.task, completed=done, said=said or "starting Ray")
 
 
 def rank(trial: Trial) -> tuple[bool, int, float]:
     """The further the better, and then by validation accuracy; what failed is last."""
-    return trial.status != "failed", trial.outer_steps, trial.validation
+    accuracy = trial.validation if trial.history else -math.inf
+    return trial.status != "failed", trial.outer_steps, accuracy
 
 
 def counted(trials: Sequence[Trial]) -> str:
