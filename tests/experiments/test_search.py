@@ -52,7 +52,9 @@ def test_a_killed_search_goes_on(folder, capsys):
     words += ["--parallel", "1", "--grace-period", "1", "--reduction-factor", "2"]
     first = folder / "mine" / "trials" / "000"
     killed = equigrad(*words)
+    deadline = time.monotonic() + 300
     while not (first / "trial.json").exists():
+        assert time.monotonic() < deadline
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.01)
     killed.kill()
