@@ -18,7 +18,7 @@ install: .venv/.installed
 		{ echo "equigrad needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[experiments,dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[experiments,search,dev]"
 	@touch $@
 
 lint: install

@@ -1,6 +1,7 @@
 """The command line over the experiments."""
 
 import argparse
+import functools
 import inspect
 import runpy
 import shlex
@@ -51,12 +52,15 @@ def commands() -> list[Command]:
         images,
         matched_phases,
         quadratic,
+        search,
         strength_learning,
         table1,
         tabular,
     )
     from equigrad.experiments.reproduction import reproduce
 
+    of_images = (digits.Digits, images.Mnist, images.Cifar10)
+    of_own_data = (tabular.Tabular, folder.Folder)
     reproductions = (
         matched_phases.MatchedPhases,
         bound.Fig1,
@@ -74,22 +78,26 @@ def commands() -> list[Command]:
     return [
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
-            for experiment in (
-                digits.Digits,
-                images.Mnist,
-                images.Cifar10,
-                tabular.Tabular,
-                folder.Folder,
+            for experiment in (*of_images, *of_own_data)
+        ),
+        *(
+            Command(
+                "search",
+                experiment.__name__.lower(),
+                functools.partial(search.preset, experiment),
+                search.search,
             )
+            for experiment in of_images
         ),
         *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
     ]
 
 
-CHOOSERS = ("setting", "scale", "estimator")
-"""Options that choose the defaults of the others."""
-
-VERBS = {"run": "run an experiment", "reproduce": "reproduce a figure or table"}
+VERBS = {
+    "run": "run an experiment",
+    "search": "search an experiment's hyperparameters",
+    "reproduce": "reproduce a figure or table",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,7 +123,9 @@ def dispatch(arguments: Sequence[str]) -> None:
         epilog="`equigrad run digits --help` shows a command's options.",
     )
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="{run,reproduce,predict,report,check,list}"
+        dest="verb",
+        required=True,
+        metavar="{run,search,reproduce,predict,report,check,list}",
     )
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
@@ -254,17 +264,27 @@ def examine(target: str, **options: Any) -> None:
 
 
 def execute(command: Command, arguments: Sequence[str]) -> None:
-    """Read the command's options and do its work; `CHOOSERS` decide the other defaults."""
+    """Read the command's options and do its work; `CHOOSERS` or a file decide the defaults."""
+    from equigrad.experiments.config_file import CHOOSERS, read_config
     from equigrad.experiments.run_directory import default_directory
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for chooser in CHOOSERS:
-        peek.add_argument(f"--{chooser}", default=argparse.SUPPRESS)
-    defaults = command.defaults(**vars(peek.parse_known_args(arguments)[0]))
+    for name in ("config", *CHOOSERS):
+        peek.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    chosen = vars(peek.parse_known_args(arguments)[0])
+    file = chosen.pop("config", None)
+    if file is None:
+        defaults = command.defaults(**chosen)
+    else:
+        defaults = read_config(Path(file), command.defaults, chosen)
     console = Console()
 
     def work(
-        config: Any,
+        options: Any,
+        config: Annotated[
+            Path | None,
+            tyro.conf.arg(help="A run's config.json or a search's best.json, for the defaults."),
+        ] = None,
         out: Annotated[
             Path | None, tyro.conf.arg(help="Folder of the run; a new one under runs/ by default.")
         ] = None,
@@ -276,14 +296,14 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
             raise RunError(f"nothing to resume in {out or 'a new folder'}; name the run with --out")
         folder = out or default_directory(command.name)
         try:
-            command.work(config, folder, resume=resume, console=console)
+            command.work(options, folder, resume=resume, console=console)
         except KeyboardInterrupt:
             say_how_to_resume(arguments, folder)
             raise
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
 
-    work.__annotations__["config"] = Annotated[type(defaults), tyro.conf.arg(name="")]
-    work.__defaults__ = (defaults, None, False)
+    work.__annotations__["options"] = Annotated[type(defaults), tyro.conf.arg(name="")]
+    work.__defaults__ = (defaults, None, None, False)
     tyro.cli(
         work,
         prog=f"equigrad {command.verb} {command.name}",
