@@ -1,6 +1,8 @@
 """Configurations from files: what was written is read the same, and what is wrong is named."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +16,15 @@ from helpers import call_main
 SMOKE = ["run", "digits", "--scale", "smoke", "--no-compare"]
 
 
+REQUIRED = {"csv": Path("mine.csv"), "target": "price", "images": Path("mine")}
+
+
 @pytest.mark.parametrize("scale", ["smoke", "paper"])
 @pytest.mark.parametrize("command", commands(), ids=lambda c: f"{c.verb}-{c.name}")
 def test_every_configuration_is_read_as_it_was_written(command, scale):
     config = command.defaults(scale=scale)
+    fields = {field.name for field in dataclasses.fields(config)}
+    config = dataclasses.replace(config, **{n: v for n, v in REQUIRED.items() if n in fields})
     written = json.loads(json.dumps(describe(config)))
     assert overlay(command.defaults(scale="small"), written) == config
 

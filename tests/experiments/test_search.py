@@ -106,9 +106,9 @@ def test_a_trial_goes_on_where_it_was_stopped(folder, monkeypatch):
     ray_trials.attempt({"number": 0}, {0: trial})
     assert [row["outer_step"] for row in told] == [0, 1, 2, 3]
     assert told[0] == before[0]  # what is known is told, not computed again
-    whole = Job(trial.config, trial.config.seed).learn("contrastive")
+    whole, end = Job(trial.config, trial.config.seed).learn("contrastive")
     accuracies = [row["validation_accuracy"] for row in whole.state.history]
-    assert [row["validation_accuracy"] for row in told] == [*accuracies, whole.row.validation]
+    assert [row["validation_accuracy"] for row in told] == [*accuracies, end.validation]
 
 
 def test_a_full_disk_is_no_fault_of_the_point(folder, monkeypatch):

@@ -161,7 +161,8 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
             identity=directory.identity,
         )
         log = JsonLines(trial.folder / "metrics.jsonl")
-        learned = Job(config, config.seed).learn(config.estimator, [checkpoint, log, Report()])
+        job, watchers = Job(config, config.seed), [checkpoint, log, Report()]
+        _, row = job.learn(config.estimator, watchers)
     except Exception as error:
         (trial.folder / "error.txt").write_text(traceback.format_exc())
         # a disk that is full, say, is no fault of the point: such a trial has not ended
@@ -169,13 +170,7 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         tune.report({"lost" if lost else "failed": said})
         return
-    tune.report(
-        {
-            STEP: config.outer_steps,
-            ACCURACY: learned.row.validation,
-            "seconds": learned.row.seconds,
-        }
-    )
+    tune.report({STEP: config.outer_steps, ACCURACY: row.validation, "seconds": row.seconds})
 
 
 class Report(Callback):
