@@ -231,6 +231,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run_folder, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     words = ["run", "tabular", "--csv", run_folder / "fruit.csv", "--target", "kind", *SMOKE]
     words += ["--no-compare", "--checkpoint-every", "1", "--batch", "10"]
+    words += ["--initial-strength", "0.001"]  # so that metrics are first taken at an outer step
     assert call_main(*words, "--out", "whole", capsys=capsys)[0] == 0
     steps = []
     judge = strengths.StrengthLearner.metrics

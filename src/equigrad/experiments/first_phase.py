@@ -298,6 +298,8 @@ class Fig3(Reproduction):
         ):
             _with_bars(axes, curve, label=METHODS[method], color=color, marker="o")
         axes.set(xscale="log", xlabel="steps of the first phase", ylabel="validation accuracy (%)")
+        axes.set_xticks(sorted(self.steps), [f"{steps:,}" for steps in sorted(self.steps)])
+        axes.minorticks_off()
         finish(axes, "A  MNIST, 10 images", "strengths by")
 
     def _draw_betas(self, axes: Axes, rows: Sequence[Reached]) -> None:
