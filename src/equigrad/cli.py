@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import os
 import runpy
 import shlex
 import sys
@@ -112,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read our words, `head` for example, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 def dispatch(arguments: Sequence[str]) -> None:

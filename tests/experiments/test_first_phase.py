@@ -86,6 +86,15 @@ def test_methods_of_a_learn_alike_and_phases_of_b_are_plain():
     assert rule.nudged_solver.max_steps != 450
 
 
+def test_where_all_diverged_nothing_is_best():
+    lost = [replace(r, validation=math.nan) for r in made_rows(FIGURE)]
+    assert set(FIGURE.best_betas(lost).values()) == {None}
+    text = FIGURE.text(lost)
+    assert "contrastive is best after –; T1–T2 is best after –" in text
+    assert "| 50 | diverged | diverged | diverged | – |" in text
+    FIGURE.draw(lost)
+
+
 @pytest.mark.usefixtures("made_up_images")
 @pytest.mark.parametrize("cell", [("A", "t1t2", 5, NO_NUDGE, 0), ("B", "contrastive", 10, 3.0, 0)])
 def test_cell_is_the_run_that_it_stands_for(cell):

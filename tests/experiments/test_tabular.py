@@ -10,6 +10,7 @@ import torch
 
 from equigrad.errors import DataError
 from equigrad.experiments.model import FORMAT, load_model
+from equigrad.experiments.report import report
 from equigrad.experiments.strength_learning import Job
 from equigrad.experiments.tabular import Tabular
 from equigrad.nn import ComplexSynapse
@@ -223,6 +224,13 @@ def divided(config, path):
         samples=None,
         seed=0,
     )
+
+
+def test_report_tells_tables_apart_and_finds_no_damage(run_folder, tmp_path):
+    page = report([run_folder], tmp_path / "page.html").read_text()
+    assert "cannot be read" not in page
+    for heading in ("test accuracy, %", "test R²", "test RMSE", "kind", "price"):
+        assert heading in page
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(run_folder, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -209,7 +209,7 @@ class Fig3(Reproduction):
             for steps in self.steps
         ]
         best = "; ".join(
-            f"{METHODS[method]} is best after {steps:,}"
+            f"{METHODS[method]} is best after {_or_dash(steps)}"
             for method, steps in self.best_steps(rows).items()
         )
         lr = self.mnist(1).recipe("t1t2").solver.lr
@@ -223,7 +223,7 @@ class Fig3(Reproduction):
     def _by_beta(self, rows: Sequence[Reached]) -> str:
         best = self.best_betas(rows)
         lines = [
-            [f"{steps:,}", *(_said(error) for error in curve.values()), f"{best[steps]:g}"]
+            [f"{steps:,}", *(_said(error) for error in curve.values()), _or_dash(best[steps])]
             for steps, curve in self.errors(rows).items()
         ]
         ours = self.cifar(1, 1.0).contrastive
@@ -269,19 +269,13 @@ class Fig3(Reproduction):
             for steps in sorted(self.cifar_steps)
         }
 
-    def best_steps(self, rows: Sequence[Reached]) -> dict[EstimatorName, int]:
+    def best_steps(self, rows: Sequence[Reached]) -> dict[EstimatorName, int | None]:
         """The number of steps in A after which a method's mean accuracy is highest."""
-        return {
-            method: max(curve, key=lambda steps: np.nan_to_num(np.mean(curve[steps])))
-            for method, curve in self.accuracies(rows).items()
-        }
+        return {method: _least(curve, sign=-1) for method, curve in self.accuracies(rows).items()}
 
-    def best_betas(self, rows: Sequence[Reached]) -> dict[int, float]:
+    def best_betas(self, rows: Sequence[Reached]) -> dict[int, float | None]:
         """The β in B with the least mean error, by steps of the first phase."""
-        return {
-            steps: min(curve, key=lambda beta: np.nan_to_num(np.mean(curve[beta]), nan=np.inf))
-            for steps, curve in self.errors(rows).items()
-        }
+        return {steps: _least(curve) for steps, curve in self.errors(rows).items()}
 
     def draw(self, rows: Sequence[Reached]) -> Figure:
         """A curve a method, and a curve a number of steps with its best β."""
@@ -306,10 +300,27 @@ class Fig3(Reproduction):
         best, curves = self.best_betas(rows), self.errors(rows)
         for (steps, curve), color in zip(curves.items(), shades(len(curves)), strict=True):
             _with_bars(axes, curve, label=f"{steps:,}", color=color)
-            least = float(np.mean(curve[best[steps]]))
-            axes.plot(best[steps], least, "*", color=color, markersize=12)
+            if (beta := best[steps]) is not None:
+                axes.plot(beta, np.mean(curve[beta]), "*", color=color, markersize=12)
         axes.set(xscale="log", xlabel="nudging strength β", ylabel="validation error (%)")
         finish(axes, "B  CIFAR-10, 50 images", "steps of the\nfirst phase")
+
+
+Key = TypeVar("Key", int, float)
+
+
+def _least(curve: Mapping[Key, Sequence[float]], sign: int = 1) -> Key | None:
+    """Where the mean of a curve is least, or highest for sign -1; None where none is finite.
+
+    A seed that diverged has no number, and so its mean: what fails for one seed is not the best.
+    """
+    means = {key: sign * float(np.mean(values)) for key, values in curve.items()}
+    finite = {key: mean for key, mean in means.items() if np.isfinite(mean)}
+    return min(finite, key=lambda key: finite[key]) if finite else None
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:,g}"
 
 
 def _said(values: Sequence[float]) -> str:

@@ -8,13 +8,14 @@ from equigrad.experiments.run_folders import is_number
 
 
 def words(name: str) -> str:
-    """A name as a heading; accuracies are in percent.
+    """A name as a heading; accuracies are in percent, deviations in the target's units.
 
     Example:
-        >>> words("test_accuracy")
-        'test accuracy, %'
+        >>> words("test_accuracy"), words("test_r2"), words("test_rmse")
+        ('test accuracy, %', 'test R²', 'test RMSE')
     """
-    return name.replace("_", " ") + (", %" if name.endswith("_accuracy") else "")
+    said = " ".join({"r2": "R²", "rmse": "RMSE"}.get(word, word) for word in name.split("_"))
+    return said + (", %" if name.endswith("_accuracy") else "")
 
 
 def shown(number: float) -> str:
@@ -71,9 +72,11 @@ def duration(seconds: float) -> str:
     """Seconds as people say them.
 
     Example:
-        >>> [duration(seconds) for seconds in (0.26, 76.4, 7300)]
-        ['0.3 s', '1 min 16 s', '2 h 1 min']
+        >>> [duration(seconds) for seconds in (0.26, 76.4, 7300, float("nan"))]
+        ['0.3 s', '1 min 16 s', '2 h 1 min', '–']
     """
+    if not math.isfinite(seconds):
+        return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

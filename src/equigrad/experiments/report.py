@@ -240,7 +240,7 @@ def panels(run: RunFolder) -> Iterator[Panel]:
         ".json": json_panel,
         ".csv": csv_panel,
     }
-    passed_over = ("config.json", "result.json", "checkpoint.pt")
+    passed_over = ("config.json", "result.json", "checkpoint.pt", "model.pt")
     names = [name for name in run.files if name not in passed_over]
     for suffix, reader in readers.items():
         for name in (n for n in names if n.endswith(suffix)):

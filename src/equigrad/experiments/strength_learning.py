@@ -316,7 +316,7 @@ class Job(StrengthLearner):
             callbacks=callbacks,
         )
         metrics, evaluations = learned.network.metrics, learned.gradient_evaluations
-        return learned, self.row(metrics, evaluations, learned.state.seconds)
+        return learned, self.row(metrics, evaluations, learned.seconds)
 
     def learned(
         self, name: EstimatorName, directory: RunDirectory, *, resume: bool, console: Console

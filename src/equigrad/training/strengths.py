@@ -1,5 +1,6 @@
 """Learn a regularisation strength for every weight: the same for experiments and estimators."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from equigrad.data.split import Split
+from equigrad.errors import SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
@@ -65,12 +67,14 @@ class Learned:
         network: that learned with the strengths.
         strengths: λ by name of the weight.
         gradient_evaluations: that all of it took.
+        seconds: that all of it took.
     """
 
     state: OuterState
     network: Network
     strengths: dict[str, Tensor]
     gradient_evaluations: int
+    seconds: float
 
 
 class StrengthLearner:
@@ -137,9 +141,20 @@ class StrengthLearner:
         """The best of some strengths for all weights, chosen by the validation data.
 
         Returns:
-            What it is worth, with the gradient evaluations of all; the strength.
+            What it is worth, with the gradient evaluations of all; the strength. Those under which
+            the network diverges are left out.
+
+        Raises:
+            SettlingError: it diverges under each of them.
         """
-        tried = [(self.settle(solver, strength=strength), strength) for strength in strengths]
+        tried, diverged = [], None
+        for strength in strengths:
+            try:
+                tried.append((self.settle(solver, strength=strength), strength))
+            except SettlingError as error:  # a step size may be too large for the strongest
+                diverged = error
+        if diverged is not None and not tried:
+            raise diverged
         score = f"validation_{self.split.target.score}"
         best, strength = max(tried, key=lambda entry: entry[0].metrics[score])
         evaluations = sum(network.gradient_evaluations for network, _ in tried)
@@ -164,7 +179,7 @@ class StrengthLearner:
             watched: whether metrics are taken at every outer step; a look at many test rows may
                 cost as much as the step.
         """
-        searched = 0
+        began, searched = time.perf_counter(), 0
         if initial_strength is None:
             best, initial_strength = self.best_single(recipe.solver)
             searched = best.gradient_evaluations
@@ -173,6 +188,7 @@ class StrengthLearner:
         devices = {x.device for x in self.split.train if x.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(self.seed)
+            searching = time.perf_counter() - began
             state = learn(
                 self.problem(synapse),
                 synapse.params(),
@@ -186,10 +202,12 @@ class StrengthLearner:
                 callbacks=callbacks,
             )
             # what the last step of the strengths is worth: learn once more
+            began = time.perf_counter()
             network = self.settle(recipe.solver, meta_params=meta_params)
         evaluations = searched + state.gradient_evaluations + network.gradient_evaluations
+        seconds = searching + state.seconds + time.perf_counter() - began
         strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
-        return Learned(state, network, strengths, evaluations)
+        return Learned(state, network, strengths, evaluations, seconds)
 
 
 def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
