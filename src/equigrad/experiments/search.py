@@ -325,7 +325,7 @@ def conclude(
     ordered = sorted(trials, key=rank, reverse=True)
     table = Table(box=SIMPLE_HEAD)
     for heading in ("trial", *short(list(best.point)), "outer steps", "validation %"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for trial in ordered[:5]:
         if trial.status != "failed":
             values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.point.values())
@@ -345,14 +345,15 @@ def conclude(
 
 
 def short(paths: Sequence[str]) -> list[str]:
-    """Dotted paths without the word that they all begin with.
+    """Dotted paths by as many of their last words as tell them apart.
 
     Example:
-        >>> short(["t1t2.solver.lr", "t1t2.outer_lr"])
-        ['solver.lr', 'outer_lr']
+        >>> short(["t1t2.solver.lr", "t1t2.outer_lr", "contrastive.outer_lr"])
+        ['lr', 't1t2.outer_lr', 'contrastive.outer_lr']
     """
-    first = {path.partition(".")[0] for path in paths}
-    return [p.partition(".")[2] or p for p in paths] if len(first) == 1 else list(paths)
+    endings = [[path.split(".", at)[-1] for at in range(path.count("."), -1, -1)] for path in paths]
+    seen = Counter(ending for each in endings for ending in each)
+    return [next(e for e in each if seen[e] == 1) for each in endings]
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
