@@ -63,6 +63,19 @@ def test_units_and_scales_do_not_matter():
     np.testing.assert_allclose(other, 60 * one - 3, rtol=1e-6)
 
 
+def test_constant_inputs_are_not_blown_up_by_rounding():
+    """By rounding a column of 0.1 has a deviation of 8e-16, which no input should be divided by."""
+    x, y = data(load_diabetes)
+    constant = np.full((len(x), 1), 0.1)
+    model = short(StrengthLearningRegressor).fit(np.hstack([x, constant]), y)
+    moved = model.predict(np.hstack([x, constant + 1e-9]))
+    np.testing.assert_allclose(moved, model.predict(np.hstack([x, constant])), rtol=1e-6)
+    flat = short(StrengthLearningRegressor).fit(x[:12], constant[:12, 0])
+    assert flat.target_scale_ == 1.0
+    with pytest.raises(ValueError, match="targets: too large to standardise"):
+        short(StrengthLearningRegressor).fit(x, 1e300 * y)
+
+
 def test_strengths_are_learned_by_the_rows_that_judge():
     """Of ten inputs two say something, in 60 rows that are learned from and 60 that judge."""
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import ConfigurationError, DataError
@@ -103,10 +104,10 @@ class StrengthLearning(BaseEstimator):
                 seed=seed,
                 names=[str(name) for name in getattr(self, "classes_", ())],
             )
+            mean, scale = mean_and_scale(torch.tensor(x), "inputs")
         except DataError as error:
             raise ValueError(str(error)) from error
-        self.mean_, deviation = x.mean(0), x.std(0)
-        self.scale_ = np.where(deviation > 0, deviation, 1.0)
+        self.mean_, self.scale_ = mean.numpy(), scale.numpy()
         inputs, targets = self._inputs(x), torch.as_tensor(y)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -217,8 +218,12 @@ class StrengthLearningRegressor(RegressorMixin, StrengthLearning):
         """
         x, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
         y = y.astype(np.float64)
-        self.target_mean_, self.target_scale_ = y.mean(), y.std() or 1.0
-        target = Numbers(float(self.target_mean_), float(self.target_scale_))
+        try:
+            mean, scale = mean_and_scale(torch.tensor(y), "targets")
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        self.target_mean_, self.target_scale_ = mean.item(), scale.item()
+        target = Numbers(self.target_mean_, self.target_scale_)
         standardised = (y - self.target_mean_) / self.target_scale_
         return self._learn(x, standardised, target, np.zeros(len(y), dtype=int))
 

@@ -29,7 +29,7 @@ def test_classes_are_the_subfolders(tmp_path):
     assert found.images.labels.tolist() == [0, 1]
     assert found.images.pixels.shape == (2, 3, 16, 16)
     assert found.images.pixels[0, :, 5, 5].tolist() == [200, 30, 90]
-    assert found.notes == ["1 images beside the classes are not looked at"]
+    assert found.notes == ["not looked at: 1 image beside the classes"]
 
 
 def test_images_are_upright_and_cut_to_their_middle(tmp_path):
@@ -40,9 +40,11 @@ def test_images_are_upright_and_cut_to_their_middle(tmp_path):
     exif[0x0112] = 6  # to be turned by 90° clockwise: left becomes top
     image.save(tmp_path / "plain.png")
     image.save(tmp_path / "turned.png", exif=exif)
+    image.convert("RGBA").save(tmp_path / "turned-rgba.png", exif=exif)
     pixels, _, broken = read_images(find(tmp_path), size=16, channels=3)
     assert broken == []
-    plain, turned = pixels[:, 0]  # how red
+    plain, transparent, turned = pixels[:, 0]  # how red
+    assert torch.equal(transparent, turned)
     assert plain[8, 2] == 255
     assert plain[8, 13] == 0
     assert turned[2, 8] == 255

@@ -7,6 +7,7 @@ import torch
 
 from equigrad.data import tables
 from equigrad.data.encoding import fit, read_target
+from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import divide
 from equigrad.data.tables import read
 from equigrad.data.targets import Classes, Numbers
@@ -42,6 +43,35 @@ def test_decimal_commas_are_read_where_they_are_asked_for(tmp_path):
     table = read(path)
     with pytest.raises(DataError, match="say --decimal ,"):
         fit(table, target="b", missing="error")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1.234", 1234.0),
+        ("-12.345.678,5", -12345678.5),
+        ("-0,73", -0.73),
+        ("31.12.2020", None),
+        ("192.168.0.1", None),
+        ("-0.73", None),
+        ("0.730", None),  # no thousands begin with a zero
+        ("1,5.000", None),
+    ],
+)
+def test_points_under_decimal_commas_group_thousands_or_are_no_numbers(text, number):
+    assert tables.as_number(text, ",") == number
+
+
+def test_decimal_points_are_not_taken_for_text_under_decimal_commas(tmp_path):
+    table = read(written(tmp_path, "a;y\n0.73;1\n-1.25;0\n"), decimal=",")
+    with pytest.raises(DataError, match=r"'0.73' \(line 2\).*say --decimal \.;"):
+        fit(table, target="y", missing="error")
+
+
+def test_spaces_may_stand_before_quotes(tmp_path):
+    assert read(written(tmp_path, 'a, "b, c"\n1, "x, y"\n')).columns["b, c"] == ["x, y"]
+    tabs = read(written(tmp_path, "a\tb\n\t2\n"))  # an empty field is one
+    assert tabs.columns == {"a": [""], "b": ["2"]}
 
 
 def test_other_encodings_are_read_where_they_are_named(tmp_path):
@@ -115,7 +145,7 @@ def test_encoding_by_hand(tmp_path):
     x, said = encoding.encode(other)
     torch.testing.assert_close(x[0], torch.tensor([-2 / root, 0, 0], dtype=torch.float64))
     torch.testing.assert_close(x[1], torch.tensor(expected[3], dtype=torch.float64))
-    assert said == ["column 'c': 1 rows of unseen category 'z'"]
+    assert said == ["column 'c': 1 row of unseen category 'z'"]
 
 
 def test_missing_values_are_named_or_imputed(tmp_path):
@@ -130,8 +160,42 @@ def test_missing_values_are_named_or_imputed(tmp_path):
     assert x[:, 1].tolist() == [0, 1, 0, 0]
     assert x[:, 3].tolist() == [0, 0, 1, 0]
     # missing where nothing was when it was fitted: the median, or no category
-    gaps = read(written(tmp_path, "n,m,c\n1,?,a\n"))
-    assert encoding.encode(gaps)[0][0, 2].item() == 0.0  # the median of 1 2 3 4 is their mean
+    x, said = encoding.encode(read(written(tmp_path, "n,m,c\n1,?,a\n")))
+    assert x[0, 2].item() == 0.0  # the median of 1 2 3 4 is their mean
+    assert said == ["column 'm': 1 row without a value, taken as the median 2.5"]
+
+
+def test_constant_columns_are_told_by_their_values_and_not_by_rounding(tmp_path):
+    column = torch.tensor([0.1] * 12, dtype=torch.float64)
+    assert 0 < column.std(correction=0) < 1e-16
+    mean, scale = mean_and_scale(torch.stack([column, column.cumsum(0)], dim=1), "numbers")
+    assert (mean[0].item(), scale[0].item()) == (0.1, 1.0)
+    assert scale[1].item() == pytest.approx(0.1 * math.sqrt(143 / 12))  # of 0.1 … 1.2
+    # one value and gaps; one value, written in several ways
+    rows = "".join(f"{'0.1' if i else ''},{'5' if i else '5.0'},{i},0\n" for i in range(12))
+    (encoding, notes), table = fitted("a,b,c,y\n" + rows, tmp_path, missing="impute")
+    assert encoding.inputs == ["a", "a is missing", "c"]
+    assert notes == ["left out, having one value only: 'b'"]
+    assert encoding.encode(table)[0][:, 0].tolist() == [0.0] * 12
+
+
+def test_numbers_too_large_for_a_deviation_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"column 'a': too large to standardise, up to 1e\+300"):
+        fitted("a,y\n1e300,0\n-1e300,1\n", tmp_path)
+
+
+def test_a_number_is_one_category_however_it_is_written(tmp_path):
+    text = "c,y\n1,0\n1.0,1\n2.50,0.0\n2.5,1.0\n"
+    (encoding, _), table = fitted(text, tmp_path, categorical=("c",))
+    assert encoding.inputs == ["c=1", "c=2.5"]
+    assert encoding.encode(table)[0].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+    target, y, _ = read_target(table, "y", "classification")
+    assert target == Classes(("0", "1"))
+    assert y.tolist() == [0, 1, 0, 1]
+    assert target.read(["1.00", "0", "x"], [1.0, 0.0, None]) == [1, 0, None]
+    # where some are text, 1.0 may be a name of its own
+    mixed = read(written(tmp_path, "y\n1\n1.0\n1.0-beta\n"))
+    assert read_target(mixed, "y", "classification")[0] == Classes(("1", "1.0", "1.0-beta"))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +262,22 @@ def test_targets_that_cannot_be_learned(tmp_path, values, task, message):
         read_target(table, "y", task)
 
 
+def test_targets_of_pairs_are_classes_where_that_is_said(tmp_path):
+    table = read(written(tmp_path, 'y\n"2,1"\n"3,2"\n"2,1"\n'))
+    assert read_target(table, "y", "classification")[0] == Classes(("2,1", "3,2"))
+    with pytest.raises(DataError, match=r"--decimal ,; else mend them, or say --task class") as e:
+        read_target(table, "y", "auto")
+    assert "--ignore" not in str(e.value)
+
+
+def test_constant_targets_have_no_r2():
+    """The deviation of 0.1 three times is not quite zero; the error is a tenth."""
+    y = torch.tensor([0.1] * 3, dtype=torch.float64)
+    found = Numbers().metrics(y[:, None] + 0.1, y)
+    assert math.isnan(found["r2"])
+    assert found["rmse"] == pytest.approx(0.1)
+
+
 def test_every_class_has_its_share_of_every_part():
     groups = torch.tensor([0] * 100 + [1] * 20 + [2] * 3)
     parts = divide(groups, test_share=0.2, training_share=0.5, samples=None, seed=0)
@@ -210,7 +290,21 @@ def test_every_class_has_its_share_of_every_part():
     assert not torch.equal(parts.train, other.train)
     few = divide(groups, test_share=0.2, training_share=0.5, samples=30, seed=0)
     assert torch.equal(few.test, parts.test)
-    assert abs(len(few.seen) - 30) <= 3
+    assert groups[few.seen].bincount(minlength=3).tolist() == [24, 4, 2]  # of 80, 16 and 2
+
+
+@pytest.mark.parametrize(
+    ("counts", "samples", "train", "validation"),
+    [([95, 5], 10, [4, 1], [4, 1]), ([10, 10, 10], 8, None, None), ([10, 10], 4, [1, 1], [1, 1])],
+)
+def test_as_many_samples_as_asked_for_and_two_of_each_class(counts, samples, train, validation):
+    groups = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    rows = divide(groups, test_share=0.2, training_share=0.5, samples=samples, seed=0)
+    assert len(rows.seen) == samples
+    for part, expected in ((rows.train, train), (rows.validation, validation)):
+        found = groups[part].bincount(minlength=len(counts)).tolist()
+        assert min(found) >= 1
+        assert expected in (None, found)
 
 
 def test_parts_that_cannot_be_drawn():

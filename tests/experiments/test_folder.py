@@ -66,6 +66,17 @@ def test_run_leaves_a_model_that_predict_asks(garden, tmp_path, capsys):
     assert "target" not in err
 
 
+def test_the_outermost_folder_names_the_class(garden, tmp_path, capsys):
+    """As it does for a run: what is below it may be called as another class."""
+    for nested in ("rose/2020", "rose/leaf"):
+        (tmp_path / nested).mkdir(parents=True)
+        whole = (garden / "images" / "rose" / "3.png").read_bytes()
+        (tmp_path / nested / "a.png").write_bytes(whole)
+    code, said = call_main("predict", garden / "run", "--images", tmp_path, capsys=capsys)
+    assert code == 0
+    assert "accuracy 100 on 2 with a known target" in said
+
+
 def test_images_of_a_test_folder_are_for_testing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in ("rose", "leaf"):

@@ -158,7 +158,7 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
 
     code, said = said_of("length,color,weight,price,kind\n5,purple,100,9,fig\n6,red,90,9,apple\n")
     assert code == 0
-    assert "column 'color': 1 rows of unseen category 'purple'" in said
+    assert "column 'color': 1 row of unseen category 'purple'" in said
     assert "not scored, the target being 'fig'" in said
     assert "on 1 with a known target" in said
     code, said = said_of("length,weight,price\n5,100,9\n")
@@ -167,6 +167,22 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
     assert (code, "missing values in 'length' (1, the first in line 2)" in said) == (2, True)
     code, said = said_of("length,color,weight,price\nlong,red,100,9\n")
     assert (code, "'long' (line 2)" in said) == (2, True)
+
+
+def test_one_row_is_scored_without_r2(run_folder, tmp_path, capsys):
+    path = tmp_path / "new.csv"
+    path.write_text("length,color,weight,kind,price\n5,red,100,apple,1500\n")
+    code, said = call_main("predict", run_folder / "prices", "--csv", path, capsys=capsys)
+    assert (code, "r2" in said) == (0, False)
+    assert "rmse" in said
+    assert "on 1 with a known target" in said
+
+
+def test_targets_too_large_to_standardise_are_named(tmp_path):
+    path = tmp_path / "large.csv"
+    path.write_text("a,y\n" + "".join(f"{i},{i}e300\n" for i in range(20)))
+    with pytest.raises(DataError, match=r"the target 'y': too large to standardise"):
+        Tabular(csv=path, target="y").load(torch.device("cpu"), torch.float32)
 
 
 def test_models_that_cannot_be_asked(run_folder, tmp_path, capsys):
@@ -314,7 +330,7 @@ def test_rows_are_left_out_as_it_is_said(tmp_path):
     with pytest.raises(DataError, match=r"'b' \(1, the first in line 5\), 'y' \(1, .* line 7\)"):
         config.load(cpu, torch.float32)
     for missing, note, kept in (
-        ("impute", "left out: 1 rows without a target", 39),
+        ("impute", "left out: 1 row without a target", 39),
         ("drop", "left out: 2 rows with missing values", 38),
     ):
         split = replace(config, missing=missing).load(cpu, torch.float32)

@@ -9,7 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from equigrad.data.tables import MISSING, Table, listed, shortened
+from equigrad.data.scale import mean_and_scale
+from equigrad.data.tables import (
+    MISSING,
+    Decimal,
+    Table,
+    counted,
+    listed,
+    places,
+    shortened,
+    without_missing,
+)
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import DataError
 
@@ -20,6 +30,7 @@ MOST_WHOLE_CLASSES = 10
 """A target of whole numbers with more values is taken for a number."""
 
 MARKS = str.maketrans("", "", "-.,")
+OTHER_MARK: dict[Decimal, Decimal] = {".": ",", ",": "."}
 Missing = Literal["error", "impute", "drop"]
 TaskName = Literal["auto", "classification", "regression"]
 
@@ -48,7 +59,7 @@ class Numeric:
         return [self.name, f"{self.name} is missing"] if self.marked else [self.name]
 
     def encode(self, table: Table) -> tuple[Tensor, str]:
-        """Rows × inputs, and no note."""
+        """Rows × inputs, and a note where values are missing that no input marks."""
         texts, numbers = table.columns[self.name], table.numbers(self.name)
         junk = [i for i, number in enumerate(numbers) if number is None and texts[i] not in MISSING]
         if junk:
@@ -58,7 +69,12 @@ class Numeric:
             [self.median if number is None else number for number in numbers], dtype=torch.float64
         )
         standardised = (values - self.mean) / self.deviation
-        return torch.stack([standardised, gone.double()][: len(self.inputs)], dim=1), ""
+        encoded = torch.stack([standardised, gone.double()][: len(self.inputs)], dim=1)
+        if self.marked or not gone.any():
+            return encoded, ""
+        rows, median = counted(int(gone.sum()), "row"), f"{self.median:g}"
+        note = f"column {self.name!r}: {rows} without a value, taken as the median {median}"
+        return encoded, note
 
 
 @dataclass(frozen=True)
@@ -80,19 +96,18 @@ class Categorical:
 
     def encode(self, table: Table) -> tuple[Tensor, str]:
         """Rows × inputs, all zero for a category that was not seen, and a note that names it."""
-        place = {category: i for i, category in enumerate(self.categories)}
         texts = without_missing(table.columns[self.name])
-        encoded = torch.zeros(len(texts), len(place), dtype=torch.float64)
+        encoded = torch.zeros(len(texts), len(self.categories), dtype=torch.float64)
         unknown: Counter[str] = Counter()
-        for i, text in enumerate(texts):
-            if text in place:
-                encoded[i, place[text]] = 1
+        for i, place in enumerate(places(self.categories, texts, table.numbers(self.name))):
+            if place is None:
+                unknown[texts[i]] += 1
             else:
-                unknown[text] += 1
+                encoded[i, place] = 1
         if not unknown:
             return encoded, ""
-        names = listed(list(unknown), 5)
-        return encoded, f"column {self.name!r}: {unknown.total()} rows of unseen category {names}"
+        rows, names = counted(unknown.total(), "row"), listed(list(unknown), 5)
+        return encoded, f"column {self.name!r}: {rows} of unseen category {names}"
 
 
 Column = Numeric | Categorical
@@ -136,11 +151,6 @@ class Encoding:
         return torch.cat(encoded, dim=1), [note for note in notes if note]
 
 
-def without_missing(texts: Sequence[str]) -> list[str]:
-    """Texts with all that stands for a missing value made empty."""
-    return ["" if text in MISSING else text for text in texts]
-
-
 def refuse_missing(table: Table, names: Sequence[str], remedy: str) -> None:
     """Raise a `DataError` that names the columns with missing values, how many and where."""
     gaps = {}
@@ -156,15 +166,18 @@ def refuse_missing(table: Table, names: Sequence[str], remedy: str) -> None:
         )
 
 
-def not_a_number(table: Table, name: str, junk: Sequence[int]) -> DataError:
-    """What to raise where a column of numbers holds something else."""
+def not_a_number(
+    table: Table, name: str, junk: Sequence[int], otherwise: str | None = None
+) -> DataError:
+    """What to raise where a column of numbers holds something else, and what to say otherwise."""
     texts = table.columns[name]
-    comma = table.decimal == "." and any("," in texts[i] for i in junk)
-    remedy = "if the comma is the decimal mark, say --decimal ,; else mend" if comma else "mend"
+    mark = OTHER_MARK[table.decimal]
+    marked = any(mark in texts[i] for i in junk)
+    remedy = f"if {mark!r} is the decimal mark, say --decimal {mark}; else mend"
     return DataError(
         f"{table.source}: column {name!r} has numbers, and {len(junk)} of its {len(table)} values "
-        f"are none: {table.where(name, junk)}; {remedy} them, or say --categorical {name}, or "
-        f"--ignore {name}"
+        f"are none: {table.where(name, junk)}; {remedy if marked else 'mend'} them, or say "
+        f"{otherwise or f'--categorical {name}, or --ignore {name}'}"
     )
 
 
@@ -194,8 +207,7 @@ def fit(
     notes: list[str] = []
     constant: list[str] = []
     for name in (name for name in table.columns if name != target):
-        texts = without_missing(table.columns[name])
-        if len(set(texts)) == 1:
+        if len(set(table.names(name))) == 1:
             constant.append(name)
             continue
         if name not in categorical and is_numeric(table, name):
@@ -228,19 +240,24 @@ def is_numeric(table: Table, name: str) -> bool:
     there = [i for i, text in enumerate(texts) if text not in MISSING]
     junk = [i for i in there if numbers[i] is None]
     if 2 * len(junk) > len(there):
-        refuse_commas(table, name)
+        refuse_other_mark(table, name)
         return False
     if junk:
         raise not_a_number(table, name, junk)
     return True
 
 
-def refuse_commas(table: Table, name: str) -> None:
-    """Raise a `DataError` where most of a column looks like numbers with decimal commas."""
-    texts = table.columns[name]
-    digits = [i for i, t in enumerate(texts) if "," in t and t.translate(MARKS).isdigit()]
-    if table.decimal == "." and 2 * len(digits) > len(texts):
-        raise not_a_number(table, name, digits)
+def refuse_other_mark(table: Table, name: str, otherwise: str | None = None) -> None:
+    """Raise a `DataError` where most of a column looks like numbers with the other decimal mark."""
+    texts, numbers = table.columns[name], table.numbers(name)
+    mark = OTHER_MARK[table.decimal]
+    digits = [
+        i
+        for i, (text, number) in enumerate(zip(texts, numbers, strict=True))
+        if number is None and mark in text and text.translate(MARKS).isdigit() and not is_date(text)
+    ]
+    if 2 * len(digits) > len(texts):
+        raise not_a_number(table, name, digits, otherwise)
 
 
 def fit_numbers(table: Table, name: str) -> Numeric:
@@ -249,13 +266,13 @@ def fit_numbers(table: Table, name: str) -> Numeric:
     there = torch.tensor([x for x in numbers if x is not None], dtype=torch.float64)
     median = there.quantile(0.5).item()
     filled = torch.tensor([median if x is None else x for x in numbers], dtype=torch.float64)
-    deviation = filled.std(correction=0).item() or 1.0  # one value, and where it is missing
-    return Numeric(name, filled.mean().item(), deviation, median, len(there) < len(numbers))
+    mean, scale = mean_and_scale(filled, f"{table.source}: column {name!r}")
+    return Numeric(name, mean.item(), scale.item(), median, len(there) < len(numbers))
 
 
 def fit_categories(table: Table, name: str, *, forced: bool) -> Categorical:
     """The categories in order; text that looks like names, dates or prose is refused."""
-    texts = without_missing(table.columns[name])
+    texts = table.names(name)
     categories = tuple(sorted(set(texts)))
     if len(categories) > MOST_CATEGORIES and not forced:
         kind = (
@@ -295,11 +312,12 @@ def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Tensor
     Raises:
         DataError: one class, constant numbers, numbers that are none, texts all different.
     """
-    texts, numbers = table.columns[name], table.numbers(name)
+    texts, numbers = table.names(name), table.numbers(name)
     junk = [i for i, number in enumerate(numbers) if number is None]
     there = [number for number in numbers if number is not None]
     values = set(texts)
-    refuse_commas(table, name)
+    if task != "classification":
+        refuse_other_mark(table, name, "--task classification")
     how = "as --task says"
     if task == "auto":
         whole = all(number == int(number) for number in there)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equigrad.data.images import Images
+from equigrad.data.tables import counted
 from equigrad.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
@@ -118,7 +119,8 @@ def read_classes(
             f"{folder} has the classes {sorted(strange)}, allowed are {sorted(classes)}"
         )
     names = classes or found
-    notes = [f"{len(loose)} images beside the classes are not looked at"] if loose else []
+    beside = f"not looked at: {counted(len(loose), 'image')} beside the classes"
+    notes = [beside] if loose else []
     pixels, kept, broken = read_images(inside, size=size, channels=channels)
     if broken and not skip_broken:
         raise DataError(named(broken, len(inside)) + "; mend or remove them, or say --skip-broken")
@@ -165,12 +167,11 @@ def _read(path: Path, size: int, mode: str) -> Tensor:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits a channel")
             image.draft(mode, (2 * size, 2 * size))
-            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-                upright = image.convert("RGBA")
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA"):
+                upright = upright.convert("RGBA")
                 white = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(white, upright)
-            else:
-                upright = ImageOps.exif_transpose(image)
             fitted = ImageOps.fit(upright.convert(mode), (size, size))
     flat = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return flat.reshape(size, size, -1).permute(2, 0, 1)

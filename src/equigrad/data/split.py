@@ -1,7 +1,7 @@
 """How data are divided between a learner, its judge and the last word."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,12 +79,13 @@ def divide(
         groups: a number for every row: its class, or zero for all.
         test_share: of the rows, for testing; 0 for none.
         training_share: of the others, for the learner; the rest judges it.
-        samples: rows for learner and judge together; None for all that are not for testing.
+        samples: rows for learner and judge together, two of every group at least; None for all
+            that are not for testing.
         seed: draws them.
         names: of the groups, for the error messages.
 
     Raises:
-        ConfigurationError: more samples are asked for than there are.
+        ConfigurationError: more samples are asked for than there are, or less than two a group.
         DataError: a group has too few rows to be in every part, or there is one class only.
 
     Example:
@@ -105,16 +106,19 @@ def divide(
         )
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
 
-    def drawn(rows: Tensor, share: float, leave: int) -> tuple[Tensor, Tensor]:
-        """A share of every group, at least one row and all but `leave` at most; and the others."""
-        taken = []
-        for group in present:
-            own = rows[groups[rows] == group]
-            taken.append(own[: min(max(1, round(share * len(own))), len(own) - leave)])
+    def drawn(rows: Tensor, wanted: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
+        """As many rows of every group as are wanted of so many; and the others."""
+        own_rows = [rows[groups[rows] == group] for group in present]
+        counts = wanted([len(own) for own in own_rows])
+        taken = [own[:n] for own, n in zip(own_rows, counts, strict=True)]
         chosen = torch.isin(rows, torch.cat(taken))
         return rows[chosen], rows[~chosen]
 
-    test, rest = drawn(order, test_share, 2) if test_share > 0 else (order[:0], order)
+    def part(share: float, leave: int) -> Callable[[list[int]], list[int]]:
+        """A share of every group, at least one row and all but `leave` at most."""
+        return lambda counts: [min(max(1, round(share * n)), n - leave) for n in counts]
+
+    test, rest = drawn(order, part(test_share, 2)) if test_share > 0 else (order[:0], order)
     if samples is not None:
         if samples > len(rest):
             raise ConfigurationError(
@@ -126,7 +130,26 @@ def divide(
                 f"samples must be at least {2 * len(present)}, one for training and one for "
                 f"validation{' of each class' if len(present) > 1 else ''}, got {samples}"
             )
-        if samples < len(rest):
-            rest, _ = drawn(rest, samples / len(rest), 0)
-    train, validation = drawn(rest, training_share, 1)
+        rest, _ = drawn(rest, lambda counts: apportioned(samples, counts, least=2))
+    train, validation = drawn(rest, part(training_share, 1))
     return Rows(train, validation, test)
+
+
+def apportioned(total: int, counts: Sequence[int], *, least: int) -> list[int]:
+    """So many rows of every group that they are `total`: by largest remainders, `least` of each.
+
+    Example:
+        >>> apportioned(10, [76, 4], least=2), apportioned(8, [8, 8, 8], least=2)
+        ([8, 2], [3, 3, 2])
+    """
+    quotas = [total * count / sum(counts) for count in counts]
+    rows = [max(least, int(quota)) for quota in quotas]
+
+    def lacking(group: int) -> float:
+        return quotas[group] - rows[group]
+
+    while sum(rows) < total:
+        rows[max(range(len(rows)), key=lacking)] += 1
+    while sum(rows) > total:
+        rows[min((g for g, n in enumerate(rows) if n > least), key=lacking)] -= 1
+    return rows

@@ -2,7 +2,8 @@
 
 import codecs
 import csv
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,9 @@ NOT_TEXT = {
     b"\xff\xfe": "it is encoded as UTF-16: save it as UTF-8",
     b"\xfe\xff": "it is encoded as UTF-16: save it as UTF-8",
 }
+
+GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d*)?")
+"""A number with a decimal comma and points that group thousands."""
 
 Decimal = Literal[".", ","]
 
@@ -70,6 +74,17 @@ class Table:
         """A column's values as finite numbers, None where they are not."""
         return [as_number(text, self.decimal) for text in self.columns[name]]
 
+    def names(self, name: str) -> list[str]:
+        """A column's values as names of categories, empty where they are missing.
+
+        Where all are numbers, each number has one name, however it is written.
+        """
+        texts = without_missing(self.columns[name])
+        numbers = self.numbers(name)
+        if any(number is None and text for text, number in zip(texts, numbers, strict=True)):
+            return texts
+        return ["" if number is None else name_of(number) for number in numbers]
+
     def where(self, name: str, chosen: Sequence[int]) -> str:
         """Some values of a column with their lines: at most five, and how many more."""
         some = [f"{shortened(self.columns[name][i])} (line {self.lines[i]})" for i in chosen[:5]]
@@ -81,16 +96,56 @@ def as_number(text: str, decimal: Decimal = ".") -> float | None:
     """The finite number that a text writes, or None.
 
     Example:
-        >>> as_number("1e3"), as_number("1,5", ","), as_number("1_0"), as_number("inf")
-        (1000.0, 1.5, None, None)
+        >>> as_number("1e3"), as_number("1.000,5", ","), as_number("1_0"), as_number("inf")
+        (1000.0, 1000.5, None, None)
     """
     if decimal == ",":
-        text = text.replace(".", "").replace(",", ".")
+        if GROUPED.fullmatch(text):
+            text = text.replace(".", "")
+        elif "." in text:
+            return None
+        text = text.replace(",", ".")
     try:
         number = float(text)
     except ValueError:
         return None
     return number if abs(number) < float("inf") and "_" not in text else None
+
+
+def without_missing(texts: Sequence[str]) -> list[str]:
+    """Texts with all that stands for a missing value made empty."""
+    return ["" if text in MISSING else text for text in texts]
+
+
+def name_of(number: float) -> str:
+    """A number as a name, the same however it was written.
+
+    Example:
+        >>> name_of(1.0), name_of(0.5), name_of(-0.0)
+        ('1', '0.5', '0')
+    """
+    return repr(number + 0.0).removesuffix(".0")  # adding zero turns -0 into 0
+
+
+def places(
+    names: Sequence[str], texts: Sequence[str], numbers: Sequence[float | None]
+) -> list[int | None]:
+    """Where texts stand among names, as they are written or as numbers; None for nowhere."""
+    place = {name: i for i, name in enumerate(names)}
+    return [
+        place.get(text, None if number is None else place.get(name_of(number)))
+        for text, number in zip(texts, numbers, strict=True)
+    ]
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> counted(1, "row"), counted(2, "row")
+        ('1 row', '2 rows')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(names: Sequence[object] | dict[str, list[str]], most: int = 20) -> str:
@@ -114,7 +169,7 @@ def read(
         path: the file.
         delimiter: between columns; None for whichever of `, ; tab |` divides the header most.
         encoding: of the text; a byte-order mark is skipped.
-        decimal: the decimal mark; with a comma, points group digits.
+        decimal: the decimal mark; with a comma, points group thousands.
 
     Raises:
         DataError: it cannot be read, is not a table, or has no rows; the message names the line.
@@ -145,16 +200,16 @@ def _parse(
     if not header_line:
         raise DataError(f"{path} is empty; expected a header with the names of the columns")
     if delimiter is None:
-        delimiter = max(DELIMITERS, key=lambda d: len(next(csv.reader([header_line], delimiter=d))))
+        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader([header_line], d))))
     elif len(delimiter) != 1:
         raise DataError(f"delimiter must be one character, got {delimiter!r}")
-    names = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter))]
+    names = [name.strip() for name in next(_reader([header_line], delimiter))]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path} has several columns of the name {listed(twice)}; rename them")
     found: list[list[str]] = []
     places: list[int] = []
     ragged: list[str] = []
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = _reader(lines, delimiter, strict=True)
     for fields, line in _with_lines(path, reader, first):
         if not any(fields):
             continue
@@ -174,6 +229,13 @@ def _parse(
         raise DataError(f"{path} has a header ({listed(names)}) and no rows")
     columns = {name: [row[i] for row in found] for i, name in enumerate(names)}
     return Table(str(path), columns, places, decimal)
+
+
+def _reader(lines: Iterable[str], delimiter: str, *, strict: bool = False) -> Any:
+    """Rows of fields; spaces may stand before a field in quotes where they are no delimiter."""
+    return csv.reader(
+        lines, delimiter=delimiter, strict=strict, skipinitialspace=not delimiter.isspace()
+    )
 
 
 def _lines(path: Path, file: BinaryIO, encoding: str) -> Iterator[str]:

@@ -3,10 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
+
+from equigrad.data.tables import places
 
 
 class Target(ABC):
@@ -96,8 +99,7 @@ class Classes(Target):
 
     def read(self, texts: Sequence[str], numbers: Sequence[float | None]) -> list[Any]:
         """Numbers of classes, None for another class."""
-        place = {name: i for i, name in enumerate(self.names)}
-        return [place.get(text) for text in texts]
+        return places(self.names, texts, numbers)
 
     def answers(self, outputs: Tensor) -> dict[str, list[Any]]:
         """The most probable class, and the probability of each."""
@@ -145,11 +147,11 @@ class Numbers(Target):
         return mse_loss(outputs.squeeze(1), y)
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """R², and the root of the mean squared error in the target's own units."""
+        """R², NaN for constant targets; and the root of the mean squared error in their units."""
         error = (outputs.squeeze(1).double() - y.double()).square().mean()
-        variance = y.double().var(correction=0)
+        constant = bool(y.min() == y.max())
         return {
-            "r2": (1 - error / variance).item(),
+            "r2": nan if constant else (1 - error / y.double().var(correction=0)).item(),
             "rmse": self.deviation * error.sqrt().item(),
         }
 

@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -87,11 +88,19 @@ def predict_images(
         raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
     notes = [named(broken, len(files)) + ", left out"] if broken else []
     outputs = asked.outputs(asked.encoding.encode(pixels))
-    classes = [path.parent.name for path in kept]
+    classes = [class_of(path, folder, asked.target) for path in kept]
     unknown: list[float | None] = [None] * len(classes)
     if any(label is not None for label in asked.target.read(classes, unknown)):
         notes += scored(asked.target, outputs, classes, unknown)
     write(out, {"file": kept, **asked.target.answers(outputs)}, notes, console)
+
+
+def class_of(path: Path, folder: Path, target: Target) -> str:
+    """The outermost folder below a folder that names a class, else the one the image is in."""
+    parts = path.relative_to(folder).parts[:-1]
+    known = target.read(parts, [None] * len(parts))
+    named = (part for part, label in zip(parts, known, strict=True) if label is not None)
+    return next(named, path.parent.name)
 
 
 def scored(
@@ -105,7 +114,7 @@ def scored(
     if rows:
         y = torch.tensor([values[i] for i in rows])
         found = target.metrics(outputs[rows], y)
-        said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
+        said = ", ".join(f"{metric} {v:.4g}" for metric, v in found.items() if not isnan(v))
         notes.append(f"{said} on {len(rows)} with a known target")
     return notes
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from equigrad.data import tables
 from equigrad.data.encoding import Missing, TaskName, fit, read_target, refuse_missing
+from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
-from equigrad.data.tables import Decimal, Table, listed
+from equigrad.data.tables import Decimal, Table, counted, listed
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import ConfigurationError, DataError
 from equigrad.experiments.model import Architecture
@@ -96,7 +97,9 @@ class Tabular(OwnData):
         )
         inputs, unseen = fitted.encode(table)
         if not classes:
-            target, values = standardised(values, rows.seen)
+            target, values = standardised(
+                values, rows.seen, f"{table.source}: the target {self.target!r}"
+            )
             for name, chosen in vars(rows).items():
                 if values[chosen].unique().numel() < 2:
                     raise DataError(
@@ -160,7 +163,7 @@ class Tabular(OwnData):
             raise DataError(f"{path} has no row without missing values in {listed(list(kept))}")
         gone = len(table) - len(whole)
         what = "without a target" if self.missing == "impute" else "with missing values"
-        return table.rows(whole), [f"left out: {gone} rows {what}"] if gone else []
+        return table.rows(whole), [f"left out: {counted(gone, 'row')} {what}"] if gone else []
 
     def architecture(self, split: Split) -> Architecture:
         """Tanh layers."""
@@ -172,7 +175,7 @@ class Tabular(OwnData):
         return Architecture("tanh_network", widths)
 
 
-def standardised(values: Tensor, seen: Tensor) -> tuple[Target, Tensor]:
+def standardised(values: Tensor, seen: Tensor, what: str) -> tuple[Target, Tensor]:
     """Numbers with zero mean and unit variance over the rows that were seen."""
-    mean, deviation = values[seen].mean().item(), values[seen].std(correction=0).item()
-    return Numbers(mean, deviation or 1.0), (values - mean) / (deviation or 1.0)
+    mean, scale = mean_and_scale(values[seen], what)
+    return Numbers(mean.item(), scale.item()), (values - mean) / scale
