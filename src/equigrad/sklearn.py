@@ -53,7 +53,7 @@ class StrengthLearning(BaseEstimator):
     Attributes:
         strengths_: λ by name of the weight, of the weights' shapes; `0.weight` is units × inputs.
         validation_score_: of the rows that judged, to which the strengths are fitted.
-        history_: what each outer step saw, a dictionary each.
+        history_: what each outer step saw, a dictionary each; accuracies in percent.
         network_: that learned with the strengths, for standardised inputs.
         n_features_in_: number of inputs.
         feature_names_in_: their names, where they have any.
