@@ -1,28 +1,25 @@
 """Figure 3: what a longer first phase is worth to either method, and to which nudging strength."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.experiments.error_curves import as_table, finish, shades
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
-from equigrad.experiments.reproduction import Cell, Reproduction
+from equigrad.experiments.reproduction import Cell
 from equigrad.experiments.strength_learning import (
     EstimatorName,
     Job,
-    ScaleName,
     at_least,
     mean_and_error,
     with_error,
 )
-from equigrad.experiments.table1 import METHODS
-from equigrad.training.device import DeviceName
+from equigrad.experiments.table1 import METHODS, OnImagesReproduced
 
 PanelName = Literal["A", "B"]
 NO_NUDGE = 0.0
@@ -48,7 +45,7 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig3(Reproduction):
+class Fig3(OnImagesReproduced):
     """Fig. 3: validation accuracy against the steps of the first phase, and against β.
 
     A: strengths from ten MNIST digits, by the contrastive rule and by T1–T2, for both of which the
@@ -59,9 +56,6 @@ class Fig3(Reproduction):
 
     name: ClassVar[str] = "fig3"
     row: ClassVar[type] = Reached
-
-    scale: ScaleName = "small"
-    """Presets what follows; `paper` takes the hyperparameters of its Appendix F."""
 
     only: tuple[PanelName, ...] = ("A", "B")
     """Which panels."""
@@ -93,14 +87,9 @@ class Fig3(Reproduction):
     cifar_outer_lr: float = 0.01
     """Their size in B."""
 
-    threads: int = 2
-    """CPU threads."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
     def __post_init__(self) -> None:
-        for name in ("seeds", "cifar_seeds", "outer_steps", "cifar_outer_steps", "threads"):
+        super().__post_init__()
+        for name in ("seeds", "cifar_seeds", "outer_steps", "cifar_outer_steps"):
             at_least(1, name, getattr(self, name))
         for name in ("only", "steps", "cifar_steps", "betas"):
             values = getattr(self, name)
@@ -157,11 +146,6 @@ class Fig3(Reproduction):
         ]
         return [cell for cell in (*left, *right) if cell[0] in self.only]
 
-    def prepare(self) -> Callable[..., Reached]:
-        """Set the number of threads."""
-        torch.set_num_threads(self.threads)
-        return self.measure
-
     def measure(
         self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float, seed: int
     ) -> Reached:
@@ -178,7 +162,7 @@ class Fig3(Reproduction):
         """Ten digits, learned by both methods in so many steps of the same size."""
         preset = Mnist.preset(setting="mnist-10", scale=self.scale)
         ours = preset.contrastive
-        return self._with(
+        return self.placed(
             preset,
             outer_steps=self.outer_steps,
             contrastive=replace(
@@ -192,10 +176,7 @@ class Fig3(Reproduction):
         preset = Cifar10.preset(setting="cifar-50", scale=self.scale)
         ours = preset.contrastive
         rule = contrast(beta, ours.solver.lr, steps, ours.nudged_steps, self.cifar_outer_lr)
-        return self._with(preset, outer_steps=self.cifar_outer_steps, contrastive=rule)
-
-    def _with(self, preset: OnImages, **changes: Any) -> OnImages:
-        return replace(preset, threads=self.threads, device=self.device, **changes)
+        return self.placed(preset, outer_steps=self.cifar_outer_steps, contrastive=rule)
 
     def text(self, rows: Sequence[Reached]) -> str:
         """Accuracy by steps and method, and error by steps and β."""

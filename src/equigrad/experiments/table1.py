@@ -1,8 +1,9 @@
 """Table 1: strengths learned by either method on MNIST and CIFAR-10, over seeds."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -25,6 +26,36 @@ SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
 METHODS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnImagesReproduced(Reproduction):
+    """A table or figure whose cells are lines of Table 1, with some settings changed."""
+
+    scale: ScaleName = "small"
+    """Presets the hyperparameters; `paper` takes those of its Appendix F."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "threads", self.threads)
+
+    @abstractmethod
+    def measure(self, *cell: Any, **named: Any) -> Any:
+        """The row of a cell."""
+
+    def prepare(self) -> Callable[..., Any]:
+        """Set the number of threads."""
+        torch.set_num_threads(self.threads)
+        return self.measure
+
+    def placed(self, preset: OnImages, **changes: Any) -> OnImages:
+        """A line's settings with some changed, on this device and with these threads."""
+        return replace(preset, threads=self.threads, device=self.device, **changes)
+
+
 @dataclass(frozen=True)
 class Accuracies:
     """What one method reached with one seed, in percent."""
@@ -39,7 +70,7 @@ class Accuracies:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table1(Reproduction):
+class Table1(OnImagesReproduced):
     """Table 1: accuracy after strengths were learned, on MNIST and CIFAR-10 with few images.
 
     Contrastive rule and T1–T2, each with its own hyperparameters, on the same splits and starts;
@@ -49,24 +80,15 @@ class Table1(Reproduction):
     name: ClassVar[str] = "table1"
     row: ClassVar[type] = Accuracies
 
-    scale: ScaleName = "small"
-    """Presets the hyperparameters; `paper` takes those of its Appendix F."""
-
     seeds: int = 3
     """Seeds 0, 1 … N-1 draw splits and starts."""
 
     only: tuple[SettingName, ...] = ("mnist-30000", "mnist-1", "mnist-10", "cifar-50")
     """Which lines of the table."""
 
-    threads: int = 2
-    """CPU threads."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, "seeds", self.seeds)
-        at_least(1, "threads", self.threads)
         if not self.only or len(set(self.only)) < len(self.only):
             raise ConfigurationError(f"only must name different lines of the table: {self.only}")
 
@@ -74,11 +96,6 @@ class Table1(Reproduction):
         """Seed by seed, so that a table that was stopped has some of everything."""
         seeds = range(self.seeds)
         return [(line, method, seed) for seed in seeds for line in self.only for method in METHODS]
-
-    def prepare(self) -> Callable[..., Accuracies]:
-        """Set the number of threads."""
-        torch.set_num_threads(self.threads)
-        return self.measure
 
     def measure(self, setting: str, estimator: EstimatorName, seed: int) -> Accuracies:
         """Learn strengths, and then with them."""
@@ -88,8 +105,7 @@ class Table1(Reproduction):
     def experiment(self, setting: str) -> OnImages:
         """The settings of a line."""
         kind = Mnist if setting in Mnist.settings else Cifar10
-        preset = kind.preset(setting=setting, scale=self.scale)
-        return replace(preset, threads=self.threads, device=self.device)
+        return self.placed(kind.preset(setting=setting, scale=self.scale))
 
     def text(self, rows: Sequence[Accuracies]) -> str:
         """A line a setting and method, the paper's numbers beside."""
