@@ -1,6 +1,6 @@
 """equigrad: meta-gradients through anything that settles."""
 
-from equigrad import nn, training
+from equigrad import nn, tasks, training
 from equigrad.check import Check, check_meta_gradient
 from equigrad.errors import (
     ConfigurationError,
@@ -75,5 +75,6 @@ __all__ = [
     "check_meta_gradient",
     "meta_gradient",
     "nn",
+    "tasks",
     "training",
 ]

@@ -1,0 +1,121 @@
+"""A batch of tasks: what each learns from, and what judges what it learned."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError, ProblemError
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatch:
+    """Tasks side by side.
+
+    Attributes:
+        support: inputs tasks × n × …, and targets tasks × n × …, that a task learns from.
+        query: likewise, with an n of its own, that judge what was learned.
+
+    Raises:
+        ProblemError: the number of tasks or of examples differs where it must agree, or is 0.
+
+    Example:
+        >>> x, y = torch.zeros(5, 10, 1), torch.ones(5, 10, 1)
+        >>> batch = TaskBatch(support=(x, y), query=(x, y))
+        >>> len(batch), [len(chunk) for chunk in batch.chunks(2)]
+        (5, [2, 2, 1])
+        >>> batch[1:3].support[0].shape
+        torch.Size([2, 10, 1])
+    """
+
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+    def __post_init__(self) -> None:
+        tensors = dict(
+            zip(
+                ("support inputs", "support targets", "query inputs", "query targets"),
+                (*self.support, *self.query),
+                strict=True,
+            )
+        )
+        for name, tensor in tensors.items():
+            if tensor.ndim < 2:
+                raise ProblemError(
+                    f"{name} must have the shape (tasks, n, …), got {tuple(tensor.shape)}"
+                )
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{count} in {name}" for name, count in counts.items())
+            raise ProblemError(f"a batch has one number of tasks, got {listed}")
+        if not len(self):
+            raise ProblemError("a batch has at least one task, got 0")
+        for name, (inputs, targets) in (("support", self.support), ("query", self.query)):
+            if inputs.shape[1] != targets.shape[1] or not inputs.shape[1]:
+                raise ProblemError(
+                    f"the {name} of a task has a target for every input and at least one, got "
+                    f"{inputs.shape[1]} inputs and {targets.shape[1]} targets"
+                )
+
+    def __len__(self) -> int:
+        return len(self.support[0])
+
+    def __getitem__(self, tasks: slice) -> Self:
+        if not isinstance(tasks, slice):
+            raise TypeError(f"a batch is cut by a slice, batch[i:j], got {tasks!r}")
+        (a, b), (c, d) = self.support, self.query
+        return type(self)((a[tasks], b[tasks]), (c[tasks], d[tasks]))
+
+    def chunks(self, size: int | None) -> list[Self]:
+        """Parts of `size` tasks at most, in order, whose lengths differ by one at most.
+
+        Args:
+            size: None for all tasks in one.
+
+        Raises:
+            ConfigurationError: size < 1.
+        """
+        if size is not None and size < 1:
+            raise ConfigurationError(
+                f"a chunk has at least one task, got {size}; None takes all tasks at once"
+            )
+        return self._parts(-(-len(self) // (size or len(self))))
+
+    def share(self, rank: int, world_size: int) -> Self:
+        """The tasks of one of several processes; the shares differ by one task at most.
+
+        Args:
+            rank: of the process, from 0.
+            world_size: number of processes.
+
+        Raises:
+            ConfigurationError: a process would have no task, or there is no such process.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigurationError(
+                f"the rank of one of {world_size} processes is from 0 to {world_size - 1}, "
+                f"got {rank}"
+            )
+        if len(self) < world_size:
+            raise ConfigurationError(
+                f"{len(self)} tasks cannot be shared by {world_size} processes; take at least "
+                f"{world_size} tasks a batch, or fewer processes"
+            )
+        return self._parts(world_size)[rank]
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Elsewhere, or in another precision; labels and other whole numbers keep their type."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        (a, b), (c, d) = self.support, self.query
+        return type(self)((moved(a), moved(b)), (moved(c), moved(d)))
+
+    def _parts(self, count: int) -> list[Self]:
+        tensors = (*self.support, *self.query)
+        parts = zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
+        return [type(self)((a, b), (c, d)) for a, b, c, d in parts]

@@ -1,0 +1,95 @@
+"""Labelled examples, by class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, overload
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class ClassCollection(Sequence[Tensor]):
+    """Classes with the examples of each, and their names: a sequence of tensors, n × ….
+
+    Attributes:
+        examples: one tensor a class, n × …, with an n of its own; or classes × n × ….
+        names: of the classes, none twice.
+        notes: what the user should know of them.
+
+    Raises:
+        DataError: there are more or fewer names than classes, or two classes have one name.
+
+    Example:
+        >>> collection = ClassCollection(torch.zeros(2, 20, 1, 28, 28), ("alpha", "beta"))
+        >>> len(collection), collection[1].shape, collection[1:].names
+        (2, torch.Size([20, 1, 28, 28]), ('beta',))
+    """
+
+    examples: Sequence[Tensor] | Tensor
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.examples) != len(self.names):
+            raise DataError(f"{len(self.examples)} classes have {len(self.names)} names")
+        if len(set(self.names)) < len(self.names):
+            twice = sorted({name for name in self.names if self.names.count(name) > 1})
+            raise DataError(f"classes must differ in name; more than one is called {twice[0]!r}")
+
+    @classmethod
+    def from_labels(cls, inputs: Tensor, labels: Tensor, names: Sequence[str] = ()) -> Self:
+        """Sort labelled examples by class.
+
+        Args:
+            inputs: n × ….
+            labels: n, whole numbers.
+            names: of the classes 0, 1, …; those labels that occur where none are given.
+
+        Raises:
+            DataError: there are not as many labels as inputs, or a label has no name.
+
+        Example:
+            >>> inputs, labels = torch.arange(5.0), torch.tensor([7, 3, 7, 7, 3])
+            >>> collection = ClassCollection.from_labels(inputs, labels)
+            >>> collection.names, collection[1].tolist()
+            (('3', '7'), [0.0, 2.0, 3.0])
+        """
+        if labels.shape != inputs.shape[:1]:
+            raise DataError(
+                f"labels must be one for each of {len(inputs)} inputs, got the shape "
+                f"{tuple(labels.shape)}"
+            )
+        found = labels.unique().tolist()
+        if names and (nameless := set(found) - set(range(len(names)))):
+            raise DataError(
+                f"{len(names)} classes have names, so labels are from 0 to {len(names) - 1}; "
+                f"got {min(nameless)}"
+            )
+        present = list(range(len(names))) if names else found
+        return cls(
+            [inputs[labels == label] for label in present],
+            tuple(names) or tuple(str(label) for label in present),
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Self:
+        if isinstance(index, slice):
+            return type(self)(self.examples[index], self.names[index], self.notes)
+        return self.examples[index]
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """The classes with these numbers, in this order."""
+        if isinstance(self.examples, Tensor):
+            examples = self.examples[torch.tensor(indices, dtype=torch.long)]
+        else:
+            examples = [self.examples[i] for i in indices]
+        return type(self)(examples, tuple(self.names[i] for i in indices), self.notes)

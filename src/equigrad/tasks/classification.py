@@ -1,0 +1,159 @@
+"""Telling apart N classes of which K examples are known."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError, DataError
+from equigrad.tasks.batch import TaskBatch
+from equigrad.tasks.classes import ClassCollection
+from equigrad.tasks.sampler import at_least, dice
+
+TURNS = 4
+"""Ways to turn a square image: by 0°, 90°, 180° and 270°."""
+
+
+@dataclass(frozen=True, eq=False)
+class NWayKShot:
+    """Tasks of `way` classes, drawn anew for each, with `shot` examples to learn a class from.
+
+    The classes of a task have labels 0 … way-1, in an order drawn with them, and its examples are
+    sorted by label. None of them is in the support and in the query, or twice in either.
+
+    Attributes:
+        images_by_class: one tensor a class, n × …; or classes × n × …. A `ClassCollection` lends
+            the error messages its names.
+        way: classes of a task.
+        shot: examples of each class to learn from.
+        queries: examples of each class that judge.
+        rotations: whether every class counts as four, turned counter-clockwise by 0°, 90°, 180° and
+            270° (Santoro et al. 2016); class c turned k times has the number c + k · (classes as
+            given). The turned images are kept, which takes four times the memory.
+        seed: draws the tasks.
+
+    Raises:
+        ConfigurationError: fewer than two classes a task, or more than there are; no shot or query.
+        DataError: a class has fewer than shot + queries examples, examples differ in shape or in
+            type, or those to be turned are not square.
+
+    Example:
+        >>> sampler = NWayKShot(torch.rand(8, 20, 1, 28, 28), rotations=True)
+        >>> sampler.classes
+        32
+        >>> batch = sampler.sample(tasks=2, draw=0)
+        >>> batch.support[0].shape, batch.support[1][0]
+        (torch.Size([2, 5, 1, 28, 28]), tensor([0, 1, 2, 3, 4]))
+        >>> batch.query[0].shape
+        torch.Size([2, 75, 1, 28, 28])
+    """
+
+    images_by_class: Sequence[Tensor] | Tensor = field(repr=False)
+    _: KW_ONLY
+    way: int = 5
+    shot: int = 1
+    queries: int = 15
+    rotations: bool = False
+    seed: int = 0
+
+    @classmethod
+    def from_labels(cls, inputs: Tensor, labels: Tensor, **knobs: Any) -> Self:
+        """From examples n × … and their labels, n whole numbers; with any knob of the class.
+
+        Raises:
+            DataError: there are not as many labels as inputs, or as for the class itself.
+
+        Example:
+            >>> inputs, labels = torch.rand(60, 3), torch.arange(60) % 3
+            >>> NWayKShot.from_labels(inputs, labels, way=2).classes
+            3
+        """
+        return cls(ClassCollection.from_labels(inputs, labels), **knobs)
+
+    def __post_init__(self) -> None:
+        at_least(2, way=self.way)
+        at_least(1, shot=self.shot, queries=self.queries)
+        if len(self.images_by_class):
+            self._check_shapes()
+        if self.classes < self.way:
+            turned = f", {TURNS} from each of {len(self.images_by_class)}" if self.rotations else ""
+            raise ConfigurationError(
+                f"a {self.way}-way task needs {self.way} classes, and there are "
+                f"{self.classes}{turned}; take a smaller way, or more classes"
+            )
+        needed = self.shot + self.queries
+        counts = enumerate(map(len, self.images_by_class))
+        if few := [f"{self._name(c)} has {n}" for c, n in counts if n < needed]:
+            more = f", and {len(few) - 10} more" if len(few) > 10 else ""
+            raise DataError(
+                f"{self.shot} shots and {self.queries} queries need {needed} examples of every "
+                f"class, and {', '.join(few[:10])}{more}; add examples, leave the class out, or "
+                f"take fewer shots or queries"
+            )
+
+    @property
+    def classes(self) -> int:
+        """How many classes tasks are made of, turned ones counted."""
+        return len(self.images_by_class) * (TURNS if self.rotations else 1)
+
+    def sample(self, tasks: int, draw: int) -> TaskBatch:
+        """Draw a batch: inputs tasks × way·shot × … and tasks × way·queries × …, and labels.
+
+        Raises:
+            ConfigurationError: tasks < 1.
+        """
+        at_least(1, tasks=tasks)
+        generator = dice(self.seed, draw)
+        examples, starts, counts = self._pool
+        classes = torch.rand(tasks, self.classes, generator=generator).topk(self.way).indices
+        # the largest of random numbers are a draw without replacement; what is not there gets -1
+        most = int(counts.max())
+        ranks = torch.rand(tasks, self.way, most, generator=generator)
+        ranks = ranks.where(torch.arange(most) < counts[classes][..., None], -1.0)
+        drawn = ranks.topk(self.shot + self.queries).indices + starts[classes][..., None]
+
+        def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
+            inputs = examples.index_select(0, rows.flatten().to(examples.device))
+            labels = torch.arange(self.way, device=examples.device).repeat_interleave(rows.shape[2])
+            return inputs.reshape(tasks, -1, *examples.shape[1:]), labels.repeat(tasks, 1)
+
+        return TaskBatch(support=pair(drawn[..., : self.shot]), query=pair(drawn[..., self.shot :]))
+
+    @cached_property
+    def _pool(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All examples, one after the other; where those of each class start; how many they are."""
+        given = self.images_by_class
+        examples = given.flatten(0, 1) if isinstance(given, Tensor) else torch.cat(list(given))
+        counts = torch.tensor([len(images) for images in given])
+        if self.rotations:
+            examples = torch.cat([examples.rot90(turns, (-2, -1)) for turns in range(TURNS)])
+            counts = counts.repeat(TURNS)
+        return examples, counts.cumsum(0) - counts, counts
+
+    def _check_shapes(self) -> None:
+        first = self.images_by_class[0]
+        for c, images in enumerate(self.images_by_class):
+            if images.shape[1:] != first.shape[1:]:
+                raise DataError(
+                    f"examples must have one shape, and those of {self._name(0)} have "
+                    f"{tuple(first.shape[1:])}, those of {self._name(c)} "
+                    f"{tuple(images.shape[1:])}; bring them to one size"
+                )
+            if images.dtype != first.dtype:
+                raise DataError(
+                    f"examples must have one type, and those of {self._name(0)} are {first.dtype}, "
+                    f"those of {self._name(c)} {images.dtype}"
+                )
+        shape = first.shape[1:]
+        if self.rotations and (len(shape) < 2 or shape[-1] != shape[-2]):
+            raise DataError(
+                f"only square images can be turned into new classes, got examples of shape "
+                f"{tuple(shape)}; make them square, or leave rotations out"
+            )
+
+    def _name(self, c: int) -> str:
+        given = self.images_by_class
+        return f"class {given.names[c]!r}" if isinstance(given, ClassCollection) else f"class {c}"

@@ -1,0 +1,98 @@
+"""Regression of sinusoids (Finn, Abbeel, Levine 2017, section 5.1)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.tasks.batch import TaskBatch
+from equigrad.tasks.sampler import at_least, dice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoids:
+    """Tasks of one curve each, y = A sin(x - p), of which a few points are known.
+
+    Amplitude A, phase p and inputs x are uniform in their ranges.
+
+    Attributes:
+        shots: points to learn from.
+        queries: points that judge.
+        amplitude: least and greatest A.
+        phase: least and greatest p.
+        inputs: least and greatest x.
+        seed: draws the tasks; give meta-training, validation and test different ones.
+
+    Raises:
+        ConfigurationError: fewer than one point, or a range that is none.
+
+    Example:
+        >>> batch = Sinusoids(shots=5).sample(tasks=3, draw=0)
+        >>> batch.support[0].shape, batch.query[1].shape
+        (torch.Size([3, 5, 1]), torch.Size([3, 10, 1]))
+    """
+
+    shots: int = 10
+    queries: int = 10
+    amplitude: tuple[float, float] = (0.1, 5.0)
+    phase: tuple[float, float] = (0.0, math.pi)
+    inputs: tuple[float, float] = (-5.0, 5.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, shots=self.shots, queries=self.queries)
+        for name in ("amplitude", "phase", "inputs"):
+            low, high = getattr(self, name)
+            if not -math.inf < low <= high < math.inf:
+                raise ConfigurationError(
+                    f"{name} must be the least and the greatest value, both finite, got "
+                    f"{(low, high)}"
+                )
+
+    def sample(self, tasks: int, draw: int) -> TaskBatch:
+        """Draw a batch, inputs and targets tasks × points × 1.
+
+        Raises:
+            ConfigurationError: tasks < 1.
+        """
+        at_least(1, tasks=tasks)
+        generator = dice(self.seed, draw)
+
+        def uniform(ends: tuple[float, float], points: int) -> Tensor:
+            drawn = torch.rand(tasks, points, 1, generator=generator)
+            return ends[0] + (ends[1] - ends[0]) * drawn
+
+        amplitude, phase = uniform(self.amplitude, 1), uniform(self.phase, 1)
+        x = uniform(self.inputs, self.shots + self.queries)
+        y = amplitude * (x - phase).sin()
+        k = self.shots
+        return TaskBatch(support=(x[:, :k], y[:, :k]), query=(x[:, k:], y[:, k:]))
+
+
+def curves(batch: TaskBatch, inputs: Tensor) -> Tensor:
+    """The sinusoid of every task, at other inputs.
+
+    A sin(x - p) is a sin x + b cos x, linear in a and b, so that the points of a task determine it.
+
+    Args:
+        batch: tasks of sinusoids, with at least two points each.
+        inputs: points.
+
+    Returns:
+        Tasks × points.
+
+    Example:
+        >>> batch = Sinusoids(shots=2).sample(tasks=1, draw=0)
+        >>> x, y = batch.query
+        >>> torch.allclose(curves(batch, x.flatten()), y[..., 0], atol=1e-3)
+        True
+    """
+    x, y = (torch.cat(pair, 1).double() for pair in zip(batch.support, batch.query, strict=True))
+
+    def waves(x: Tensor) -> Tensor:
+        return torch.stack([x.sin(), x.cos()], -1)
+
+    weights = torch.linalg.lstsq(waves(x[..., 0]), y).solution
+    return (waves(inputs.double()) @ weights)[..., 0].to(inputs.dtype)
