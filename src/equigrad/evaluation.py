@@ -30,6 +30,7 @@ class Evaluation:
         problem: the problem.
         params: φ as given, detached.
         meta_params: θ, detached.
+        reaches: the meta-parameters that the inner and outer functions depend on, by stream.
         start: names of the meta-parameters that the given params were computed from.
         only_start: those of them that reach no loss in another way.
         gradient_evaluations: gradients of the inner or the outer loss taken so far; a
@@ -50,6 +51,7 @@ class Evaluation:
         self.start = [name for name, grad in reached.items() if grad is not None]
         self.only_start: list[str] = []
         self.gradient_evaluations = 0
+        self._judged: tuple[Settled | None, Tensor] = None, torch.zeros(())
         self.notes: list[str] = []
         frozen = [
             n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad
@@ -304,8 +306,8 @@ class Evaluation:
         return self.problem.residual(params, meta_params, step, self._randomness)
 
     def reached(self, stream: Stream) -> frozenset[str]:
-        """The meta-parameters that the inner or the outer loss depends on."""
-        own = frozenset(self._reached[stream])
+        """The meta-parameters that a loss depends on, those of the regulariser included."""
+        own = frozenset(self.reaches[stream])
         regularizer = self.problem.regularizer
         return own if stream == "outer" or regularizer is None else own | regularizer.meta_names
 
@@ -316,6 +318,8 @@ class Evaluation:
     @torch.no_grad()
     def outer_loss(self, at: Settled) -> Tensor:
         """The outer loss where a phase ended, averaged over its batches."""
+        if at is self._judged[0]:
+            return self._judged[1]
         self.stand_at(at)
         steps = self.batch_steps("outer")
         total = sum(self.evaluate("outer", at.params, self.meta_params, step) for step in steps)
@@ -327,7 +331,7 @@ class Evaluation:
         Only those meta-parameters appear that the loss depends on; where it depends on none, it is
         not evaluated.
         """
-        names = self._reached[stream]
+        names = self.reaches[stream]
         if not names:
             return {}
         self.stand_at(at)
@@ -355,11 +359,14 @@ class Evaluation:
         leaves = [*params.values(), *meta.values()]
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self.batch_steps("outer")
+        mean = torch.zeros(())
         for step in steps:
             loss = self.evaluate("outer", params, meta, step)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
+            mean = mean + loss.detach() / len(steps)
             self.gradient_evaluations += 1
+        self._judged = at, mean
         count = len(params)
         by_params = dict(zip(params, total[:count], strict=True))
         return by_params, dict(zip(meta, total[count:], strict=True))
@@ -403,8 +410,32 @@ class Evaluation:
     # Checks
 
     def _check(self) -> None:
-        """Evaluate both losses once, and see that they are what they have to be."""
-        self._reached: dict[Stream, list[str]] = {}
+        """See that the losses are what they have to be, and what θ reaches in them."""
+        known = self.problem.reaches
+        self.reaches = self._try_out() if known is None else {s: [*known[s]] for s in known}
+        seen = self.reached("inner") | self.reached("outer")
+        self.only_start = [name for name in self.start if name not in seen]
+        unseen = sorted(set(self.meta_params) - seen - set(self.start))
+        given = {id(p) for p in self._given_params.values()}
+        same = [name for name in unseen if id(self._given_meta[name]) in given]
+        if same:
+            raise ProblemError(
+                f"meta-parameter {listed(same)} is what params start from, but does not require a "
+                f"gradient: call requires_grad_() on it to have its derivative through the start"
+            )
+        if unseen:
+            raise ProblemError(
+                f"meta-parameter {listed(unseen)} has no path to {self.problem.name('inner')} or "
+                f"outer_loss, so its meta-gradient cannot be told from zero. Use it, or leave it "
+                f"out. (If it is the initialisation of params: pass params that are computed from "
+                f"meta_params, with their graph; or make it the centre of a proximal term, as in "
+                f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
+                f"forgotten where it started.)"
+            )
+
+    def _try_out(self) -> dict[Stream, list[str]]:
+        """Evaluate both losses once: the meta-parameters that each depends on."""
+        found_by: dict[Stream, list[str]] = {}
         moved: set[str] = set()
         params = {name: p.clone().requires_grad_() for name, p in self.params.items()}
         meta = {name: m.clone().requires_grad_() for name, m in self.meta_params.items()}
@@ -426,31 +457,13 @@ class Evaluation:
             for step in self.batch_steps(stream)[1:]:
                 if len(found) < len(meta):
                     found |= self._reached_on(stream, meta, step)
-            self._reached[stream] = [name for name in meta if name in found]
+            found_by[stream] = [name for name in meta if name in found]
         if self.problem.regularizer is not None:
             check_scalar("the regularizer", self.problem.regularizer.penalty(params, meta))
-        seen = self.reached("inner") | self.reached("outer")
-        self.only_start = [name for name in self.start if name not in seen]
-        unseen = sorted(set(meta) - seen - set(self.start))
-        given = {id(p) for p in self._given_params.values()}
-        same = [name for name in unseen if id(self._given_meta[name]) in given]
-        if same:
-            raise ProblemError(
-                f"meta-parameter {listed(same)} is what params start from, but does not require a "
-                f"gradient: call requires_grad_() on it to have its derivative through the start"
-            )
-        if unseen:
-            raise ProblemError(
-                f"meta-parameter {listed(unseen)} has no path to {self.problem.name('inner')} or "
-                f"outer_loss, so its meta-gradient cannot be told from zero. Use it, or leave it "
-                f"out. (If it is the initialisation of params: pass params that are computed from "
-                f"meta_params, with their graph; or make it the centre of a proximal term, as in "
-                f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
-                f"forgotten where it started.)"
-            )
         idle = sorted(set(params) - moved)
         if idle:
             self.notes.append(f"no loss depends on params {listed(idle)}")
+        return found_by
 
     def _reached_on(self, stream: Stream, meta: Params, step: int) -> set[str]:
         """The meta-parameters that a later batch's loss depends on."""

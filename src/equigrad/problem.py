@@ -1,7 +1,7 @@
 """What is to be settled, and by what it is judged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -74,6 +74,7 @@ class Problem(ABC):
         inner_batches: mini-batches of what settles φ.
         outer_batches: mini-batches of the outer loss.
         modules: modules that the functions call.
+        reaches: the meta-parameters that each function depends on.
     """
 
     energy: ClassVar[bool]
@@ -84,6 +85,7 @@ class Problem(ABC):
     inner_batches: Sequence[Any] | None
     outer_batches: Sequence[Any] | None
     modules: tuple[nn.Module, ...] | None
+    reaches: Mapping[Stream, Collection[str]] | None
 
     def __post_init__(self) -> None:
         returns: dict[Stream, str] = {"inner": self._returned, "outer": "a scalar tensor"}
@@ -251,6 +253,9 @@ class Bilevel(Problem):
         modules: modules that the losses call. Their buffers and training flags are the same at the
             start of every nudged phase and are put back after the call. By default they are looked
             for in the closures and named globals of the losses.
+        reaches: names of the meta-parameters that the losses depend on, under `inner` and `outer`,
+            for whoever makes many problems alike and knows. Where None, both losses are evaluated
+            once before anything settles, to find out and to check them.
 
     Raises:
         ProblemError: a loss is not callable, or batches are not an indexable sequence.
@@ -275,6 +280,7 @@ class Bilevel(Problem):
     inner_batches: Sequence[Any] | None = None
     outer_batches: Sequence[Any] | None = None
     modules: tuple[nn.Module, ...] | None = None
+    reaches: Mapping[Stream, Collection[str]] | None = None
 
     def function(self, stream: Stream) -> Loss:
         """The inner or the outer loss."""
@@ -359,6 +365,7 @@ class FixedPoint(Problem):
         inner_batches: as for `Bilevel`; the map as a whole is the mean over batches.
         outer_batches: as for `Bilevel`.
         modules: as for `Bilevel`.
+        reaches: as for `Bilevel`, of the map and the outer loss.
 
     Raises:
         ProblemError: map or loss are not callable, or batches are not an indexable sequence.
@@ -388,6 +395,7 @@ class FixedPoint(Problem):
     inner_batches: Sequence[Any] | None = None
     outer_batches: Sequence[Any] | None = None
     modules: tuple[nn.Module, ...] | None = None
+    reaches: Mapping[Stream, Collection[str]] | None = None
 
     def function(self, stream: Stream) -> Callable[..., Any]:
         """The map or the outer loss."""

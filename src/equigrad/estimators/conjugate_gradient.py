@@ -1,7 +1,7 @@
 """Implicit differentiation by conjugate gradients."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ class ConjugateGradient(Implicit):
         max_iterations: Hessian-vector products at most.
         tol: stops where `‖∂L_out/∂φ - (H + damping I) x‖` is at most this share of `‖∂L_out/∂φ‖`.
         damping: added to every eigenvalue.
+        indefinite: what to do where a direction of curvature ≤ 0 is met: `raise` an error, or
+            `stop` with the solution so far (Steihaug 1983), which the status says.
 
     Raises:
-        CurvatureError: from `meta_gradient`, where a direction of curvature ≤ 0 is met.
+        CurvatureError: from `meta_gradient`, where a direction of curvature ≤ 0 is met and
+            `indefinite` is `raise`.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -35,16 +38,22 @@ class ConjugateGradient(Implicit):
         cost="2K + 3",
         error="vanishes with K",
         double_backward=True,
+        one_system=True,
     )
 
     max_iterations: int = 100
     tol: float = 1e-6
     damping: float = 0.0
+    indefinite: Literal["raise", "stop"] = "raise"
 
     def __post_init__(self) -> None:
         require(self.max_iterations >= 1, f"max_iterations must be ≥ 1, got {self.max_iterations}")
         require(self.tol > 0, f"tol must be positive, got {self.tol}")
         require(self.damping >= 0, f"damping must be at least 0, got {self.damping}")
+        require(
+            self.indefinite in ("raise", "stop"),
+            f"indefinite must be 'raise' or 'stop', got {self.indefinite!r}",
+        )
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
         """Conjugate gradients from zero."""
@@ -58,11 +67,16 @@ class ConjugateGradient(Implicit):
             curvature = direction.dot(image)
             if not curvature > 0:
                 rate = (curvature / direction.dot(direction)).item()
-                raise CurvatureError(
+                met = (
                     f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
-                    f"settled state is no minimum, and its implicit gradient means little. Settle "
-                    f"longer, regularise the inner loss, add damping, or use Contrastive(), which "
-                    f"asks for no Hessian"
+                    f"settled state is no minimum"
+                )
+                if self.indefinite == "stop":
+                    notes.append(f"{met}, and the solution so far was taken")
+                    return x if iteration else pressure
+                raise CurvatureError(
+                    f"{met}, and its implicit gradient means little. Settle longer, regularise the "
+                    f"inner loss, add damping, or use Contrastive(), which asks for no Hessian"
                 )
             stride = power / curvature
             x, residual = x + stride * direction, residual - stride * image

@@ -27,6 +27,8 @@ class Traits:
         needs_start: gives nothing else.
         memory: in the T steps of the free phase.
         order: of the error in the nudging strength β.
+        one_system: solves one linear system for all of φ, so that tasks that share θ alone are
+            better settled one after the other.
     """
 
     idea: str
@@ -39,6 +41,7 @@ class Traits:
     needs_start: bool = False
     memory: str = "flat"
     order: str = "–"
+    one_system: bool = False
 
     def serve(self, evaluation: Evaluation) -> bool:
         """Whether these traits fit a problem and what its θ acts on."""

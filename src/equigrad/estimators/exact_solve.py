@@ -34,6 +34,7 @@ class ExactSolve(Implicit):
         double_backward=True,
         energy=False,
         memory="flat, (dim φ)²",
+        one_system=True,
     )
 
     max_size: int = 2000

@@ -49,6 +49,7 @@ class GMRES(Implicit):
         error="vanishes with K",
         double_backward=True,
         energy=False,
+        one_system=True,
     )
 
     max_iterations: int = 100

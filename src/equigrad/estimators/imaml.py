@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from equigrad.errors import ProblemError
 from equigrad.estimators.conjugate_gradient import ConjugateGradient
@@ -17,9 +17,10 @@ class IMAML(ConjugateGradient):
 
         L_in = L_data + ½ λ ‖φ - ω‖²,    (I + ∂²L_data/∂φ² / λ) ∇_ω = ∂L_out/∂φ
 
-    (Rajeswaran et al. 2019). It is `ConjugateGradient` with the authors' five iterations, and asks
-    for a regulariser with a learned centre, since without one the start of what has settled is
-    forgotten and its gradient zero.
+    (Rajeswaran et al. 2019). It is `ConjugateGradient` with the authors' five iterations, which
+    end where the curvature is not positive, as it often is after few steps. It asks for a
+    regulariser with a learned centre, since without one the start of what has settled is forgotten
+    and its gradient zero.
 
     Raises:
         ProblemError: from `meta_gradient`, where the problem has no such regulariser.
@@ -30,6 +31,7 @@ class IMAML(ConjugateGradient):
     )
 
     max_iterations: int = 5
+    indefinite: Literal["raise", "stop"] = "stop"
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse a problem without a learned centre."""

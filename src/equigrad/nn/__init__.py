@@ -1,7 +1,21 @@
 """Models whose parameters settle."""
 
+from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.functional import Functional
-from equigrad.nn.networks import lenet5, tanh_network
+from equigrad.nn.learned_start import LearnedStart
+from equigrad.nn.modulation import Modulation
+from equigrad.nn.networks import conv4, lenet5, tanh_network
+from equigrad.nn.side_by_side import SideBySide
 
-__all__ = ["ComplexSynapse", "Functional", "lenet5", "tanh_network"]
+__all__ = [
+    "BatchStatistics",
+    "ComplexSynapse",
+    "Functional",
+    "LearnedStart",
+    "Modulation",
+    "SideBySide",
+    "conv4",
+    "lenet5",
+    "tanh_network",
+]

@@ -25,6 +25,9 @@ class ComplexSynapse(Functional):
 
         ½(a-ω)² - ½(b-ω)² = ½ (a-b)(a+b-2ω).
 
+    Fast weights may have leading dimensions more than the module's (one of tasks, for example):
+    each of them is pulled to the same centre with the same strength, and the penalty is their sum.
+
     Args:
         model: any module; called as `synapse(params, *inputs)`. It is copied, never changed.
         strength: initial λ ≥ 0, one number for all weights, or a number or tensor for every name.
@@ -98,6 +101,19 @@ class ComplexSynapse(Functional):
         if "center" in self.learn:
             leaves |= {f"center.{name}": c.clone() for name, c in self._center.items()}
         return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+    def start(self, meta_params: Params) -> dict[str, Tensor]:
+        """Where a new task's fast weights begin: at their centres."""
+        return dict(self.centers(meta_params))
+
+    def weights(self, params: Params, meta_params: Params) -> Params:
+        """The module's weights: the fast ones, all of them."""
+        return params
+
+    @property
+    def regularizer(self) -> "ComplexSynapse":
+        """Itself."""
+        return self
 
     @property
     def meta_names(self) -> frozenset[str]:
@@ -207,6 +223,8 @@ class Pull:
                 moved = state[name] - reference
                 by_strength += 0.5 * weight * moved * (moved + 2 * (reference - center))
                 by_center -= weight * strength * moved
+            by_strength = by_strength.sum_to_size(strength.shape)
+            by_center = by_center.sum_to_size(center.shape)
             if "strength" in self._synapse.learn:
                 grads[self._synapse._strength_name(name)] = (
                     strength * by_strength if self._synapse._log else by_strength

@@ -56,6 +56,15 @@ class Functional:
         """The module's parameters as they were given, in new tensors."""
         return {name: p.clone() for name, p in self._initial.items()}
 
+    def module(self, weights: Params | None = None) -> nn.Module:
+        """An ordinary module with these weights, or those it was given with, in new parameters."""
+        weights = self._initial if weights is None else weights
+        parameters = {name: nn.Parameter(weights[name].detach().clone()) for name in self._initial}
+        self._bind(parameters)
+        module = copy.deepcopy(self.model)
+        self._bind(self._initial)
+        return module
+
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """The module's output with these parameters; names beyond the module's are ignored."""
         self._bind(params)

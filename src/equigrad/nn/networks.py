@@ -98,3 +98,52 @@ def lenet5(
         *relu(BatchNorm1d, 84),
         Linear(84, outputs),
     )
+
+
+def conv4(
+    *,
+    filters: int = 64,
+    channels: int = 1,
+    side: int = 28,
+    outputs: int = 5,
+    pooling: bool = True,
+) -> Sequential:
+    """Four blocks of a 3 × 3 convolution, batch normalisation and a ReLU, and a linear readout.
+
+    The network of few-shot learning (Vinyals et al. 2016; Finn, Abbeel, Levine 2017). It keeps no
+    running statistics.
+
+    Args:
+        filters: of each convolution.
+        channels: of an image.
+        side: its height and width.
+        outputs: number of outputs, which are linear.
+        pooling: halve the image by max-pooling after each block, as Zucchet et al. do; otherwise by
+            convolutions of stride 2, as Finn et al. do.
+
+    Raises:
+        ConfigurationError: filters < 1, or images that four poolings leave nothing of.
+
+    Example:
+        >>> import torch
+        >>> conv4(filters=8)(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 5])
+    """
+    if filters < 1:
+        raise ConfigurationError(f"filters must be at least 1, got {filters}")
+    if side < (16 if pooling else 1):
+        raise ConfigurationError(
+            f"the side of an image must be at least 16, got {side}; without pooling smaller ones "
+            f"serve, too"
+        )
+    layers: list[Module] = []
+    for inputs in (channels, filters, filters, filters):
+        layers += [
+            Conv2d(inputs, filters, 3, padding=1, stride=1 if pooling else 2),
+            BatchNorm2d(filters, track_running_stats=False),
+            ReLU(),
+        ]
+        if pooling:
+            layers.append(MaxPool2d(2))
+        side = side // 2 if pooling else -(-side // 2)
+    return Sequential(*layers, Flatten(), Linear(filters * side * side, outputs))

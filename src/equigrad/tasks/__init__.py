@@ -4,6 +4,7 @@ from equigrad.tasks.batch import TaskBatch
 from equigrad.tasks.classes import ClassCollection
 from equigrad.tasks.classification import NWayKShot
 from equigrad.tasks.folder import image_folder
+from equigrad.tasks.learner import FewShotLearner
 from equigrad.tasks.omniglot import omniglot
 from equigrad.tasks.sampler import TaskSampler
 from equigrad.tasks.sinusoid import Sinusoids, curves
@@ -12,6 +13,7 @@ from equigrad.tasks.splits import ClassSplit, check_disjoint, split_classes
 __all__ = [
     "ClassCollection",
     "ClassSplit",
+    "FewShotLearner",
     "NWayKShot",
     "Sinusoids",
     "TaskBatch",

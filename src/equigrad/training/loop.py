@@ -32,6 +32,7 @@ class OuterState:
         gradient_evaluations: so far, over all steps.
         seconds: spent so far, over all sittings.
         history: a row an outer step.
+        copies: further values of θ worth keeping (an average, for example), by what they are.
     """
 
     meta_params: dict[str, Tensor]
@@ -42,6 +43,7 @@ class OuterState:
     gradient_evaluations: int = 0
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with `weights_only=True`."""
@@ -54,6 +56,7 @@ class OuterState:
             "gradient_evaluations": self.gradient_evaluations,
             "seconds": self.seconds,
             "history": self.history,
+            "copies": self.copies,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -78,6 +81,10 @@ class OuterState:
         self.gradient_evaluations = state["gradient_evaluations"]
         self.seconds = state["seconds"]
         self.history = list(state["history"])
+        self.copies = {
+            what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
+            for what, copy in state["copies"].items()
+        }
         torch.set_rng_state(state["rng"].cpu())
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
@@ -153,17 +160,8 @@ def learn(
         >>> round(meta["target"].item(), 3)
         3.0
     """
-    if steps < 0:
-        raise ConfigurationError(f"steps must be at least 0, got {steps}")
     if start not in ("cold", "warm"):
         raise ConfigurationError(f"start must be 'cold' or 'warm', got {start!r}")
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, m in meta_params.items() if id(m) not in stepped]
-    if missing:
-        raise ConfigurationError(
-            f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
-            f"meta_params.values(), the same tensors that are passed as meta_params"
-        )
     computed = [name for name, p in params.items() if p.grad_fn is not None]
     if computed:
         raise ConfigurationError(
@@ -171,23 +169,78 @@ def learn(
             f"those are learned; detach it, pass the tensors of meta_params themselves, or call "
             f"meta_gradient in a loop of your own"
         )
-    state = OuterState(meta_params, optimizer, dict(params), steps)
+
+    def gradient(state: OuterState) -> MetaGradient:
+        result = meta_gradient(
+            problem, state.params, meta_params, solver=solver, estimator=estimator
+        )
+        if start == "warm":
+            state.params = result.params
+        return result
+
+    return descend(
+        gradient,
+        meta_params,
+        params=params,
+        optimizer=optimizer,
+        steps=steps,
+        project=project,
+        evaluate=None if evaluate is None else lambda _, result: evaluate(result.params),
+        callbacks=callbacks,
+    )
+
+
+def descend(
+    gradient: Callable[[OuterState], MetaGradient],
+    meta_params: dict[str, Tensor],
+    *,
+    params: Params | None = None,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    project: Callable[[dict[str, Tensor]], None] | None = None,
+    evaluate: Callable[[OuterState, MetaGradient], Mapping[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> OuterState:
+    """The loop itself: go down along whatever gradient of θ one is handed.
+
+    Args:
+        gradient: estimates the meta-gradient of the state's θ, at the state's step.
+        meta_params: as for `learn`.
+        params: φ to keep in the state, where free phases start from it.
+        optimizer: as for `learn`.
+        steps: as for `learn`.
+        project: as for `learn`.
+        evaluate: metrics to log, after the optimiser's step.
+        callbacks: as for `learn`.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        ConfigurationError: steps < 0, or an optimiser over other tensors.
+    """
+    if steps < 0:
+        raise ConfigurationError(f"steps must be at least 0, got {steps}")
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, m in meta_params.items() if id(m) not in stepped]
+    if missing:
+        raise ConfigurationError(
+            f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
+            f"meta_params.values(), the same tensors that are passed as meta_params"
+        )
+    state = OuterState(meta_params, optimizer, dict(params or {}), steps)
     error: BaseException | None = None
     try:
         for callback in callbacks:
             callback.on_start(state)
         while state.step < steps:
             began = time.perf_counter()
-            result = meta_gradient(
-                problem, state.params, meta_params, solver=solver, estimator=estimator
-            )
-            metrics = {} if evaluate is None else dict(evaluate(result.params))
+            result = gradient(state)
             result.assign()
             optimizer.step()
             if project is not None:
                 project(meta_params)
-            if start == "warm":
-                state.params = result.params
+            metrics = {} if evaluate is None else dict(evaluate(state, result))
             state.gradient_evaluations += result.gradient_evaluations
             state.seconds += time.perf_counter() - began
             state.history.append(_row(state, result, metrics))

@@ -1,0 +1,269 @@
+"""Many copies of one network at once, each with its own parameters and its own inputs."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.functional import conv1d, conv2d, conv3d
+
+from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
+from equigrad.nn.functional import Functional
+from equigrad.problem import Params
+
+Way = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
+"""How copies are computed: in turn, by `torch.func.vmap`, or as groups of channels."""
+
+
+class SideBySide:
+    """A module with a leading dimension of tasks: its parameters, inputs and outputs have one more.
+
+    The outputs are the same to rounding whichever way they are computed:
+
+    - `loop`: one copy after the other.
+    - `vmap`: all at once by `torch.func.vmap`, whatever the module.
+    - `grouped`: the copies' channels side by side as groups of one wide network, for a
+      `Sequential` of convolutions, linear layers, batch normalisation, pooling and activations;
+      `grouped channels-last` lays images out with channels last.
+    - `auto`: whichever is fastest, by a short measurement for every new combination of shapes.
+      Timings decide, so that two runs can differ by rounding.
+
+    Batch normalisation takes the statistics of each copy's own batch.
+
+    Args:
+        model: any module. It is copied, never changed.
+        way: how to compute.
+        second_order: measure the cost of second derivatives, too.
+
+    Raises:
+        ConfigurationError: an unknown way, or one that does not serve this module.
+
+    Example:
+        >>> net = SideBySide(nn.Linear(3, 2))
+        >>> params = {name: p.expand(4, *p.shape) for name, p in net.params().items()}
+        >>> net(params, torch.randn(4, 5, 3)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    def __init__(self, model: nn.Module, way: Way = "auto", *, second_order: bool = False) -> None:
+        if way not in get_args(Way):
+            raise ConfigurationError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
+        self._one = Functional(with_batch_statistics(model))
+        self._shapes = {name: p.shape for name, p in self._one.params().items()}
+        self._norms = [m for m in self._one.model.modules() if isinstance(m, BatchStatistics)]
+        self._layers = _layers(self._one.model, set(self._shapes))
+        self.way, self.second_order = way, second_order
+        if way.startswith("grouped") and self._layers is None:
+            raise ConfigurationError(
+                f"way={way!r} serves a Sequential of convolutions, linear layers, batch "
+                f"normalisation, pooling and activations, and {type(model).__name__} is something "
+                f"else; use way='vmap', 'loop' or 'auto'"
+            )
+        self._chosen: dict[object, Callable[[Params, Tensor], Tensor]] = {}
+
+    def params(self) -> dict[str, Tensor]:
+        """One copy's parameters as they were given, in new tensors."""
+        return self._one.params()
+
+    def __call__(self, params: Params, x: Tensor, *, reference: int | None = None) -> Tensor:
+        """The outputs of every copy.
+
+        Args:
+            params: by the module's names, of shape tasks × the parameter's; those of the
+                parameter's own shape are shared by all copies.
+            x: inputs, of shape tasks × n × ….
+            reference: batch normalisation takes the statistics of so many first rows of each
+                task's; of all where None.
+
+        Returns:
+            Outputs of shape tasks × n × ….
+
+        Raises:
+            ProblemError: a parameter is missing or has another shape.
+        """
+        stacked = {name: self._stacked(name, params, len(x)) for name in self._shapes}
+        for norm in self._norms:
+            norm.reference = reference
+        return self._compute(stacked, x)(stacked, x)
+
+    def _stacked(self, name: str, params: Params, tasks: int) -> Tensor:
+        shape = self._shapes[name]
+        if name not in params:
+            raise ProblemError(f"params lack {name!r}; this module's are {', '.join(self._shapes)}")
+        given = params[name]
+        if given.shape == shape:
+            return given.expand(tasks, *shape)
+        if given.shape == (tasks, *shape):
+            return given
+        raise ProblemError(
+            f"params[{name!r}] has shape {tuple(given.shape)}, expected {tuple(shape)} for all "
+            f"tasks or {(tasks, *shape)} for {tasks} of them"
+        )
+
+    def _compute(self, params: Params, x: Tensor) -> Callable[[Params, Tensor], Tensor]:
+        ways: dict[str, Callable[[Params, Tensor], Tensor]] = {
+            "loop": self._loop,
+            "vmap": self._vmap,
+            "grouped": self._grouped,
+            "grouped channels-last": self._grouped_channels_last,
+        }
+        if self.way != "auto":
+            return ways[self.way]
+        learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
+        key = (x.shape, x.dtype, x.device, learning, self._reference)
+        if key not in self._chosen:
+            if self._layers is None or x.ndim != 5:
+                del ways["grouped channels-last"]
+            if self._layers is None:
+                del ways["grouped"]
+            self._chosen[key] = min(ways.values(), key=lambda way: self._seconds(way, params, x))
+        return self._chosen[key]
+
+    @property
+    def _reference(self) -> int | None:
+        return self._norms[0].reference if self._norms else None
+
+    def _seconds(self, way: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor) -> float:
+        """What one evaluation takes, with the derivatives that are asked for."""
+        own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
+        leaves = [p for p in own.values() if p.requires_grad]
+        best = float("inf")
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(4):  # the first warms up
+                began = _now(x.device)
+                try:
+                    out = way(own, x).square().mean()
+                except ConfigurationError:  # does not serve inputs of this shape
+                    return float("inf")
+                if out.requires_grad:
+                    grads = torch.autograd.grad(
+                        out, leaves, create_graph=self.second_order, allow_unused=True
+                    )
+                    if self.second_order:
+                        norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
+                        torch.autograd.grad(norm, leaves, allow_unused=True)
+                best = min(best, _now(x.device) - began)
+        return best
+
+    def _loop(self, params: Params, x: Tensor) -> Tensor:
+        each = {name: p.unbind() for name, p in params.items()}
+        return torch.stack(
+            [self._one({n: p[i] for n, p in each.items()}, one) for i, one in enumerate(x.unbind())]
+        )
+
+    def _vmap(self, params: Params, x: Tensor) -> Tensor:
+        return vmap(self._one, randomness="different")(dict(params), x)
+
+    def _grouped(
+        self, params: Params, x: Tensor, memory_format: torch.memory_format | None = None
+    ) -> Tensor:
+        assert self._layers is not None
+        tasks, n = x.shape[:2]
+        x = x.transpose(0, 1).reshape(n, -1, *x.shape[3:])
+        for prefix, layer in self._layers:
+            own = {name: params[prefix + name] for name, _ in layer.named_parameters()}
+            if memory_format is not None and x.ndim == 4:
+                x = x.contiguous(memory_format=memory_format)
+            x = _BESIDE[type(layer)](layer, own, x, tasks)
+        return x.reshape(n, tasks, -1, *x.shape[2:]).transpose(0, 1)
+
+    def _grouped_channels_last(self, params: Params, x: Tensor) -> Tensor:
+        return self._grouped(params, x, torch.channels_last)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _layers(model: nn.Module, names: set[str]) -> list[tuple[str, nn.Module]] | None:
+    """The layers in their order with the prefix of their parameters; None where not all are known.
+
+    Parameters that are frozen, or shared by two layers, are not among the names.
+    """
+    found = list(_walk(model, ""))
+    known = all(type(layer) in _BESIDE and _plain(layer) for _, layer in found)
+    here = {prefix + name for prefix, layer in found for name, _ in layer.named_parameters()}
+    return found if known and here == names else None
+
+
+def _walk(part: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    if type(part) is not nn.Sequential:
+        yield prefix, part
+        return
+    for name, child in part._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer has no option that its counterpart below does not know."""
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return getattr(layer, "padding_mode", "zeros") == "zeros" and not hooked
+
+
+def _as_is(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+    return layer(x)  # channel by channel
+
+
+def _norm(layer: BatchStatistics, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+    wide = {name: p.reshape(-1) for name, p in own.items()}
+    return layer.normalise(x, wide.get("weight"), wide.get("bias"))
+
+
+def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+    if x.ndim != 2:
+        raise ConfigurationError(
+            f"way='grouped' serves linear layers of n × features, and this one is handed "
+            f"{x.ndim - 2} dimensions more; use way='vmap' or 'loop'"
+        )
+    apart = x.reshape(len(x), tasks, -1).transpose(0, 1)
+    weight = own["weight"].transpose(1, 2)
+    bias = own.get("bias")
+    out = apart @ weight if bias is None else torch.baddbmm(bias.unsqueeze(1), apart, weight)
+    return out.transpose(0, 1).reshape(len(x), -1)
+
+
+def _convolution(
+    convolve: Callable[..., Tensor],
+) -> Callable[[nn.Module, Mapping[str, Tensor], Tensor, int], Tensor]:
+    def beside(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        weight, bias = own["weight"].flatten(0, 1), own.get("bias")
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return convolve(
+            x,
+            weight,
+            None if bias is None else bias.flatten(),
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=tasks * layer.groups,
+        )
+
+    return beside
+
+
+_CHANNELWISE = (
+    *(nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Dropout, nn.Flatten),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+
+_BESIDE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: _convolution(conv1d),
+    nn.Conv2d: _convolution(conv2d),
+    nn.Conv3d: _convolution(conv3d),
+    nn.Linear: _linear,
+    BatchStatistics: _norm,
+    **dict.fromkeys(_CHANNELWISE, _as_is),
+}
+"""How a layer acts on inputs of shape n × (tasks · channels) × …, the tasks one after another."""

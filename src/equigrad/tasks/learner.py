@@ -1,0 +1,249 @@
+"""A learner of tasks: what it learns on each, and how what they share is learned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Estimator
+from equigrad.evaluation import Evaluation
+from equigrad.gradient import MetaGradient, meta_gradient
+from equigrad.nn.batch_statistics import with_batch_statistics, with_statistics_of
+from equigrad.nn.side_by_side import SideBySide, Way
+from equigrad.problem import Bilevel, Params, Regularizer
+from equigrad.randomness import Stream
+from equigrad.solvers import Solver
+from equigrad.tasks.batch import TaskBatch
+
+Statistics = Literal["query", "support"]
+
+
+class MetaModel(Protocol):
+    """A module divided into what a task learns, φ, and what tasks share, θ.
+
+    `equigrad.nn.ComplexSynapse`, `Modulation` and `LearnedStart` are such divisions.
+    """
+
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """A further term of every task's inner loss."""
+        ...
+
+    def meta_params(self) -> dict[str, Tensor]:
+        """θ at the beginning, new leaves."""
+        ...
+
+    def start(self, meta_params: Params) -> dict[str, Tensor]:
+        """φ at the start of a task."""
+        ...
+
+    def weights(self, params: Params, meta_params: Params) -> Params:
+        """All weights of the module, by its own names."""
+        ...
+
+    def module(self, weights: Params | None = None) -> nn.Module:
+        """A new copy of the module, with these weights or its own."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotLearner:
+    r"""Learns every task from its support set, and what tasks share from their query sets.
+
+        min_θ mean_τ L(φ*_τ, θ, query_τ),    φ*_τ = argmin_φ L(φ, θ, support_τ) + R(φ, θ)
+
+    (Zucchet et al., Eqs. 5 and 6). All tasks of a batch settle at once: their parameters are
+    stacked, and the inner loss is the sum over tasks, which settle on their own.
+
+    Attributes:
+        model: what a task learns and what tasks share: `ComplexSynapse(…, learn=("center",))`,
+            `Modulation` or `LearnedStart`.
+        loss: `(outputs, targets) -> scalar` of one task, its mean over examples.
+        solver: settles a task.
+        estimator: of the meta-gradient.
+        chunk_size: tasks that settle at once; None for all. Memory grows with it.
+        statistics: what batch normalisation takes its statistics of where a task is judged.
+            `query`: its whole query set, so that what is said of one example depends on the others
+            (transductive, the field's custom). `support`: its support set.
+        way: how networks are computed side by side, as in `equigrad.nn.SideBySide`.
+
+    Raises:
+        ConfigurationError: chunk_size < 1, or a way that does not serve the module.
+
+    Example:
+        >>> import equigrad as eg
+        >>> net = nn.Linear(1, 1)
+        >>> learner = FewShotLearner(
+        ...     model=eg.nn.ComplexSynapse(net, strength=0.1, center="init", learn=("center",)),
+        ...     loss=nn.functional.mse_loss,
+        ...     solver=eg.GradientDescent(lr=0.1, max_steps=100),
+        ...     estimator=eg.Contrastive(beta=0.1, scheme="symmetric"),
+        ... )
+        >>> x = torch.linspace(-1, 1, 8).reshape(2, 4, 1)  # two tasks
+        >>> result = learner.meta_gradient(learner.model.meta_params(), TaskBatch((x, x), (x, -x)))
+        >>> sorted(result.grads)
+        ['center.bias', 'center.weight']
+    """
+
+    model: MetaModel
+    loss: Callable[[Tensor, Tensor], Tensor]
+    solver: Solver
+    estimator: Estimator
+    chunk_size: int | None = None
+    statistics: Statistics = "query"
+    way: Way = "auto"
+    network: SideBySide = field(init=False, repr=False)
+    _reaches: dict[Stream, list[str]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ConfigurationError(
+                f"chunk_size must be at least 1, or None for all tasks at once, got "
+                f"{self.chunk_size}"
+            )
+        second = self.estimator.traits.double_backward
+        network = SideBySide(self.model.module(), self.way, second_order=second)
+        object.__setattr__(self, "network", network)
+
+    def problem(self, tasks: TaskBatch) -> Bilevel:
+        """All tasks as one problem, whose losses are sums over them."""
+
+        def loss(
+            params: Params, meta_params: Params, batch: tuple[Tensor, Tensor, int | None]
+        ) -> Tensor:
+            x, y, reference = batch
+            weights = self.model.weights(params, meta_params)
+            outputs = self.network(weights, x, reference=reference)[:, reference:]
+            return vmap(self.loss)(outputs, y).sum()
+
+        return Bilevel(
+            inner_loss=loss,
+            outer_loss=loss,
+            regularizer=self.model.regularizer,
+            inner_batches=[(*tasks.support, None)],
+            outer_batches=[self._judged(tasks, self.statistics)],
+            modules=(),
+            reaches=self._reaches,
+        )
+
+    def start(self, meta_params: Params, tasks: int) -> dict[str, Tensor]:
+        """φ of so many tasks at their start."""
+        start = self.model.start(meta_params)
+        if not self.estimator.traits.sees_start:
+            start = {name: p.detach() for name, p in start.items()}
+        return {name: p.expand(tasks, *p.shape) for name, p in start.items()}
+
+    def meta_gradient(self, meta_params: Params, tasks: TaskBatch) -> MetaGradient:
+        """The gradient of the query loss's mean over tasks.
+
+        Args:
+            meta_params: θ.
+            tasks: what to learn from.
+
+        Returns:
+            As `equigrad.meta_gradient` does: `params` has a row a task, `outer_loss` is the mean
+            over tasks, a gradient of so many tasks counts as so many `gradient_evaluations`, and
+            `phases` and `status` are those of the chunk that rests the least.
+        """
+        chunks = tasks.chunks(1 if self.estimator.traits.one_system else self.chunk_size)
+        if self._reaches is None:  # the same for all tasks: found out and checked once
+            first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
+            with Evaluation(first, start, meta_params) as evaluation:
+                object.__setattr__(self, "_reaches", evaluation.reaches)
+        results = [
+            meta_gradient(
+                self.problem(chunk),
+                self.start(meta_params, len(chunk)),
+                meta_params,
+                solver=self.solver,
+                estimator=self.estimator,
+            )
+            for chunk in chunks
+        ]
+        counts = [len(c) * r.gradient_evaluations for c, r in zip(chunks, results, strict=True)]
+        worst = max(results, key=lambda result: result.phases[0].residual)
+        return replace(
+            worst,
+            grads={n: sum(r.grads[n] for r in results) / len(tasks) for n in worst.grads},
+            params={n: torch.cat([r.params[n] for r in results]) for n in worst.params},
+            outer_loss=sum(r.outer_loss for r in results) / len(tasks),
+            gradient_evaluations=sum(counts),
+        )
+
+    def settle(self, meta_params: Params, tasks: TaskBatch) -> dict[str, Tensor]:
+        """φ of every task once it has learned, a row a task."""
+        constants = {name: m.detach() for name, m in meta_params.items()}
+        settled = []
+        for chunk in tasks.chunks(self.chunk_size):
+            start = {n: p.detach() for n, p in self.start(constants, len(chunk)).items()}
+            # nobody asks for derivatives by θ
+            problem = replace(self.problem(chunk), reaches={"inner": [*constants], "outer": []})
+            with Evaluation(problem, start, constants) as evaluation:
+                settled.append(evaluation.settle(self.solver).params)
+        return {name: torch.cat([s[name] for s in settled]) for name in settled[0]}
+
+    @torch.no_grad()
+    def predict(
+        self,
+        params: Params,
+        meta_params: Params,
+        tasks: TaskBatch,
+        *,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """Outputs for the query sets.
+
+        Args:
+            params: φ, a row a task.
+            meta_params: θ.
+            tasks: the tasks.
+            statistics: other than the learner's own.
+
+        Returns:
+            Shape tasks × n × outputs.
+        """
+        outputs, done = [], 0
+        for chunk in tasks.chunks(self.chunk_size):
+            own = {name: p[done : done + len(chunk)] for name, p in params.items()}
+            done += len(chunk)
+            x, _, reference = self._judged(chunk, statistics or self.statistics)
+            weights = self.model.weights(own, meta_params)
+            outputs.append(self.network(weights, x, reference=reference)[:, reference:])
+        return torch.cat(outputs)
+
+    @staticmethod
+    def _judged(tasks: TaskBatch, statistics: Statistics) -> tuple[Tensor, Tensor, int | None]:
+        """Inputs and targets of the query sets, after so many inputs to take statistics of."""
+        (x, _), (v, w) = tasks.support, tasks.query
+        return (v, w, None) if statistics == "query" else (torch.cat([x, v], 1), w, x.shape[1])
+
+    def adapt(
+        self,
+        meta_params: Params,
+        support: tuple[Tensor, Tensor],
+        *,
+        statistics: Statistics | None = None,
+    ) -> nn.Module:
+        """Learn one new task: an ordinary module that has.
+
+        Args:
+            meta_params: θ.
+            support: inputs n × … and targets n × ….
+            statistics: other than the learner's own. With `support`, the module stands in `eval`
+                mode and its batch normalisation has the statistics of the support set; with
+                `query`, it takes those of whatever batch it is handed.
+
+        Returns:
+            A copy of the model with the weights that this task asks for.
+        """
+        x, y = support
+        alone = TaskBatch((x[None], y[None]), (x[None], y[None]))
+        params = {name: p[0] for name, p in self.settle(meta_params, alone).items()}
+        module = self.model.module(self.model.weights(params, meta_params))
+        if (statistics or self.statistics) == "query":
+            return with_batch_statistics(module)
+        return with_statistics_of(module, x)

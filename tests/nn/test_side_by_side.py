@@ -1,0 +1,149 @@
+"""Copies of a network side by side: the same numbers whichever way they are computed."""
+
+import pytest
+import torch
+from torch import nn
+
+import equigrad as eg
+from equigrad.nn import BatchStatistics, Functional, SideBySide, conv4
+
+WAYS = ("vmap", "grouped", "grouped channels-last", "auto")
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        nn.BatchNorm2d(6, affine=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def stacked(network: SideBySide, tasks: int) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.stack([p * (1 + 0.3 * task) for task in range(tasks)]).requires_grad_()
+        for name, p in network.params().items()
+    }
+
+
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (4,)), (convolutional, (2, 8, 8))])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reference", [None, 3])
+def test_every_way_gives_the_values_and_derivatives_of_one_copy_at_a_time(
+    make, shape, way, reference
+) -> None:
+    torch.manual_seed(0)
+    model = make().double()
+    x = torch.randn(3, 5, *shape, dtype=torch.float64)
+
+    def both(way: str) -> list[torch.Tensor]:
+        network = SideBySide(model, way, second_order=True)
+        params = stacked(network, 3)
+        out = network(params, x, reference=reference)
+        first = torch.autograd.grad(out.sin().sum(), list(params.values()), create_graph=True)
+        size = torch.stack([g.square().sum() for g in first]).sum()
+        return [out, *first, *torch.autograd.grad(size, list(params.values()))]
+
+    for found, expected in zip(both(way), both("loop"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_copy_computes_what_the_module_computes() -> None:
+    torch.manual_seed(0)
+    model = convolutional()
+    network = SideBySide(model, "grouped")
+    params = stacked(network, 3)
+    x = torch.randn(3, 5, 2, 8, 8)
+    one = Functional(model)({name: p[1] for name, p in params.items()}, x[1])
+    torch.testing.assert_close(network(params, x)[1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_of_the_modules_own_shape_are_shared() -> None:
+    network = SideBySide(mlp(), "grouped")
+    params = stacked(network, 3)
+    x = torch.randn(3, 5, 4)
+    params["2.weight"] = params["2.weight"][1].detach()
+    apart = {**params, "2.weight": params["2.weight"].repeat(3, 1, 1)}
+    torch.testing.assert_close(network(params, x), network(apart, x))
+
+
+def test_statistics_of_the_first_rows_are_those_of_batch_normalisation_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3, momentum=1.0).double()
+    nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias)
+    x = torch.randn(9, 3, 4, 4, dtype=torch.float64)
+    ours = BatchStatistics(norm)
+    torch.testing.assert_close(ours(x), norm(x))
+    ours.reference = 4
+    norm(x[:4])
+    assert norm.running_var is not None
+    norm.running_var.mul_(63 / 64)  # torch remembers the unbiased variance of 4 · 16 values
+    torch.testing.assert_close(ours(x), norm.eval()(x))
+
+
+def test_any_module_goes_by_vmap_and_is_not_touched() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.change = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.change(self.norm(x)).relu()
+
+    layer = Residual()
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    x = torch.randn(3, 5, 6, 4)
+    out = {}
+    for way in ("vmap", "loop"):
+        network = SideBySide(layer, way)
+        out[way] = network(stacked(network, 3), x)
+    torch.testing.assert_close(out["vmap"], out["loop"], rtol=1e-4, atol=1e-5)
+    assert all(p is not before[n] and p.equal(before[n]) for n, p in layer.named_parameters())
+
+
+def test_grouped_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(eg.ConfigurationError, match=r"way='grouped'.*TransformerEncoderLayer"):
+        SideBySide(nn.TransformerEncoderLayer(4, 2, 8), "grouped")
+    with pytest.raises(eg.ConfigurationError, match="is something else"):
+        SideBySide(nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)), "grouped")
+    network = SideBySide(mlp(), "grouped")
+    with pytest.raises(eg.ConfigurationError, match="1 dimensions more"):
+        network(stacked(network, 2), torch.zeros(2, 5, 7, 4))
+    with pytest.raises(eg.ConfigurationError, match="way must be one of auto, loop"):
+        SideBySide(mlp(), "fast")  # type: ignore[arg-type]
+
+
+def test_tied_weights_and_further_dimensions_go_another_way() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    network = SideBySide(tied, "auto")
+    params = stacked(network, 3)
+    torch.testing.assert_close(
+        network(params, torch.ones(3, 2, 5, 4)),
+        SideBySide(tied, "loop")(params, torch.ones(3, 2, 5, 4)),
+    )
+
+
+def test_wrong_parameters_are_named() -> None:
+    network = SideBySide(mlp())
+    with pytest.raises(eg.ProblemError, match=r"lack '2.bias'"):
+        network({n: p for n, p in network.params().items() if n != "2.bias"}, torch.ones(2, 5, 4))
+    with pytest.raises(eg.ProblemError, match=r"'0.weight'.*\(3, 6, 4\), expected \(6, 4\)"):
+        network(stacked(network, 3), torch.ones(2, 5, 4))
+
+
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("side", [28, 20, 17])
+def test_conv4_takes_any_side(pooling, side) -> None:
+    assert conv4(filters=2, side=side, outputs=7, pooling=pooling)(
+        torch.zeros(2, 1, side, side)
+    ).shape == (2, 7)
+    assert sum(p.numel() for p in conv4(outputs=5).parameters()) == 112_261
+    with pytest.raises(eg.ConfigurationError, match="at least 16, got 15"):
+        conv4(side=15)
