@@ -6,6 +6,7 @@ from torch import nn
 
 import equigrad as eg
 from equigrad.nn import BatchStatistics, Functional, SideBySide, conv4
+from equigrad.nn.side_by_side import Way
 
 WAYS = ("vmap", "grouped", "grouped channels-last", "auto")
 
@@ -42,7 +43,7 @@ def test_every_way_gives_the_values_and_derivatives_of_one_copy_at_a_time(
     model = make().double()
     x = torch.randn(3, 5, *shape, dtype=torch.float64)
 
-    def both(way: str) -> list[torch.Tensor]:
+    def both(way) -> list[torch.Tensor]:
         network = SideBySide(model, way, second_order=True)
         params = stacked(network, 3)
         out = network(params, x, reference=reference)
@@ -76,7 +77,8 @@ def test_parameters_of_the_modules_own_shape_are_shared() -> None:
 def test_statistics_of_the_first_rows_are_those_of_batch_normalisation_in_eval_mode() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3, momentum=1.0).double()
-    nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
     x = torch.randn(9, 3, 4, 4, dtype=torch.float64)
     ours = BatchStatistics(norm)
     torch.testing.assert_close(ours(x), norm(x))
@@ -100,7 +102,8 @@ def test_any_module_goes_by_vmap_and_is_not_touched() -> None:
     before = {name: p.clone() for name, p in layer.named_parameters()}
     x = torch.randn(3, 5, 6, 4)
     out = {}
-    for way in ("vmap", "loop"):
+    ways: list[Way] = ["vmap", "loop"]
+    for way in ways:
         network = SideBySide(layer, way)
         out[way] = network(stacked(network, 3), x)
     torch.testing.assert_close(out["vmap"], out["loop"], rtol=1e-4, atol=1e-5)

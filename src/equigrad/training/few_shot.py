@@ -1,0 +1,188 @@
+"""Meta-training on batches of tasks, and the test on tasks of new kinds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.gradient import MetaGradient
+from equigrad.problem import Params
+from equigrad.tasks import FewShotLearner, TaskSampler
+from equigrad.tasks.learner import Statistics
+from equigrad.training.loop import Callback, OuterState, descend
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""`(outputs, targets) -> scores`: both tasks × n × …, a score a task."""
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Per cent of a task's queries whose largest output is that of their class.
+
+    Example:
+        >>> outputs = torch.tensor([[[2.0, 1.0], [3.0, 0.0]]])
+        >>> accuracy(outputs, torch.tensor([[0, 1]]))
+        tensor([50.])
+    """
+    return 100 * (outputs.argmax(-1) == targets).float().mean(1)
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A task's mean squared error.
+
+    Example:
+        >>> mean_squared_error(torch.zeros(1, 2, 1), torch.tensor([[[1.0], [3.0]]]))
+        tensor([5.])
+    """
+    return (outputs - targets).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was reached on tasks.
+
+    Attributes:
+        mean: over tasks.
+        interval: half the width of the 95 % confidence interval of the mean, `1.96 s / √n` with the
+            standard deviation s of n tasks.
+        tasks: how many.
+    """
+
+    mean: float
+    interval: float
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.interval:.2g} ({self.tasks} tasks)"
+
+
+def judge(
+    learner: FewShotLearner,
+    meta_params: Params,
+    sampler: TaskSampler,
+    metric: Metric,
+    *,
+    tasks: int = 600,
+    at_once: int = 20,
+    statistics: Statistics | None = None,
+) -> Score:
+    """Learn new tasks with θ as it stands, and score what is said of their query sets.
+
+    Args:
+        learner: settles a task.
+        meta_params: θ.
+        sampler: its first draws are taken, the same whenever it is asked.
+        metric: a score a task.
+        tasks: how many to draw.
+        at_once: how many to draw at a time.
+        statistics: of batch normalisation, other than the learner's own.
+
+    Raises:
+        ConfigurationError: fewer than two tasks, or at_once < 1.
+    """
+    if tasks < 2 or at_once < 1:
+        raise ConfigurationError(
+            f"tasks must be at least 2 and at_once at least 1, got {tasks} and {at_once}"
+        )
+    like = next(iter(meta_params.values()))
+    scores = []
+    for draw, first in enumerate(range(0, tasks, at_once)):
+        batch = sampler.sample(min(at_once, tasks - first), draw).to(like.device, like.dtype)
+        params = learner.settle(meta_params, batch)
+        outputs = learner.predict(params, meta_params, batch, statistics=statistics)
+        scores.append(metric(outputs, batch.query[1]))
+    every = torch.cat(scores).double()
+    interval = 1.96 * every.std().item() / math.sqrt(tasks)
+    return Score(every.mean().item(), interval, tasks)
+
+
+def learn_tasks(
+    learner: FewShotLearner,
+    meta_params: dict[str, Tensor],
+    sampler: TaskSampler,
+    *,
+    tasks: int,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    average_from: int | None = None,
+    validate: Callable[[Params], Mapping[str, float]] | None = None,
+    validate_every: int = 100,
+    keep_best: Literal["highest", "lowest"] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> OuterState:
+    """Learn θ from a stream of tasks, a batch an outer step.
+
+    Args:
+        learner: estimates the meta-gradient of a batch.
+        meta_params: θ, leaves that require a gradient; updated in place.
+        sampler: of the tasks; outer step t takes its draw t.
+        tasks: in a batch.
+        optimizer: over the values of `meta_params`.
+        steps: outer steps to have taken at the end, those before a resume included.
+        average_from: keep the mean of θ over all steps from this one on (Polyak and Juditsky 1992)
+            as `copies["average"]`.
+        validate: metrics of θ, of its average where there is one, every `validate_every` steps and
+            at the end; the first of them chooses.
+        validate_every: steps from one to the next.
+        keep_best: keep the θ whose first metric was highest or lowest as `copies["best"]`.
+        callbacks: watch the loop.
+
+    Returns:
+        The state after the last step; `chosen(state)` is what was learned.
+
+    Raises:
+        ConfigurationError: a count < 1, or keep_best without validate.
+    """
+    if tasks < 1 or validate_every < 1:
+        raise ConfigurationError(
+            f"tasks and validate_every must be at least 1, got {tasks} and {validate_every}"
+        )
+    if keep_best is not None and validate is None:
+        raise ConfigurationError(f"keep_best={keep_best!r} needs validate, which scores θ")
+    like = next(iter(meta_params.values()))
+
+    def gradient(state: OuterState) -> MetaGradient:
+        batch = sampler.sample(tasks, state.step).to(like.device, like.dtype)
+        return learner.meta_gradient(meta_params, batch)
+
+    def evaluate(state: OuterState, result: MetaGradient) -> Mapping[str, float]:
+        if average_from is not None and state.step >= average_from:
+            _average(state, state.step - average_from + 1)
+        done = state.step + 1
+        if validate is None or not (done % validate_every == 0 or done == state.steps):
+            return {}
+        now = state.copies.get("average", state.meta_params)
+        metrics = validate(now)
+        name, score = next(iter(metrics.items()))
+        before = [row[name] for row in state.history if name in row]
+        sign = 1 if keep_best == "highest" else -1
+        if keep_best is not None and all(sign * score > sign * float(b) for b in before):
+            state.copies["best"] = {n: m.detach().clone() for n, m in now.items()}
+        return metrics
+
+    return descend(
+        gradient,
+        meta_params,
+        optimizer=optimizer,
+        steps=steps,
+        evaluate=evaluate,
+        callbacks=callbacks,
+    )
+
+
+def chosen(state: OuterState) -> dict[str, Tensor]:
+    """What was learned: the best θ, else the average, else the last, whichever was kept."""
+    last = {name: m.detach() for name, m in state.meta_params.items()}
+    return state.copies.get("best", state.copies.get("average", last))
+
+
+@torch.no_grad()
+def _average(state: OuterState, count: int) -> None:
+    """Take θ into a mean of so many."""
+    if count == 1:
+        state.copies["average"] = {n: m.detach().clone() for n, m in state.meta_params.items()}
+    for name, mean in state.copies["average"].items():
+        mean += (state.meta_params[name] - mean) / count
