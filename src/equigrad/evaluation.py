@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problem import Params, Problem, Velocity, check_scalar
+from equigrad.problem import Params, Problem, Velocity, check_scalar, scalar
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -223,12 +223,13 @@ class Evaluation:
         velocity = self.problem.velocity_at(self.meta_params, whole, self._randomness)
         if force is None or beta == 0:
             return velocity
-        pushes = torch._foreach_mul(tuple(force.values()), beta)
+        forces = tuple(force.values())
+        betas = [scalar(-beta, f).expand_as(f) for f in forces]
 
         def pushed(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             moves, value = velocity(params, step)
-            moves = tuple(torch._foreach_sub(moves, pushes))
-            return moves, lambda: value() + _dot(pushes, params)
+            moves = tuple(torch._foreach_addcmul(moves, forces, betas))
+            return moves, lambda: value() + beta * _dot(forces, params)
 
         return pushed
 
@@ -489,7 +490,7 @@ class Evaluation:
         return probe
 
 
-def _dot(forces: Sequence[Tensor], params: Params) -> Tensor:
+def _dot(forces: tuple[Tensor, ...], params: Params) -> Tensor:
     """`force·φ`."""
     products = [(f * p).sum() for f, p in zip(forces, params.values(), strict=True)]
     return torch.stack(products).sum()

@@ -52,10 +52,10 @@ class Solver(ABC):
             parameters, is at most this; None to run all `max_steps`. A nudged phase goes on
             until a hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
-        compile: take the `check_every` steps between two looks by one function that
-            `torch.compile`'s back end has compiled. Some ten seconds a problem and nudge (zero or
-            not), then a small network settles several times faster; see docs/speed.md. Only for
-            solvers that are `differentiable`, losses without mini-batches and random numbers.
+        compile: take the `check_every` steps between two looks by one function that torch's
+            compiler has made: tens of seconds once, then a small network settles several times
+            faster (docs/speed.md). Not with mini-batches or random numbers, and only for solvers
+            that are `differentiable`.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
         jumps: class attribute; whether one step may settle a phase. The norm is then looked at
             where the last step landed, too, and under a tolerance a further step is taken only
