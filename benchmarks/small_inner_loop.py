@@ -135,7 +135,7 @@ def main() -> None:
         compiling["jax.jit of lax.scan"] = f"{jax.answer['compile']:.1f}"
     print(f"torch {torch.__version__}, jax {version}, {arguments.dtype}, one thread")
     print(f"{arguments.rounds} rounds, ms for {STEPS} steps; the last column by the best round\n")
-    print("| | best | median | first call, s | / JAX |")
+    print("| 1000 steps | best, ms | median, ms | first call, s | best / JAX |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, row in seconds.items():
         ratio = f"{min(row) / min(reference):.2f}" if "version" in jax.answer else "–"
