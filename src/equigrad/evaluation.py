@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problem import Params, Problem, Velocity, check_scalar
+from equigrad.problem import Params, Problem, Velocity, check_scalar, scalar
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -104,6 +104,7 @@ class Evaluation:
             meta_params=self.meta_params,
             batches=self._batches(solver, 0.0),
             watch=watch,
+            count=self._counter(0.0),
         )
         return dataclasses.replace(free, buffers=self._buffers.snapshot())
 
@@ -187,6 +188,7 @@ class Evaluation:
             steps=steps,
             batches=batches,
             share=share if beta != 0 else 1.0,
+            count=self._counter(beta if force is None else 0.0),
         )
         return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
 
@@ -210,21 +212,28 @@ class Evaluation:
             )
         return batches
 
+    def _counter(self, beta: float) -> Callable[[int], None]:
+        """Counts the gradients of so many velocities."""
+
+        def count(evaluations: int) -> None:
+            self.gradient_evaluations += evaluations if beta == 0 else 2 * evaluations
+
+        return count
+
     def _velocity(self, beta: float, force: Params | None = None) -> Velocity:
         whole = beta if force is None else 0.0
         velocity = self.problem.velocity_at(self.meta_params, whole, self._randomness)
-        gradients = 1 if whole == 0 else 2
-        forces = tuple((force or {}).values())
+        if force is None or beta == 0:
+            return velocity
+        forces = tuple(force.values())
+        betas = [scalar(-beta, f).expand_as(f) for f in forces]
 
-        def counted(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-            self.gradient_evaluations += gradients
+        def pushed(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             moves, value = velocity(params, step)
-            if not forces or beta == 0:
-                return moves, value
-            pushed = tuple(torch._foreach_add(moves, forces, alpha=-beta))
-            return pushed, lambda: value() + beta * _dot(forces, params)
+            moves = tuple(torch._foreach_addcmul(moves, forces, betas))
+            return moves, lambda: value() + beta * _dot(forces, params)
 
-        return counted
+        return pushed
 
     def _loss(self, beta: float, force: Params | None = None) -> Any:
         def loss(params: Params, step: int) -> Tensor:

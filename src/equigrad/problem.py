@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -330,9 +330,9 @@ class Bilevel(Problem):
                 loss = self.evaluate("inner", params, meta_params, step, randomness)
                 if beta != 0:
                     outer = self.evaluate("outer", params, meta_params, step, randomness)
-                    loss = loss + beta * outer
+                    loss = loss + scalar(beta, outer) * outer
             leaves = tuple(params.values())
-            grads = torch.autograd.grad(loss, leaves, minus_one(loss), allow_unused=True)
+            grads = torch.autograd.grad(loss, leaves, scalar(-1.0, loss), allow_unused=True)
             if any(g is None for g in grads):
                 grads = tuple(
                     torch.zeros_like(p, requires_grad=False) if g is None else g
@@ -428,9 +428,13 @@ class FixedPoint(Problem):
                 with torch.enable_grad():
                     loss = self.evaluate("outer", params, meta_params, step, randomness)
                 pressure = torch.autograd.grad(
-                    loss, list(params.values()), allow_unused=True, materialize_grads=True
+                    loss,
+                    list(params.values()),
+                    scalar(-beta, loss),
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
-                torch._foreach_add_(moves, pressure, alpha=-beta)
+                torch._foreach_add_(moves, pressure)
             return tuple(moves), lambda: self.total_inner_loss(params, meta_params)
 
         return velocity
@@ -477,11 +481,15 @@ def check_scalar(name: str, loss: object) -> None:
         )
 
 
-def minus_one(like: Tensor) -> Tensor:
-    """-1 of a tensor's type and place: seeds a backward pass that yields the negative gradient."""
-    return _minus_one(like.dtype, like.device)
+def scalar(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor of a loss's type and place, made once.
+
+    As a seed of the backward pass it multiplies the gradient at no cost; as a tensor it can change
+    without compiled steps having to be compiled again.
+    """
+    return _scalar(value, like.dtype, like.device)
 
 
-@cache
-def _minus_one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(-1.0, dtype=dtype, device=device)
+@lru_cache(maxsize=256)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)

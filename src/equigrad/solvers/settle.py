@@ -1,6 +1,5 @@
 """The loop in which everything settles, and the one place that decides when to stop."""
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from equigrad.errors import SettlingError
+from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.problem import Params, Velocity
+from equigrad.solvers.compiled import CompiledSteps
 from equigrad.solvers.solver import Objective, Solver
 
 
@@ -91,6 +91,7 @@ def settle(
     batches: int = 1,
     watch: Watch | None = None,
     share: float = 1.0,
+    count: Callable[[int], None] = lambda evaluations: None,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -108,11 +109,13 @@ def settle(
             velocity averaged over the last whole passes, and is looked at after a pass.
         watch: sees the phase before every step.
         share: of the first residual, which has to be reached as well as the tolerance.
+        count: is told how many velocities were evaluated, as they are.
 
     Returns:
         The settled state.
 
     Raises:
+        ConfigurationError: the solver compiles, and the steps are not alike or cannot be compiled.
         SettlingError: the velocity is no longer finite.
     """
     params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
@@ -122,7 +125,7 @@ def settle(
     step, start_residual, residual, rests, stalled = 0, math.nan, math.nan, False, False
     every = batches * math.ceil(solver.check_every / batches)
     passed: list[Tensor] = []
-    count = 0
+    summed = 0
 
     seen: tuple[list[int], Any] = [], None
 
@@ -130,9 +133,11 @@ def settle(
         """Velocity and value, which are remembered where they depend on the parameters alone."""
         nonlocal seen
         if not solver.fixed_loss:
+            count(1)
             return velocity(params, first_step + step)
         versions = [p._version for p in leaves]
         if seen[0] != versions:
+            count(1)
             seen = versions, velocity(params, first_step + step)
         return seen[1]
 
@@ -145,20 +150,28 @@ def settle(
     )
     ahead = 0 if solver.jumps else 1
 
-    for step in itertools.count():
+    room = math.inf if limit is None else limit
+    several = None
+    if solver.compile:
+        _require_alike(batches, watch)
+    if solver.compile and room > every:  # the last steps are taken one by one, and looked at
+        several = CompiledSteps(velocity, params, state, solver, first_step, count)
+
+    while True:
         if watch is not None:
             watch(first_step + step, params, state)
-        v, _ = evaluate()
+        together = several if several is not None and room - step > several.steps else None
+        v = evaluate()[0] if together is None else together.begin()
         last = limit is not None and step + ahead >= limit
         if batches > 1:
             passed = list(torch._foreach_add(passed, v)) if passed else list(v)
-            count += 1
-        if last or (step % every == 0 if batches == 1 else count == every):
+            summed += 1
+        if last or (step % every == 0 if batches == 1 else summed == every):
             mean = passed or v
             before = residual
             residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
-            residual /= max(count, 1)
-            passed, count = [], 0
+            residual /= max(summed, 1)
+            passed, summed = [], 0
             if not math.isfinite(residual):
                 remedy = "Bound the learner" if solver.jumps else "Lower the solver's step size"
                 raise SettlingError(
@@ -175,9 +188,12 @@ def settle(
             stalled = solver.jumps and tol is not None and not last and residual > before / 2
         if stalled or (last and solver.jumps):
             break
-        stalled = solver.update(leaves, v, state, objective) is False
+        if together is None:
+            stalled = solver.update(leaves, v, state, objective) is False
+        else:
+            together.finish()
+        step += 1 if together is None else together.steps
         if last or stalled:
-            step += 1
             break
 
     outcome = "stopped" if tol is None else "not converged"
@@ -188,3 +204,17 @@ def settle(
         end_step=first_step + step,
         phase=Phase(beta, step, start_residual, residual, outcome, tol),
     )
+
+
+def _require_alike(batches: int, watch: Watch | None) -> None:
+    """Refuse to take several steps at once where each has something of its own."""
+    if batches > 1:
+        raise ConfigurationError(
+            f"compile=True takes several steps at once on the same loss, and this problem has "
+            f"{batches} mini-batches; average them in the loss, or use compile=False"
+        )
+    if watch is not None:
+        raise ConfigurationError(
+            "compile=True takes several steps at once, and this estimator has to see every one; "
+            "use compile=False"
+        )

@@ -52,6 +52,10 @@ class Solver(ABC):
             parameters, is at most this; None to run all `max_steps`. A nudged phase goes on
             until a hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
+        compile: take the `check_every` steps between two looks by one function that torch's
+            compiler has made: tens of seconds once, then a small network settles several times
+            faster (docs/speed.md). Not with mini-batches or random numbers, and only for solvers
+            that are `differentiable`.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
         jumps: class attribute; whether one step may settle a phase. The norm is then looked at
             where the last step landed, too, and under a tolerance a further step is taken only
@@ -67,6 +71,7 @@ class Solver(ABC):
     max_steps: int | None = 1000
     tol: float | None = None
     check_every: int = 10
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and not (_is_int(self.max_steps) and self.max_steps >= 1):
@@ -84,6 +89,11 @@ class Solver(ABC):
         if not (_is_int(self.check_every) and self.check_every >= 1):
             raise ConfigurationError(
                 f"check_every must be at least 1, a whole number, got {self.check_every!r}"
+            )
+        if self.compile and not self.differentiable:
+            raise ConfigurationError(
+                f"compile=True needs steps that are plain tensor arithmetic, and those of "
+                f"{type(self).__name__} are not; use GradientDescent, or compile=False"
             )
 
     def continues(self, other: "Solver") -> bool:

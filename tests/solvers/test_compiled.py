@@ -1,0 +1,214 @@
+"""Compiled steps: eager's numbers and reports, compiled once, and refused where they cannot be."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import dropout, mse_loss
+
+import equigrad as eg
+from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.solvers import compiled
+
+X = torch.tensor([[1.0, 0.2], [-0.4, 0.9], [0.3, -0.7]], dtype=torch.float64)
+Y = torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64)
+SOLVER = eg.GradientDescent(lr=0.2, momentum=0.8, nesterov=True, max_steps=14, check_every=3)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Compiles without a C++ compiler, into an empty cache, and counts."""
+    counted = []
+    original = compiled._compile
+
+    def counting(*args):
+        counted.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_compile", counting)
+    return counted
+
+
+def params():
+    return {"w": torch.tensor([0.3, -0.2], dtype=torch.float64)}
+
+
+def meta_params(strength=0.1):
+    return {"strength": torch.tensor(strength, dtype=torch.float64)}
+
+
+def predict(params):
+    return torch.tanh(X @ params["w"])
+
+
+def problem(target=Y, scale=1.0):
+    def inner(params, meta):
+        pull = meta["strength"] * params["w"].square().sum()
+        return scale * mse_loss(predict(params), target) + pull
+
+    return eg.Bilevel(inner, lambda params, meta: mse_loss(predict(params), -target))
+
+
+def synapse_problem():
+    torch.manual_seed(0)
+    synapse = eg.nn.ComplexSynapse(torch.nn.Linear(2, 1).double(), strength=0.1, center="init")
+    inner = lambda params, meta: mse_loss(synapse(params, X).squeeze(), Y)  # noqa: E731
+    outer = lambda params, meta: synapse(params, X).square().mean()  # noqa: E731
+    return eg.Bilevel(inner, outer, regularizer=synapse), synapse.params(), synapse.meta_params()
+
+
+def relaxing_network():
+    def step(params, meta):
+        return {"w": torch.tanh(0.5 * params["w"] + meta["strength"])}
+
+    problem = eg.FixedPoint(step, lambda params, meta: params["w"].square().sum())
+    return problem, params(), meta_params()
+
+
+def assert_the_same(case, solver, estimator):
+    eager = eg.meta_gradient(*case, solver=solver, estimator=estimator)
+    compiling = dataclasses.replace(solver, compile=True)
+    ours = eg.meta_gradient(*case, solver=compiling, estimator=estimator)
+    for found, expected in ((ours.params, eager.params), (ours.grads, eager.grads)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-10)
+    assert ours.gradient_evaluations == eager.gradient_evaluations
+    for phase, expected in zip(ours.phases, eager.phases, strict=True):
+        near = {
+            name: pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-12)
+            for name in ("start_residual", "residual")
+        }
+        assert dataclasses.asdict(phase) == dataclasses.asdict(expected) | near
+
+
+@pytest.mark.parametrize(
+    ("case", "solver", "estimator"),
+    [
+        ((problem(), params(), meta_params()), SOLVER, eg.Contrastive(points=3)),
+        # a whole number of chunks, a phase shorter than one, a tolerance, another start of momentum
+        (
+            (problem(), params(), meta_params()),
+            dataclasses.replace(SOLVER, max_steps=9),
+            eg.Contrastive(nudged_solver=dataclasses.replace(SOLVER, max_steps=3)),
+        ),
+        (
+            (problem(), params(), meta_params()),
+            dataclasses.replace(SOLVER, max_steps=None, tol=1e-6),
+            eg.Contrastive(momentum="reset"),
+        ),
+        (synapse_problem(), SOLVER, eg.Contrastive(nudge="force")),
+        (relaxing_network(), eg.GradientDescent(lr=1, tol=1e-9, check_every=2), eg.GMRES()),
+    ],
+    ids=["nudged", "whole chunks", "tolerance", "force and synapse", "fixed point"],
+)
+def test_numbers_and_reports_are_those_of_eager_steps(compilations, case, solver, estimator):
+    assert_the_same(case, solver, estimator)
+    assert compilations
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++")
+def test_the_default_back_end(monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", {})
+    quadratic = eg.Bilevel(
+        lambda params, meta: (meta["strength"] * params["w"].square()).sum(),
+        lambda params, meta: params["w"].sum(),
+    )
+    solver = dataclasses.replace(SOLVER, check_every=2, max_steps=5)
+    assert_the_same((quadratic, params(), meta_params()), solver, eg.T1T2())
+
+
+def test_compiles_once_for_all_of_an_outer_loop(compilations):
+    for strength, beta in ((0.1, 0.1), (0.2, -0.1), (0.3, 0.5)):
+        # a new problem, new data, another θ and β: none of them is part of the code
+        case = problem(Y + strength), params(), meta_params(strength)
+        assert_the_same(case, SOLVER, eg.Contrastive(beta=beta))
+    assert len(compilations) == 2  # of the free phase, and of a nudged one
+
+
+def test_a_number_that_the_loss_reads_cannot_go_stale(compilations):
+    for scale in (1.0, 0.5):
+        assert_the_same((problem(scale=scale), params(), meta_params()), SOLVER, eg.T1T2())
+    assert len(compilations) == 2
+
+
+def test_a_phase_that_diverges_says_what_it_says_in_eager_mode(compilations):
+    said = []
+    for compile in (False, True):
+        solver = dataclasses.replace(SOLVER, lr=1e60, max_steps=30, compile=compile)
+        with pytest.raises(SettlingError, match="diverged: the velocity is") as caught:
+            eg.meta_gradient(problem(), params(), meta_params(), solver=solver)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert compilations
+
+
+def drops(params, meta):
+    return dropout(predict(params) * meta["strength"], 0.5).sum()
+
+
+STATISTICS = torch.zeros(3, dtype=torch.float64)
+
+
+def keeps_statistics(params, meta):
+    STATISTICS.view(3).mul_(0.9)
+    return (predict(params) * meta["strength"]).sum()
+
+
+def looks(params, meta):
+    error = mse_loss(predict(params) * meta["strength"], Y)
+    return error if error < 1 else error.sqrt()
+
+
+class Unseen(torch.autograd.Function):
+    """Computes where torch does not see it."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w.square().sum()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (w,) = ctx.saved_tensors
+        return torch.from_numpy(2 * w.numpy())
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (drops, "random numbers"),
+        (keeps_statistics, "change no tensor"),
+        (looks, "does not look at values"),
+        (lambda params, meta: Unseen.apply(params["w"]) + meta["strength"], "does not see"),
+    ],
+    ids=["dropout", "buffer", "branch", "numpy"],
+)
+def test_what_would_not_be_the_same_at_every_step_is_refused(compilations, loss, reason):
+    outer = lambda params, meta: params["w"].sum()  # noqa: E731
+    solver = dataclasses.replace(SOLVER, compile=True)
+    with pytest.raises(ConfigurationError, match=f"{reason}.*compile=False"):
+        eg.meta_gradient(eg.Bilevel(loss, outer), params(), meta_params(), solver=solver)
+
+
+def test_what_needs_every_single_step_is_refused():
+    solver = dataclasses.replace(SOLVER, compile=True)
+    inner = lambda params, meta, batch: mse_loss(predict(params)[batch], Y[batch])  # noqa: E731
+    outer = lambda params, meta: (params["w"] * meta["strength"]).sum()  # noqa: E731
+    batched = eg.Bilevel(inner, outer, inner_batches=[[0], [1, 2]])
+    with pytest.raises(ConfigurationError, match=r"2 mini-batches.*compile=False"):
+        eg.meta_gradient(batched, params(), meta_params(), solver=solver)
+    with pytest.raises(ConfigurationError, match=r"every one.*compile=False"):
+        eg.meta_gradient(problem(), params(), meta_params(), solver=solver, estimator=eg.Unrolled())
+    with pytest.raises(ConfigurationError, match=r"LBFGS.*compile=False"):
+        eg.LBFGS(compile=True)
+
+
+def test_a_compiler_that_is_not_there(compilations, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "nowhere")
+    solver = dataclasses.replace(SOLVER, compile=True)
+    with pytest.raises(ConfigurationError, match=r"C\+\+ compiler.*compile=False"):
+        eg.meta_gradient(problem(), params(), meta_params(), solver=solver)
