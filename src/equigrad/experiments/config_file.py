@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from equigrad.errors import ConfigurationError
 
-CHOOSERS = ("setting", "scale", "estimator")
+CHOOSERS = ("setting", "scale", "estimator", "method")
 """Options that choose the defaults of the others."""
 
 CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
