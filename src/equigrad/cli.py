@@ -48,10 +48,12 @@ def commands() -> list[Command]:
         boston,
         bound,
         digits,
+        few_shot,
         first_phase,
         folder,
         images,
         matched_phases,
+        omniglot,
         quadratic,
         search,
         strength_learning,
@@ -80,6 +82,10 @@ def commands() -> list[Command]:
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
             for experiment in (*of_images, *of_own_data)
+        ),
+        *(
+            Command("run", experiment.__name__.lower(), experiment.preset, few_shot.run)
+            for experiment in (omniglot.Omniglot,)
         ),
         *(
             Command(
