@@ -58,6 +58,7 @@ def commands() -> list[Command]:
         search,
         strength_learning,
         table1,
+        table2,
         tabular,
     )
     from equigrad.experiments.reproduction import reproduce
@@ -76,6 +77,7 @@ def commands() -> list[Command]:
         quadratic.FigS6,
         accuracy.Accuracy,
         table1.Table1,
+        table2.Table2,
         first_phase.Fig3,
     )
     return [

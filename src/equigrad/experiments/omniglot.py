@@ -258,13 +258,14 @@ class Omniglot(FewShot):
         if self.images is not None:
             return ()
         paper = type(self).preset(scale="paper", setting=self.setting, method=self.method)
+        unused = set() if isinstance(self.estimator, Contrastive) else {"nudged_steps"}
         here, there = (
             dict(
                 flat(
                     {
                         field.name: describe(getattr(config, field.name))
                         for field in fields(config)
-                        if field.name not in ELSEWHERE
+                        if field.name not in ELSEWHERE | unused
                     }
                 )
             )
