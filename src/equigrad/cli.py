@@ -48,14 +48,17 @@ def commands() -> list[Command]:
         boston,
         bound,
         digits,
+        few_shot,
         first_phase,
         folder,
         images,
         matched_phases,
+        omniglot,
         quadratic,
         search,
         strength_learning,
         table1,
+        table2,
         tabular,
     )
     from equigrad.experiments.reproduction import reproduce
@@ -74,12 +77,17 @@ def commands() -> list[Command]:
         quadratic.FigS6,
         accuracy.Accuracy,
         table1.Table1,
+        table2.Table2,
         first_phase.Fig3,
     )
     return [
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
             for experiment in (*of_images, *of_own_data)
+        ),
+        *(
+            Command("run", experiment.__name__.lower(), experiment.preset, few_shot.run)
+            for experiment in (omniglot.Omniglot,)
         ),
         *(
             Command(

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from equigrad.errors import ConfigurationError
 
-CHOOSERS = ("setting", "scale", "estimator")
+CHOOSERS = ("setting", "scale", "estimator", "method")
 """Options that choose the defaults of the others."""
 
 CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
@@ -93,8 +93,9 @@ def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
 
     Example:
         >>> from equigrad import Contrastive
-        >>> overlay(Contrastive(), {"beta": 1, "nudged_solver": {"type": "LBFGS"}}).nudged_solver
-        LBFGS(max_steps=1000, tol=None, check_every=1, history=50, max_evaluations=20)
+        >>> rule = overlay(Contrastive(), {"beta": 1, "nudged_solver": {"type": "LBFGS"}})
+        >>> rule.beta, type(rule.nudged_solver).__name__
+        (1.0, 'LBFGS')
     """
     return _made(type(config), config, changes, where)
 

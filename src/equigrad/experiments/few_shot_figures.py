@@ -1,5 +1,7 @@
-"""What few-shot tasks look like: sheets of images, and sinusoids through a few points."""
+"""What few-shot learning looks like: sheets of images, sinusoids through points, and its course."""
 
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,6 +10,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
+from equigrad.experiments.formats import words
 from equigrad.tasks import TaskBatch, curves
 
 RIGHT, WRONG, PLAIN = "#2e9f5b", "#d1344b", "#c9ccd1"
@@ -144,6 +147,41 @@ def sinusoid_fits(
     ]
     figure.legend(lines, names, loc="outside lower center", ncols=2 * columns, frameon=False)
     return figure
+
+
+def learning_curves(history: Sequence[Mapping[str, Any]], score: str) -> Figure:
+    """The score on tasks of validation, and the outer loss, against outer steps and seconds.
+
+    Args:
+        history: rows of an outer loop, a row an outer step; some have `validation_SCORE`.
+        score: name of the metric.
+    """
+    watched = [row for row in history if f"validation_{score}" in row]
+    names = {"outer_loss": history} | ({f"validation_{score}": watched} if watched else {})
+    figure = Figure(figsize=(9, 2.7 * len(names) + 0.3), layout="constrained")
+    panels = figure.subplots(len(names), 2, squeeze=False, sharex="col", sharey="row")
+    for row, (name, rows) in zip(panels, reversed(list(names.items())), strict=True):
+        values = [float(entry[name]) for entry in rows]
+        for axes, clock in zip(row, ("outer_step", "seconds"), strict=True):
+            at = [entry[clock] for entry in rows]
+            if name == "outer_loss":
+                axes.plot(at, values, color="tab:blue", linewidth=0.6, alpha=0.4)
+                axes.plot(at, _smoothed(values), color="tab:blue", linewidth=1.6)
+            else:
+                marker = "o" if len(at) < 40 else None
+                axes.plot(at, values, color="tab:orange", marker=marker, markersize=3)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(words(name))
+    panels[-1][0].set_xlabel("outer step")
+    panels[-1][1].set_xlabel("seconds")
+    return figure
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a twentieth of all values, up to each of them."""
+    width = max(1, len(values) // 20)
+    return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 def _displayed(images: Tensor, inverted: bool) -> list[Any]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.experiments.error_curves import as_table, finish, shades
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
-from equigrad.experiments.reproduction import Cell
+from equigrad.experiments.reproduction import ByExperiments, Cell, differ
 from equigrad.experiments.strength_learning import (
     EstimatorName,
     Job,
@@ -19,7 +19,7 @@ from equigrad.experiments.strength_learning import (
     mean_and_error,
     with_error,
 )
-from equigrad.experiments.table1 import METHODS, OnImagesReproduced
+from equigrad.experiments.table1 import METHODS
 
 PanelName = Literal["A", "B"]
 NO_NUDGE = 0.0
@@ -45,7 +45,7 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig3(OnImagesReproduced):
+class Fig3(ByExperiments):
     """Fig. 3: validation accuracy against the steps of the first phase, and against β.
 
     A: strengths from ten MNIST digits, by the contrastive rule and by T1–T2, for both of which the
@@ -92,9 +92,7 @@ class Fig3(OnImagesReproduced):
         for name in ("seeds", "cifar_seeds", "outer_steps", "cifar_outer_steps"):
             at_least(1, name, getattr(self, name))
         for name in ("only", "steps", "cifar_steps", "betas"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigurationError(f"{name} must hold different values, got {values}")
+            differ(name, getattr(self, name))
         if min(*self.steps, *self.cifar_steps) < 1:
             raise ConfigurationError("steps and cifar_steps must be at least 1")
         if not min(self.betas) > 0:

@@ -5,18 +5,23 @@ import io
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from equigrad.errors import RunError
+from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory
+from equigrad.experiments.strength_learning import ScaleName, at_least
+from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
 
+Experiment = TypeVar("Experiment", bound=Any)
 Cell = tuple[Any, ...]
 """What tells a row of the table from the others: the values of its first fields."""
 
@@ -48,6 +53,10 @@ class Reproduction(ABC):
     def prepare(self) -> Callable[..., Any]:
         """Get ready, and return the function that turns the values of a cell into its row."""
 
+    def prepare_in(self, folder: Path) -> Callable[..., Any]:
+        """As `prepare`; a measurement that may be stopped leaves in the folder how far it got."""
+        return self.prepare()
+
     @abstractmethod
     def text(self, rows: Sequence[Any]) -> str:
         """What the rows say, as Markdown."""
@@ -55,6 +64,42 @@ class Reproduction(ABC):
     @abstractmethod
     def draw(self, rows: Sequence[Any]) -> Figure:
         """The figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByExperiments(Reproduction):
+    """A table or figure whose cells are runs of an experiment, with some settings changed."""
+
+    scale: ScaleName = "small"
+    """Presets the hyperparameters; `paper` takes those of the paper."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "threads", self.threads)
+
+    @abstractmethod
+    def measure(self, *cell: Any, **named: Any) -> Any:
+        """The row of a cell."""
+
+    def prepare(self) -> Callable[..., Any]:
+        """Set the number of threads."""
+        torch.set_num_threads(self.threads)
+        return self.measure
+
+    def placed(self, preset: Experiment, **changes: Any) -> Experiment:
+        """An experiment's settings with some changed, on this device and with these threads."""
+        return replace(preset, threads=self.threads, device=self.device, **changes)
+
+
+def differ(name: str, values: Sequence[Any]) -> None:
+    """Raise a `ConfigurationError` unless there are values, none twice."""
+    if not values or len(set(values)) < len(values):
+        raise ConfigurationError(f"{name} must hold different values, got {values}")
 
 
 def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console) -> list[Any]:
@@ -75,7 +120,7 @@ def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
     rows = {tuple(vars(row).values())[: len(cells[0])]: row for row in known}
     missing = [cell for cell in cells if cell not in rows]
     if missing:
-        measure, saved = figure.prepare(), time.monotonic()
+        measure, saved = figure.prepare_in(table.parent), time.monotonic()
         try:
             for cell in track(missing, "measuring", console=console, transient=True):
                 rows[cell] = measure(*cell)

@@ -1,59 +1,24 @@
 """Table 1: strengths learned by either method on MNIST and CIFAR-10, over seeds."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-import torch
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.error_curves import as_table
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist, OnImages
-from equigrad.experiments.reproduction import Cell, Reproduction
+from equigrad.experiments.reproduction import ByExperiments, Cell, differ
 from equigrad.experiments.strength_learning import (
     EstimatorName,
     Job,
-    ScaleName,
     at_least,
     mean_and_error,
     with_error,
 )
-from equigrad.training.device import DeviceName
 
 SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
 METHODS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnImagesReproduced(Reproduction):
-    """A table or figure whose cells are lines of Table 1, with some settings changed."""
-
-    scale: ScaleName = "small"
-    """Presets the hyperparameters; `paper` takes those of its Appendix F."""
-
-    threads: int = 2
-    """CPU threads."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "threads", self.threads)
-
-    @abstractmethod
-    def measure(self, *cell: Any, **named: Any) -> Any:
-        """The row of a cell."""
-
-    def prepare(self) -> Callable[..., Any]:
-        """Set the number of threads."""
-        torch.set_num_threads(self.threads)
-        return self.measure
-
-    def placed(self, preset: OnImages, **changes: Any) -> OnImages:
-        """A line's settings with some changed, on this device and with these threads."""
-        return replace(preset, threads=self.threads, device=self.device, **changes)
 
 
 @dataclass(frozen=True)
@@ -70,7 +35,7 @@ class Accuracies:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table1(OnImagesReproduced):
+class Table1(ByExperiments):
     """Table 1: accuracy after strengths were learned, on MNIST and CIFAR-10 with few images.
 
     Contrastive rule and T1–T2, each with its own hyperparameters, on the same splits and starts;
@@ -89,8 +54,7 @@ class Table1(OnImagesReproduced):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, "seeds", self.seeds)
-        if not self.only or len(set(self.only)) < len(self.only):
-            raise ConfigurationError(f"only must name different lines of the table: {self.only}")
+        differ("only", self.only)
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""

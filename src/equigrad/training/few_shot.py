@@ -106,7 +106,8 @@ def learn_tasks(
     *,
     tasks: int,
     optimizer: torch.optim.Optimizer,
-    steps: int,
+    steps: float,
+    limit: float = math.inf,
     average_from: int | None = None,
     validate: Callable[[Params], Mapping[str, float]] | None = None,
     validate_every: int = 100,
@@ -121,7 +122,10 @@ def learn_tasks(
         sampler: of the tasks; outer step t takes its draw t.
         tasks: in a batch.
         optimizer: over the values of `meta_params`.
-        steps: outer steps to have taken at the end, those before a resume included.
+        steps: outer steps to have taken at the end, those before a resume included; `math.inf`
+            where time alone ends it.
+        limit: seconds after which no further step is begun, those before a resume and those of
+            validation included.
         average_from: keep the mean of θ over all steps from this one on (Polyak and Juditsky 1992)
             as `copies["average"]`.
         validate: metrics of θ, of its average where there is one, every `validate_every` steps and
@@ -152,7 +156,8 @@ def learn_tasks(
         if average_from is not None and state.step >= average_from:
             _average(state, state.step - average_from + 1)
         done = state.step + 1
-        if validate is None or not (done % validate_every == 0 or done == state.steps):
+        ends = done == state.steps or state.seconds >= state.limit
+        if validate is None or not (done % validate_every == 0 or ends):
             return {}
         now = state.copies.get("average", state.meta_params)
         metrics = validate(now)
@@ -168,6 +173,7 @@ def learn_tasks(
         meta_params,
         optimizer=optimizer,
         steps=steps,
+        limit=limit,
         evaluate=evaluate,
         callbacks=callbacks,
     )

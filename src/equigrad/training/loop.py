@@ -1,5 +1,6 @@
 """The outer loop: meta-gradient, outer optimiser, again."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,8 @@ class OuterState:
         optimizer: over `meta_params`.
         params: where the next free phase starts.
         step: outer steps done.
-        steps: outer steps to do.
+        steps: outer steps to do; infinitely many where time alone ends the loop.
+        limit: seconds after which it ends.
         gradient_evaluations: so far, over all steps.
         seconds: spent so far, over all sittings.
         history: a row an outer step.
@@ -38,12 +40,20 @@ class OuterState:
     meta_params: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     params: dict[str, Tensor]
-    steps: int
+    steps: float
+    limit: float = math.inf
     step: int = 0
     gradient_evaluations: int = 0
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """How much of the loop is done, of its steps or of its time: 1 at its end."""
+        if self.step >= self.steps or self.seconds >= self.limit:
+            return 1.0
+        return max(self.step / self.steps, self.seconds / self.limit)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with `weights_only=True`."""
@@ -196,7 +206,8 @@ def descend(
     *,
     params: Params | None = None,
     optimizer: torch.optim.Optimizer,
-    steps: int,
+    steps: float,
+    limit: float = math.inf,
     project: Callable[[dict[str, Tensor]], None] | None = None,
     evaluate: Callable[[OuterState, MetaGradient], Mapping[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -208,19 +219,24 @@ def descend(
         meta_params: as for `learn`.
         params: φ to keep in the state, where free phases start from it.
         optimizer: as for `learn`.
-        steps: as for `learn`.
+        steps: as for `learn`; `math.inf` where time alone ends the loop.
+        limit: seconds after which the loop ends, those before a resume and those of `evaluate`
+            included.
         project: as for `learn`.
-        evaluate: metrics to log, after the optimiser's step.
+        evaluate: metrics to log, after the optimiser's step. The state's clock then says whether
+            this step is the last.
         callbacks: as for `learn`.
 
     Returns:
         The state after the last step.
 
     Raises:
-        ConfigurationError: steps < 0, or an optimiser over other tensors.
+        ConfigurationError: steps < 0, a limit ≤ 0, or an optimiser over other tensors.
     """
     if steps < 0:
         raise ConfigurationError(f"steps must be at least 0, got {steps}")
+    if not limit > 0:
+        raise ConfigurationError(f"limit must be positive, in seconds, got {limit}")
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, m in meta_params.items() if id(m) not in stepped]
     if missing:
@@ -228,21 +244,23 @@ def descend(
             f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
             f"meta_params.values(), the same tensors that are passed as meta_params"
         )
-    state = OuterState(meta_params, optimizer, dict(params or {}), steps)
+    state = OuterState(meta_params, optimizer, dict(params or {}), steps, limit)
     error: BaseException | None = None
     try:
         for callback in callbacks:
             callback.on_start(state)
-        while state.step < steps:
+        while state.step < steps and state.seconds < limit:
             began = time.perf_counter()
             result = gradient(state)
             result.assign()
             optimizer.step()
             if project is not None:
                 project(meta_params)
-            metrics = {} if evaluate is None else dict(evaluate(state, result))
             state.gradient_evaluations += result.gradient_evaluations
-            state.seconds += time.perf_counter() - began
+            before = state.seconds
+            state.seconds = before + time.perf_counter() - began
+            metrics = {} if evaluate is None else dict(evaluate(state, result))
+            state.seconds = before + time.perf_counter() - began
             state.history.append(_row(state, result, metrics))
             state.step += 1
             for callback in callbacks:

@@ -1,7 +1,9 @@
 """How far it is, on the terminal."""
 
+import math
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equigrad.gradient import MetaGradient
 from equigrad.training.loop import Callback, OuterState
@@ -19,6 +21,7 @@ class ProgressBar(Callback):
     def __init__(self, title: str, console: Console, lines: int = 5) -> None:
         self.title, self.console, self.lines = title, console, lines
         self._progress: Progress | None = None
+        self._due = 0
 
     def on_start(self, state: OuterState) -> None:
         """Draw the bar."""
@@ -28,7 +31,7 @@ class ProgressBar(Callback):
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[step]}"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=self.console,
@@ -36,16 +39,22 @@ class ProgressBar(Callback):
             )
             self._progress.start()
             self._task = self._progress.add_task(
-                self.title, total=state.steps, completed=state.step, numbers=""
+                self.title, total=1.0, step=_step(state), numbers=""
             )
+            self._progress.update(self._task, completed=state.share)
+        self._due = int(state.share * self.lines)
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
         """Move the bar."""
         numbers = _numbers(state)
         if self._progress is not None:
-            self._progress.update(self._task, completed=state.step, numbers=numbers)
-        elif state.step % max(1, state.steps // self.lines) == 0:
-            line = f"{self.title} {state.step}/{state.steps}  {numbers}"
+            self._progress.update(
+                self._task, completed=state.share, step=_step(state), numbers=numbers
+            )
+            return
+        before, self._due = self._due, int(state.share * self.lines)
+        if self._due > before:
+            line = f"{self.title} {_step(state)}  {numbers}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
@@ -53,6 +62,10 @@ class ProgressBar(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _step(state: OuterState) -> str:
+    return f"{state.step}/{state.steps}" if math.isfinite(state.steps) else f"{state.step}"
 
 
 def _numbers(state: OuterState) -> str:

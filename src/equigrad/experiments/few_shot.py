@@ -1,0 +1,555 @@
+"""What the few-shot experiments share: every learner of tasks in one harness."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import equigrad
+from equigrad.errors import ConfigurationError, RunError
+from equigrad.estimators import (
+    IMAML,
+    MAML,
+    Contrastive,
+    Estimator,
+    FirstOrderMAML,
+    Reptile,
+)
+from equigrad.experiments import figures
+from equigrad.experiments.config_file import CHOOSERS, overlay
+from equigrad.experiments.few_shot_figures import learning_curves
+from equigrad.experiments.formats import words
+from equigrad.experiments.run_directory import RunDirectory, describe, versions
+from equigrad.experiments.strength_learning import ScaleName, at_least, positive
+from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
+from equigrad.nn.batch_statistics import BatchStatistics
+from equigrad.nn.side_by_side import Way
+from equigrad.problem import Params
+from equigrad.solvers import GradientDescent
+from equigrad.tasks import FewShotLearner, TaskSampler
+from equigrad.tasks.learner import MetaModel, Statistics
+from equigrad.training import (
+    Callback,
+    Checkpoint,
+    JsonLines,
+    OuterState,
+    TensorBoard,
+    pick_device,
+    pick_dtype,
+)
+from equigrad.training.decay import LinearDecay
+from equigrad.training.device import DeviceName, DtypeName
+from equigrad.training.few_shot import Metric, Score, chosen, judge, learn_tasks
+from equigrad.training.files import as_bytes, write_whole
+from equigrad.training.progress import ProgressBar
+from equigrad.training.strengths import with_nudged
+
+MethodName = Literal[
+    "contrastive-modulation",
+    "contrastive-synaptic",
+    "imaml",
+    "maml",
+    "first-order-maml",
+    "reptile",
+    "scratch",
+]
+
+FORMAT = "equigrad few-shot learner 1"
+
+VALIDATION, TEST = -1, -2
+"""Seeds of the tasks that judge: the same for all methods and runs, whose own seeds are not < 0."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from tasks.
+
+    Attributes:
+        label: its name in words.
+        division: of a network, with a strength λ, into what a task learns and what tasks share.
+        estimator: of the meta-gradient.
+    """
+
+    label: str
+    division: Callable[[Module, float], MetaModel]
+    estimator: type[Estimator]
+
+
+def _synapse(network: Module, strength: float) -> ComplexSynapse:
+    return ComplexSynapse(network, strength, center="init", learn=("center",))
+
+
+def _modulation(network: Module, strength: float) -> Modulation:
+    return Modulation(network)
+
+
+def _start(network: Module, strength: float) -> LearnedStart:
+    return LearnedStart(network)
+
+
+METHODS: dict[MethodName, Method] = {
+    "contrastive-modulation": Method("contrastive, modulation", _modulation, Contrastive),
+    "contrastive-synaptic": Method("contrastive, synaptic", _synapse, Contrastive),
+    "imaml": Method("iMAML", _synapse, IMAML),
+    "maml": Method("MAML", _start, MAML),
+    "first-order-maml": Method("first-order MAML", _start, FirstOrderMAML),
+    "reptile": Method("Reptile", _start, Reptile),
+    "scratch": Method("from scratch", _start, FirstOrderMAML),
+}
+"""The learners; the last one learns each task from a random start, and shares nothing."""
+
+
+def method_named(word: str) -> MethodName:
+    """The method of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    for name in METHODS:
+        if name == word:
+            return name
+    raise ConfigurationError(f"method must be one of {', '.join(METHODS)}, got {word!r}")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Where the tasks of an experiment come from.
+
+    Attributes:
+        train: of meta-training.
+        validation: that models are chosen by; None where there are none.
+        test: that neither has seen.
+        note: how they were had, for whoever reads the numbers.
+    """
+
+    train: TaskSampler
+    validation: TaskSampler | None
+    test: TaskSampler
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(ABC):
+    """Learn from many tasks how to learn the next one: settings, tasks and network."""
+
+    method: MethodName = "contrastive-modulation"
+    """What learns: a division of the network with an estimator of the meta-gradient."""
+
+    scale: ScaleName = "small"
+    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
+
+    seed: int = 0
+    """Draws the network's start and the tasks of meta-training."""
+
+    solver: GradientDescent
+    """How a task is learned: the free phase."""
+
+    estimator: Estimator
+    """Of the meta-gradient; the method presets which, and these are its knobs."""
+
+    nudged_steps: int
+    """Steps of each nudged phase of the contrastive rule."""
+
+    strength: float = 0.1
+    """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
+
+    outer_steps: int
+    """Steps of Adam on what tasks share: batches of tasks."""
+
+    minutes: float | None = None
+    """End meta-training after so long, instead of after outer_steps; validation included."""
+
+    outer_lr: float = 1e-3
+    """Adam's step size."""
+
+    decay: bool = False
+    """Let it fall linearly, to zero at the end."""
+
+    tasks: int
+    """Tasks of a batch."""
+
+    shot: int = 1
+    """Examples that a task is learned from, of each class where there are classes."""
+
+    queries: int = 15
+    """Examples that judge what was learned in meta-training, likewise."""
+
+    test_queries: int = 15
+    """Examples that judge in validation and test, likewise."""
+
+    test_steps: int | None = None
+    """Steps in which a task is learned in validation and test; those of meta-training if None."""
+
+    statistics: Statistics = "query"
+    """Batch normalisation takes its statistics of a task's queries together, so that what is said
+    of one depends on the others (transductive, the field's custom), or of its support set."""
+
+    average_from: int | None = None
+    """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
+
+    validate_every: int = 100
+    """Outer steps between two validations."""
+
+    validation_tasks: int = 100
+    """Tasks of a validation; what does best is kept."""
+
+    test_tasks: int = 600
+    """Tasks of the test."""
+
+    chunk_size: int | None = None
+    """Tasks that settle at once; all of a batch if None. Memory grows with it."""
+
+    side_by_side: Way
+    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
+
+    checkpoint_every: int = 50
+    """Outer steps between two checkpoints."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    dtype: DtypeName = "float32"
+    """Floating-point type."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("nudged_steps", "outer_steps", "tasks", "shot", "queries", "test_queries"),
+            *("validate_every", "checkpoint_every", "threads"),
+        ):
+            at_least(1, name, getattr(self, name))
+        for name in ("chunk_size", "test_steps"):
+            if (value := getattr(self, name)) is not None:
+                at_least(1, name, value)
+        for name in ("validation_tasks", "test_tasks"):
+            at_least(2, name, getattr(self, name))
+        at_least(0, "seed", self.seed)
+        if self.average_from is not None:
+            at_least(0, "average_from", self.average_from)
+        positive("outer_lr", self.outer_lr)
+        if self.minutes is not None:
+            positive("minutes", self.minutes)
+        if not 0 <= self.strength < math.inf:
+            raise ConfigurationError(f"strength must be at least 0, got {self.strength}")
+        kind = METHODS[self.method].estimator
+        if type(self.estimator) is not kind:
+            raise ConfigurationError(
+                f"method {self.method!r} has the estimator {kind.__name__}, got "
+                f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
+                f"{self.method!r}) has the right one"
+            )
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
+        method = method_named(chosen.pop("method", "contrastive-modulation"))
+        defaults = cls._preset(method, **chosen)
+        kind = METHODS[method].estimator
+        known = type(defaults.estimator) is kind
+        return replace(defaults, method=method, estimator=defaults.estimator if known else kind())
+
+    @classmethod
+    @abstractmethod
+    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+        """The defaults of the other words for a method, with the contrastive rule where it is one.
+
+        What is returned is still of the default method.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What is learned, in a few words."""
+
+    @property
+    @abstractmethod
+    def score(self) -> str:
+        """Name of the metric, `accuracy` for example."""
+
+    @property
+    @abstractmethod
+    def best(self) -> Literal["highest", "lowest"]:
+        """Which score is best."""
+
+    @abstractmethod
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """A score a task, as `equigrad.training.few_shot.Metric`."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of one task, its mean over examples."""
+
+    @abstractmethod
+    def network(self) -> Module:
+        """The network, with a start that torch's generator draws."""
+
+    @abstractmethod
+    def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
+        """Where tasks come from. Those of `VALIDATION` and `TEST` are seeds of the others."""
+
+    def notes(self) -> Sequence[str]:
+        """What else the reader of the numbers should know."""
+        return ()
+
+    def published(self) -> Mapping[str, float] | None:
+        """What the paper reports of this, by name of the metric."""
+        return None
+
+    def draw(self, job: "Job", meta_params: Params, folder: Path) -> None:
+        """Leave figures of what was learned."""
+        return
+
+    def learner(self, network: Module) -> FewShotLearner:
+        """What learns tasks."""
+        estimator = self.estimator
+        if isinstance(estimator, Contrastive):
+            estimator = with_nudged(estimator, self.solver, self.nudged_steps)
+        return FewShotLearner(
+            model=METHODS[self.method].division(network, self.strength),
+            loss=self.loss,
+            solver=self.solver,
+            estimator=estimator,
+            chunk_size=self.chunk_size,
+            statistics=self.statistics,
+            way=self.side_by_side,
+        )
+
+    @classmethod
+    def load_learner(cls, folder: Path | str) -> tuple[FewShotLearner, dict[str, Tensor]]:
+        """What a run has left in `model.pt`: the learner of new tasks, and the θ it learned.
+
+        Args:
+            folder: of the run, or the file itself.
+
+        Returns:
+            The learner, which takes as many steps as in the test, and θ, on the CPU.
+
+        Raises:
+            RunError: there is none, it is damaged, or another experiment's. Nothing of it is
+                executed.
+        """
+        path = Path(folder)
+        file = path / "model.pt" if path.is_dir() else path
+        if not file.is_file():
+            raise RunError(f"{file} is not there: a run of few-shot learning saves it at its end")
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            if loaded["format"] != FORMAT or loaded["experiment"] != cls.__name__.lower():
+                raise ValueError(
+                    f"{loaded['format']}, of {loaded.get('experiment')!r}; expected {FORMAT}, of "
+                    f"{cls.__name__.lower()!r}"
+                )
+            written = loaded["config"]
+            words = {name: written[name] for name in CHOOSERS if isinstance(written.get(name), str)}
+            config = overlay(cls.preset(**words), written)
+            with torch.random.fork_rng(devices=[]):
+                network = config.network().to(pick_dtype(config.dtype))
+            network.load_state_dict(loaded["network"])
+            return _as_tested(config.learner(network), config), loaded["meta_params"]
+        except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+            raise RunError(
+                f"{file} cannot be read as a few-shot learner of equigrad "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+
+def _as_tested(learner: FewShotLearner, config: FewShot) -> FewShotLearner:
+    """A learner that takes as many steps as in validation and test."""
+    if config.test_steps is None:
+        return learner
+    return replace(learner, solver=replace(config.solver, max_steps=config.test_steps))
+
+
+class Job:
+    """An experiment's tasks and learner.
+
+    Args:
+        config: of the experiment.
+
+    Attributes:
+        config: likewise.
+        tasks: where tasks come from.
+        learner: of tasks, in meta-training.
+        tested: of tasks, in validation and test.
+    """
+
+    def __init__(self, config: FewShot) -> None:
+        device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+        self.config = config
+        self.tasks = config.sources(device, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = config.network()
+        self.learner = config.learner(network.to(device, dtype))
+        self.tested = _as_tested(self.learner, config)
+
+    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
+        """Meta-train; from scratch, nothing is learned."""
+        config = self.config
+        steps = config.outer_steps if config.minutes is None else math.inf
+        meta_params = self.learner.model.meta_params()
+        watched = self.tasks.validation is not None
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return learn_tasks(
+                self.learner,
+                meta_params,
+                self.tasks.train,
+                tasks=config.tasks,
+                optimizer=torch.optim.Adam(meta_params.values(), lr=config.outer_lr),
+                steps=0 if config.method == "scratch" else steps,
+                limit=math.inf if config.minutes is None else 60 * config.minutes,
+                average_from=config.average_from,
+                validate=self.validate if watched else None,
+                validate_every=config.validate_every,
+                keep_best=config.best if watched else None,
+                callbacks=callbacks,
+            )
+
+    def validate(self, meta_params: Params) -> dict[str, float]:
+        """The score on tasks of validation."""
+        assert self.tasks.validation is not None
+        score = self.judge(meta_params, self.tasks.validation, self.config.validation_tasks)
+        return {f"validation_{self.config.score}": score.mean}
+
+    def test(self, meta_params: Params) -> dict[str, Score]:
+        """The score on tasks of the test, by each kind of statistics that makes a difference."""
+        modules = self.tested.model.module().modules()
+        normalised = any(isinstance(m, _BatchNorm | BatchStatistics) for m in modules)
+        kinds: tuple[Statistics, ...] = ("query", "support") if normalised else ("query",)
+        count = self.config.test_tasks
+        return {kind: self.judge(meta_params, self.tasks.test, count, kind) for kind in kinds}
+
+    def judge(
+        self,
+        meta_params: Params,
+        sampler: TaskSampler,
+        tasks: int,
+        statistics: Statistics | None = None,
+    ) -> Score:
+        """The score on tasks of a sampler."""
+        metric: Metric = self.config.metric
+        return judge(self.tested, meta_params, sampler, metric, tasks=tasks, statistics=statistics)
+
+    def learned(
+        self, directory: RunDirectory, *, resume: bool, console: Console
+    ) -> dict[str, float]:
+        """Meta-train and test, and leave the run in its directory."""
+        if (ended := directory.result) is not None:
+            return ended["metrics"]
+        config = self.config
+        callbacks: list[Callback] = [
+            Checkpoint(
+                directory.path / "checkpoint.pt",
+                config.checkpoint_every,
+                resume=resume,
+                identity=directory.identity,
+            ),
+            *([LinearDecay(config.outer_lr)] if config.decay else []),
+            JsonLines(directory.path / "metrics.jsonl"),
+            TensorBoard(directory.path),
+            ProgressBar(METHODS[config.method].label, console),
+        ]
+        state = self.learn(callbacks)
+        meta_params = chosen(state)
+        content = {
+            "format": FORMAT,
+            "equigrad": equigrad.__version__,
+            "experiment": type(config).__name__.lower(),
+            "config": describe(config),
+            "network": self.learner.model.module().state_dict(),
+            "meta_params": meta_params,
+        }
+        write_whole(directory.path / "model.pt", as_bytes(content))
+        began = time.perf_counter()
+        metrics = self.metrics(state, self.test(meta_params))
+        if state.history:
+            figure = learning_curves(state.history, config.score)
+            figures.save(figure, directory.path / "learning.png")
+        config.draw(self, meta_params, directory.path)
+        directory.write_json(
+            "result.json",
+            {
+                "experiment": type(config).__name__.lower(),
+                "estimator": type(config.estimator).__name__,
+                "method": config.method,
+                "seed": config.seed,
+                "scale": config.scale,
+                "metrics": metrics,
+                "paper": config.published(),
+                "tasks": self.tasks.note,
+                "notes": list(config.notes()),
+                "outer_steps": state.step,
+                "gradient_evaluations": state.gradient_evaluations,
+                "seconds": state.seconds,
+                "test_seconds": time.perf_counter() - began,
+                "device": str(pick_device(config.device)),
+                "versions": versions(),
+            },
+        )
+        return metrics
+
+    def metrics(self, state: OuterState, scores: Mapping[str, Score]) -> dict[str, float]:
+        """The best validation and all tests, by name; a test with the half of its interval."""
+        name = self.config.score
+        watched = [
+            float(row[f"validation_{name}"]) for row in state.history if f"validation_{name}" in row
+        ]
+        pick = max if self.config.best == "highest" else min
+        found = {f"validation_{name}": pick(watched)} if watched else {}
+        for statistics, score in scores.items():
+            test = "test" if statistics == "query" else f"test_{statistics}_statistics"
+            found |= {f"{test}_{name}": score.mean, f"{test}_{name}_interval": score.interval}
+        return found
+
+
+def run(config: FewShot, out: Path, *, resume: bool, console: Console) -> dict[str, float]:
+    """Meta-train and test in `out`, and print what was reached.
+
+    Returns:
+        The metrics by name.
+    """
+    torch.set_num_threads(config.threads)
+    job = Job(config)
+    directory = RunDirectory(out, config, resume=resume)
+    for line in (job.tasks.note, *config.notes()):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    metrics = job.learned(directory, resume=resume, console=console)
+    console.print(make_table(config, metrics))
+    return metrics
+
+
+def make_table(config: FewShot, metrics: Mapping[str, float]) -> Table:
+    """Every metric, a test's with its interval, the paper's beside."""
+    label = METHODS[config.method].label
+    table = Table(title=f"{config.name}, {label}, seed {config.seed}, scale {config.scale}")
+    table.add_column("")
+    table.add_column("reached", justify="right")
+    published = config.published()
+    if published is not None:
+        table.add_column("in the paper", justify="right")
+    for name, value in metrics.items():
+        if name.endswith("_interval"):
+            continue
+        said = f"{value:.4g}"
+        if (interval := metrics.get(f"{name}_interval")) is not None:
+            said += f" ± {interval:.2g} ({config.test_tasks} tasks)"
+        cells = [words(name), said]
+        if published is not None:
+            paper = published.get(name)
+            spread = published.get(f"{name}_standard_deviation")
+            cells.append("" if paper is None else f"{paper} ± {spread}")
+        table.add_row(*cells)
+    return table
