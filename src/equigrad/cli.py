@@ -6,11 +6,14 @@ import inspect
 import os
 import runpy
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from equigrad.errors import ConfigurationError, EquigradError, RunError
 
@@ -24,6 +27,9 @@ except ImportError as error:
         f"the command line needs the extra packages of equigrad[experiments] ({error}): "
         f"pip install 'equigrad[experiments]'"
     ) from error
+
+if TYPE_CHECKING:
+    from equigrad.training.processes import Place
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,7 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
     """Read the command's options and do its work; `CHOOSERS` or a file decide the defaults."""
     from equigrad.experiments.config_file import CHOOSERS, read_config
     from equigrad.experiments.run_directory import default_directory
+    from equigrad.training.processes import processes
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", *CHOOSERS):
@@ -289,7 +296,6 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
         defaults = command.defaults(**chosen)
     else:
         defaults = read_config(Path(file), command.defaults, chosen)
-    console = Console()
 
     def work(
         options: Any,
@@ -306,12 +312,15 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
     ) -> None:
         if resume and (out is None or not out.exists()):
             raise RunError(f"nothing to resume in {out or 'a new folder'}; name the run with --out")
-        folder = out or default_directory(command.name)
-        try:
-            command.work(options, folder, resume=resume, console=console)
-        except KeyboardInterrupt:
-            say_how_to_resume(arguments, folder)
-            raise
+        with processes() as here, folder_of(here, out, resume) as given:
+            folder = given or default_directory(command.name)
+            console = Console(quiet=not here.leads)
+            try:
+                command.work(options, folder, resume=resume, console=console)
+            except KeyboardInterrupt:
+                if here.leads:
+                    say_how_to_resume(arguments, folder)
+                raise
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
 
     work.__annotations__["options"] = Annotated[type(defaults), tyro.conf.arg(name="")]
@@ -325,6 +334,19 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
     )
 
 
+@contextmanager
+def folder_of(here: "Place", out: Path | None, resume: bool) -> Iterator[Path | None]:
+    """The run's folder for the process that leads; a passing one for those that compute with it."""
+    from equigrad.training.processes import gathered
+
+    with tempfile.TemporaryDirectory() as passing:
+        folder = out if here.leads else Path(passing) / "run"
+        if resume and out is not None and folder is not None and folder != out:
+            shutil.copytree(out, folder)
+        gathered(None)  # none begins to write before all have read
+        yield folder
+
+
 def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
     """Print the command that goes on with a stopped run."""
     kept = [a for a in arguments if a != "--resume"]
@@ -332,3 +354,7 @@ def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
         kept += ["--out", str(folder)]
     command = shlex.join(["equigrad", *kept, "--resume"])
     print(f"stopped; go on with:\n  {command}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

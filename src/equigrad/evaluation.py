@@ -106,7 +106,7 @@ class Evaluation:
             watch=watch,
             count=self._counter(0.0),
         )
-        return dataclasses.replace(free, buffers=self._buffers.snapshot())
+        return dataclasses.replace(free, buffers=self.snapshot())
 
     def settle_recorded(
         self, solver: Solver, every: int | None = None, keep: int | None = None
@@ -128,7 +128,7 @@ class Evaluation:
                         params=copies,
                         solver_state=[s.clone() for s in state],
                         end_step=step,
-                        buffers=self._buffers.snapshot(),
+                        buffers=self.snapshot(),
                     )
                 )
 
@@ -190,7 +190,18 @@ class Evaluation:
             share=share if beta != 0 else 1.0,
             count=self._counter(beta if force is None else 0.0),
         )
-        return dataclasses.replace(nudged, buffers=self._buffers.snapshot())
+        return dataclasses.replace(nudged, buffers=self.snapshot())
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """The modules' buffers as they are now."""
+        return self._buffers.snapshot()
+
+    def beginning(self, solver: Solver) -> Moment:
+        """Where the free phase starts."""
+        state = solver.init(list(self.params.values()))
+        return Moment(
+            params=self.params, solver_state=state, end_step=0, buffers=self._buffers.before
+        )
 
     def stand_at(self, at: Moment) -> None:
         """Put the modules' buffers and training flags as they were at a moment of a phase."""

@@ -1,5 +1,7 @@
 """Unrolled and ForwardMode: the gradient of T steps, whatever they led to."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -193,7 +195,7 @@ def test_gradient_evaluations_are_counted(quadratic):
         ).gradient_evaluations
 
     check, free, outer = 2, 10, 1
-    assert count(eg.Unrolled()) == check + free + outer + 10 * (1 + 2)
+    assert count(eg.Unrolled()) == check + outer + 10 * (1 + 2)  # the graph of the free phase
     assert count(eg.Unrolled(segment=3)) == check + free + outer + 10 * (1 + 2)
     assert count(eg.Unrolled(truncation=4)) == check + free + outer + 4 * (1 + 2) + 2  # 6 = 4 + 2
     small = Quadratic(dim=3)
@@ -205,6 +207,41 @@ def test_gradient_evaluations_are_counted(quadratic):
         estimator=eg.ForwardMode(),
     )
     assert forward.gradient_evaluations == check + free + outer + 3 * 10 * 2
+
+
+@pytest.mark.parametrize("tol", [None, 1e-30])
+def test_the_report_is_that_of_the_phase_however_its_graph_is_had(learner, tol):
+    solver = eg.GradientDescent(lr=0.1, momentum=0.9, max_steps=STEPS, check_every=5)
+    torch.manual_seed(0)
+    with Evaluation(learner.problem, learner.start(learner.meta), learner.meta) as evaluation:
+        plain = evaluation.settle(solver)
+        outer_loss = evaluation.outer_loss(plain).item()
+    solver = dataclasses.replace(solver, tol=tol)
+    once = learner.gradient(solver, eg.Unrolled())
+    apart = learner.gradient(solver, eg.Unrolled(segment=6))
+    for result in (once, apart):
+        report = result.phases[0]
+        assert report.outcome == ("stopped" if tol is None else "not converged")
+        assert (report.steps, report.residual, report.start_residual) == pytest.approx(
+            (STEPS, plain.phase.residual, plain.phase.start_residual), rel=1e-12
+        )
+        for name, p in plain.params.items():
+            torch.testing.assert_close(result.params[name], p, rtol=1e-12, atol=1e-14)
+            assert not result.params[name].requires_grad
+        assert result.outer_loss == pytest.approx(outer_loss, rel=1e-12)
+    # without a tolerance the number of steps is known, and none is taken twice
+    assert apart.gradient_evaluations - once.gradient_evaluations == (STEPS if tol is None else 0)
+
+
+def test_a_phase_that_diverges_under_its_graph_is_named(quadratic):
+    with pytest.raises(eg.SettlingError, match="diverged"):
+        eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=eg.GradientDescent(lr=1e30, max_steps=20),
+            estimator=eg.Unrolled(),
+        )
 
 
 def saved_numbers(problem, start, meta, solver, estimator) -> int:

@@ -44,9 +44,9 @@ def test_every_way_gives_the_values_and_derivatives_of_one_copy_at_a_time(
     x = torch.randn(3, 5, *shape, dtype=torch.float64)
 
     def both(way) -> list[torch.Tensor]:
-        network = SideBySide(model, way, second_order=True)
+        network = SideBySide(model, way)
         params = stacked(network, 3)
-        out = network(params, x, reference=reference)
+        out = network(params, x, reference=reference, second_order=True)
         first = torch.autograd.grad(out.sin().sum(), list(params.values()), create_graph=True)
         size = torch.stack([g.square().sum() for g in first]).sum()
         return [out, *first, *torch.autograd.grad(size, list(params.values()))]

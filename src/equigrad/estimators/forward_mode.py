@@ -115,11 +115,9 @@ def _push_forward(
             dual_state = [
                 forward_ad.make_dual(s, m) for s, m in zip(state, state_moves, strict=True)
             ]
-            after, state_after = replay(
-                evaluation, solver, dual, dual_state, meta, range(step, step + 1)
-            )
+            after = replay(evaluation, solver, dual, dual_state, meta, range(step, step + 1))
             evaluation.gradient_evaluations += 1
-            values, tangents = _unpack([*after.values(), *state_after])
+            values, tangents = _unpack([*after.params.values(), *after.solver_state])
         params = dict(zip(params, values, strict=False))
         moves = dict(zip(params, tangents, strict=False))
         state, state_moves = values[len(params) :], tangents[len(params) :]

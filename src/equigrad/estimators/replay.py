@@ -1,16 +1,18 @@
-"""A free phase once more, as something that can be differentiated."""
+"""A free phase as something that can be differentiated."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.evaluation import Evaluation
-from equigrad.solvers import Solver
+from equigrad.problem import Params
+from equigrad.solvers import Settled, Solver, settle
 
-_NO_OBJECTIVE: Any = None
-"""A differentiable solver does not look around."""
+_NO_VALUE: Any = None
+"""A differentiable solver does not look at the loss."""
 
 
 def replay(
@@ -20,13 +22,13 @@ def replay(
     state: list[Tensor],
     meta_params: Mapping[str, Tensor],
     steps: range,
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Take the solver's own steps on copies, so that their graph leads back to what was given.
+) -> Settled:
+    """Take the solver's own steps so that their graph leads back to what was given.
 
-    Every step sees the batch and the random numbers that it saw in the free phase.
+    Every step sees the batch and the random numbers that the free phase shows it.
 
     Args:
-        evaluation: evaluates the residual.
+        evaluation: evaluates the residual, with the buffers as it now stands.
         solver: a differentiable one.
         params: φ before the first step; all require a gradient.
         state: the solver's state before the first step.
@@ -34,16 +36,28 @@ def replay(
         steps: the numbers of the steps to take.
 
     Returns:
-        φ and the solver's state after the last step.
+        The state after the last step, whose params and solver state have their graph.
     """
-    now = dict(params)
-    evaluation.gradient_evaluations += len(steps)
-    for step in steps:
-        velocity = tuple(-r for r in evaluation.residual(now, meta_params, step))
-        now = {name: p.clone() for name, p in now.items()}
-        state = [s.clone() for s in state]
-        solver.update(list(now.values()), velocity, state, _NO_OBJECTIVE)
-    return now, state
+
+    def velocity(now: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+        with torch.enable_grad():
+            return tuple(-r for r in evaluation.residual(now, meta_params, step)), _NO_VALUE
+
+    def count(evaluations: int) -> None:
+        evaluation.gradient_evaluations += evaluations
+
+    return settle(
+        velocity,
+        _NO_VALUE,
+        params,
+        solver,
+        previous=state,
+        first_step=steps.start,
+        steps=len(steps),
+        batches=len(evaluation.batch_steps("inner")),
+        count=count,
+        graph=True,
+    )
 
 
 def require_differentiable(solver: Solver, who: str) -> None:

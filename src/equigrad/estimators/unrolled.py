@@ -1,5 +1,6 @@
 """Reverse mode through the settling."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import pull_back, second_derivatives
 from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
-from equigrad.solvers import Moment, Solver
+from equigrad.solvers import Moment, Settled, Solver
 from equigrad.solvers.solver import require
 
 
@@ -25,13 +26,15 @@ class Unrolled(Estimator):
     truncated, Shaban et al. 2019). Nothing is assumed about an equilibrium; for T → ∞ it is the
     implicit gradient. θ may be what `params` were computed from.
 
-    The free phase is settled first and replayed with its graph, segment after segment from the
-    last to the first.
+    Where all steps are differentiated at once and their number is known, since the solver has no
+    tolerance, the graph is recorded as the phase runs. Otherwise the free phase is settled first
+    and replayed with its graph, segment after segment from the last to the first: a gradient
+    evaluation more for every step.
 
     Attributes:
         truncation: differentiate the last so many steps; None for all.
         segment: hold the graph of so many steps at a time, and a copy of φ for every segment; None
-            for the graph of all steps at once. About √T is least memory, at no further cost.
+            for the graph of all steps at once. About √T is least memory.
 
     Raises:
         ConfigurationError: from `meta_gradient`, where the solver's steps cannot be differentiated.
@@ -58,7 +61,7 @@ class Unrolled(Estimator):
 
     traits: ClassVar[Traits] = Traits(
         idea="reverse mode through the steps",
-        cost="3T + 1",
+        cost="2T + 1, replayed 3T + 1",
         error="vanishes with T",
         double_backward=True,
         energy=False,
@@ -82,11 +85,7 @@ class Unrolled(Estimator):
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, then pull the outer gradient back through the steps."""
-        every = self.segment or self.truncation
-        keep = None
-        if every is not None and self.truncation is not None:
-            keep = math.ceil(self.truncation / every) + 1
-        free, moments = evaluation.settle_recorded(solver, every, keep)
+        free, moments, last = self._settle(evaluation, solver)
         end = free.end_step
         first = 0 if self.truncation is None else max(0, end - self.truncation)
 
@@ -102,9 +101,8 @@ class Unrolled(Estimator):
                     moment, solver, 0.0, keep_momentum=True, steps=ahead
                 )
             with second_derivatives(evaluation, type(self).__name__):
-                adjoint, by_meta = _pull_back_segment(
-                    evaluation, solver, moment, range(stop, end), adjoint
-                )
+                segment = last or _Segment(evaluation, solver, moment, range(stop, end))
+                adjoint, by_meta = segment.pull_back(adjoint)
             for name, grad in by_meta.items():
                 grads[name] = grads[name] + grad
             end = stop
@@ -118,18 +116,48 @@ class Unrolled(Estimator):
             )
         return Estimate(grads=grads, phases=(free,))
 
+    def _settle(
+        self, evaluation: Evaluation, solver: Solver
+    ) -> tuple[Settled, list[Moment], "_Segment | None"]:
+        """The free phase, moments to replay it from, and all of its graph where that is there."""
+        every = self.segment or self.truncation
+        if every is None and solver.tol is None and solver.max_steps is not None:
+            start = evaluation.beginning(solver)
+            with second_derivatives(evaluation, type(self).__name__):
+                whole = _Segment(evaluation, solver, start, range(solver.max_steps))
+            return whole.settled(), [start], whole
+        keep = None
+        if every is not None and self.truncation is not None:
+            keep = math.ceil(self.truncation / every) + 1
+        return *evaluation.settle_recorded(solver, every, keep), None
 
-def _pull_back_segment(
-    evaluation: Evaluation, solver: Solver, moment: Moment, steps: range, adjoint: list[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The adjoint of φ and the solver's state before some steps, and what they add for θ."""
-    params = {name: p.clone().requires_grad_() for name, p in moment.params.items()}
-    state = [s.clone().requires_grad_() for s in moment.solver_state]
-    meta = {name: m.clone().requires_grad_() for name, m in evaluation.meta_params.items()}
-    evaluation.stand_at(moment)
-    end_params, end_state = replay(evaluation, solver, params, state, meta, steps)
-    evaluation.gradient_evaluations += 2 * len(steps)
-    before = [*params.values(), *state]
-    pulled = pull_back([*end_params.values(), *end_state], adjoint, [*before, *meta.values()])
-    by_meta = dict(zip(meta, pulled[len(before) :], strict=True))
-    return list(pulled[: len(before)]), by_meta
+
+class _Segment:
+    """Some steps of the free phase, with their graph."""
+
+    def __init__(self, evaluation: Evaluation, solver: Solver, begin: Moment, steps: range) -> None:
+        self._evaluation, self._steps = evaluation, steps
+        params = {name: p.clone().requires_grad_() for name, p in begin.params.items()}
+        state = [s.clone().requires_grad_() for s in begin.solver_state]
+        self._before = [*params.values(), *state]
+        self._meta = {n: m.clone().requires_grad_() for n, m in evaluation.meta_params.items()}
+        evaluation.stand_at(begin)
+        self._end = replay(evaluation, solver, params, state, self._meta, steps)
+        self._buffers = evaluation.snapshot()
+
+    def settled(self) -> Settled:
+        """Where the steps ended, without their graph."""
+        return dataclasses.replace(
+            self._end,
+            params={name: p.detach() for name, p in self._end.params.items()},
+            solver_state=[s.detach() for s in self._end.solver_state],
+            buffers=self._buffers,
+        )
+
+    def pull_back(self, adjoint: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The adjoint of φ and the solver's state before the steps, and what they add for θ."""
+        self._evaluation.gradient_evaluations += 2 * len(self._steps)
+        after = [*self._end.params.values(), *self._end.solver_state]
+        pulled = pull_back(after, adjoint, [*self._before, *self._meta.values()])
+        cut = len(self._before)
+        return list(pulled[:cut]), dict(zip(self._meta, pulled[cut:], strict=True))

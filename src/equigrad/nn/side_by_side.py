@@ -36,7 +36,6 @@ class SideBySide:
     Args:
         model: any module. It is copied, never changed.
         way: how to compute.
-        second_order: measure the cost of second derivatives, too.
 
     Raises:
         ConfigurationError: an unknown way, or one that does not serve this module.
@@ -48,14 +47,14 @@ class SideBySide:
         torch.Size([4, 5, 2])
     """
 
-    def __init__(self, model: nn.Module, way: Way = "auto", *, second_order: bool = False) -> None:
+    def __init__(self, model: nn.Module, way: Way = "auto") -> None:
         if way not in get_args(Way):
             raise ConfigurationError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
         self._one = Functional(with_batch_statistics(model))
         self._shapes = {name: p.shape for name, p in self._one.params().items()}
         self._norms = [m for m in self._one.model.modules() if isinstance(m, BatchStatistics)]
         self._layers = _layers(self._one.model, set(self._shapes))
-        self.way, self.second_order = way, second_order
+        self.way = way
         if way.startswith("grouped") and self._layers is None:
             raise ConfigurationError(
                 f"way={way!r} serves a Sequential of convolutions, linear layers, batch "
@@ -68,7 +67,14 @@ class SideBySide:
         """One copy's parameters as they were given, in new tensors."""
         return self._one.params()
 
-    def __call__(self, params: Params, x: Tensor, *, reference: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        reference: int | None = None,
+        second_order: bool = False,
+    ) -> Tensor:
         """The outputs of every copy.
 
         Args:
@@ -77,6 +83,7 @@ class SideBySide:
             x: inputs, of shape tasks × n × ….
             reference: batch normalisation takes the statistics of so many first rows of each
                 task's; of all where None.
+            second_order: the derivatives will be differentiated once more: `auto` measures that.
 
         Returns:
             Outputs of shape tasks × n × ….
@@ -87,7 +94,7 @@ class SideBySide:
         stacked = {name: self._stacked(name, params, len(x)) for name in self._shapes}
         for norm in self._norms:
             norm.reference = reference
-        return self._compute(stacked, x)(stacked, x)
+        return self._compute(stacked, x, second_order)(stacked, x)
 
     def _stacked(self, name: str, params: Params, tasks: int) -> Tensor:
         shape = self._shapes[name]
@@ -103,7 +110,9 @@ class SideBySide:
             f"tasks or {(tasks, *shape)} for {tasks} of them"
         )
 
-    def _compute(self, params: Params, x: Tensor) -> Callable[[Params, Tensor], Tensor]:
+    def _compute(
+        self, params: Params, x: Tensor, second_order: bool
+    ) -> Callable[[Params, Tensor], Tensor]:
         ways: dict[str, Callable[[Params, Tensor], Tensor]] = {
             "loop": self._loop,
             "vmap": self._vmap,
@@ -113,20 +122,28 @@ class SideBySide:
         if self.way != "auto":
             return ways[self.way]
         learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
-        key = (x.shape, x.dtype, x.device, learning, self._reference)
+        key = (x.shape, x.dtype, x.device, learning, self._reference, second_order)
         if key not in self._chosen:
             if self._layers is None or x.ndim != 5:
                 del ways["grouped channels-last"]
             if self._layers is None:
                 del ways["grouped"]
-            self._chosen[key] = min(ways.values(), key=lambda way: self._seconds(way, params, x))
+            self._chosen[key] = min(
+                ways.values(), key=lambda way: self._seconds(way, params, x, second_order)
+            )
         return self._chosen[key]
 
     @property
     def _reference(self) -> int | None:
         return self._norms[0].reference if self._norms else None
 
-    def _seconds(self, way: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor) -> float:
+    def _seconds(
+        self,
+        way: Callable[[Params, Tensor], Tensor],
+        params: Params,
+        x: Tensor,
+        second_order: bool,
+    ) -> float:
         """What one evaluation takes, with the derivatives that are asked for."""
         own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
         leaves = [p for p in own.values() if p.requires_grad]
@@ -140,9 +157,9 @@ class SideBySide:
                     return float("inf")
                 if out.requires_grad:
                     grads = torch.autograd.grad(
-                        out, leaves, create_graph=self.second_order, allow_unused=True
+                        out, leaves, create_graph=second_order, allow_unused=True
                     )
-                    if self.second_order:
+                    if second_order:
                         norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
                         torch.autograd.grad(norm, leaves, allow_unused=True)
                 best = min(best, _now(x.device) - began)

@@ -53,7 +53,7 @@ class Moment:
     """Where a phase stands between two steps: enough to go on from there.
 
     Attributes:
-        params: the parameters, detached.
+        params: the parameters, detached but where a graph was asked for.
         solver_state: the solver's state (momentum, for example).
         end_step: number of the step that comes next.
         buffers: the modules' buffers, as `KeptBuffers.snapshot` takes them.
@@ -92,6 +92,7 @@ def settle(
     watch: Watch | None = None,
     share: float = 1.0,
     count: Callable[[int], None] = lambda evaluations: None,
+    graph: bool = False,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -110,6 +111,8 @@ def settle(
         watch: sees the phase before every step.
         share: of the first residual, which has to be reached as well as the tolerance.
         count: is told how many velocities were evaluated, as they are.
+        graph: record the steps, so that what has settled leads back to `start`, `previous` and
+            whatever the velocity has a graph to. Only for solvers that are `differentiable`.
 
     Returns:
         The settled state.
@@ -118,9 +121,12 @@ def settle(
         ConfigurationError: the solver compiles, and the steps are not alike or cannot be compiled.
         SettlingError: the velocity is no longer finite.
     """
-    params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+    params = dict(start)
+    if not graph:
+        params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
     leaves = list(params.values())
-    state = solver.init(leaves, previous)
+    with torch.set_grad_enabled(graph):
+        state = solver.init(leaves, previous)
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
     step, start_residual, residual, rests, stalled = 0, math.nan, math.nan, False, False
     every = batches * math.ceil(solver.check_every / batches)
@@ -153,7 +159,7 @@ def settle(
     room = math.inf if limit is None else limit
     several = None
     if solver.compile:
-        _require_alike(batches, watch)
+        _require_alike(batches, each=watch is not None or graph)
     if solver.compile and room > every:  # the last steps are taken one by one, and looked at
         several = CompiledSteps(velocity, params, state, solver, first_step, count)
 
@@ -167,7 +173,7 @@ def settle(
             passed = list(torch._foreach_add(passed, v)) if passed else list(v)
             summed += 1
         if last or (step % every == 0 if batches == 1 else summed == every):
-            mean = passed or v
+            mean = [m.detach() for m in passed or v]  # also from forward mode
             before = residual
             residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
             residual /= max(summed, 1)
@@ -188,10 +194,16 @@ def settle(
             stalled = solver.jumps and tol is not None and not last and residual > before / 2
         if stalled or (last and solver.jumps):
             break
-        if together is None:
-            stalled = solver.update(leaves, v, state, objective) is False
-        else:
+        if together is not None:
             together.finish()
+        elif graph:
+            with torch.enable_grad():
+                leaves = [p.clone() for p in leaves]  # those before are part of the graph
+                state = [s.clone() for s in state]
+                solver.update(leaves, v, state, objective)
+            params = dict(zip(params, leaves, strict=True))
+        else:
+            stalled = solver.update(leaves, v, state, objective) is False
         step += 1 if together is None else together.steps
         if last or stalled:
             break
@@ -199,21 +211,21 @@ def settle(
     outcome = "stopped" if tol is None else "not converged"
     outcome = "converged" if rests else "stalled" if stalled else outcome
     return Settled(
-        params={name: p.detach() for name, p in params.items()},
+        params=params if graph else {name: p.detach() for name, p in params.items()},
         solver_state=state,
         end_step=first_step + step,
         phase=Phase(beta, step, start_residual, residual, outcome, tol),
     )
 
 
-def _require_alike(batches: int, watch: Watch | None) -> None:
-    """Refuse to take several steps at once where each has something of its own."""
+def _require_alike(batches: int, *, each: bool) -> None:
+    """Refuse to take several steps at once where they differ, or where each is asked for."""
     if batches > 1:
         raise ConfigurationError(
             f"compile=True takes several steps at once on the same loss, and this problem has "
             f"{batches} mini-batches; average them in the loss, or use compile=False"
         )
-    if watch is not None:
+    if each:
         raise ConfigurationError(
             "compile=True takes several steps at once, and this estimator has to see every one; "
             "use compile=False"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -105,23 +106,25 @@ class FewShotLearner:
                 f"chunk_size must be at least 1, or None for all tasks at once, got "
                 f"{self.chunk_size}"
             )
-        second = self.estimator.traits.double_backward
-        network = SideBySide(self.model.module(), self.way, second_order=second)
-        object.__setattr__(self, "network", network)
+        object.__setattr__(self, "network", SideBySide(self.model.module(), self.way))
 
     def problem(self, tasks: TaskBatch) -> Bilevel:
         """All tasks as one problem, whose losses are sums over them."""
 
         def loss(
-            params: Params, meta_params: Params, batch: tuple[Tensor, Tensor, int | None]
+            params: Params,
+            meta_params: Params,
+            batch: tuple[Tensor, Tensor, int | None],
+            second_order: bool = False,
         ) -> Tensor:
             x, y, reference = batch
             weights = self.model.weights(params, meta_params)
-            outputs = self.network(weights, x, reference=reference)[:, reference:]
-            return vmap(self.loss)(outputs, y).sum()
+            outputs = self.network(weights, x, reference=reference, second_order=second_order)
+            return vmap(self.loss)(outputs[:, reference:], y).sum()
 
+        second = self.estimator.traits.double_backward
         return Bilevel(
-            inner_loss=loss,
+            inner_loss=partial(loss, second_order=second),
             outer_loss=loss,
             regularizer=self.model.regularizer,
             inner_batches=[(*tasks.support, None)],

@@ -14,6 +14,7 @@ from equigrad.problem import Params
 from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import Statistics
 from equigrad.training.loop import Callback, OuterState, descend
+from equigrad.training.processes import InStep, gathered, place, shared_meta_gradient
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scores`: both tasks × n × …, a score a task."""
@@ -71,6 +72,8 @@ def judge(
 ) -> Score:
     """Learn new tasks with θ as it stands, and score what is said of their query sets.
 
+    Several processes share the draws (`equigrad.training.processes`), and return the same score.
+
     Args:
         learner: settles a task.
         meta_params: θ.
@@ -88,13 +91,16 @@ def judge(
             f"tasks must be at least 2 and at_once at least 1, got {tasks} and {at_once}"
         )
     like = next(iter(meta_params.values()))
-    scores = []
-    for draw, first in enumerate(range(0, tasks, at_once)):
+    here, scores = place(), {}
+    draws = list(enumerate(range(0, tasks, at_once)))
+    for draw, first in draws[here.rank :: here.world_size]:
         batch = sampler.sample(min(at_once, tasks - first), draw).to(like.device, like.dtype)
         params = learner.settle(meta_params, batch)
         outputs = learner.predict(params, meta_params, batch, statistics=statistics)
-        scores.append(metric(outputs, batch.query[1]))
-    every = torch.cat(scores).double()
+        scores[draw] = metric(outputs, batch.query[1]).cpu()
+    for others in gathered(scores):
+        scores |= others
+    every = torch.cat([scores[draw] for draw, _ in draws]).double()
     interval = 1.96 * every.std().item() / math.sqrt(tasks)
     return Score(every.mean().item(), interval, tasks)
 
@@ -115,6 +121,9 @@ def learn_tasks(
     callbacks: Sequence[Callback] = (),
 ) -> OuterState:
     """Learn θ from a stream of tasks, a batch an outer step.
+
+    Several processes share every batch (`equigrad.training.processes`) and step alike; they begin
+    with the state of the first, which alone is watched by callbacks that do not act on it.
 
     Args:
         learner: estimates the meta-gradient of a batch.
@@ -150,7 +159,7 @@ def learn_tasks(
 
     def gradient(state: OuterState) -> MetaGradient:
         batch = sampler.sample(tasks, state.step).to(like.device, like.dtype)
-        return learner.meta_gradient(meta_params, batch)
+        return shared_meta_gradient(learner, meta_params, batch)
 
     def evaluate(state: OuterState, result: MetaGradient) -> Mapping[str, float]:
         if average_from is not None and state.step >= average_from:
@@ -175,7 +184,7 @@ def learn_tasks(
         steps=steps,
         limit=limit,
         evaluate=evaluate,
-        callbacks=callbacks,
+        callbacks=[*(c for c in callbacks if c.acts or place().leads), InStep()],
     )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,7 +101,14 @@ class OuterState:
 
 
 class Callback:
-    """Watches an outer loop. Every method is optional."""
+    """Watches an outer loop. Every method is optional.
+
+    Attributes:
+        acts: class attribute; whether it changes the state (a step size, for example) as the loop
+            runs. Of several processes that learn together, only the first is watched by others.
+    """
+
+    acts: ClassVar[bool] = False
 
     def on_start(self, state: OuterState) -> None:
         """Before the first step of this sitting; the place to load a checkpoint."""
