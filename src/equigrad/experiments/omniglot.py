@@ -25,6 +25,7 @@ from equigrad.experiments.few_shot_figures import task_sheet
 from equigrad.experiments.formats import text
 from equigrad.experiments.run_directory import describe
 from equigrad.experiments.run_folders import flat
+from equigrad.experiments.strength_learning import at_least
 from equigrad.nn import conv4
 from equigrad.nn.side_by_side import Way
 from equigrad.problem import Params
@@ -84,6 +85,10 @@ class Omniglot(FewShot):
     way: int = 5
     """Classes of a task."""
 
+    train_shot: int | None = None
+    """Images of each class that a task is learned from in meta-training; as many as shot if None.
+    Reptile, which makes no use of queries, is given more (Nichol, Achiam, Schulman 2018)."""
+
     split: SplitName = "background-evaluation"
     """How characters are divided between meta-training, validation and test."""
 
@@ -137,6 +142,8 @@ class Omniglot(FewShot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_shot is not None:
+            at_least(1, "train_shot", self.train_shot)
         if self.way < 2:
             raise ConfigurationError(f"way must be at least 2, got {self.way}")
         conv4(filters=1, side=self.side, pooling=self.pooling)
@@ -217,23 +224,27 @@ class Omniglot(FewShot):
         """Tasks of the characters, or of the user's classes."""
         split = self.classes()
 
-        def tasks(part: ClassCollection, seed: int, queries: int, rotations: bool) -> NWayKShot:
+        def tasks(
+            part: ClassCollection, seed: int, shot: int, queries: int, rotations: bool
+        ) -> NWayKShot:
             there = [examples.to(device, dtype) for examples in part]
             return NWayKShot(
                 replace(part, examples=there),
                 way=self.way,
-                shot=self.shot,
+                shot=shot,
                 queries=queries,
                 rotations=rotations,
                 seed=seed,
             )
 
         return Tasks(
-            train=tasks(split.train, self.seed, self.queries, self.rotations),
+            train=tasks(
+                split.train, self.seed, self.train_shot or self.shot, self.queries, self.rotations
+            ),
             validation=None
             if split.validation is None
-            else tasks(split.validation, VALIDATION, self.test_queries, False),
-            test=tasks(split.test, TEST, self.test_queries, False),
+            else tasks(split.validation, VALIDATION, self.shot, self.test_queries, False),
+            test=tasks(split.test, TEST, self.shot, self.test_queries, False),
             note=split.note,
         )
 
