@@ -46,3 +46,14 @@ def test_the_page_on_own_data_learns_from_python():
     (scope,) = run_examples("own-data.md", "from equigrad.sklearn import")
     assert scope["scores"].mean() > 0.9
     assert scope["model"].strengths_["0.weight"].shape == (16, 13)
+
+
+def test_the_page_on_few_shot_learning_learns_to_learn():
+    """From 20 % by chance; the classes of the test lie apart from those that were learned."""
+    (scope,) = run_examples("few-shot.md", "learn_tasks(\n")
+    assert scope["score"].mean > 60
+    labels = scope["new"].query[1][0]
+    assert (scope["answers"] == labels).float().mean() > 0.4
+    one, (x, _) = scope["model"], scope["new"].query
+    alone = [one(query[None]).argmax(-1).item() for query in x[0]]  # not transductive
+    assert alone == scope["answers"].tolist()

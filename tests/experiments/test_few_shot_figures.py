@@ -1,12 +1,19 @@
 """Figures of tasks that say what the numbers say."""
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from equigrad.errors import ConfigurationError
-from equigrad.experiments.few_shot_figures import RIGHT, WRONG, sinusoid_fits, task_sheet
+from equigrad.experiments.few_shot_figures import (
+    RIGHT,
+    WRONG,
+    learning_curves,
+    sinusoid_fits,
+    task_sheet,
+)
 from equigrad.tasks import NWayKShot, Sinusoids
 
 
@@ -71,3 +78,21 @@ def test_figures_that_cannot_be():
         ConfigurationError, match=r"after must be .* 2 tasks and 7 points.*\(2, 8\)"
     ):
         sinusoid_fits(sinusoids, torch.zeros(2, 7), torch.zeros(2, 8), torch.zeros(7))
+
+
+def test_learning_curves_stand_against_steps_and_seconds():
+    rows = [{"outer_step": t, "outer_loss": 40.0 - t, "seconds": 2.0 * t} for t in range(40)]
+    steps, seconds = learning_curves(rows, "accuracy").axes  # nothing was validated
+    assert points(seconds)[0][-1] == [78, 1]
+    smooth = points(steps)[1]
+    assert (smooth[0], smooth[-1]) == ([0, 40], [39, 1.5])  # means of two
+    rows[9] |= {"validation_accuracy": 50.0}
+    rows[39] |= {"validation_accuracy": 90.0}
+    scores, by_time, *_ = learning_curves(rows, "accuracy").axes
+    assert points(scores) == [[[9, 50], [39, 90]]]
+    assert points(by_time) == [[[18, 50], [78, 90]]]
+    assert scores.get_ylabel() == "validation accuracy, %"
+
+
+def points(axes):
+    return [np.asarray(line.get_xydata()).tolist() for line in axes.lines]

@@ -80,6 +80,9 @@ def test_scale_paper_is_what_the_methods_section_says(method, nudged_steps, sett
 
 
 def test_what_is_scaled_down_is_said():
+    (timed,) = replace(Omniglot.preset(), minutes=2.5).notes()
+    assert "2.5 minutes (3,750 meta-steps)" in timed
+    assert "outer_steps" not in timed
     (reptile,) = Omniglot.preset(method="reptile").notes()
     assert "nudged" not in reptile  # it has no nudged phases
     (said,) = Omniglot.preset().notes()

@@ -270,6 +270,7 @@ class Omniglot(FewShot):
             return ()
         paper = type(self).preset(scale="paper", setting=self.setting, method=self.method)
         unused = set() if isinstance(self.estimator, Contrastive) else {"nudged_steps"}
+        unused |= set() if self.minutes is None else {"outer_steps"}
         here, there = (
             dict(
                 flat(
@@ -287,9 +288,11 @@ class Omniglot(FewShot):
             for name, value in here.items()
             if value != there.get(name)
         ]
-        return (f"scale {self.scale}, other than the paper's: {', '.join(changed)}",) * bool(
-            changed
-        )
+        if self.minutes is not None:
+            changed.append(f"{self.minutes:g} minutes ({paper.outer_steps:,} meta-steps)")
+        if not changed:
+            return ()
+        return (f"scale {self.scale}, other than the paper's: {', '.join(changed)}",)
 
     def published(self) -> dict[str, float] | None:
         """What the paper measured of a column of its Table 2."""

@@ -131,7 +131,7 @@ def grouped(folders: Sequence[RunFolder]) -> dict[str, list[Group]]:
         title = ", ".join(
             [
                 run.experiment,
-                *(f"{word} {run.settings[word]}" for word in SECTION if word in run.settings),
+                *(f"{word} {run.settings[word]}" for word in SECTION if run.settings.get(word)),
             ]
         )
         alike = {k: v for k, v in run.settings.items() if k not in BESIDE}
