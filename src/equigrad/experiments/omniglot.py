@@ -128,8 +128,11 @@ class Omniglot(FewShot):
     outer_steps: int = 2000
     """Steps of Adam on what tasks share: batches of tasks."""
 
-    outer_lr: float = 2e-3
+    outer_lr: float = 5e-3
     """Adam's step size."""
+
+    decay: bool = True
+    """Let it fall linearly, to zero at the end."""
 
     tasks: int = 16
     """Tasks of a batch."""
@@ -155,7 +158,13 @@ class Omniglot(FewShot):
         """The defaults of a scale and a column of Table 2."""
         setting = _setting(chosen.get("setting", "5way1shot"))
         way, shot = (int(part.removesuffix("shot")) for part in setting.split("way"))
-        small = cls(setting=setting, way=way, shot=shot, tasks=16 if way == 5 else 4)
+        small = cls(
+            setting=setting,
+            way=way,
+            shot=shot,
+            train_shot=5 * shot if method == "reptile" else None,
+            tasks=16 if way == 5 else 4,
+        )
         scale = chosen.get("scale", "small")
         if scale == "smoke":
             return replace(
@@ -181,6 +190,7 @@ class Omniglot(FewShot):
                 strength=0.1,
                 outer_steps=3750,
                 outer_lr=1e-3,
+                decay=False,
                 tasks=32 if way == 5 else 16,
                 queries=15,
             )
