@@ -54,6 +54,7 @@ def commands() -> list[Command]:
         matched_phases,
         quadratic,
         search,
+        sinusoid,
         strength_learning,
         table1,
         tabular,
@@ -81,6 +82,7 @@ def commands() -> list[Command]:
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
             for experiment in (*of_images, *of_own_data)
         ),
+        Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
         *(
             Command(
                 "search",

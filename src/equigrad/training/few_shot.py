@@ -68,6 +68,7 @@ def judge(
     tasks: int = 600,
     at_once: int = 20,
     statistics: Statistics | None = None,
+    steps: int | None = None,
 ) -> Score:
     """Learn new tasks with θ as it stands, and score what is said of their query sets.
 
@@ -79,6 +80,7 @@ def judge(
         tasks: how many to draw.
         at_once: how many to draw at a time.
         statistics: of batch normalisation, other than the learner's own.
+        steps: of adaptation at most, other than those of the learner's solver; 0 for none.
 
     Raises:
         ConfigurationError: fewer than two tasks, or at_once < 1.
@@ -91,7 +93,7 @@ def judge(
     scores = []
     for draw, first in enumerate(range(0, tasks, at_once)):
         batch = sampler.sample(min(at_once, tasks - first), draw).to(like.device, like.dtype)
-        params = learner.settle(meta_params, batch)
+        params = learner.settle(meta_params, batch, steps=steps)
         outputs = learner.predict(params, meta_params, batch, statistics=statistics)
         scores.append(metric(outputs, batch.query[1]))
     every = torch.cat(scores).double()
