@@ -10,7 +10,7 @@ from rich.console import Console
 
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import MAML
-from equigrad.experiments.few_shot import Job
+from equigrad.experiments.few_shot import Job, MethodName
 from equigrad.experiments.sinusoid import LOOKS, OWN, Sinusoid, run
 
 QUIET = Console(quiet=True)
@@ -21,7 +21,7 @@ def smoke(**changes) -> Sinusoid:
 
 
 def test_methods_beside_each_other(tmp_path, monkeypatch):
-    few = ["contrastive-synaptic", "maml", "scratch"]
+    few: list[MethodName] = ["contrastive-synaptic", "maml", "scratch"]
     monkeypatch.setattr("equigrad.experiments.sinusoid.OWN", {name: OWN[name] for name in few})
     rows = run(smoke(), tmp_path, resume=False, console=QUIET)
     assert list(rows) == few

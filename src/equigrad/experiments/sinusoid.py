@@ -51,7 +51,7 @@ OWN: dict[MethodName, dict[str, Any]] = {
     "reptile": {},
     "scratch": {},
 }
-"""What validation chose for every method, where it is not the default (docs/sinusoid.md)."""
+"""What is a method's own, where it is not the default; docs/sinusoid.md says how it was chosen."""
 
 LOOKS = (0, 1, 2, 5, 10, 20, 50)
 """Steps of adaptation after which the test is taken for the figure."""
@@ -64,7 +64,7 @@ class Sinusoid(FewShot):
     Every task is a curve A sin(x - p), of which a tanh network knows a few points. The contrastive
     rule meta-learns the weights that a task's own are pulled to. Beside it: MAML, first-order MAML,
     implicit MAML, Reptile and a random start, each with the same network, tasks and number of
-    them, and with the step sizes that validation chose for it.
+    them, and with settings of its own.
     """
 
     method: MethodName = "contrastive-synaptic"
