@@ -62,6 +62,7 @@ def commands() -> list[Command]:
         omniglot,
         quadratic,
         search,
+        sinusoid,
         strength_learning,
         table1,
         table2,
@@ -91,6 +92,7 @@ def commands() -> list[Command]:
             Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
             for experiment in (*of_images, *of_own_data)
         ),
+        Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
         *(
             Command("run", experiment.__name__.lower(), experiment.preset, few_shot.run)
             for experiment in (omniglot.Omniglot,)

@@ -153,6 +153,18 @@ def test_adapted_modules_are_saved_and_loaded_as_any_other(tmp_path) -> None:
     torch.testing.assert_close(again(x), module(x))
 
 
+def test_steps_of_adaptation_other_than_the_solvers() -> None:
+    model, batch = LearnedStart(network()), tasks()
+    meta_params = model.meta_params()
+    five = learner(model, eg.MAML())
+    two = learner(model, eg.MAML(), solver=eg.GradientDescent(lr=0.05, max_steps=2))
+    for name, p in five.settle(meta_params, batch, steps=2).items():
+        assert p.equal(two.settle(meta_params, batch)[name])
+    for name, p in five.settle(meta_params, batch, steps=0).items():
+        assert p.equal(meta_params[name].expand(p.shape))
+        assert not p.requires_grad
+
+
 def test_bad_choices_are_named() -> None:
     with pytest.raises(eg.ConfigurationError, match=r"chunk_size must be at least 1.*got 0"):
         learner(synaptic(), eg.Contrastive(), chunk_size=0)

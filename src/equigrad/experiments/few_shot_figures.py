@@ -149,6 +149,39 @@ def sinusoid_fits(
     return figure
 
 
+def adaptation_curves(
+    learning: Mapping[str, Sequence[tuple[int, float]]],
+    adaptation: Mapping[str, Sequence[tuple[int, float]]],
+) -> Figure:
+    """Errors of several methods: while tasks are seen, and while the next one is learned.
+
+    Args:
+        learning: by label of the method, outer steps and the error on tasks of validation then.
+        adaptation: likewise, steps of adaptation and the error on tasks of the test after them.
+    """
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines: list[Any] = []
+    for i, (label, points) in enumerate(adaptation.items()):
+        if learning.get(label):
+            left.plot(*zip(*learning[label], strict=True), color=f"C{i}", linewidth=1.6)
+        lines += right.plot(
+            *zip(*points, strict=True), "o-", color=f"C{i}", label=label, markersize=4
+        )
+    left.set(xlabel="outer step", ylabel="mean squared error, validation", yscale="log")
+    right.set(xlabel="steps of adaptation", ylabel="mean squared error, test", yscale="log")
+    right.set_xscale("symlog", linthresh=1)
+    right.set_xlim(left=-0.1)
+    ticks = sorted({steps for points in adaptation.values() for steps, _ in points})
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.minorticks_off()
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    return figure
+
+
 def learning_curves(history: Sequence[Mapping[str, Any]], score: str) -> Figure:
     """The score on tasks of validation, and the outer loss, against outer steps and seconds.
 

@@ -177,16 +177,27 @@ class FewShotLearner:
             gradient_evaluations=sum(counts),
         )
 
-    def settle(self, meta_params: Params, tasks: TaskBatch) -> dict[str, Tensor]:
-        """φ of every task once it has learned, a row a task."""
+    def settle(
+        self, meta_params: Params, tasks: TaskBatch, *, steps: int | None = None
+    ) -> dict[str, Tensor]:
+        """φ of every task once it has learned, a row a task.
+
+        Args:
+            meta_params: θ.
+            tasks: what to learn.
+            steps: at most so many, other than the solver's own; 0 for φ at the start.
+        """
         constants = {name: m.detach() for name, m in meta_params.items()}
+        if steps == 0:
+            return {n: p.detach() for n, p in self.start(constants, len(tasks)).items()}
+        solver = self.solver if steps is None else replace(self.solver, max_steps=steps)
         settled = []
         for chunk in tasks.chunks(self.chunk_size):
             start = {n: p.detach() for n, p in self.start(constants, len(chunk)).items()}
             # nobody asks for derivatives by θ
             problem = replace(self.problem(chunk), reaches={"inner": [*constants], "outer": []})
             with Evaluation(problem, start, constants) as evaluation:
-                settled.append(evaluation.settle(self.solver).params)
+                settled.append(evaluation.settle(solver).params)
         return {name: torch.cat([s[name] for s in settled]) for name in settled[0]}
 
     @torch.no_grad()

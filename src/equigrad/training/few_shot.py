@@ -69,6 +69,7 @@ def judge(
     tasks: int = 600,
     at_once: int = 20,
     statistics: Statistics | None = None,
+    steps: int | None = None,
 ) -> Score:
     """Learn new tasks with θ as it stands, and score what is said of their query sets.
 
@@ -82,6 +83,7 @@ def judge(
         tasks: how many to draw.
         at_once: how many to draw at a time.
         statistics: of batch normalisation, other than the learner's own.
+        steps: of adaptation at most, other than those of the learner's solver; 0 for none.
 
     Raises:
         ConfigurationError: fewer than two tasks, or at_once < 1.
@@ -95,7 +97,7 @@ def judge(
     draws = list(enumerate(range(0, tasks, at_once)))
     for draw, first in draws[here.rank :: here.world_size]:
         batch = sampler.sample(min(at_once, tasks - first), draw).to(like.device, like.dtype)
-        params = learner.settle(meta_params, batch)
+        params = learner.settle(meta_params, batch, steps=steps)
         outputs = learner.predict(params, meta_params, batch, statistics=statistics)
         scores[draw] = metric(outputs, batch.query[1]).cpu()
     for others in gathered(scores):
