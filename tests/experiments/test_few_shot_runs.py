@@ -23,7 +23,7 @@ from equigrad.experiments.few_shot import (
     Tasks,
     run,
 )
-from equigrad.nn.side_by_side import Way
+from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import Sinusoids
 from equigrad.training import Callback
 from equigrad.training.few_shot import mean_squared_error
@@ -46,7 +46,7 @@ class Curves(FewShot):
     validate_every: int = 3
     validation_tasks: int = 4
     test_tasks: int = 6
-    side_by_side: Way = "vmap"
+    batching: Batching = "vmap"
     threads: int = 1
 
     @classmethod

@@ -6,9 +6,9 @@ from torch import nn
 
 import equigrad as eg
 from equigrad.nn import BatchStatistics, Functional, SideBySide, conv4
-from equigrad.nn.side_by_side import Way
+from equigrad.nn.side_by_side import Batching
 
-WAYS = ("vmap", "grouped", "grouped channels-last", "auto")
+BATCHINGS = ("vmap", "grouped", "grouped channels-last", "auto")
 
 
 def mlp() -> nn.Module:
@@ -34,24 +34,24 @@ def stacked(network: SideBySide, tasks: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (4,)), (convolutional, (2, 8, 8))])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("reference", [None, 3])
 def test_every_way_gives_the_values_and_derivatives_of_one_copy_at_a_time(
-    make, shape, way, reference
+    make, shape, batching, reference
 ) -> None:
     torch.manual_seed(0)
     model = make().double()
     x = torch.randn(3, 5, *shape, dtype=torch.float64)
 
-    def both(way) -> list[torch.Tensor]:
-        network = SideBySide(model, way)
+    def both(batching) -> list[torch.Tensor]:
+        network = SideBySide(model, batching)
         params = stacked(network, 3)
         out = network(params, x, reference=reference, second_order=True)
         first = torch.autograd.grad(out.sin().sum(), list(params.values()), create_graph=True)
         size = torch.stack([g.square().sum() for g in first]).sum()
         return [out, *first, *torch.autograd.grad(size, list(params.values()))]
 
-    for found, expected in zip(both(way), both("loop"), strict=True):
+    for found, expected in zip(both(batching), both("loop"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -102,23 +102,23 @@ def test_any_module_goes_by_vmap_and_is_not_touched() -> None:
     before = {name: p.clone() for name, p in layer.named_parameters()}
     x = torch.randn(3, 5, 6, 4)
     out = {}
-    ways: list[Way] = ["vmap", "loop"]
-    for way in ways:
-        network = SideBySide(layer, way)
-        out[way] = network(stacked(network, 3), x)
+    batchings: list[Batching] = ["vmap", "loop"]
+    for batching in batchings:
+        network = SideBySide(layer, batching)
+        out[batching] = network(stacked(network, 3), x)
     torch.testing.assert_close(out["vmap"], out["loop"], rtol=1e-4, atol=1e-5)
     assert all(p is not before[n] and p.equal(before[n]) for n, p in layer.named_parameters())
 
 
 def test_grouped_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(eg.ConfigurationError, match=r"way='grouped'.*TransformerEncoderLayer"):
+    with pytest.raises(eg.ConfigurationError, match=r"batching='grouped'.*TransformerEncoderLayer"):
         SideBySide(nn.TransformerEncoderLayer(4, 2, 8), "grouped")
     with pytest.raises(eg.ConfigurationError, match="is something else"):
         SideBySide(nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)), "grouped")
     network = SideBySide(mlp(), "grouped")
     with pytest.raises(eg.ConfigurationError, match="1 dimensions more"):
         network(stacked(network, 2), torch.zeros(2, 5, 7, 4))
-    with pytest.raises(eg.ConfigurationError, match="way must be one of auto, loop"):
+    with pytest.raises(eg.ConfigurationError, match="batching must be one of auto, loop"):
         SideBySide(mlp(), "fast")  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ def learner(model, estimator, **options) -> FewShotLearner:
         loss=nn.functional.cross_entropy,
         solver=solver,
         estimator=estimator,
-        **{"way": "vmap", **options},
+        **{"batching": "vmap", **options},
     )
 
 
@@ -62,12 +62,12 @@ def test_a_batch_gives_the_mean_of_its_tasks_own_meta_gradients(
 ) -> None:
     batch, model = tasks(), make()
     meta_params = model.meta_params()
-    alone = learner(model, estimator, way="loop", statistics=statistics)
+    alone = learner(model, estimator, batching="loop", statistics=statistics)
     each = [alone.meta_gradient(meta_params, batch[i : i + 1]) for i in range(len(batch))]
-    for way in ("vmap", "grouped", "auto"):
+    for batching in ("vmap", "grouped", "auto"):
         for chunk_size in (None, 3):
             result = learner(
-                model, estimator, way=way, chunk_size=chunk_size, statistics=statistics
+                model, estimator, batching=batching, chunk_size=chunk_size, statistics=statistics
             ).meta_gradient(meta_params, batch)
             for name, grad in result.grads.items():
                 mean = torch.stack([one.grads[name] for one in each]).mean(0)

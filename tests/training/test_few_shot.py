@@ -20,7 +20,7 @@ def learner() -> FewShotLearner:
         loss=nn.functional.mse_loss,
         solver=eg.GradientDescent(lr=0.05, max_steps=10),
         estimator=eg.Contrastive(beta=0.1),
-        way="grouped",
+        batching="grouped",
     )
 
 

@@ -33,7 +33,7 @@ from equigrad.experiments.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.strength_learning import ScaleName, at_least, positive
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
 from equigrad.nn.batch_statistics import BatchStatistics
-from equigrad.nn.side_by_side import Way
+from equigrad.nn.side_by_side import Batching
 from equigrad.problem import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import FewShotLearner, TaskSampler
@@ -209,7 +209,7 @@ class FewShot(ABC):
     chunk_size: int | None = None
     """Tasks that settle at once; all of a batch if None. Memory grows with it."""
 
-    side_by_side: Way
+    batching: Batching
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     checkpoint_every: int = 50
@@ -323,7 +323,7 @@ class FewShot(ABC):
             estimator=estimator,
             chunk_size=self.chunk_size,
             statistics=self.statistics,
-            way=self.side_by_side,
+            batching=self.batching,
         )
 
     @classmethod

@@ -27,7 +27,7 @@ from equigrad.experiments.run_directory import describe
 from equigrad.experiments.run_folders import flat
 from equigrad.experiments.strength_learning import at_least
 from equigrad.nn import conv4
-from equigrad.nn.side_by_side import Way
+from equigrad.nn.side_by_side import Batching
 from equigrad.problem import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import ClassCollection, ClassSplit, NWayKShot, image_folder, omniglot
@@ -63,7 +63,7 @@ SHARES = 0.64, 0.16
 ELSEWHERE = frozenset(
     {
         *("scale", "seed", "minutes", "checkpoint_every", "device", "dtype", "threads"),
-        *("chunk_size", "side_by_side", "validate_every", "validation_tasks", "test_tasks"),
+        *("chunk_size", "batching", "validate_every", "validation_tasks", "test_tasks"),
     }
 )
 """Settings in which a run may differ from the paper's and still be at its scale."""
@@ -140,7 +140,7 @@ class Omniglot(FewShot):
     queries: int = 5
     """Examples that judge what was learned in meta-training, of each class."""
 
-    side_by_side: Way = "grouped channels-last"
+    batching: Batching = "grouped channels-last"
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     def __post_init__(self) -> None:

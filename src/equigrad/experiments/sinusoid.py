@@ -32,7 +32,7 @@ from equigrad.experiments.few_shot_figures import adaptation_curves, sinusoid_fi
 from equigrad.experiments.run_directory import RunDirectory
 from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
 from equigrad.nn import tanh_network
-from equigrad.nn.side_by_side import Way
+from equigrad.nn.side_by_side import Batching
 from equigrad.problem import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import Sinusoids, TaskBatch
@@ -121,7 +121,7 @@ class Sinusoid(FewShot):
     validation_tasks: int = 200
     """Tasks of a validation; what does best is kept."""
 
-    side_by_side: Way = "grouped"
+    batching: Batching = "grouped"
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     threads: int = 1

@@ -14,7 +14,7 @@ from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
 from equigrad.nn.functional import Functional
 from equigrad.problem import Params
 
-Way = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
+Batching = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
 """How copies are computed: in turn, by `torch.func.vmap`, or as groups of channels."""
 
 
@@ -35,10 +35,10 @@ class SideBySide:
 
     Args:
         model: any module. It is copied, never changed.
-        way: how to compute.
+        batching: how to compute.
 
     Raises:
-        ConfigurationError: an unknown way, or one that does not serve this module.
+        ConfigurationError: an unknown batching, or one that does not serve this module.
 
     Example:
         >>> net = SideBySide(nn.Linear(3, 2))
@@ -47,19 +47,21 @@ class SideBySide:
         torch.Size([4, 5, 2])
     """
 
-    def __init__(self, model: nn.Module, way: Way = "auto") -> None:
-        if way not in get_args(Way):
-            raise ConfigurationError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
+    def __init__(self, model: nn.Module, batching: Batching = "auto") -> None:
+        if batching not in get_args(Batching):
+            raise ConfigurationError(
+                f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}"
+            )
         self._one = Functional(with_batch_statistics(model))
         self._shapes = {name: p.shape for name, p in self._one.params().items()}
         self._norms = [m for m in self._one.model.modules() if isinstance(m, BatchStatistics)]
         self._layers = _layers(self._one.model, set(self._shapes))
-        self.way = way
-        if way.startswith("grouped") and self._layers is None:
+        self.batching = batching
+        if batching.startswith("grouped") and self._layers is None:
             raise ConfigurationError(
-                f"way={way!r} serves a Sequential of convolutions, linear layers, batch "
+                f"batching={batching!r} serves a Sequential of convolutions, linear layers, batch "
                 f"normalisation, pooling and activations, and {type(model).__name__} is something "
-                f"else; use way='vmap', 'loop' or 'auto'"
+                f"else; use batching='vmap', 'loop' or 'auto'"
             )
         self._chosen: dict[object, Callable[[Params, Tensor], Tensor]] = {}
 
@@ -113,23 +115,24 @@ class SideBySide:
     def _compute(
         self, params: Params, x: Tensor, second_order: bool
     ) -> Callable[[Params, Tensor], Tensor]:
-        ways: dict[str, Callable[[Params, Tensor], Tensor]] = {
+        batchings: dict[str, Callable[[Params, Tensor], Tensor]] = {
             "loop": self._loop,
             "vmap": self._vmap,
             "grouped": self._grouped,
             "grouped channels-last": self._grouped_channels_last,
         }
-        if self.way != "auto":
-            return ways[self.way]
+        if self.batching != "auto":
+            return batchings[self.batching]
         learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
         key = (x.shape, x.dtype, x.device, learning, self._reference, second_order)
         if key not in self._chosen:
             if self._layers is None or x.ndim != 5:
-                del ways["grouped channels-last"]
+                del batchings["grouped channels-last"]
             if self._layers is None:
-                del ways["grouped"]
+                del batchings["grouped"]
             self._chosen[key] = min(
-                ways.values(), key=lambda way: self._seconds(way, params, x, second_order)
+                batchings.values(),
+                key=lambda batching: self._seconds(batching, params, x, second_order),
             )
         return self._chosen[key]
 
@@ -139,7 +142,7 @@ class SideBySide:
 
     def _seconds(
         self,
-        way: Callable[[Params, Tensor], Tensor],
+        batching: Callable[[Params, Tensor], Tensor],
         params: Params,
         x: Tensor,
         second_order: bool,
@@ -152,7 +155,7 @@ class SideBySide:
             for _ in range(4):  # the first warms up
                 began = _now(x.device)
                 try:
-                    out = way(own, x).square().mean()
+                    out = batching(own, x).square().mean()
                 except ConfigurationError:  # does not serve inputs of this shape
                     return float("inf")
                 if out.requires_grad:
@@ -237,8 +240,8 @@ def _norm(layer: BatchStatistics, own: Mapping[str, Tensor], x: Tensor, tasks: i
 def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
     if x.ndim != 2:
         raise ConfigurationError(
-            f"way='grouped' serves linear layers of n × features, and this one is handed "
-            f"{x.ndim - 2} dimensions more; use way='vmap' or 'loop'"
+            f"batching='grouped' serves linear layers of n × features, and this one is handed "
+            f"{x.ndim - 2} dimensions more; use batching='vmap' or 'loop'"
         )
     apart = x.reshape(len(x), tasks, -1).transpose(0, 1)
     weight = own["weight"].transpose(1, 2)

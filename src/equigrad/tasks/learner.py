@@ -14,7 +14,7 @@ from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.nn.batch_statistics import with_batch_statistics, with_statistics_of
-from equigrad.nn.side_by_side import SideBySide, Way
+from equigrad.nn.side_by_side import Batching, SideBySide
 from equigrad.problem import Bilevel, Params, Regularizer
 from equigrad.randomness import Stream
 from equigrad.solvers import Solver
@@ -70,10 +70,10 @@ class FewShotLearner:
         statistics: what batch normalisation takes its statistics of where a task is judged.
             `query`: its whole query set, so that what is said of one example depends on the others
             (transductive, the field's custom). `support`: its support set.
-        way: how networks are computed side by side, as in `equigrad.nn.SideBySide`.
+        batching: how networks are computed side by side, as in `equigrad.nn.SideBySide`.
 
     Raises:
-        ConfigurationError: chunk_size < 1, or a way that does not serve the module.
+        ConfigurationError: chunk_size < 1, or a batching that does not serve the module.
 
     Example:
         >>> import equigrad as eg
@@ -96,7 +96,7 @@ class FewShotLearner:
     estimator: Estimator
     chunk_size: int | None = None
     statistics: Statistics = "query"
-    way: Way = "auto"
+    batching: Batching = "auto"
     network: SideBySide = field(init=False, repr=False)
     _reaches: dict[Stream, list[str]] | None = field(default=None, init=False, repr=False)
 
@@ -106,7 +106,7 @@ class FewShotLearner:
                 f"chunk_size must be at least 1, or None for all tasks at once, got "
                 f"{self.chunk_size}"
             )
-        object.__setattr__(self, "network", SideBySide(self.model.module(), self.way))
+        object.__setattr__(self, "network", SideBySide(self.model.module(), self.batching))
 
     def problem(self, tasks: TaskBatch) -> Bilevel:
         """All tasks as one problem, whose losses are sums over them."""

@@ -1,5 +1,7 @@
 """Step sizes that shrink while θ is learned."""
 
+from typing import ClassVar
+
 from equigrad.gradient import MetaGradient
 from equigrad.training.loop import Callback, OuterState
 
@@ -13,6 +15,8 @@ class LinearDecay(Callback):
     Args:
         lr: step size at the beginning.
     """
+
+    acts: ClassVar[bool] = True
 
     def __init__(self, lr: float) -> None:
         self.lr = lr

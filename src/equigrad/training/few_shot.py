@@ -14,7 +14,7 @@ from equigrad.problem import Params
 from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import Statistics
 from equigrad.training.loop import Callback, OuterState, descend
-from equigrad.training.processes import InStep, gathered, place, shared_meta_gradient
+from equigrad.training.processes import InStep, agreed, gathered, place, shared_meta_gradient
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scores`: both tasks × n × …, a score a task."""
@@ -167,7 +167,7 @@ def learn_tasks(
         if average_from is not None and state.step >= average_from:
             _average(state, state.step - average_from + 1)
         done = state.step + 1
-        ends = done == state.steps or state.seconds >= state.limit
+        ends = agreed(done == state.steps or state.seconds >= state.limit)
         if validate is None or not (done % validate_every == 0 or ends):
             return {}
         now = state.copies.get("average", state.meta_params)
@@ -179,6 +179,9 @@ def learn_tasks(
             state.copies["best"] = {n: m.detach().clone() for n, m in now.items()}
         return metrics
 
+    watching = [c for c in callbacks if not c.acts and place().leads]
+    acting = [c for c in callbacks if c.acts]  # after the clocks agree
+
     return descend(
         gradient,
         meta_params,
@@ -186,7 +189,7 @@ def learn_tasks(
         steps=steps,
         limit=limit,
         evaluate=evaluate,
-        callbacks=[*(c for c in callbacks if c.acts or place().leads), InStep()],
+        callbacks=[*watching, InStep(), *acting],
     )
 
 
