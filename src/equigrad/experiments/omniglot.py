@@ -162,7 +162,7 @@ class Omniglot(FewShot):
             setting=setting,
             way=way,
             shot=shot,
-            train_shot=5 * shot if method == "reptile" else None,
+            train_shot=(5 if shot == 1 else 10) if method == "reptile" else None,
             tasks=16 if way == 5 else 4,
         )
         scale = chosen.get("scale", "small")
@@ -192,7 +192,7 @@ class Omniglot(FewShot):
                 outer_lr=1e-3,
                 decay=False,
                 tasks=32 if way == 5 else 16,
-                queries=15,
+                queries=10 if small.train_shot == 10 else 15,
             )
         return small
 
@@ -318,7 +318,7 @@ class Omniglot(FewShot):
         batch = job.tasks.test.sample(4, 0).to(like.device, like.dtype)
         params = job.tested.settle(meta_params, batch)
         said = job.tested.predict(params, meta_params, batch).argmax(-1)
-        figures.save(task_sheet(batch, said), folder / "tasks.png")
+        figures.save(task_sheet(batch, said, inverted=self.images is None), folder / "tasks.png")
 
 
 def _setting(word: str) -> SettingName:

@@ -19,7 +19,7 @@ class BatchStatistics(nn.Module):
     transductive); with the support set first and `reference` its size, on those alone.
 
     Args:
-        norm: the layer to take the place of; its gain and shift are copied.
+        norm: the layer to take the place of; its gain and shift are taken over.
 
     Attributes:
         reference: how many rows the statistics are of; None for all.
@@ -33,7 +33,7 @@ class BatchStatistics(nn.Module):
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
         self.eps = norm.eps
-        self.weight, self.bias = copy.deepcopy(norm.weight), copy.deepcopy(norm.bias)
+        self.weight, self.bias = norm.weight, norm.bias
         self.reference: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,13 +55,15 @@ class BatchStatistics(nn.Module):
 
 def with_batch_statistics(model: nn.Module) -> nn.Module:
     """A copy of a module whose batch normalisation remembers nothing."""
+    known: dict[nn.Module, nn.Module] = {}  # a layer may stand in two places
 
     def swapped(part: nn.Module) -> nn.Module:
-        if isinstance(part, _BatchNorm):
-            return BatchStatistics(part)
-        for name, child in part.named_children():
-            setattr(part, name, swapped(child))
-        return part
+        if part not in known:
+            known[part] = BatchStatistics(part) if isinstance(part, _BatchNorm) else part
+            for name, child in known[part]._modules.items():
+                if child is not None:
+                    known[part]._modules[name] = swapped(child)
+        return known[part]
 
     return swapped(copy.deepcopy(model))
 

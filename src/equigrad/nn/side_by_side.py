@@ -76,6 +76,7 @@ class SideBySide:
         *,
         reference: int | None = None,
         second_order: bool = False,
+        training: bool = True,
     ) -> Tensor:
         """The outputs of every copy.
 
@@ -86,6 +87,7 @@ class SideBySide:
             reference: batch normalisation takes the statistics of so many first rows of each
                 task's; of all where None.
             second_order: the derivatives will be differentiated once more: `auto` measures that.
+            training: whether the module stands in training mode, with dropout, or in `eval` mode.
 
         Returns:
             Outputs of shape tasks × n × ….
@@ -96,6 +98,8 @@ class SideBySide:
         stacked = {name: self._stacked(name, params, len(x)) for name in self._shapes}
         for norm in self._norms:
             norm.reference = reference
+        if self._one.model.training != training:
+            self._one.model.train(training)
         return self._compute(stacked, x, second_order)(stacked, x)
 
     def _stacked(self, name: str, params: Params, tasks: int) -> Tensor:
@@ -124,7 +128,8 @@ class SideBySide:
         if self.batching != "auto":
             return batchings[self.batching]
         learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
-        key = (x.shape, x.dtype, x.device, learning, self._reference, second_order)
+        mode = (self._reference, second_order, self._one.model.training)
+        key = (x.shape, x.dtype, x.device, learning, mode)
         if key not in self._chosen:
             if self._layers is None or x.ndim != 5:
                 del batchings["grouped channels-last"]

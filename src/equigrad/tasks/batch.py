@@ -33,6 +33,9 @@ class TaskBatch:
     query: tuple[Tensor, Tensor]
 
     def __post_init__(self) -> None:
+        for name, pair in (("support", self.support), ("query", self.query)):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ProblemError(f"{name} must be a pair (inputs, targets), got {_kind(pair)}")
         tensors = dict(
             zip(
                 ("support inputs", "support targets", "query inputs", "query targets"),
@@ -119,3 +122,7 @@ class TaskBatch:
         tensors = (*self.support, *self.query)
         parts = zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
         return [type(self)((a, b), (c, d)) for a, b, c, d in parts]
+
+
+def _kind(pair: object) -> str:
+    return f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__

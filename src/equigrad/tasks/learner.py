@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from equigrad.errors import ConfigurationError
+from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
@@ -58,7 +58,9 @@ class FewShotLearner:
         min_θ mean_τ L(φ*_τ, θ, query_τ),    φ*_τ = argmin_φ L(φ, θ, support_τ) + R(φ, θ)
 
     (Zucchet et al., Eqs. 5 and 6). All tasks of a batch settle at once: their parameters are
-    stacked, and the inner loss is the sum over tasks, which settle on their own.
+    stacked, and the inner loss is the sum over tasks. With a fixed number of steps each task
+    settles as it would alone. A tolerance is that of all tasks of a chunk together, and a line
+    search looks at their sum: `chunk_size=1` where tasks should not wait for each other.
 
     Attributes:
         model: what a task learns and what tasks share: `ComplexSynapse(…, learn=("center",))`,
@@ -106,6 +108,13 @@ class FewShotLearner:
                 f"chunk_size must be at least 1, or None for all tasks at once, got "
                 f"{self.chunk_size}"
             )
+        _check_statistics(self.statistics)
+        if not hasattr(self.model, "weights"):
+            raise ConfigurationError(
+                f"model must say what a task learns and what tasks share, got a bare "
+                f"{type(self.model).__name__}; wrap it in equigrad.nn.Modulation(…), "
+                f"LearnedStart(…) or ComplexSynapse(…, center='init', learn=('center',))"
+            )
         object.__setattr__(self, "network", SideBySide(self.model.module(), self.batching))
 
     def problem(self, tasks: TaskBatch) -> Bilevel:
@@ -120,7 +129,13 @@ class FewShotLearner:
             x, y, reference = batch
             weights = self.model.weights(params, meta_params)
             outputs = self.network(weights, x, reference=reference, second_order=second_order)
-            return vmap(self.loss)(outputs[:, reference:], y).sum()
+            losses = vmap(self.loss)(outputs[:, reference:], y)
+            if losses.ndim != 1:
+                raise ProblemError(
+                    f"loss must return a scalar for each task, its mean over examples, got shape "
+                    f"{tuple(losses.shape[1:])}"
+                )
+            return losses.sum()
 
         second = self.estimator.traits.double_backward
         return Bilevel(
@@ -220,13 +235,15 @@ class FewShotLearner:
         Returns:
             Shape tasks × n × outputs.
         """
+        _check_statistics(statistics or self.statistics)
         outputs, done = [], 0
         for chunk in tasks.chunks(self.chunk_size):
             own = {name: p[done : done + len(chunk)] for name, p in params.items()}
             done += len(chunk)
             x, _, reference = self._judged(chunk, statistics or self.statistics)
             weights = self.model.weights(own, meta_params)
-            outputs.append(self.network(weights, x, reference=reference)[:, reference:])
+            said = self.network(weights, x, reference=reference, training=False)
+            outputs.append(said[:, reference:])
         return torch.cat(outputs)
 
     @staticmethod
@@ -247,17 +264,24 @@ class FewShotLearner:
         Args:
             meta_params: θ.
             support: inputs n × … and targets n × ….
-            statistics: other than the learner's own. With `support`, the module stands in `eval`
-                mode and its batch normalisation has the statistics of the support set; with
-                `query`, it takes those of whatever batch it is handed.
+            statistics: other than the learner's own. With `support`, the module's batch
+                normalisation has the statistics of the support set; with `query`, it takes those
+                of whatever batch it is handed.
 
         Returns:
-            A copy of the model with the weights that this task asks for.
+            A copy of the model, in `eval` mode, with the weights that this task asks for. With
+            `support` its state has running statistics, also where the model kept none.
         """
+        _check_statistics(statistics or self.statistics)
         x, y = support
         alone = TaskBatch((x[None], y[None]), (x[None], y[None]))
         params = {name: p[0] for name, p in self.settle(meta_params, alone).items()}
         module = self.model.module(self.model.weights(params, meta_params))
         if (statistics or self.statistics) == "query":
-            return with_batch_statistics(module)
+            return with_batch_statistics(module).eval()
         return with_statistics_of(module, x)
+
+
+def _check_statistics(word: str) -> None:
+    if word not in get_args(Statistics):
+        raise ConfigurationError(f"statistics must be 'query' or 'support', got {word!r}")

@@ -5,6 +5,7 @@ its side: `NWayKShot(split.train, rotations=True)`.
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -82,6 +83,7 @@ def omniglot(
     )
 
 
+@cache  # read once, whatever the seeds of the splits
 def _characters(*parts: drawings.Part, side: int) -> ClassCollection:
     found = [drawings.load(part, side=side) for part in parts]
     pixels = torch.cat([part.drawings for part in found])

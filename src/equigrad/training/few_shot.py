@@ -138,7 +138,7 @@ def learn_tasks(
         limit: seconds after which no further step is begun, those before a resume and those of
             validation included.
         average_from: keep the mean of θ over all steps from this one on (Polyak and Juditsky 1992)
-            as `copies["average"]`.
+            as `copies["average"]`; a loop that ends before has none.
         validate: metrics of θ, of its average where there is one, every `validate_every` steps and
             at the end; the first of them chooses.
         validate_every: steps from one to the next.
@@ -157,6 +157,8 @@ def learn_tasks(
         )
     if keep_best is not None and validate is None:
         raise ConfigurationError(f"keep_best={keep_best!r} needs validate, which scores θ")
+    if keep_best not in (None, "highest", "lowest"):
+        raise ConfigurationError(f"keep_best must be 'highest' or 'lowest', got {keep_best!r}")
     like = next(iter(meta_params.values()))
 
     def gradient(state: OuterState) -> MetaGradient:
@@ -167,15 +169,16 @@ def learn_tasks(
         if average_from is not None and state.step >= average_from:
             _average(state, state.step - average_from + 1)
         done = state.step + 1
-        ends = agreed(done == state.steps or state.seconds >= state.limit)
-        if validate is None or not (done % validate_every == 0 or ends):
+        state.ends = agreed(state.ends)
+        if validate is None or not (done % validate_every == 0 or state.ends):
             return {}
         now = state.copies.get("average", state.meta_params)
         metrics = validate(now)
         name, score = next(iter(metrics.items()))
-        before = [row[name] for row in state.history if name in row]
+        before = [float(row[name]) for row in state.history if name in row]
         sign = 1 if keep_best == "highest" else -1
-        if keep_best is not None and all(sign * score > sign * float(b) for b in before):
+        better = all(sign * score > sign * b for b in before if not math.isnan(b))
+        if keep_best is not None and better and not math.isnan(score):
             state.copies["best"] = {n: m.detach().clone() for n, m in now.items()}
         return metrics
 

@@ -35,6 +35,7 @@ class OuterState:
         seconds: spent so far, over all sittings.
         history: a row an outer step.
         copies: further values of θ worth keeping (an average, for example), by what they are.
+        ends: whether the step under way is the last.
     """
 
     meta_params: dict[str, Tensor]
@@ -47,11 +48,12 @@ class OuterState:
     seconds: float = 0.0
     history: list[Row] = field(default_factory=list)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ends: bool = False
 
     @property
     def share(self) -> float:
         """How much of the loop is done, of its steps or of its time: 1 at its end."""
-        if self.step >= self.steps or self.seconds >= self.limit:
+        if self.ends or self.step >= self.steps or self.seconds >= self.limit:
             return 1.0
         return max(self.step / self.steps, self.seconds / self.limit)
 
@@ -256,7 +258,8 @@ def descend(
     try:
         for callback in callbacks:
             callback.on_start(state)
-        while state.step < steps and state.seconds < limit:
+        state.ends = state.step >= steps or state.seconds >= limit
+        while not state.ends:
             began = time.perf_counter()
             result = gradient(state)
             result.assign()
@@ -266,6 +269,7 @@ def descend(
             state.gradient_evaluations += result.gradient_evaluations
             before = state.seconds
             state.seconds = before + time.perf_counter() - began
+            state.ends = state.step + 1 >= steps or state.seconds >= limit
             metrics = {} if evaluate is None else dict(evaluate(state, result))
             state.seconds = before + time.perf_counter() - began
             state.history.append(_row(state, result, metrics))
