@@ -150,3 +150,13 @@ def test_conv4_takes_any_side(pooling, side) -> None:
     assert sum(p.numel() for p in conv4(outputs=5).parameters()) == 112_261
     with pytest.raises(eg.ConfigurationError, match="at least 16, got 15"):
         conv4(side=15)
+
+
+def test_a_normalisation_in_two_places_stays_one() -> None:
+    norm = nn.BatchNorm1d(4)
+    shared = nn.Sequential(nn.Linear(4, 4), norm, nn.Sequential(nn.Tanh(), norm))
+    network = SideBySide(shared)
+    assert set(network.params()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    x = torch.randn(2, 5, 4)
+    one = network({n: p.expand(2, *p.shape) for n, p in network.params().items()}, x)
+    torch.testing.assert_close(one[1], shared(x[1]))

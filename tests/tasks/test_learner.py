@@ -175,3 +175,40 @@ def test_bad_choices_are_named() -> None:
     start = LearnedStart(network())
     with pytest.raises(eg.ProblemError, match="what has settled has forgotten"):
         learner(start, eg.Contrastive()).meta_gradient(start.meta_params(), tasks())
+
+
+def test_dropout_acts_in_meta_training_alone() -> None:
+    batch = tasks(2)
+    model = LearnedStart(nn.Sequential(network()[:4], nn.Dropout(0.5), nn.Linear(64, 3).double()))
+    one = learner(model, eg.FirstOrderMAML(), batching="loop")
+    theta = model.meta_params()
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses.append(one.meta_gradient(theta, batch).outer_loss)
+    assert losses[0] != losses[1]
+    params = one.settle(theta, batch)
+    assert one.predict(params, theta, batch).equal(one.predict(params, theta, batch))
+    module = one.adapt(theta, (batch.support[0][0], batch.support[1][0]))
+    assert module(batch.query[0][0]).equal(module(batch.query[0][0]))
+
+
+def test_what_is_not_a_learners_is_refused() -> None:
+    rule = eg.Contrastive()
+    with pytest.raises(eg.ConfigurationError, match=r"bare Sequential; wrap it in .*Modulation"):
+        learner(network(), rule)
+    with pytest.raises(eg.ConfigurationError, match="statistics must be 'query' or 'support'"):
+        learner(synaptic(), rule, statistics="both")
+    each = FewShotLearner(
+        model=synaptic(),
+        loss=nn.CrossEntropyLoss(reduction="none"),
+        solver=eg.GradientDescent(max_steps=2),
+        estimator=rule,
+    )
+    with pytest.raises(eg.ProblemError, match="loss must return a scalar for each task"):
+        each.meta_gradient(each.model.meta_params(), tasks())
+    x, y = tasks().support
+    with pytest.raises(eg.ProblemError, match=r"query must be a pair .*got Tensor"):
+        TaskBatch((x, y), x[:2])  # type: ignore[arg-type]
+    with pytest.raises(eg.ProblemError, match=r"support must be a pair .*got 3 of them"):
+        TaskBatch((x, y, y), (x, y))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Meta-training: averages, the best by validation, resuming, and honest intervals."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -120,3 +121,29 @@ def test_bad_counts_are_named() -> None:
         run(1, keep_best="lowest")
     with pytest.raises(eg.ConfigurationError, match="tasks must be at least 2"):
         judge(learner(), {}, Sinusoids(), mean_squared_error, tasks=1)
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    scores = iter([math.nan, 5.0, math.nan, 4.0])
+    recorder = Recorder()
+    state = run(
+        4,
+        [recorder],
+        validate=lambda theta: {"score": next(scores)},
+        validate_every=1,
+        keep_best="highest",
+    )
+    assert chosen(state)["center.0.weight"].equal(recorder.seen[1])
+    with pytest.raises(eg.ConfigurationError, match="keep_best must be 'highest' or 'lowest'"):
+        run(1, validate=lambda theta: {"score": 0.0}, keep_best="max")
+
+
+def test_a_loop_that_the_clock_ends_validates_its_last_step() -> None:
+    def slow(theta: object) -> dict[str, float]:
+        time.sleep(0.06)
+        return {"score": 0.0}
+
+    state = run(10**6, limit=0.2, validate=slow, validate_every=1)
+    assert "score" in state.history[-1]
+    state = run(10**6, limit=0.2, validate=slow, validate_every=10**6)
+    assert ["score" in row for row in state.history] == [False] * (state.step - 1) + [True]

@@ -13,22 +13,14 @@ from torch import nn
 
 import equigrad as eg
 from equigrad.nn import ComplexSynapse
+from equigrad.problem import Params
 from equigrad.tasks import FewShotLearner, Sinusoids
 from equigrad.training import Callback
+from equigrad.training.decay import LinearDecay
 from equigrad.training.few_shot import judge, learn_tasks, mean_squared_error
 from equigrad.training.processes import Place, place, processes, shared_meta_gradient
 
 TASKS = 5  # three for one process and two for the other
-
-
-class Halve(Callback):
-    """Halves the step size, as every process has to."""
-
-    acts = True
-
-    def on_step(self, state, result) -> None:
-        for group in state.optimizer.param_groups:
-            group["lr"] /= 2
 
 
 class Watched(Callback):
@@ -51,6 +43,10 @@ def learner() -> FewShotLearner:
     )
 
 
+def error(one: FewShotLearner, theta: Params) -> float:
+    return judge(one, theta, Sinusoids(seed=3), mean_squared_error, tasks=4, at_once=2).mean
+
+
 def work() -> dict:
     """What has to be the same however many processes do it."""
     one = learner()
@@ -65,7 +61,20 @@ def work() -> dict:
         tasks=TASKS,
         optimizer=torch.optim.SGD(meta_params.values(), lr=0.1, momentum=0.9),
         steps=3,
-        callbacks=[Halve(), watched],
+        callbacks=[LinearDecay(0.1), watched],
+    )
+    timed = one.model.meta_params()  # each process has a clock of its own
+    learn_tasks(
+        one,
+        timed,
+        Sinusoids(seed=1),
+        tasks=TASKS,
+        optimizer=torch.optim.SGD(timed.values(), lr=0.01),
+        steps=10**6,
+        limit=0.3,
+        validate=lambda theta: {"error": error(one, theta)},
+        validate_every=10**6,
+        callbacks=[LinearDecay(0.01)],
     )
     score = judge(one, meta_params, Sinusoids(seed=2), mean_squared_error, tasks=15, at_once=4)
     return {
@@ -76,6 +85,7 @@ def work() -> dict:
         ),
         "counts": (result.gradient_evaluations, state.gradient_evaluations, score.tasks),
         "learned": {name: m.detach() for name, m in meta_params.items()},
+        "timed": {name: m.detach() for name, m in timed.items()},
         "watched": watched.steps,
     }
 
@@ -136,7 +146,8 @@ def test_two_processes_learn_as_one_does(pair) -> None:
         for what in ("grads", "learned"):
             for name, value in alone[what].items():
                 torch.testing.assert_close(found[what][name], value, rtol=1e-11, atol=1e-14)
-    assert all(first["learned"][n].equal(m) for n, m in second["learned"].items())
+    for what in ("learned", "timed"):
+        assert all(first[what][n].equal(m) for n, m in second[what].items())
     assert (first["watched"], second["watched"], alone["watched"]) == (3, 0, 3)
 
 
