@@ -1,12 +1,12 @@
 """Seconds of a meta-step of few-shot learning: equigrad beside higher, TorchOpt and learn2learn.
 
 Four tasks, 5-way 1-shot with 15 queries a class, the network of four convolutional blocks with
-max-pooling and batch statistics, T inner steps. Everything computes the same meta-gradient, which
-is checked to 1e-9 in float64 with few filters, and to 1e-2 in float32 where it is timed, in interleaved rounds
-of float32; a library that is not installed is said to be missing. `bare` is
-the gradient evaluations of first-order MAML alone, T on the support set and one on the query set,
-task after task in plain torch. The contrastive rule, with a centre for every weight, settles T
-steps freely and two nudged phases of ten.
+max-pooling and batch statistics, T inner steps, in interleaved rounds. Everything computes the same
+meta-gradient, which is checked to 1e-9 in float64 with few filters, and to 1e-2 in float32 where it
+is timed; a library that is not installed is said to be missing. `bare` is the gradient evaluations
+of first-order MAML alone, T on the support set and one on the query set, task after task in plain
+torch. The contrastive rule, with a centre for every weight, settles T steps freely and two nudged
+phases of ten.
 
     python benchmarks/few_shot_speed.py [--rounds 5] [--steps 1 5 20] [--filters 64] [--clock wall]
 

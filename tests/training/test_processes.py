@@ -43,7 +43,7 @@ def learner() -> FewShotLearner:
     )
 
 
-def error(one: FewShotLearner, theta: Params) -> float:
+def left(one: FewShotLearner, theta: Params) -> float:
     return judge(one, theta, Sinusoids(seed=3), mean_squared_error, tasks=4, at_once=2).mean
 
 
@@ -72,7 +72,7 @@ def work() -> dict:
         optimizer=torch.optim.SGD(timed.values(), lr=0.01),
         steps=10**6,
         limit=0.3,
-        validate=lambda theta: {"error": error(one, theta)},
+        validate=lambda theta: {"error": left(one, theta)},
         validate_every=10**6,
         callbacks=[LinearDecay(0.01)],
     )
