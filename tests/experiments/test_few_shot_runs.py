@@ -144,6 +144,8 @@ def test_the_clock_ends_meta_training_and_survives_a_stop(tmp_path, monkeypatch)
     rates: list[float] = []
 
     class Rates(Callback):
+        acts = True  # so that it comes after the step size has fallen
+
         def on_step(self, state, result) -> None:
             rates.append(state.optimizer.param_groups[0]["lr"])
 
