@@ -134,6 +134,9 @@ class Omniglot(FewShot):
     decay: bool = True
     """Let it fall linearly, to zero at the end."""
 
+    test_steps: int | None = 20
+    """Steps in which a task is learned in validation and test; those of meta-training if None."""
+
     tasks: int = 16
     """Tasks of a batch."""
 
@@ -186,6 +189,7 @@ class Omniglot(FewShot):
                 held_out=0,
                 solver=GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200),
                 estimator=Contrastive(beta=0.1, scheme="symmetric", matched=False),
+                test_steps=None,
                 nudged_steps=50 if method == "contrastive-modulation" else 100,
                 strength=0.1,
                 outer_steps=3750,
