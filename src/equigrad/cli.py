@@ -93,10 +93,7 @@ def commands() -> list[Command]:
             for experiment in (*of_images, *of_own_data)
         ),
         Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
-        *(
-            Command("run", experiment.__name__.lower(), experiment.preset, few_shot.run)
-            for experiment in (omniglot.Omniglot,)
-        ),
+        Command("run", "omniglot", omniglot.Omniglot.preset, few_shot.run),
         *(
             Command(
                 "search",

@@ -3,12 +3,12 @@
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import equigrad as eg
 from equigrad.errors import ConfigurationError, RunError
@@ -37,6 +37,11 @@ QUIET = Console(quiet=True)
 class Curves(FewShot):
     """Sinusoids by a few units with layer normalisation."""
 
+    score: ClassVar[str] = "error"
+    best: ClassVar[Literal["highest", "lowest"]] = "lowest"
+    metric = staticmethod(mean_squared_error)
+    loss = staticmethod(nn.functional.mse_loss)
+
     solver: eg.GradientDescent = LEARNER
     estimator: Estimator = RULE
     nudged_steps: int = 2
@@ -56,20 +61,6 @@ class Curves(FewShot):
     @property
     def name(self) -> str:
         return "curves"
-
-    @property
-    def score(self) -> str:
-        return "error"
-
-    @property
-    def best(self) -> Literal["highest", "lowest"]:
-        return "lowest"
-
-    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return mean_squared_error(outputs, targets)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.mse_loss(outputs, targets)
 
     def network(self) -> nn.Module:
         return nn.Sequential(nn.Linear(1, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from rich.console import Console
@@ -140,7 +140,19 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot(ABC):
-    """Learn from many tasks how to learn the next one: settings, tasks and network."""
+    """Learn from many tasks how to learn the next one: settings, tasks and network.
+
+    Attributes:
+        score: class attribute; name of the metric, `accuracy` for example.
+        best: class attribute; which score is best.
+        metric: class attribute; a score a task, as `equigrad.training.few_shot.Metric`.
+        loss: class attribute; of one task's outputs and targets, its mean over examples.
+    """
+
+    score: ClassVar[str]
+    best: ClassVar[Literal["highest", "lowest"]]
+    metric: ClassVar[Metric]
+    loss: ClassVar[Callable[[Tensor, Tensor], Tensor]]
 
     method: MethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
@@ -272,24 +284,6 @@ class FewShot(ABC):
     @abstractmethod
     def name(self) -> str:
         """What is learned, in a few words."""
-
-    @property
-    @abstractmethod
-    def score(self) -> str:
-        """Name of the metric, `accuracy` for example."""
-
-    @property
-    @abstractmethod
-    def best(self) -> Literal["highest", "lowest"]:
-        """Which score is best."""
-
-    @abstractmethod
-    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A score a task, as `equigrad.training.few_shot.Metric`."""
-
-    @abstractmethod
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of one task, its mean over examples."""
 
     @abstractmethod
     def network(self) -> Module:
@@ -440,7 +434,7 @@ class Job:
         statistics: Statistics | None = None,
     ) -> Score:
         """The score on tasks of a sampler."""
-        metric: Metric = self.config.metric
+        metric = self.config.metric
         return judge(self.tested, meta_params, sampler, metric, tasks=tasks, statistics=statistics)
 
     def learned(

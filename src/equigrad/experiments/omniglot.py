@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
@@ -78,6 +77,11 @@ class Omniglot(FewShot):
     have no part in that, nor those of validation, by which the best is chosen. With --images, your
     own classes stand in the place of the characters.
     """
+
+    score: ClassVar[str] = "accuracy"
+    best: ClassVar[Literal["highest", "lowest"]] = "highest"
+    metric = staticmethod(accuracy)
+    loss = staticmethod(cross_entropy)
 
     setting: SettingName = "5way1shot"
     """The column of Table 2, which presets way, shot and tasks."""
@@ -205,24 +209,6 @@ class Omniglot(FewShot):
         """What is learned."""
         source = "Omniglot" if self.images is None else f"images in {Path(self.images).name}"
         return f"{source}, {self.way}-way {self.shot}-shot"
-
-    @property
-    def score(self) -> str:
-        """Per cent of queries that are taken for what they are."""
-        return "accuracy"
-
-    @property
-    def best(self) -> Literal["highest", "lowest"]:
-        """The highest accuracy."""
-        return "highest"
-
-    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Accuracy in percent, of each task."""
-        return accuracy(outputs, targets)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return cross_entropy(outputs, targets)
 
     def network(self) -> Module:
         """Four convolutions and a readout."""

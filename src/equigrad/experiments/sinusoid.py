@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import mse_loss
 
@@ -66,6 +65,11 @@ class Sinusoid(FewShot):
     implicit MAML, Reptile and a random start, each with the same network, tasks and number of
     them, and with settings of its own.
     """
+
+    score: ClassVar[str] = "mean_squared_error"
+    best: ClassVar[Literal["highest", "lowest"]] = "lowest"
+    metric = staticmethod(mean_squared_error)
+    loss = staticmethod(mse_loss)
 
     method: MethodName = "contrastive-synaptic"
     """What learns: a division of the network with an estimator of the meta-gradient."""
@@ -191,24 +195,6 @@ class Sinusoid(FewShot):
     def name(self) -> str:
         """How much is known of a curve."""
         return f"sinusoids from {self.shot} points"
-
-    @property
-    def score(self) -> str:
-        """Mean squared error."""
-        return "mean_squared_error"
-
-    @property
-    def best(self) -> Literal["highest", "lowest"]:
-        """The lowest."""
-        return "lowest"
-
-    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A task's mean squared error."""
-        return mean_squared_error(outputs, targets)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error."""
-        return mse_loss(outputs, targets)
 
     def network(self) -> Module:
         """One input, tanh layers, one output."""

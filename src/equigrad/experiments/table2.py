@@ -53,9 +53,10 @@ class Reached:
 class Table2(ByExperiments):
     """Table 2: accuracy on characters never seen, after few-shot learning by several methods.
 
-    The same network, characters, tasks of the test and solver of a task for all methods. Mean ±
-    standard deviation over seeds, beside the paper's own numbers; those that it quotes from other
-    papers stand in a table of their own. A cell that is stopped goes on where it was.
+    The same network, characters, tasks of the test and solver of a task for all methods; Reptile,
+    which makes no use of queries, meta-trains on more images of a class. Mean ± standard deviation
+    over seeds, beside the paper's own numbers; those that it quotes from other papers stand in a
+    table of their own. A cell that is stopped goes on where it was.
     """
 
     name: ClassVar[str] = "table2"
