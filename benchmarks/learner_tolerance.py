@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import equigrad as eg
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.testing import logistic_case
 
 BETAS = (0.1, 0.01, 0.001)

@@ -9,7 +9,7 @@ from equigrad.cli import main
 from equigrad.data.images import Images
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params, Problem
+from equigrad.problems import Bilevel, Params, Problem
 from equigrad.solvers import Solver
 
 

@@ -2,6 +2,7 @@
 
 from equigrad import nn, tasks, training
 from equigrad.check import Check, check_meta_gradient
+from equigrad.contraction import spectral_radius
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
@@ -11,12 +12,14 @@ from equigrad.errors import (
     ProblemError,
     RunError,
     SettlingError,
+    SettlingWarning,
 )
 from equigrad.estimators import (
     GMRES,
     IMAML,
     MAML,
     T1T2,
+    Adjoint,
     ConjugateGradient,
     Contrastive,
     Estimator,
@@ -31,8 +34,19 @@ from equigrad.estimators import (
     Unrolled,
 )
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Bilevel, FixedPoint, Problem
-from equigrad.solvers import LBFGS, BlackBox, GradientDescent, Phase, Solver, TorchOptimizer
+from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Problem
+from equigrad.solvers import (
+    LBFGS,
+    Anderson,
+    BlackBox,
+    Broyden,
+    GradientDescent,
+    GradientFlow,
+    Phase,
+    Picard,
+    Solver,
+    TorchOptimizer,
+)
 
 __version__ = "0.1.0"
 
@@ -42,8 +56,11 @@ __all__ = [
     "LBFGS",
     "MAML",
     "T1T2",
+    "Adjoint",
+    "Anderson",
     "Bilevel",
     "BlackBox",
+    "Broyden",
     "Check",
     "ConfigurationError",
     "ConjugateGradient",
@@ -51,6 +68,7 @@ __all__ = [
     "CurvatureError",
     "DataError",
     "DoubleBackwardError",
+    "EnergyBased",
     "EquigradError",
     "Estimator",
     "EvolutionStrategies",
@@ -60,21 +78,25 @@ __all__ = [
     "FixedPoint",
     "ForwardMode",
     "GradientDescent",
+    "GradientFlow",
     "MetaGradient",
     "NeumannSeries",
     "Nystrom",
     "Phase",
+    "Picard",
     "Problem",
     "ProblemError",
     "Reptile",
     "RunError",
     "SettlingError",
+    "SettlingWarning",
     "Solver",
     "TorchOptimizer",
     "Unrolled",
     "check_meta_gradient",
     "meta_gradient",
     "nn",
+    "spectral_radius",
     "tasks",
     "training",
 ]

@@ -9,7 +9,7 @@ from equigrad.errors import ConfigurationError, CurvatureError, DoubleBackwardEr
 from equigrad.estimators import Contrastive, Estimator, ExactSolve
 from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Params, Problem
+from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 
 MORE_STEPS = 10

@@ -17,6 +17,10 @@ class SettlingError(EquigradError, ArithmeticError):
     """A phase diverged: its parameters or its velocity are no longer finite."""
 
 
+class SettlingWarning(UserWarning):
+    """A layer did not settle, and goes on with where it stopped."""
+
+
 class CurvatureError(EquigradError, ArithmeticError):
     """The inner loss does not curve as an estimator needs it to, where a phase settled."""
 

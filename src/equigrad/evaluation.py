@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problem import Params, Problem, Velocity, check_scalar, scalar
+from equigrad.problems import Params, Problem, Velocity, check_scalar, inner_product, slope
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -26,6 +26,12 @@ class Evaluation:
     As a context manager it holds the randomness that all phases share, and puts back the global
     generators, the modules' buffers and their training flags on leaving, also by an exception.
 
+    Args:
+        problem: the problem.
+        params: φ where the free phase starts.
+        meta_params: θ.
+        settled: where the free phase has ended already, if it has.
+
     Attributes:
         problem: the problem.
         params: φ as given, detached.
@@ -38,9 +44,16 @@ class Evaluation:
         notes: what the user should know about this meta-gradient, a sentence each.
     """
 
-    def __init__(self, problem: Problem, params: Params, meta_params: Params) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        params: Params,
+        meta_params: Params,
+        settled: Settled | None = None,
+    ) -> None:
         _check_tensors("params", params)
         _check_tensors("meta_params", meta_params)
+        self._settled = settled
         self.problem = problem
         self.params = {name: p.detach() for name, p in params.items()}
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
@@ -94,6 +107,8 @@ class Evaluation:
             solver: settles this phase.
             watch: sees every step, as in `equigrad.solvers.settle`.
         """
+        if self._settled is not None:
+            return self._settled
         self._buffers.restore(self._buffers.before)
         self._restore_flags()
         free = settle(
@@ -103,6 +118,7 @@ class Evaluation:
             solver,
             meta_params=self.meta_params,
             batches=self._batches(solver, 0.0),
+            samples=self.problem.samples,
             watch=watch,
             count=self._counter(0.0),
         )
@@ -148,7 +164,7 @@ class Evaluation:
         self,
         free: Moment,
         solver: Solver,
-        beta: float,
+        beta: complex,
         *,
         keep_momentum: bool,
         steps: int | None = None,
@@ -163,7 +179,8 @@ class Evaluation:
         Args:
             free: the free phase's end.
             solver: settles this phase.
-            beta: nudging strength, of either sign, or zero for a matched phase.
+            beta: nudging strength, of either sign, or zero for a matched phase. A complex number
+                makes φ, θ and the losses complex, which have to be holomorphic.
             keep_momentum: go on with the free phase's solver state, or start a new one.
             steps: run exactly so many steps.
             share: of its first residual, which a nudged phase has to reach under a tolerance.
@@ -179,18 +196,23 @@ class Evaluation:
         nudged = settle(
             self._velocity(beta, force),
             self._loss(beta, force),
-            free.params,
+            like(beta, free.params),
             solver,
             beta=beta,
             meta_params=self.meta_params,
-            previous=free.solver_state if keep_momentum else None,
+            previous=_previous(free.solver_state, beta) if keep_momentum else None,
             first_step=first_step,
             steps=steps,
             batches=batches,
+            samples=self.problem.samples,
             share=share if beta != 0 else 1.0,
             count=self._counter(beta if force is None else 0.0),
         )
         return dataclasses.replace(nudged, buffers=self.snapshot())
+
+    def sign(self) -> int:
+        """1 or -1, drawn once for this meta-gradient."""
+        return self._randomness.sign()
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """The modules' buffers as they are now."""
@@ -212,7 +234,7 @@ class Evaluation:
         """The modules' buffers as they were at a moment of a phase, by name."""
         return self._buffers.named(at.buffers)
 
-    def _batches(self, solver: Solver, beta: float) -> int:
+    def _batches(self, solver: Solver, beta: complex) -> int:
         """How many steps make a pass over the data of a phase."""
         inner = len(self.batch_steps("inner"))
         batches = math.lcm(inner, len(self.batch_steps("outer"))) if beta != 0 else inner
@@ -223,7 +245,7 @@ class Evaluation:
             )
         return batches
 
-    def _counter(self, beta: float) -> Callable[[int], None]:
+    def _counter(self, beta: complex) -> Callable[[int], None]:
         """Counts the gradients of so many velocities."""
 
         def count(evaluations: int) -> None:
@@ -231,28 +253,17 @@ class Evaluation:
 
         return count
 
-    def _velocity(self, beta: float, force: Params | None = None) -> Velocity:
-        whole = beta if force is None else 0.0
-        velocity = self.problem.velocity_at(self.meta_params, whole, self._randomness)
-        if force is None or beta == 0:
-            return velocity
-        forces = tuple(force.values())
-        betas = [scalar(-beta, f).expand_as(f) for f in forces]
+    def _velocity(self, beta: complex, force: Params | None = None) -> Velocity:
+        meta = like(beta, self.meta_params)
+        return self.problem.velocity_at(meta, beta, self._randomness, force)
 
-        def pushed(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-            moves, value = velocity(params, step)
-            moves = tuple(torch._foreach_addcmul(moves, forces, betas))
-            return moves, lambda: value() + beta * _dot(forces, params)
-
-        return pushed
-
-    def _loss(self, beta: float, force: Params | None = None) -> Any:
+    def _loss(self, beta: complex, force: Params | None = None) -> Any:
         def loss(params: Params, step: int) -> Tensor:
             value = self.problem.total_inner_loss(params, self.meta_params, step, self._randomness)
             if beta == 0:
                 return value
             if force is not None:
-                return value + beta * _dot(tuple(force.values()), params)
+                return value + beta * inner_product(tuple(force.values()), params)
             return value + beta * self.evaluate("outer", params, self.meta_params, step)
 
         return loss
@@ -357,7 +368,7 @@ class Evaluation:
         self.stand_at(at)
         meta = {
             name: m.clone().requires_grad_() if name in names else m
-            for name, m in self.meta_params.items()
+            for name, m in like(at.phase.beta, self.meta_params).items()
         }
         leaves = [meta[name] for name in names]
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
@@ -366,8 +377,7 @@ class Evaluation:
             loss = self.evaluate(stream, at.params, meta, step)
             if not loss.requires_grad:  # a batch that no meta-parameter acts on
                 continue
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            torch._foreach_add_(total, grads, alpha=1 / len(steps))
+            torch._foreach_add_(total, slope(loss, leaves), alpha=1 / len(steps))
             self.gradient_evaluations += 1
         return dict(zip(names, total, strict=True))
 
@@ -394,10 +404,10 @@ class Evaluation:
     def contrast(
         self,
         states: Sequence[Settled],
-        weights: Sequence[float],
+        weights: Sequence[complex],
         direct: Params | None = None,
     ) -> dict[str, Tensor]:
-        """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero.
+        """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero; its real part.
 
         Differences to the first state are formed before anything is weighted, and the
         regulariser's part in factored form.
@@ -414,17 +424,17 @@ class Evaluation:
             if reference and state is not states[0]:
                 inner = self.meta_partial("inner", state)
                 for name, grad in inner.items():
-                    total[name].add_(grad - reference[name], alpha=weight)
+                    _add(total[name], grad - reference[name], weight)
             if state.phase.beta != 0 and direct is None:
                 for name, grad in self.meta_partial("outer", state).items():
-                    total[name].add_(grad, alpha=weight * state.phase.beta)
+                    _add(total[name], grad, weight * state.phase.beta)
         for name, grad in (direct or {}).items():
             total[name].add_(grad)
         if self.problem.regularizer is not None:
             pull = self.problem.regularizer.bind(self.meta_params)
             part = pull.contrast([state.params for state in states], weights)
             for name, grad in part.items():
-                total[name].add_(grad)
+                total[name].add_(grad.real)
         return total
 
     # Checks
@@ -514,10 +524,26 @@ class Evaluation:
         return probe
 
 
-def _dot(forces: tuple[Tensor, ...], params: Params) -> Tensor:
-    """`force·φ`."""
-    products = [(f * p).sum() for f, p in zip(forces, params.values(), strict=True)]
-    return torch.stack(products).sum()
+def like(beta: complex, tensors: Params) -> dict[str, Tensor]:
+    """The tensors, complex where β is."""
+    if not isinstance(beta, complex):
+        return dict(tensors)
+    return {name: t.to(t.dtype.to_complex()) for name, t in tensors.items()}
+
+
+def _previous(state: Any, beta: complex) -> Any:
+    """A solver's state to go on from, complex where β is; none where it cannot be."""
+    if not isinstance(beta, complex):
+        return state
+    return [s.to(s.dtype.to_complex()) for s in state] if isinstance(state, list) else None
+
+
+def _add(total: Tensor, grad: Tensor, weight: complex) -> None:
+    """Add the real part of `weight grad`."""
+    if isinstance(weight, complex):
+        total.add_((weight * grad).real)
+    else:
+        total.add_(grad, alpha=weight)
 
 
 def _check_tensors(what: str, tensors: object) -> None:

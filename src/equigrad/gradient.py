@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from equigrad.contraction import verdict
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params, Problem
+from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
+from equigrad.solvers.settle import resting
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,16 @@ def meta_gradient(
             raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {what}")
     with Evaluation(problem, params, meta_params) as evaluation:
         estimator.check(evaluation, solver)
-        estimate = estimator.estimate(evaluation, solver)
+        try:
+            estimate = estimator.estimate(evaluation, solver)
+        except SettlingError as error:
+            if problem.symmetric:
+                raise
+            start = resting(evaluation.params, evaluation.snapshot())
+            raise SettlingError(f"{error}. At the start, {verdict(evaluation, start)}") from error
         free = estimate.phases[0]
+        if free.phase.outcome == "not converged" and not problem.symmetric:
+            evaluation.notes.append(verdict(evaluation, free))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     _check_finite(estimate.grads, outer_loss)

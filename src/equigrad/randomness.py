@@ -45,6 +45,10 @@ class CommonRandomness:
     def __exit__(self, *exception: object) -> None:
         self._exit.close()
 
+    def sign(self) -> int:
+        """1 or -1, by the number that was drawn on entering."""
+        return 1 if self._base % 2 else -1
+
     def seed(self, stream: Stream, step: int) -> None:
         """Seed the generators for evaluation `step` of the inner or the outer loss."""
         seed = self._base + 2 * step + (stream == "outer")

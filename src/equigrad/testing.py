@@ -13,8 +13,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits as logistic_los
 from equigrad.estimators import Estimator, Traits
 from equigrad.gradient import meta_gradient
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, FixedPoint, Params, Problem
-from equigrad.solvers import GradientDescent, Solver
+from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Params, Problem
+from equigrad.solvers import GradientDescent, Picard, Solver
 from equigrad.theory import finite_difference_weights
 
 
@@ -157,7 +157,7 @@ class Case:
         """Whether an estimator of these traits is made for it."""
         if self.start:
             return traits.sees_start
-        return not traits.needs_start and (self.problem.energy or not traits.energy)
+        return not traits.needs_start and traits.fit(self.problem)
 
     def relative_error(self, grads: Params) -> float:
         """`‖grads - exact‖ / ‖exact‖` over all meta-parameters."""
@@ -331,14 +331,7 @@ def tanh_map_case(dtype: torch.dtype) -> Case:
     """`F = tanh(Wφ + Uθ)` in two parts, with a direct term: Newton's method, then by hand."""
     w, u, target, theta = _map_data()
     w = 1.5 * w
-    h = torch.zeros(5, dtype=torch.float64)
-    for _ in range(30):
-        image = (w @ h + u @ theta).tanh()
-        jacobian = torch.diag(1 - image.square()) @ w
-        h = h - torch.linalg.solve(torch.eye(5, dtype=torch.float64) - jacobian, h - image)
-    gain = torch.diag(1 - h.square())
-    by_state = torch.linalg.solve((torch.eye(5, dtype=torch.float64) - gain @ w).T, h - target)
-    exact = u.T @ gain @ by_state + theta
+    exact = _through_tanh(w, u, target, theta) + theta
     ws, us, ts, thetas = (t.to(dtype) for t in (w, u, target, theta))
 
     def relax(p: Params, m: Params) -> Params:
@@ -354,6 +347,33 @@ def tanh_map_case(dtype: torch.dtype) -> Case:
     )
     return Case(
         "tanh map",
+        problem,
+        {"a": torch.zeros(2, dtype=dtype), "b": torch.zeros(3, dtype=dtype)},
+        {"theta": thetas},
+        picard(dtype),
+        {"theta": exact},
+    )
+
+
+def hopfield_case(dtype: torch.dtype) -> Case:
+    """Two layers with symmetric weights, `Φ = ½ sᵀWs + sᵀUθ`: the tanh map of a symmetric W."""
+    w, u, target, theta = _map_data()
+    w = w + w.T
+    w[:2, :2], w[2:, 2:] = 0, 0  # none within a layer
+    exact = _through_tanh(w, u, target, theta)
+    between, us, ts, thetas = (t.to(dtype) for t in (w[:2, 2:], u, target, theta))
+
+    def primitive(p: Params, m: Params) -> Tensor:
+        drive = us.to(m["theta"].dtype) @ m["theta"]  # complex in a holomorphic scheme
+        return p["a"] @ between.to(drive.dtype) @ p["b"] + p["a"] @ drive[:2] + p["b"] @ drive[2:]
+
+    problem = EnergyBased(
+        primitive,
+        lambda p, m: 0.5 * (torch.cat([p["a"], p["b"]]) - ts).square().sum(),
+        activation=torch.tanh,
+    )
+    return Case(
+        "Hopfield network",
         problem,
         {"a": torch.zeros(2, dtype=dtype), "b": torch.zeros(3, dtype=dtype)},
         {"theta": thetas},
@@ -395,10 +415,13 @@ CASES: tuple[Callable[[torch.dtype], Case], ...] = (
 MAP_CASES: tuple[Callable[[torch.dtype], Case], ...] = (affine_map_case, tanh_map_case)
 """Maps whose fixed point is sought."""
 
+ENERGY_CASES: tuple[Callable[[torch.dtype], Case], ...] = (hopfield_case,)
+"""Energy-based networks."""
+
 START_CASES: tuple[Callable[[torch.dtype], Case], ...] = (start_case,)
 """Few steps from a learned start."""
 
-ALL_CASES = (*CASES, *MAP_CASES, *START_CASES)
+ALL_CASES = (*CASES, *MAP_CASES, *ENERGY_CASES, *START_CASES)
 """All of them; `Case.suits` says which are for an estimator of given traits."""
 
 
@@ -459,10 +482,10 @@ def settling(lr: float, dtype: torch.dtype) -> GradientDescent:
     return GradientDescent(lr=lr, momentum=0.9, nesterov=True, tol=tol, max_steps=5000)
 
 
-def picard(dtype: torch.dtype) -> GradientDescent:
+def picard(dtype: torch.dtype) -> Picard:
     """Iterates a map to what its dtype allows."""
     tol = 1e-13 if dtype == torch.float64 else 2e-6
-    return GradientDescent(lr=1, tol=tol, max_steps=5000)
+    return Picard(tol=tol, max_steps=5000)
 
 
 def _map_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -474,6 +497,17 @@ def _map_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     weights = normal(5, 5)
     return 0.6 * weights / torch.linalg.matrix_norm(weights, 2), normal(5, 3), normal(5), normal(3)
+
+
+def _through_tanh(w: Tensor, u: Tensor, target: Tensor, theta: Tensor) -> Tensor:
+    """`d/dθ ½‖φ* - t‖²` for `φ* = tanh(Wφ* + Uθ)`: Newton, then `Uᵀ D (I - DW)⁻ᵀ (φ* - t)`."""
+    eye, h = torch.eye(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for _ in range(30):
+        image = (w @ h + u @ theta).tanh()
+        jacobian = torch.diag(1 - image.square()) @ w
+        h = h - torch.linalg.solve(eye - jacobian, h - image)
+    gain = torch.diag(1 - h.square())
+    return u.T @ gain @ torch.linalg.solve((eye - gain @ w).T, h - target)
 
 
 def _regression_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Formulas of the theory, on plain numbers."""
 
+import cmath
 from collections.abc import Sequence
 from fractions import Fraction
-from math import inf, prod, sqrt
+from math import inf, pi, prod, sqrt
 
 from equigrad.errors import ConfigurationError
 
@@ -47,6 +48,40 @@ def finite_difference_weights(nodes: Sequence[int]) -> tuple[Fraction, ...]:
         )
         weights.append(Fraction(numerator, prod(node - other for other in others)))
     return tuple(weights)
+
+
+def roots_of_one(points: int) -> tuple[complex, ...]:
+    """The `points`-th roots of one that lie in the upper half plane, 1 first.
+
+    Example:
+        >>> len(roots_of_one(4)), len(roots_of_one(5))
+        (3, 3)
+    """
+    return tuple(cmath.exp(2j * pi * k / points) for k in range(points // 2 + 1))
+
+
+def holomorphic_weights(points: int) -> list[complex]:
+    r"""Weights that turn values at `roots_of_one` into a derivative at zero.
+
+        f'(0) = Re (1/(pβ)) Σ_k f(β e^{2πik/p}) e^{-2πik/p} + O(β^p)
+
+    for a holomorphic f that is real on the real axis: Cauchy's formula on a circle, by the
+    trapezoidal rule (Laborieux, Zenke 2022). What lies in the lower half plane is conjugate to
+    what lies in the upper one, whose weights are doubled for it.
+
+    Args:
+        points: p ≥ 2.
+
+    Returns:
+        One weight a root, in units of 1/β.
+
+    Example:
+        >>> [round(w.real, 3) for w in holomorphic_weights(2)]
+        [0.5, -0.5]
+    """
+    doubled = [1 if 2 * k in (0, points) else 2 for k in range(points // 2 + 1)]
+    pairs = zip(roots_of_one(points), doubled, strict=True)
+    return [times * root.conjugate() / points for root, times in pairs]
 
 
 def error_bound(

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from equigrad.estimators import ExactSolve
 from equigrad.gradient import meta_gradient
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params
+from equigrad.problems import Bilevel, Params
 from equigrad.solvers import LBFGS
 from equigrad.testing import Case, Quadratic
 

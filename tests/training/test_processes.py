@@ -13,7 +13,7 @@ from torch import nn
 
 import equigrad as eg
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.tasks import FewShotLearner, Sinusoids
 from equigrad.training import Callback
 from equigrad.training.decay import LinearDecay

@@ -1,5 +1,6 @@
 """How the gradient of θ is had: one estimator a file, all behind `equigrad.meta_gradient`."""
 
+from equigrad.estimators.adjoint import Adjoint
 from equigrad.estimators.conjugate_gradient import ConjugateGradient
 from equigrad.estimators.contrastive import Contrastive
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
@@ -24,6 +25,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     NeumannSeries,
     ConjugateGradient,
     GMRES,
+    Adjoint,
     Nystrom,
     ExactSolve,
     IMAML,
@@ -42,6 +44,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "T1T2",
+    "Adjoint",
     "ConjugateGradient",
     "Contrastive",
     "Estimate",

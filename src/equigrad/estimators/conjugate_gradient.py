@@ -38,6 +38,7 @@ class ConjugateGradient(Implicit):
         cost="2K + 3",
         error="vanishes with K",
         double_backward=True,
+        symmetric=True,
         one_system=True,
     )
 

@@ -11,7 +11,7 @@ from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.solver import require
-from equigrad.theory import finite_difference_weights
+from equigrad.theory import finite_difference_weights, holomorphic_weights, roots_of_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Contrastive(Estimator):
     weights `α_i` are those of `equigrad.theory.finite_difference_weights` at the nodes `n_i`
     (Zucchet et al., Eq. 4 and Appendix D). First-order gradients only; memory does not grow with
     the number of steps. At exact equilibria the error is `O(β^{points-1})` for the forward scheme
-    and `O(β^{points})` for the symmetric one.
+    and `O(β^{points})` for the symmetric and the holomorphic one.
 
     **Matched phases** cancel the drift of a free phase that has not quite settled: all phases that
     start at the free solution run equally many steps, the one with β = 0 too. The error that
@@ -34,8 +34,13 @@ class Contrastive(Estimator):
     Attributes:
         beta: nudging strength β ≠ 0, of either sign.
         scheme: `forward` takes the nodes 0, 1 … points-1; `symmetric` ±1 … ±points/2. Nodes of the
-            sign opposite to β reward a high outer loss, which may not be bounded.
+            sign opposite to β reward a high outer loss, which may not be bounded. `holomorphic`
+            takes the points-th roots of one, so that the error falls with points at any β up to
+            some limit (Laborieux, Zenke 2022); losses and activations have to be holomorphic and
+            to compute with complex φ and θ, and half of the phases, which are conjugate to the
+            others, are left out.
         points: number p of nodes: p ≥ 2, and even where symmetric.
+        sign: `random` draws the sign of β anew for every call.
         matched: run every phase after the free one for equally many steps. The first nudged phase
             decides how many: until it settles or reaches its limit.
         nudged_solver: settles the nudged phases; the free phase's solver where None.
@@ -66,12 +71,13 @@ class Contrastive(Estimator):
         cost="3K, or 4K if symmetric",
         error="vanishes with β and K",
         double_backward=False,
-        order="p-1; p",
+        order="p-1; p; p",
     )
 
     beta: float = 0.1
-    scheme: Literal["forward", "symmetric"] = "forward"
+    scheme: Literal["forward", "symmetric", "holomorphic"] = "forward"
     points: int = 2
+    sign: Literal["fixed", "random"] = "fixed"
     matched: bool = True
     nudged_solver: Solver | None = None
     nudge: Literal["loss", "force"] = "loss"
@@ -86,12 +92,16 @@ class Contrastive(Estimator):
             f"free have nothing to contrast; try beta=0.1",
         )
         require(
-            self.scheme in ("forward", "symmetric"),
-            f"scheme must be 'forward' or 'symmetric', got {self.scheme!r}",
+            self.scheme in ("forward", "symmetric", "holomorphic"),
+            f"scheme must be 'forward', 'symmetric' or 'holomorphic', got {self.scheme!r}",
+        )
+        require(
+            self.sign in ("fixed", "random"),
+            f"sign must be 'fixed' or 'random', got {self.sign!r}",
         )
         require(self.points >= 2, f"points must be at least 2, got {self.points}")
         require(
-            self.scheme == "forward" or self.points % 2 == 0,
+            self.scheme != "symmetric" or self.points % 2 == 0,
             f"a symmetric scheme needs an even number of points, got {self.points}",
         )
         require(
@@ -107,17 +117,30 @@ class Contrastive(Estimator):
         if self.rtol is None:
             return
         require(0 < self.rtol < 1, f"rtol must be in (0, 1), got {self.rtol}; try rtol=1e-2")
-        chosen = ("scheme", "points", "matched", "nudge", "nudged_solver")
+        chosen = ("scheme", "points", "sign", "matched", "nudge", "nudged_solver")
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
         require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")
 
     @property
-    def nodes(self) -> tuple[int, ...]:
+    def nodes(self) -> tuple[complex, ...]:
         """The nudging strengths of the phases, in units of β."""
+        if self.scheme == "holomorphic":
+            return roots_of_one(self.points)
+        return self._real_nodes
+
+    @property
+    def _real_nodes(self) -> tuple[int, ...]:
         if self.scheme == "forward":
             return tuple(range(self.points))
         half = range(1, self.points // 2 + 1)
         return tuple(sign * i for i in half for sign in (1, -1))
+
+    @property
+    def weights(self) -> list[complex]:
+        """What each phase contributes, in units of 1/β."""
+        if self.scheme == "holomorphic":
+            return holomorphic_weights(self.points)
+        return [float(w) for w in finite_difference_weights(self._real_nodes)]
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle the free phase and the nudged ones, and contrast `∂L/∂θ` between them."""
@@ -137,7 +160,9 @@ class Contrastive(Estimator):
                 budget=self.budget,
                 keep_momentum=self.momentum == "keep",
             ).run()
-        nudged_solver = self.nudged_solver or solver
+        nudged_solver, beta = self.nudged_solver or solver, self.beta
+        if self.sign == "random":
+            beta *= evaluation.sign()
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),
             f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to "
@@ -148,7 +173,7 @@ class Contrastive(Estimator):
         force = direct = None
         if self.nudge == "force":
             force, direct = evaluation.outer_gradients(free)
-        settled: dict[int, Settled] = {}
+        settled: dict[complex, Settled] = {}
         steps: int | None = None
         # nudged phases first: the first of them decides how long a matched phase runs
         for node in sorted(self.nodes, key=lambda node: node == 0):
@@ -158,7 +183,7 @@ class Contrastive(Estimator):
             settled[node] = evaluation.settle_nudged(
                 free,
                 nudged_solver,
-                node * self.beta,
+                node * beta,
                 keep_momentum=self.momentum == "keep",
                 steps=steps,
                 force=force,
@@ -168,7 +193,7 @@ class Contrastive(Estimator):
             if self.matched:
                 steps = settled[node].phase.steps
         states = [settled[node] for node in self.nodes]
-        weights = [float(w) / self.beta for w in finite_difference_weights(self.nodes)]
+        weights = [w / beta for w in self.weights]
         self._note_weak_contrast(evaluation, states, nudged_solver)
         return Estimate(
             grads=evaluation.contrast(states, weights, direct),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.evaluation import Evaluation, listed
+from equigrad.problems import Problem
 from equigrad.solvers import Settled, Solver
 
 
@@ -21,7 +22,8 @@ class Traits:
         cost: gradient evaluations beyond the free phase; T steps in it, K in what follows.
         error: what remains wrong at equilibrium, however long it computes.
         double_backward: differentiates a gradient once more.
-        energy: needs an inner loss that settling minimises; a map will not do.
+        energy: needs a loss that settling minimises; a map will not do.
+        symmetric: needs the residual to be the gradient of that loss, `∂r/∂φ` its Hessian.
         equilibrium: gives the gradient of a learner at rest, not of one that stopped early.
         sees_start: takes the derivative through params that were computed from meta_params.
         needs_start: gives nothing else.
@@ -36,6 +38,7 @@ class Traits:
     error: str
     double_backward: bool
     energy: bool = True
+    symmetric: bool = False
     equilibrium: bool = True
     sees_start: bool = False
     needs_start: bool = False
@@ -43,10 +46,14 @@ class Traits:
     order: str = "–"
     one_system: bool = False
 
+    def fit(self, problem: Problem) -> bool:
+        """Whether these traits fit a problem."""
+        return (problem.energy or not self.energy) and (problem.symmetric or not self.symmetric)
+
     def serve(self, evaluation: Evaluation) -> bool:
         """Whether these traits fit a problem and what its θ acts on."""
         return (
-            (evaluation.problem.energy or not self.energy)
+            self.fit(evaluation.problem)
             and (self.sees_start or not evaluation.only_start)
             and (not self.needs_start or bool(evaluation.start))
         )
@@ -77,16 +84,18 @@ class Estimator(ABC):
         """Refuse what this estimator cannot serve, naming what can.
 
         Raises:
-            ConfigurationError: the problem has no energy, and this needs one.
+            ConfigurationError: the problem has no energy or no Hessian, and this needs one.
             ProblemError: θ is the initialisation alone and this does not see it, or θ is not the
                 initialisation and this sees nothing else.
         """
         who, traits = type(self).__name__, self.traits
-        if traits.energy and not evaluation.problem.energy:
-            raise ConfigurationError(
-                f"{who} needs an inner loss that settling minimises, and a "
-                f"{type(evaluation.problem).__name__} has none; use {serving(evaluation)}"
-            )
+        if not traits.fit(evaluation.problem):
+            what = type(evaluation.problem).__name__
+            if not evaluation.problem.energy:
+                why = f"an inner loss that settling minimises, and a {what} has none"
+            else:
+                why = f"a symmetric ∂r/∂φ, a Hessian, which that of {what} is not"
+            raise ConfigurationError(f"{who} needs {why}; use {serving(evaluation)}")
         if evaluation.only_start and not traits.sees_start:
             seeing = serving(evaluation, lambda t: t.sees_start)
             raise ProblemError(

@@ -6,7 +6,7 @@ from typing import ClassVar
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.start import ThroughStart
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Settled
 
 

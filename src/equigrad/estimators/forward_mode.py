@@ -12,7 +12,7 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
 from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Moment, Solver
 from equigrad.solvers.solver import require
 from equigrad.vectors import flatten, unflatten

@@ -12,10 +12,13 @@ from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, unflatten
 
+DONATED = "donated buffer"
+"""What torch says where a compiled function's backward frees what a second one would need."""
+
 NO_SECOND_DERIVATIVE = (
     "is not implemented",  # fused attention, cuDNN recurrent networks
     "double backward",  # compiled functions
-    "donated buffer",  # compiled functions whose backward frees what a second one would need
+    DONATED,
     "differentiate twice",  # custom functions marked once_differentiable
     "forward AD",  # fused attention in forward mode
     "forward mode AD",  # compiled functions in forward mode
@@ -27,10 +30,10 @@ class Linearisation:
     """Products with the derivatives of the residual where a phase ended.
 
     The residual r is `∂L_in/∂φ` of a `Bilevel`, `φ - F(φ, θ)` of a `FixedPoint`. Vectors over φ
-    are flat tensors of `size` entries, parameter after parameter. The graph of an inner gradient is
-    kept where there is one batch, and built anew for each product where there are several, so that
-    memory does not grow with their number. That of a map is always built anew, at the cost of one
-    evaluation: compiled functions free what a second backward would need.
+    are flat tensors of `size` entries, parameter after parameter. The residual's graph is kept
+    where there is one batch, and built anew for each product where there are several, so that
+    memory does not grow with their number, and where compiled functions free what a second
+    backward would need.
 
     Args:
         evaluation: evaluates, and counts two gradient evaluations a product and batch.
@@ -49,6 +52,22 @@ class Linearisation:
             name: m.clone().requires_grad_() for name, m in evaluation.meta_params.items()
         }
         self._kept: tuple[Tensor, ...] | None = None
+        self._keeps = len(evaluation.batch_steps("inner")) == 1
+
+    @property
+    def params(self) -> list[str]:
+        """Names of the inner parameters."""
+        return list(self._params)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The inner parameters where the phase ended."""
+        return list(self._params.values())
+
+    @property
+    def samples(self) -> bool:
+        """Whether the first dimension is one of samples that settle on their own."""
+        return self._evaluation.problem.samples
 
     @property
     def size(self) -> int:
@@ -58,7 +77,7 @@ class Linearisation:
     @property
     def symmetric(self) -> bool:
         """Whether `∂r/∂φ` is a Hessian."""
-        return self._evaluation.problem.energy
+        return self._evaluation.problem.symmetric
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which is `(∂²L_in/∂φ²) vector` where there is an inner loss."""
@@ -76,8 +95,14 @@ class Linearisation:
         with second_derivatives(self._evaluation, self._who):
             for residual in self._residuals(steps):
                 self._evaluation.gradient_evaluations += 2
-                kept = self._kept is not None
-                product = pull_back(residual, direction, leaves, retain_graph=kept)
+                try:
+                    product = pull_back(residual, direction, leaves, retain_graph=self._keeps)
+                except RuntimeError as error:
+                    if not (self._keeps and DONATED in str(error)):
+                        raise
+                    self._keeps, self._kept = False, None
+                    (residual,) = self._residuals(steps)
+                    product = pull_back(residual, direction, leaves)
                 torch._foreach_add_(total, product, alpha=1 / len(steps))
         return total
 
@@ -89,7 +114,7 @@ class Linearisation:
         self._evaluation.stand_at(self._at)
         for step in steps:
             residual = self._evaluation.residual(self._params, self._meta, step)
-            if self.symmetric and len(steps) == 1:
+            if self._keeps:
                 self._kept = residual
             yield residual
 

@@ -32,6 +32,7 @@ class Nystrom(Implicit):
         cost="2K + 3",
         error="damping, rest of spectrum",
         double_backward=True,
+        symmetric=True,
         one_system=True,
     )
 

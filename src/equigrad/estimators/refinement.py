@@ -11,7 +11,7 @@ from torch import Tensor
 from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled, Solver
 from equigrad.vectors import flatten
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver, settle
 
 _NO_VALUE: Any = None

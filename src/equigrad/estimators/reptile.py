@@ -8,7 +8,7 @@ import torch
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.start import ThroughStart
 from equigrad.evaluation import Evaluation
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Settled
 
 

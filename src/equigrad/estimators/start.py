@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from equigrad.errors import ProblemError
 from equigrad.estimators.estimator import Estimate, Estimator, serving
 from equigrad.evaluation import Evaluation, listed
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
 
 

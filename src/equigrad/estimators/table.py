@@ -15,8 +15,9 @@ HEADINGS = (
 
 LEGEND = (
     "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order of "
-    "the error in β, with p points, forward; symmetric. Needs: E an energy (an inner loss), Q an "
-    "equilibrium, 2 second derivatives. Start: whether θ as the initialisation is seen, or needed."
+    "the error in β, with p points, forward; symmetric; holomorphic. Needs: E an energy, S a "
+    "Hessian, Q an equilibrium, 2 second derivatives. Start: whether θ as the initialisation is "
+    "seen, or needed."
 )
 """What the letters of the table mean."""
 
@@ -27,7 +28,13 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def _cells(traits: Traits) -> tuple[str, ...]:
-    needs = (("E", traits.energy), ("Q", traits.equilibrium), ("2", traits.double_backward))
+    energy = traits.energy and not traits.symmetric
+    needs = (
+        ("E", energy),
+        ("S", traits.symmetric),
+        ("Q", traits.equilibrium),
+        ("2", traits.double_backward),
+    )
     start = "needed" if traits.needs_start else "seen" if traits.sees_start else "–"
     return (
         traits.idea,

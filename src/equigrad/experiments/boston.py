@@ -28,7 +28,7 @@ from equigrad.experiments.error_curves import (
 from equigrad.experiments.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params
+from equigrad.problems import Bilevel, Params
 from equigrad.solvers import LBFGS, GradientDescent
 
 HIDDEN = 20

@@ -34,7 +34,7 @@ from equigrad.experiments.strength_learning import ScaleName, at_least, positive
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.side_by_side import Batching
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import MetaModel, Statistics

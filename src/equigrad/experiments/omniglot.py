@@ -27,7 +27,7 @@ from equigrad.experiments.run_folders import flat
 from equigrad.experiments.strength_learning import at_least
 from equigrad.nn import conv4
 from equigrad.nn.side_by_side import Batching
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import ClassCollection, ClassSplit, NWayKShot, image_folder, omniglot
 from equigrad.tasks.omniglot import SplitName

@@ -11,7 +11,7 @@ from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
 from equigrad.experiments.model import Architecture, Model
 from equigrad.experiments.strength_learning import LearningAlike, at_least
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 
 LEARNER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)

@@ -32,7 +32,7 @@ from equigrad.experiments.run_directory import RunDirectory
 from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
 from equigrad.nn import tanh_network
 from equigrad.nn.side_by_side import Batching
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import Sinusoids, TaskBatch
 from equigrad.training.few_shot import judge, mean_squared_error

@@ -33,7 +33,7 @@ from equigrad.estimators import (
 from equigrad.experiments import figures
 from equigrad.experiments.model import Model
 from equigrad.experiments.run_directory import RunDirectory, versions
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import (
     Callback,

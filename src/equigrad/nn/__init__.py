@@ -2,6 +2,7 @@
 
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
+from equigrad.nn.equilibrium_layer import EquilibriumLayer
 from equigrad.nn.functional import Functional
 from equigrad.nn.learned_start import LearnedStart
 from equigrad.nn.modulation import Modulation
@@ -11,6 +12,7 @@ from equigrad.nn.side_by_side import SideBySide
 __all__ = [
     "BatchStatistics",
     "ComplexSynapse",
+    "EquilibriumLayer",
     "Functional",
     "LearnedStart",
     "Modulation",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.nn.functional import Functional
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 Learned = Literal["strength", "center"]
 
@@ -209,7 +209,7 @@ class Pull:
         return tuple(torch._foreach_addcmul(velocity, weights, self._strength, value=-1))
 
     @torch.no_grad()
-    def contrast(self, states: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+    def contrast(self, states: Sequence[Params], weights: Sequence[complex]) -> dict[str, Tensor]:
         """`Σ_i w_i ∂R/∂θ(φ_i)` for weights that sum to zero (Appendix B), without cancellation.
 
         With the first state as reference b: `∂R/∂λ` contributes `½ w_i (φ_i-b)(φ_i+b-2ω)`, times

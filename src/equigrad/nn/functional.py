@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 
 class Functional:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from equigrad.nn.functional import Functional
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 
 class LearnedStart(Functional):

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from equigrad.errors import ProblemError
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.functional import Functional
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 NORMALISATIONS = (_BatchNorm, BatchStatistics, nn.LayerNorm, nn.GroupNorm)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import conv1d, conv2d, conv3d
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
 from equigrad.nn.functional import Functional
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 Batching = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
 """How copies are computed: in turn, by `torch.func.vmap`, or as groups of channels."""

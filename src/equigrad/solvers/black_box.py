@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.errors import EquigradError, ProblemError, SettlingError
-from equigrad.problem import Params
+from equigrad.errors import ConfigurationError, EquigradError, ProblemError, SettlingError
+from equigrad.problems import Params
 from equigrad.solvers.solver import Objective, Solver, require
 from equigrad.vectors import flatten, unflatten
 
@@ -94,6 +94,11 @@ class BlackBox(Solver):
         objective: Objective,
     ) -> None:
         """One call of the learner."""
+        if isinstance(objective.beta, complex):
+            raise ConfigurationError(
+                "a learner of its own minimises a real loss, and a holomorphic scheme has complex "
+                "ones; use scheme='symmetric'"
+            )
         flat = FlatObjective(objective)
         phase = f"in the phase with β = {objective.beta:g}"
         start = flat.flat(objective.params)
@@ -105,7 +110,7 @@ class BlackBox(Solver):
                 raise
             except Exception as error:
                 remedy = ""
-                if objective.beta < 0:
+                if flat.beta < 0:
                     remedy = (
                         ". If it cannot take a negative weight, use scheme='forward' with beta > 0"
                     )
@@ -138,7 +143,7 @@ class FlatObjective:
     @property
     def beta(self) -> float:
         """Nudging strength β of the phase, of either sign; 0 in a free or matched one."""
-        return self._objective.beta
+        return self._objective.beta.real
 
     @property
     def meta_params(self) -> Params:

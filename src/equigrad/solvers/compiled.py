@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from equigrad.errors import ConfigurationError, EquigradError
-from equigrad.problem import Params, Velocity
+from equigrad.problems import Params, Velocity
 from equigrad.solvers.solver import Solver
 
 BACKEND = "inductor"

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, SettlingError
-from equigrad.problem import Params, Velocity
+from equigrad.problems import Params, Velocity
 from equigrad.solvers.compiled import CompiledSteps
 from equigrad.solvers.solver import Objective, Solver
 
@@ -28,20 +28,32 @@ class Phase:
             reached), `stalled` (the solver found no step that helps, short of the tolerance) or
             `stopped` (ran the steps it was given; no tolerance applied).
         tol: the tolerance that applied, or None.
+        residuals: of each sample, where samples settle on their own; `residual` is the largest.
     """
 
-    beta: float
+    beta: complex
     steps: int
     start_residual: float
     residual: float
     outcome: Literal["converged", "not converged", "stalled", "stopped"]
     tol: float | None = None
+    residuals: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def unsettled(self) -> list[int]:
+        """The samples whose residual is above the tolerance; none where there is no tolerance."""
+        if self.residuals is None or self.tol is None:
+            return []
+        return torch.nonzero(~(self.residuals <= self.tol)).flatten().tolist()
 
     def __str__(self) -> str:
         missed = self.outcome in ("not converged", "stalled") and self.tol is not None
         tolerance = f" (tol {self.tol:.2g})" if missed else ""
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
+        said = f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
+        if missed and self.residuals is not None:
+            said += f" in {numbered(self.unsettled)} of {len(self.residuals)}"
+        return said
 
 
 Watch = Callable[[int, Params, Any], None]
@@ -76,6 +88,12 @@ class Settled(Moment):
     phase: Phase
 
 
+def resting(params: Params, buffers: tuple[Tensor, ...] = ()) -> Settled:
+    """Params to be looked at as a free phase's end."""
+    phase = Phase(0.0, 0, math.nan, math.nan, "stopped")
+    return Settled(params=dict(params), solver_state=None, end_step=0, buffers=buffers, phase=phase)
+
+
 @torch.no_grad()
 def settle(
     velocity: Velocity,
@@ -83,12 +101,13 @@ def settle(
     start: Params,
     solver: Solver,
     *,
-    beta: float = 0.0,
+    beta: complex = 0.0,
     meta_params: Params | None = None,
     previous: Any = None,
     first_step: int = 0,
     steps: int | None = None,
     batches: int = 1,
+    samples: bool = False,
     watch: Watch | None = None,
     share: float = 1.0,
     count: Callable[[int], None] = lambda evaluations: None,
@@ -108,6 +127,8 @@ def settle(
         steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
         batches: mini-batches that make up the loss. With several, the residual is that of the
             velocity averaged over the last whole passes, and is looked at after a pass.
+        samples: whether the first dimension of every parameter is one of samples that settle on
+            their own. The phase has settled when each of them has.
         watch: sees the phase before every step.
         share: of the first residual, which has to be reached as well as the tolerance.
         count: is told how many velocities were evaluated, as they are.
@@ -129,6 +150,7 @@ def settle(
         state = solver.init(leaves, previous)
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
     step, start_residual, residual, rests, stalled = 0, math.nan, math.nan, False, False
+    residuals: Tensor | None = None
     every = batches * math.ceil(solver.check_every / batches)
     passed: list[Tensor] = []
     summed = 0
@@ -149,6 +171,7 @@ def settle(
 
     objective = Objective(
         beta,
+        samples,
         params,
         meta_params or {},
         loss=lambda: loss(params, first_step + step),
@@ -175,14 +198,24 @@ def settle(
         if last or (step % every == 0 if batches == 1 else summed == every):
             mean = [m.detach() for m in passed or v]  # also from forward mode
             before = residual
-            residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
-            residual /= max(summed, 1)
+            if samples:
+                norms = [torch.linalg.vector_norm(m.reshape(len(m), -1), dim=1) for m in mean]
+                residuals = torch.stack(norms).norm(dim=0)
+                residuals /= max(summed, 1)
+                residual = residuals.max().item()
+            else:
+                residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
+                residual /= max(summed, 1)
             passed, summed = [], 0
             if not math.isfinite(residual):
                 remedy = "Bound the learner" if solver.jumps else "Lower the solver's step size"
+                where = ""
+                if residuals is not None:
+                    bad = torch.nonzero(~residuals.isfinite()).flatten().tolist()
+                    where = f" in {numbered(bad)} of {len(residuals)}"
                 raise SettlingError(
                     f"the phase with β = {beta:g} diverged: the velocity is {residual} at step "
-                    f"{step}. {remedy}"
+                    f"{step}{where}. {remedy}"
                     + (", lower the nudging strength beta" if beta else "")
                     + ", or start nearer to a minimum"
                 )
@@ -214,7 +247,7 @@ def settle(
         params=params if graph else {name: p.detach() for name, p in params.items()},
         solver_state=state,
         end_step=first_step + step,
-        phase=Phase(beta, step, start_residual, residual, outcome, tol),
+        phase=Phase(beta, step, start_residual, residual, outcome, tol, residuals),
     )
 
 
@@ -230,3 +263,11 @@ def _require_alike(batches: int, *, each: bool) -> None:
             "compile=True takes several steps at once, and this estimator has to see every one; "
             "use compile=False"
         )
+
+
+def numbered(samples: list[int]) -> str:
+    """Samples in words, the first five of them by number."""
+    shown = ", ".join(map(str, samples[:5]))
+    if len(samples) == 1:
+        return f"sample {shown}"
+    return f"{len(samples)} samples ({shown}{', …' if len(samples) > 5 else ''})"

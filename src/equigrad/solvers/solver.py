@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.problem import Params
+from equigrad.problems import Params
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Objective:
 
     Attributes:
         beta: nudging strength β of the phase.
+        samples: whether the first dimension is one of samples that settle on their own.
         params: the leaves that `Solver.update` moves, by name.
         meta_params: θ, detached.
         loss: evaluates `L = L_in + β L_out` without a gradient, which does not count as one.
         evaluate: evaluates `-∂L/∂φ`, one tensor a parameter, and what gives L at no further cost.
     """
 
-    beta: float
+    beta: complex
+    samples: bool
     params: Params
     meta_params: Params
     loss: Callable[[], Tensor]

@@ -15,7 +15,7 @@ from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.nn.batch_statistics import with_batch_statistics, with_statistics_of
 from equigrad.nn.side_by_side import Batching, SideBySide
-from equigrad.problem import Bilevel, Params, Regularizer
+from equigrad.problems import Bilevel, Params, Regularizer
 from equigrad.randomness import Stream
 from equigrad.solvers import Solver
 from equigrad.tasks.batch import TaskBatch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.gradient import MetaGradient
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import Statistics
 from equigrad.training.loop import Callback, OuterState, descend

@@ -13,7 +13,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.gradient import MetaGradient, meta_gradient
-from equigrad.problem import Params, Problem
+from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
 
 Row = dict[str, float | int | str]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from equigrad.errors import RunError
 from equigrad.gradient import MetaGradient
-from equigrad.problem import Params
+from equigrad.problems import Params
 from equigrad.tasks import FewShotLearner, TaskBatch
 from equigrad.training.loop import Callback, OuterState
 from equigrad.vectors import flatten, unflatten

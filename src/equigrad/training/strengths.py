@@ -13,7 +13,7 @@ from equigrad.errors import SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
-from equigrad.problem import Bilevel, Params
+from equigrad.problems import Bilevel, Params
 from equigrad.solvers import GradientDescent, Solver
 from equigrad.training.loop import Callback, OuterState, learn
 

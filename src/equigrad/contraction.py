@@ -1,0 +1,111 @@
+"""How strongly a map contracts where it has settled, or should have."""
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError, EquigradError
+from equigrad.estimators.linearisation import Linearisation
+from equigrad.evaluation import Evaluation
+from equigrad.problems import Params, Problem
+from equigrad.solvers import Settled
+from equigrad.solvers.rows import move_rows, rows
+from equigrad.solvers.settle import numbered, resting
+
+
+def spectral_radius(
+    problem: Problem, params: Params, meta_params: Params, *, vectors: int = 30, seed: int = 0
+) -> Tensor:
+    r"""The spectral radius of `∂F/∂φ`: the map contracts near a fixed point where it is below 1.
+
+        max_i |λ_i(∂F/∂φ)|,    F = φ - r(φ, θ)
+
+    by Arnoldi's iteration on products with the transposed matrix, so that no matrix is formed.
+    Exact where φ (of a sample) has at most `vectors` entries; otherwise an estimate that is rarely
+    too large.
+
+    Args:
+        problem: a `FixedPoint` or an `EnergyBased`; its φ has to be near its fixed point.
+        params: φ where to look, the settled one as a rule.
+        meta_params: θ.
+        vectors: products to take.
+        seed: draws the vector to start from.
+
+    Returns:
+        One number a sample where the problem has samples, else a tensor without dimensions.
+
+    Raises:
+        ConfigurationError: the problem has a loss to minimise in place of a map.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.FixedPoint(
+        ...     map=lambda p, m: {"h": torch.stack([0.5 * p["h"][1], -0.5 * p["h"][0]]) + m["b"]},
+        ...     outer_loss=lambda p, m: p["h"].sum(),
+        ... )
+        >>> round(spectral_radius(problem, {"h": torch.zeros(2)}, {"b": torch.ones(2)}).item(), 4)
+        0.5
+    """
+    if problem.symmetric:
+        raise ConfigurationError(
+            f"a {type(problem).__name__} has no map that could contract; the curvatures of its "
+            f"inner loss are what matters there"
+        )
+    at = resting({name: p.detach() for name, p in params.items()})
+    with Evaluation(problem, params, meta_params) as evaluation:
+        return radius(evaluation, at, vectors, seed)
+
+
+def radius(evaluation: Evaluation, at: Settled, vectors: int = 30, seed: int = 0) -> Tensor:
+    """The spectral radius where a phase ended, as `spectral_radius` gives it."""
+    samples = evaluation.problem.samples
+    linear = Linearisation(evaluation, at, "spectral_radius")
+    shaped = [torch.zeros_like(p) for p in at.params.values()]
+    like = rows(shaped, samples)
+    vectors = min(vectors, like.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    basis = like.new_zeros(vectors + 1, *like.shape)
+    hessenberg = like.new_zeros(len(like), vectors + 1, vectors)
+    basis[0] = drawn / drawn.norm(dim=1, keepdim=True)
+    for k in range(vectors):
+        tensors = [torch.zeros_like(t) for t in shaped]
+        move_rows(tensors, basis[k])
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        pulled, images = flat - linear.product(flat), []
+        for part, t in zip(pulled.split([t.numel() for t in tensors]), tensors, strict=True):
+            images.append(part.view_as(t))
+        image = rows(images, samples).clone()
+        size = image.norm(dim=1)
+        for _ in range(2):  # once more for what rounding left
+            along = (basis[: k + 1] * image).sum(-1)
+            image -= (along[:, :, None] * basis[: k + 1]).sum(0)
+            hessenberg[:, : k + 1, k] += along.T
+        left = image.norm(dim=1)
+        left = torch.where(left > 10 * torch.finfo(left.dtype).eps * size, left, 0.0)
+        hessenberg[:, k + 1, k] = left
+        closed = (left == 0)[:, None]
+        basis[k + 1] = torch.where(closed, 0.0, image / torch.where(closed, 1.0, left[:, None]))
+    found = torch.linalg.eigvals(hessenberg[:, :vectors]).abs().amax(dim=1)
+    return found if samples else found[0]
+
+
+def verdict(evaluation: Evaluation, at: Settled) -> str:
+    """Whether the map contracts at a state, in words; for phases that did not settle."""
+    try:
+        found = radius(evaluation, at)
+    except (EquigradError, RuntimeError):  # there is no derivative to be had, or it is not finite
+        return "the spectral radius of ∂F/∂φ is not known there"
+    worst = found.max().item()
+    where = ""
+    if found.ndim:
+        above = torch.nonzero(~(found < 1)).flatten().tolist()
+        where = f" in {numbered(above)} of {len(found)}" if above else f" in {len(found)} samples"
+    if worst < 1:
+        return (
+            f"the spectral radius of ∂F/∂φ there is {worst:.3g} < 1{where}: the map contracts "
+            f"nearby, and more steps, or Anderson(), should settle it"
+        )
+    return (
+        f"the spectral radius of ∂F/∂φ there is {worst:.3g} ≥ 1{where}: the map does not contract. "
+        f"Make its weights smaller (weight or spectral normalisation), damp it, or use Broyden()"
+    )

@@ -1,0 +1,96 @@
+"""Implicit differentiation by settling the adjoint."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import CurvatureError, SettlingError
+from equigrad.estimators.estimator import Traits
+from equigrad.estimators.implicit import Implicit
+from equigrad.estimators.linearisation import Linearisation
+from equigrad.problems import Params
+from equigrad.solvers import Anderson, Phase, Solver, settle
+from equigrad.solvers.solver import require
+from equigrad.vectors import flatten, unflatten
+
+_NO_VALUE: Any = None
+"""Solvers of maps do not look at a loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjoint(Implicit):
+    r"""Solves `(∂r/∂φ)ᵀ x = ∂L_out/∂φ` as a fixed point, with any solver of maps.
+
+        x = (∂F/∂φ)ᵀ x + ∂L_out/∂φ
+
+    With `Picard()` it is recurrent backpropagation (Almeida 1987, Pineda 1987) until it settles,
+    with `Anderson()` or `Broyden()` the backward pass of deep equilibrium models (Bai, Kolter,
+    Koltun 2019). Where samples settle on their own, each of them has to.
+
+    Attributes:
+        solver: settles x from zero. Its `tol` is relative: to the largest norm of `∂L_out/∂φ` of a
+            sample.
+
+    Raises:
+        ConfigurationError: the solver is none, or compiles.
+        CurvatureError: from `meta_gradient`, where x diverges.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="implicit, a solver of maps",
+        cost="2K + 3",
+        error="vanishes with K",
+        double_backward=True,
+        energy=False,
+        one_system=True,
+    )
+
+    solver: Solver = field(default_factory=lambda: Anderson(tol=1e-6, max_steps=100))
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.solver, Solver), f"solver must be a Solver, got {self.solver!r}")
+        require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
+
+    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+        """Settle x."""
+        forces = dict(zip(linear.params, unflatten(pressure, linear.leaves), strict=True))
+        pushes = [f.reshape(len(f) if linear.samples else 1, -1) for f in forces.values()]
+        norms = torch.stack([torch.linalg.vector_norm(f, dim=1) for f in pushes]).norm(dim=0)
+        size = norms.max().item()
+        if not 0 < size < math.inf:
+            return pressure
+
+        def velocity(x: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+            flat = flatten(list(x.values()))
+            with torch.enable_grad():  # the linearisation records its graph when first asked
+                moves = pressure - linear.product(flat)
+            return tuple(unflatten(moves, linear.leaves)), _NO_VALUE
+
+        start = {name: torch.zeros_like(f) for name, f in forces.items()}
+        tol = None if self.solver.tol is None else self.solver.tol * size
+        solver = dataclasses.replace(self.solver, tol=tol)
+        try:
+            settled = settle(velocity, _NO_VALUE, start, solver, samples=linear.samples)
+        except SettlingError as error:
+            raise CurvatureError(
+                "Adjoint does not settle: x ← (∂F/∂φ)ᵀ x + ∂L_out/∂φ diverges, since the map does "
+                "not attract where φ settled. Use GMRES(), or Adjoint(solver=Broyden())"
+            ) from error
+        if settled.phase.outcome != "converged" and tol is not None:
+            relative = dataclasses.replace(
+                settled.phase,
+                residual=settled.phase.residual / size,
+                tol=self.solver.tol,
+                residuals=_over(settled.phase, size),
+            )
+            notes.append(f"the adjoint has not settled, relative to ∂L_out/∂φ: {relative}")
+        return flatten(list(settled.params.values()))
+
+
+def _over(phase: Phase, size: float) -> Tensor | None:
+    return None if phase.residuals is None else phase.residuals / size

@@ -1,0 +1,34 @@
+"""What is to be settled, and by what it is judged: one kind of problem a file."""
+
+from equigrad.problems.bilevel import Bilevel
+from equigrad.problems.energy_based import EnergyBased, Primitive
+from equigrad.problems.fixed_point import FixedPoint
+from equigrad.problems.problem import (
+    Loss,
+    Params,
+    Problem,
+    Pull,
+    Regularizer,
+    Velocity,
+    check_scalar,
+    inner_product,
+    scalar,
+    slope,
+)
+
+__all__ = [
+    "Bilevel",
+    "EnergyBased",
+    "FixedPoint",
+    "Loss",
+    "Params",
+    "Primitive",
+    "Problem",
+    "Pull",
+    "Regularizer",
+    "Velocity",
+    "check_scalar",
+    "inner_product",
+    "scalar",
+    "slope",
+]

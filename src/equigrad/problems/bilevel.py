@@ -1,0 +1,142 @@
+"""A loss that the inner parameters minimise."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.problems.problem import (
+    Loss,
+    Params,
+    Problem,
+    Regularizer,
+    Velocity,
+    pushed,
+    scalar,
+)
+from equigrad.randomness import CommonRandomness, Stream
+
+
+@dataclass(frozen=True)
+class Bilevel(Problem):
+    r"""A bilevel problem: the settled state minimises the inner loss.
+
+        min_θ L_out(φ*(θ), θ)    with    φ*(θ) = argmin_φ L_in(φ, θ)
+
+    (Zucchet et al., Eq. 1). Phases settle the augmented loss `L = L_in + β L_out` (Eq. 2).
+
+    Args:
+        inner_loss: `(params, meta_params) -> scalar`, the loss that the inner parameters φ
+            minimise; with `inner_batches`, `(params, meta_params, batch) -> scalar`.
+        outer_loss: the same for the loss that judges the settled φ. May depend on θ directly.
+        regularizer: an optional further term of the inner loss in closed form, for example
+            `equigrad.nn.ComplexSynapse`. The inner loss is then `inner_loss + regularizer`.
+        inner_batches: mini-batches of the inner loss, a sequence. Step t of a phase sees batch
+            `t mod len`; the loss as a whole is the mean over batches.
+        outer_batches: the same for the outer loss.
+        modules: modules that the losses call. Their buffers and training flags are the same at the
+            start of every nudged phase and are put back after the call. By default they are looked
+            for in the closures and named globals of the losses.
+        reaches: names of the meta-parameters that the losses depend on, under `inner` and `outer`,
+            for whoever makes many problems alike and knows. Where None, both losses are evaluated
+            once before anything settles, to find out and to check them.
+
+    Raises:
+        ProblemError: a loss is not callable, or batches are not an indexable sequence.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.Bilevel(
+        ...     inner_loss=lambda params, meta: (params["w"] - meta["target"]).square().sum(),
+        ...     outer_loss=lambda params, meta: params["w"].square().sum() / 2,
+        ... )
+        >>> params, meta = {"w": torch.zeros(2)}, {"target": torch.tensor([1.0, 2.0])}
+        >>> problem.velocity(params, meta)["w"]
+        tensor([2., 4.])
+    """
+
+    energy: ClassVar[bool] = True
+    symmetric: ClassVar[bool] = True
+    _returned: ClassVar[str] = "a scalar tensor"
+
+    inner_loss: Loss
+    outer_loss: Loss
+    regularizer: Regularizer | None = None
+    inner_batches: Sequence[Any] | None = None
+    outer_batches: Sequence[Any] | None = None
+    modules: tuple[nn.Module, ...] | None = None
+    reaches: Mapping[Stream, Collection[str]] | None = None
+
+    def function(self, stream: Stream) -> Loss:
+        """The inner or the outer loss."""
+        return self.inner_loss if stream == "inner" else self.outer_loss
+
+    def name(self, stream: Stream) -> str:
+        """`inner_loss` or `outer_loss`."""
+        return f"{stream}_loss"
+
+    def total_inner_loss(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Tensor:
+        """The inner loss with its regulariser, differentiable as often as the model is."""
+        loss = self.evaluate("inner", params, meta_params, step, randomness)
+        if self.regularizer is not None:
+            loss = loss + self.regularizer.penalty(params, meta_params)
+        return loss
+
+    def residual(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`∂L_in/∂φ`, with its graph: using it once more takes a double backward."""
+        return torch.autograd.grad(
+            self.total_inner_loss(params, meta_params, step, randomness),
+            list(params.values()),
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def velocity_at(
+        self,
+        meta_params: Params,
+        beta: complex,
+        randomness: CommonRandomness | None = None,
+        force: Params | None = None,
+    ) -> Velocity:
+        """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, for a loop."""
+        if force is not None and beta != 0:
+            return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
+        pull = None if self.regularizer is None else self.regularizer.bind(meta_params)
+
+        def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+            with torch.enable_grad():
+                loss = self.evaluate("inner", params, meta_params, step, randomness)
+                if beta != 0:
+                    outer = self.evaluate("outer", params, meta_params, step, randomness)
+                    loss = loss + scalar(beta, outer) * outer
+            leaves = tuple(params.values())
+            grads = torch.autograd.grad(loss, leaves, scalar(-1.0, loss), allow_unused=True)
+            if any(g is None for g in grads):
+                grads = tuple(
+                    torch.zeros_like(p, requires_grad=False) if g is None else g
+                    for g, p in zip(grads, leaves, strict=True)
+                )
+            if loss.is_complex():  # autograd conjugates the holomorphic derivative
+                grads = tuple(g.conj().resolve_conj() for g in grads)
+            if self.regularizer is None or pull is None:
+                return grads, loss.detach
+            regularizer = self.regularizer
+            value = lambda: loss.detach() + regularizer.penalty(params, meta_params)  # noqa: E731
+            return pull.add_velocity(grads, params), value
+
+        return velocity

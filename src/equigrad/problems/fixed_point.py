@@ -1,0 +1,155 @@
+"""A map that the inner parameters are at rest under."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ProblemError
+from equigrad.problems.problem import (
+    Loss,
+    Params,
+    Problem,
+    Velocity,
+    check_scalar,
+    pushed,
+    slope,
+)
+from equigrad.randomness import CommonRandomness, Stream
+
+
+@dataclass(frozen=True)
+class FixedPoint(Problem):
+    r"""The settled state is a fixed point of a map: a network that relaxes.
+
+        min_θ L_out(φ*(θ), θ)    with    φ* = F(φ*, θ)
+
+    Any map will do, with a symmetric Jacobian or not: deep equilibrium models, recurrent networks
+    at rest. The velocity is `F(φ, θ) - φ`. A map that draws random numbers (dropout) draws the same
+    at every step: it would have no fixed point otherwise.
+
+    Args:
+        map: `(params, meta_params) -> dict` with the names and shapes of `params`; with
+            `inner_batches`, `(params, meta_params, batch) -> dict`.
+        outer_loss: `(params, meta_params) -> scalar`, judges the settled φ. May depend on θ
+            directly.
+        inner_batches: as for `Bilevel`; the map as a whole is the mean over batches.
+        outer_batches: as for `Bilevel`.
+        modules: as for `Bilevel`.
+        reaches: as for `Bilevel`, of the map and the outer loss.
+        samples: the first dimension of every parameter is one of samples, whose maps do not depend
+            on each other: solvers then work on, and phases report, each by itself.
+
+    Raises:
+        ProblemError: map or loss are not callable, or batches are not an indexable sequence.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.FixedPoint(
+        ...     map=lambda params, meta: {"h": torch.tanh(0.5 * params["h"] + meta["b"])},
+        ...     outer_loss=lambda params, meta: params["h"].square().sum(),
+        ... )
+        >>> result = eg.meta_gradient(
+        ...     problem,
+        ...     {"h": torch.zeros(1)},
+        ...     {"b": torch.ones(1)},
+        ...     solver=eg.Picard(tol=1e-6),
+        ...     estimator=eg.GMRES(),
+        ... )
+        >>> (result.params["h"] - torch.tanh(0.5 * result.params["h"] + 1)).abs().item() < 1e-6
+        True
+    """
+
+    energy: ClassVar[bool] = False
+    _returned: ClassVar[str] = "a dictionary of tensors"
+
+    map: Callable[..., Params]
+    outer_loss: Loss
+    inner_batches: Sequence[Any] | None = None
+    outer_batches: Sequence[Any] | None = None
+    modules: tuple[nn.Module, ...] | None = None
+    reaches: Mapping[Stream, Collection[str]] | None = None
+    samples: bool = False
+
+    def function(self, stream: Stream) -> Callable[..., Any]:
+        """The map or the outer loss."""
+        return self.map if stream == "inner" else self.outer_loss
+
+    def name(self, stream: Stream) -> str:
+        """`map` or `outer_loss`."""
+        return "map" if stream == "inner" else "outer_loss"
+
+    def residual(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`φ - F(φ, θ)`, with its graph: using it takes a single backward."""
+        image = self.evaluate("inner", params, meta_params, step, randomness)
+        return tuple(p - image[name] for name, p in params.items())
+
+    def velocity_at(
+        self,
+        meta_params: Params,
+        beta: complex,
+        randomness: CommonRandomness | None = None,
+        force: Params | None = None,
+    ) -> Velocity:
+        """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, for a loop."""
+        if force is not None and beta != 0:
+            return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
+
+        def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+            image = self.evaluate("inner", params, meta_params, step, randomness)
+            moves = [image[name] - p for name, p in params.items()]
+            if beta != 0:
+                with torch.enable_grad():
+                    loss = self.evaluate("outer", params, meta_params, step, randomness)
+                pressure = slope(loss, list(params.values()), -beta)
+                torch._foreach_add_(moves, pressure)
+            return tuple(moves), lambda: self.total_inner_loss(params, meta_params)
+
+        return velocity
+
+    def evaluate(
+        self,
+        stream: Stream,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Any:
+        """The map or the outer loss, with random numbers that are the same at every pass."""
+        step = step % len(self.batches(stream) or [None])
+        return super().evaluate(stream, params, meta_params, step, randomness)
+
+    def probe(
+        self,
+        stream: Stream,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Tensor:
+        """The outer loss, or the sum of the residual's entries."""
+        if stream == "outer":
+            return super().probe(stream, params, meta_params, step, randomness)
+        image = self.evaluate("inner", params, meta_params, step, randomness)
+        if not isinstance(image, Mapping) or image.keys() != params.keys():
+            found = sorted(image) if isinstance(image, Mapping) else type(image).__name__
+            raise ProblemError(
+                f"map must return a tensor for every one of params {sorted(params)}, got {found}"
+            )
+        for name, p in params.items():
+            if not isinstance(image[name], Tensor) or image[name].shape != p.shape:
+                found = getattr(image[name], "shape", type(image[name]).__name__)
+                raise ProblemError(
+                    f"map must return {name!r} in its shape {tuple(p.shape)}, got {found}"
+                )
+        total = torch.as_tensor(sum((p - image[name]).sum() for name, p in params.items()))
+        check_scalar("map", total)
+        return total

@@ -1,0 +1,297 @@
+"""What is to be settled, and by what it is judged: the base of all problems."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.buffers import find_modules
+from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.randomness import CommonRandomness, Stream
+
+Params = Mapping[str, Tensor]
+"""Named tensors: what `dict(module.named_parameters())` gives and `functional_call` takes."""
+
+Loss = Callable[..., Tensor]
+"""`loss(params, meta_params)`, or `loss(params, meta_params, batch)` where batches are given."""
+
+
+Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
+"""`(params, step) -> velocity, value`.
+
+The velocity has one tensor for each of `params`, in their order. Calling `value` before they move
+gives the loss there, at no cost but that of a regulariser's.
+"""
+
+
+class Pull(Protocol):
+    """A regulariser at fixed meta-parameters, in closed form."""
+
+    def add_velocity(self, velocity: tuple[Tensor, ...], params: Params) -> tuple[Tensor, ...]:
+        """`velocity - ∂R/∂φ`, one tensor for each of `params`, in their order; without a graph."""
+        ...
+
+    def contrast(self, states: Sequence[Params], weights: Sequence[complex]) -> dict[str, Tensor]:
+        """`Σ_i w_i ∂R/∂θ(φ_i)` for weights that sum to zero, without cancellation."""
+        ...
+
+
+class Regularizer(Protocol):
+    """A term of the inner loss whose derivatives are known in closed form.
+
+    `equigrad.nn.ComplexSynapse` is one. Estimators that contrast phases take its part of the
+    meta-gradient in factored form; those that differentiate it take its value.
+    """
+
+    def penalty(self, params: Params, meta_params: Params) -> Tensor:
+        """The value `R(φ, θ)`, a scalar that autograd can differentiate twice."""
+        ...
+
+    def bind(self, meta_params: Params) -> Pull:
+        """The regulariser at these meta-parameters, for use in a loop."""
+        ...
+
+    @property
+    def meta_names(self) -> frozenset[str]:
+        """Names of the meta-parameters it depends on."""
+        ...
+
+
+class Problem(ABC):
+    r"""What settles, and by what it is judged: the base of `Bilevel` and `FixedPoint`.
+
+    A problem is known by its residual `r(φ, θ)`, which is zero at rest: the gradient of a loss, or
+    `φ - F(φ, θ)` for a map. Solvers move φ along the velocity `-r`.
+
+    Attributes:
+        energy: class attribute; whether there is a loss that settling minimises.
+        symmetric: class attribute; whether the residual is its gradient, so that `∂r/∂φ` is a
+            Hessian.
+        samples: whether the parameters' first dimension is one of samples that settle on their own.
+        outer_loss: judges the settled φ.
+        regularizer: a further term of an inner loss, in closed form.
+        inner_batches: mini-batches of what settles φ.
+        outer_batches: mini-batches of the outer loss.
+        modules: modules that the functions call.
+        reaches: the meta-parameters that each function depends on.
+    """
+
+    energy: ClassVar[bool]
+    symmetric: ClassVar[bool] = False
+    samples: bool = False
+    _returned: ClassVar[str]  # what the function that settles φ has to return, in words
+
+    outer_loss: Loss
+    regularizer: Regularizer | None = None
+    inner_batches: Sequence[Any] | None
+    outer_batches: Sequence[Any] | None
+    modules: tuple[nn.Module, ...] | None
+    reaches: Mapping[Stream, Collection[str]] | None
+
+    def __post_init__(self) -> None:
+        returns: dict[Stream, str] = {"inner": self._returned, "outer": "a scalar tensor"}
+        for stream, returned in returns.items():
+            function = self.function(stream)
+            if not callable(function):
+                raise ProblemError(
+                    f"{self.name(stream)} must be a function of (params, meta_params) that returns "
+                    f"{returned}, got {function!r}"
+                )
+        for name in ("inner_batches", "outer_batches"):
+            batches = getattr(self, name)
+            if batches is None:
+                continue
+            if not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
+                raise ProblemError(
+                    f"{name} must be an indexable sequence, so that every phase can see the same "
+                    f"batches in the same order, got {type(batches).__name__}; a DataLoader "
+                    f"becomes one by list(loader)"
+                )
+            if len(batches) == 0:
+                raise ProblemError(f"{name} is empty; give at least one batch, or None")
+        if self.modules is None:
+            roots = (self.function("inner"), self.outer_loss, self.regularizer)
+            object.__setattr__(self, "modules", find_modules(*roots))
+        else:
+            object.__setattr__(self, "modules", tuple(self.modules))
+
+    @abstractmethod
+    def function(self, stream: Stream) -> Callable[..., Any]:
+        """The user's function: what settles φ, or the outer loss."""
+
+    @abstractmethod
+    def name(self, stream: Stream) -> str:
+        """What that function is called."""
+
+    @abstractmethod
+    def residual(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What is zero at rest, with its graph back to `params` and `meta_params`.
+
+        Args:
+            params: φ; all of them require a gradient.
+            meta_params: θ.
+            step: which mini-batch.
+            randomness: seeds the random numbers; the global generators where None.
+
+        Returns:
+            One tensor for each of `params`, in their order.
+        """
+
+    @abstractmethod
+    def velocity_at(
+        self,
+        meta_params: Params,
+        beta: complex,
+        randomness: CommonRandomness | None = None,
+        force: Params | None = None,
+    ) -> Velocity:
+        """The velocity at fixed θ and β, for a loop.
+
+        Args:
+            meta_params: θ, detached.
+            beta: nudging strength β, of either sign; complex where parameters are.
+            randomness: seeds the losses' random numbers; the global generators where None.
+            force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss.
+
+        Returns:
+            `(params, step) -> velocity, value`, where all of `params` require a gradient. It is to
+            be called without recording a graph.
+        """
+
+    def total_inner_loss(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Tensor:
+        """The inner loss with its regulariser, differentiable as often as the model is.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        raise ConfigurationError(
+            f"this solver compares values of a loss, and a {type(self).__name__} has none; use "
+            f"GradientDescent, where lr=1 iterates the map"
+        )
+
+    def velocity(
+        self, params: Params, meta_params: Params, *, beta: float = 0.0, step: int = 0
+    ) -> dict[str, Tensor]:
+        """Where φ moves, which is zero at rest: `-r - β ∂L_out/∂φ`.
+
+        Args:
+            params: φ.
+            meta_params: θ, held constant.
+            beta: nudging strength β, of either sign.
+            step: which mini-batch.
+
+        Returns:
+            One tensor a parameter, of its shape.
+        """
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        constants = {name: m.detach() for name, m in meta_params.items()}
+        with torch.no_grad():
+            velocity, _ = self.velocity_at(constants, beta)(leaves, step)
+        return dict(zip(params, velocity, strict=True))
+
+    def batches(self, stream: Stream) -> Sequence[Any] | None:
+        """The batches of what settles φ, or of the outer loss."""
+        return self.inner_batches if stream == "inner" else self.outer_batches
+
+    def evaluate(
+        self,
+        stream: Stream,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Any:
+        """What the user's function says of the batch of a step, without the regulariser."""
+        if randomness is not None:
+            randomness.seed(stream, step)
+        function, batches = self.function(stream), self.batches(stream)
+        if batches is None:
+            return function(params, meta_params)
+        return function(params, meta_params, batches[step % len(batches)])
+
+    def probe(
+        self,
+        stream: Stream,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Tensor:
+        """A scalar that depends on all that the user's function depends on: the loss itself.
+
+        Raises:
+            ProblemError: the function does not return what it has to.
+        """
+        loss = self.evaluate(stream, params, meta_params, step, randomness)
+        check_scalar(self.name(stream), loss)
+        return loss
+
+
+def check_scalar(name: str, loss: object) -> None:
+    """Raise a `ProblemError` unless `loss` is a finite scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise ProblemError(f"{name} must return a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim != 0:
+        raise ProblemError(
+            f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with .mean()"
+        )
+    if not torch.isfinite(loss):
+        raise ProblemError(
+            f"{name} is {loss.item()} at the initial params; start where it is finite"
+        )
+
+
+def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple[Tensor, ...]:
+    """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative where numbers are complex."""
+    seed = scalar(scale, loss)
+    grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
+    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else grads
+
+
+def pushed(velocity: Velocity, beta: complex, force: Params) -> Velocity:
+    """A velocity with a constant force: that of `L_in + β force·φ`."""
+    forces = tuple(force.values())
+    betas = [scalar(-beta, f).expand_as(f) for f in forces]
+
+    def with_force(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+        moves, value = velocity(params, step)
+        moves = tuple(torch._foreach_addcmul(moves, forces, betas))
+        return moves, lambda: value() + beta * inner_product(forces, params)
+
+    return with_force
+
+
+def inner_product(forces: Sequence[Tensor], params: Params) -> Tensor:
+    """`force·φ`."""
+    products = [(f * p).sum() for f, p in zip(forces, params.values(), strict=True)]
+    return torch.stack(products).sum()
+
+
+def scalar(value: complex, like: Tensor) -> Tensor:
+    """A number as a tensor of a loss's type and place, made once.
+
+    As a seed of the backward pass it multiplies the gradient at no cost; as a tensor it can change
+    without compiled steps having to be compiled again.
+    """
+    dtype = like.dtype.to_complex() if isinstance(value, complex) else like.dtype
+    return _scalar(value, dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _scalar(value: complex, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)

@@ -1,0 +1,113 @@
+"""Anderson acceleration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equigrad.solvers.rows import move_rows, rows
+from equigrad.solvers.solver import Objective, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    r"""Anderson acceleration of a fixed-point iteration (Anderson 1965; Walker, Ni 2011).
+
+        φ ← φ + d v - (ΔΦ + d ΔV) γ,    γ = argmin ‖v - ΔV γ‖²
+
+    where v = F(φ) - φ is the velocity and the columns of ΔΦ and ΔV are the last moves of φ and the
+    changes of v they made. On an affine map it is GMRES. Where samples settle on their own, each
+    has a γ of its own.
+
+    Attributes:
+        history: moves that are remembered, twice the size of φ each.
+        damping: d in (0, 1].
+        regularization: added to the normal equations for γ, as a share of their trace.
+
+    Raises:
+        ConfigurationError: a value outside its range.
+
+    Example:
+        >>> Anderson(tol=1e-5, max_steps=50).history
+        5
+    """
+
+    history: int = 5
+    damping: float = 1.0
+    regularization: float = 1e-8
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.history >= 1, f"history must be at least 1, got {self.history}")
+        require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
+        require(
+            self.regularization >= 0,
+            f"regularization must be at least 0, got {self.regularization}",
+        )
+
+    def init(self, params: list[Tensor], previous: Any = None) -> "_Moves":
+        """No moves; those of another phase tell of another map."""
+        return _Moves()
+
+    def update(
+        self,
+        params: list[Tensor],
+        velocity: tuple[Tensor, ...],
+        state: "_Moves",
+        objective: Objective,
+    ) -> None:
+        """One step."""
+        v = rows(velocity, objective.samples)
+        state.learn(v, self.history)
+        step = self.damping * v
+        if state.known:
+            gamma = state.coefficients(v, self.regularization)
+            moves, changes = state.moves[:, : state.known], state.changes[:, : state.known]
+            step -= torch.bmm(gamma, moves).squeeze(1)
+            step -= self.damping * torch.bmm(gamma, changes).squeeze(1)
+        move_rows(params, step)
+        state.last = v, step
+
+
+class _Moves:
+    """The last moves (samples x history x size), what they changed, and how these overlap."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.taken = 0
+
+    @property
+    def known(self) -> int:
+        """How many moves there are."""
+        return min(self.taken, self.moves.shape[1]) if self.taken else 0
+
+    def learn(self, v: Tensor, history: int) -> None:
+        """Remember the last move by what it changed, in the place of the oldest."""
+        if self.last is None:
+            return
+        if not self.taken:
+            self.moves = v.new_empty(len(v), history, v.shape[1])
+            self.changes = torch.empty_like(self.moves)
+            self.overlaps = v.new_zeros(len(v), history, history)
+        before, step = self.last
+        slot = self.taken % history
+        self.taken += 1
+        self.moves[:, slot] = step
+        torch.sub(v, before, out=self.changes[:, slot])
+        changes = self.changes[:, : self.known]
+        row = torch.bmm(changes, changes[:, slot, :, None].conj()).squeeze(2)
+        self.overlaps[:, : self.known, slot] = row
+        self.overlaps[:, slot, : self.known] = row.conj()
+
+    def coefficients(self, v: Tensor, regularization: float) -> Tensor:
+        """γ, samples x 1 x known."""
+        overlaps = self.overlaps[:, : self.known, : self.known]
+        right = torch.bmm(self.changes[:, : self.known].conj(), v[:, :, None])
+        trace = overlaps.diagonal(dim1=1, dim2=2).real.sum(1)
+        share = max(regularization, 10 * torch.finfo(v.dtype).eps)
+        ridge = share * trace + torch.finfo(v.dtype).tiny
+        eye = torch.eye(self.known, dtype=v.dtype, device=v.device)
+        matrix = overlaps.mT + ridge[:, None, None] * eye
+        return torch.linalg.solve(matrix, right).mT

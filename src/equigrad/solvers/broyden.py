@@ -1,0 +1,99 @@
+"""Broyden's method."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equigrad.solvers.rows import move_rows, rows
+from equigrad.solvers.solver import Objective, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    r"""Broyden's good method: a root of the velocity by a quasi-Newton iteration (Broyden 1965).
+
+        φ ← φ + s,   s = B v,    B ← B + (s - B y) (sᵀB) / (sᵀB y),   y = v_before - v_after
+
+    where v = F(φ) - φ and B, which starts as the identity, approximates the inverse of
+    `I - ∂F/∂φ`. Finds fixed points of maps that do not contract, too. Where samples settle on
+    their own, each has a B of its own.
+
+    Attributes:
+        history: updates of B that are kept, twice the size of φ each; B is the identity again when
+            they are spent.
+
+    Raises:
+        ConfigurationError: a value outside its range.
+
+    Example:
+        >>> Broyden(tol=1e-6, max_steps=100).history
+        30
+    """
+
+    history: int = 30
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.history >= 1, f"history must be at least 1, got {self.history}")
+
+    def init(self, params: list[Tensor], previous: "_Inverse | None" = None) -> "_Inverse":
+        """The identity, or the approximation in which another phase ended."""
+        return _Inverse(self.history, previous)
+
+    def update(
+        self,
+        params: list[Tensor],
+        velocity: tuple[Tensor, ...],
+        state: "_Inverse",
+        objective: Objective,
+    ) -> None:
+        """One step."""
+        v = rows(velocity, objective.samples)
+        state.learn(v)
+        step = state.apply(v)
+        move_rows(params, step)
+        state.last = v, step
+
+
+class _Inverse:
+    """`B = I + Σ_i left_i right_iᵀ`, sample by sample; factors are samples x history x size."""
+
+    def __init__(self, history: int, previous: "_Inverse | None" = None) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.history, self.known = history, 0
+        if previous is not None and previous.known and previous.history == history:
+            self.left, self.right = previous.left.clone(), previous.right.clone()
+            self.known = previous.known
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """`B vector`."""
+        return self._apply(vector, self.right, self.left) if self.known else vector.clone()
+
+    def apply_transposed(self, vector: Tensor) -> Tensor:
+        """`Bᵀ vector`."""
+        return self._apply(vector, self.left, self.right) if self.known else vector
+
+    def _apply(self, vector: Tensor, by: Tensor, along: Tensor) -> Tensor:
+        weights = torch.bmm(by[:, : self.known], vector[:, :, None])
+        return vector + torch.bmm(weights.mT, along[:, : self.known]).squeeze(1)
+
+    def learn(self, v: Tensor) -> None:
+        """Update B by what the last step made of the velocity."""
+        if self.last is None:
+            return
+        before, step = self.last
+        if self.known in (0, self.history):
+            self.known = 0
+            self.left = v.new_empty(len(v), self.history, v.shape[1])
+            self.right = torch.empty_like(self.left)
+        image, row = self.apply(before - v), self.apply_transposed(step)
+        size = (step * image).sum(1, keepdim=True)
+        # a sample that no longer moves has nothing to teach
+        tiny = step.norm(dim=1, keepdim=True) * image.norm(dim=1, keepdim=True)
+        teaches = size.abs() > torch.finfo(v.dtype).eps * tiny
+        left = (step - image) / torch.where(teaches, size, 1.0)
+        self.left[:, self.known] = torch.where(teaches, left, 0.0)
+        self.right[:, self.known] = row
+        self.known += 1

@@ -1,0 +1,67 @@
+"""Dynamics in continuous time, by Euler's method."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.solvers.solver import Objective, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFlow(Solver):
+    """Follows the dynamics `τ dφ/dt = velocity(φ, θ)` by Euler's method.
+
+        φ ← φ + (dt/τ) velocity(φ, θ)
+
+    For a loss this is its gradient flow, for a map a leaky network of time constant τ.
+
+    Attributes:
+        dt: time of a step, in the unit of τ.
+        tau: time constant τ of all parameters, or by name (those not named have 1).
+
+    Raises:
+        ConfigurationError: a value outside its range; from a phase, a tau for a name that is none
+            of the parameters'.
+
+    Example:
+        >>> GradientFlow(dt=0.1, max_steps=500, tol=1e-4).tau
+        1.0
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    dt: float = 0.1
+    tau: float | Mapping[str, float] = 1.0
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.dt < math.inf, f"dt must be positive, got {self.dt}")
+        for tau in self.tau.values() if isinstance(self.tau, Mapping) else [self.tau]:
+            require(0 < tau < math.inf, f"tau must be positive, got {tau}")
+
+    def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
+        """Nothing is remembered."""
+        return []
+
+    def update(
+        self,
+        params: list[Tensor],
+        velocity: tuple[Tensor, ...],
+        state: list[Tensor],
+        objective: Objective,
+    ) -> None:
+        """One step."""
+        names, tau = objective.params, self.tau
+        if isinstance(tau, Mapping):
+            unknown = sorted(tau.keys() - names.keys())
+            if unknown:
+                raise ConfigurationError(
+                    f"tau names {unknown[0]!r}, but the params are {', '.join(map(repr, names))}"
+                )
+        for name, p, v in zip(names, params, velocity, strict=True):
+            p.add_(v, alpha=self.dt / (tau.get(name, 1.0) if isinstance(tau, Mapping) else tau))

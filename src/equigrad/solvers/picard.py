@@ -1,0 +1,53 @@
+"""Iterate the map."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equigrad.solvers.solver import Objective, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picard(Solver):
+    """Iterates a map, damped where asked for.
+
+        φ ← (1 - d) φ + d F(φ, θ)
+
+    which converges where F contracts. With d = 1 it is Picard's iteration; d < 1 also settles maps
+    whose Jacobian has large negative or imaginary eigenvalues.
+
+    Attributes:
+        damping: d in (0, 1].
+
+    Raises:
+        ConfigurationError: a value outside its range.
+
+    Example:
+        >>> Picard(tol=1e-6, max_steps=200).damping
+        1.0
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    damping: float = 1.0
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
+
+    def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
+        """Nothing is remembered."""
+        return []
+
+    def update(
+        self,
+        params: list[Tensor],
+        velocity: tuple[Tensor, ...],
+        state: list[Tensor],
+        objective: Objective,
+    ) -> None:
+        """One step."""
+        torch._foreach_add_(params, velocity, alpha=self.damping)
