@@ -14,6 +14,10 @@ from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
 from equigrad.nn.functional import Functional
 from equigrad.problems import Params
 
+WORTH = 0.85
+"""Share of the loop's time that another batching has to stay below for `auto` to take it: what it
+saves when measured by itself, it may lose to the larger blocks of memory that it asks for."""
+
 Batching = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
 """How copies are computed: in turn, by `torch.func.vmap`, or as groups of channels."""
 
@@ -135,10 +139,14 @@ class SideBySide:
                 del batchings["grouped channels-last"]
             if self._layers is None:
                 del batchings["grouped"]
-            self._chosen[key] = min(
-                batchings.values(),
-                key=lambda batching: self._seconds(batching, params, x, second_order),
-            )
+            seconds = {
+                name: self._seconds(batching, params, x, second_order)
+                for name, batching in batchings.items()
+            }
+            fastest = min(seconds, key=lambda name: seconds[name])
+            if seconds[fastest] > WORTH * seconds["loop"]:
+                fastest = "loop"
+            self._chosen[key] = batchings[fastest]
         return self._chosen[key]
 
     @property

@@ -1,0 +1,162 @@
+"""Networks that settle for every example, trained by mini-batches."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Estimator
+from equigrad.evaluation import Evaluation
+from equigrad.gradient import MetaGradient, meta_gradient
+from equigrad.problems import Params, Problem
+from equigrad.solvers import Solver
+from equigrad.training.loop import Callback, OuterState, descend
+
+
+class SettlingNetwork(Protocol):
+    """A network whose neurons settle: `equigrad.nn.Hopfield`, for example.
+
+    Its θ are its parameters. Losses and energies are sums over examples, so that nudging and
+    control mean the same for any number of them.
+    """
+
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """Where the neurons begin, by name; the first dimension is one of examples."""
+        ...
+
+    def problem(self, x: Tensor, y: Tensor) -> Problem:
+        """What settles, and the loss against the targets y, summed over examples."""
+        ...
+
+    def logits(self, params: Params, meta_params: Params) -> Tensor:
+        """What the settled network says: examples × classes."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """θ, as of any `torch.nn.Module`."""
+        ...
+
+
+def train_network(
+    network: SettlingNetwork,
+    examples: tuple[Tensor, Tensor],
+    *,
+    solver: Solver,
+    estimator: Estimator,
+    optimizer: torch.optim.Optimizer,
+    epochs: float,
+    batch_size: int,
+    seed: int = 0,
+    clip: float | None = None,
+    limit: float = math.inf,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> OuterState:
+    """Train a network that settles: a mini-batch, its gradient by the estimator, a step.
+
+    Args:
+        network: its parameters are updated in place.
+        examples: inputs and targets. Each epoch sees all of them once, in an order that seed and
+            epoch draw; what does not fill a batch waits for the next epoch.
+        solver: settles the neurons of a batch.
+        estimator: of the gradient of the summed loss, which is divided by the batch.
+        optimizer: over the network's parameters.
+        epochs: to have passed at the end, those before a resume included.
+        batch_size: examples of a mini-batch.
+        seed: draws the order.
+        clip: scale gradients down to this norm where theirs is larger.
+        limit: seconds after which no further step is begun.
+        validate: metrics of the network as it stands, after every epoch and at the end.
+        callbacks: watch the loop.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        ConfigurationError: a batch of less than one example or more than there are, a clip ≤ 0.
+    """
+    x, y = examples
+    if not 1 <= batch_size <= len(x):
+        raise ConfigurationError(
+            f"batch_size must be from 1 to the {len(x)} examples there are, got {batch_size}"
+        )
+    if clip is not None and not clip > 0:
+        raise ConfigurationError(f"clip must be positive, got {clip}")
+    meta_params: dict[str, Tensor] = dict(network.named_parameters())
+    each = len(x) // batch_size
+    order: dict[int, Tensor] = {}
+
+    def rows(step: int) -> Tensor:
+        epoch, batch = divmod(step, each)
+        if epoch not in order:
+            order.clear()
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order[epoch] = torch.randperm(len(x), generator=generator).to(x.device)
+        return order[epoch][batch * batch_size : (batch + 1) * batch_size]
+
+    def gradient(state: OuterState) -> MetaGradient:
+        chosen = rows(state.step)
+        inputs = x[chosen]
+        result = meta_gradient(
+            network.problem(inputs, y[chosen]),
+            network.start(inputs),
+            meta_params,
+            solver=solver,
+            estimator=estimator,
+        )
+        return _averaged(result, batch_size, clip)
+
+    def evaluate(state: OuterState, result: MetaGradient) -> Mapping[str, float]:
+        if validate is None or not ((state.step + 1) % each == 0 or state.ends):
+            return {}
+        return validate()
+
+    return descend(
+        gradient,
+        meta_params,
+        optimizer=optimizer,
+        steps=epochs if math.isinf(epochs) else round(epochs * each),
+        limit=limit,
+        evaluate=evaluate,
+        callbacks=callbacks,
+    )
+
+
+def _averaged(result: MetaGradient, count: int, clip: float | None) -> MetaGradient:
+    """The gradient of the mean over examples, clipped."""
+    scale = 1 / count
+    if clip is not None:
+        norm = torch.stack([g.norm() for g in result.grads.values()]).norm().item() / count
+        scale *= min(1.0, clip / norm) if norm else 1.0
+    grads = {name: scale * g for name, g in result.grads.items()}
+    return replace(result, grads=grads, outer_loss=result.outer_loss / count)
+
+
+@torch.no_grad()
+def classify(
+    network: SettlingNetwork, x: Tensor, *, solver: Solver, batch_size: int = 1000
+) -> Tensor:
+    """Settle the network for every input and take the largest of what it says.
+
+    Args:
+        network: as it stands.
+        x: inputs, the first dimension one of examples.
+        solver: settles the neurons.
+        batch_size: inputs at once.
+
+    Returns:
+        A class for every input.
+    """
+    meta_params: dict[str, Tensor] = dict(network.named_parameters())
+    said: list[Any] = []
+    for inputs in x.split(batch_size):
+        nothing = torch.zeros(len(inputs), dtype=torch.long, device=x.device)
+        problem = network.problem(inputs, nothing)
+        with Evaluation(problem, network.start(inputs), meta_params) as evaluation:
+            settled = evaluation.settle(solver)
+        said.append(network.logits(settled.params, meta_params).argmax(1))
+    return torch.cat(said)
