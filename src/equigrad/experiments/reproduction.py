@@ -1,13 +1,15 @@
 """What all reproductions share: cells that are measured once, a table, a text and a figure."""
 
 import csv
+import functools
 import io
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
 
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +19,7 @@ from rich.progress import track
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments import figures
 from equigrad.experiments.run_directory import RunDirectory
+from equigrad.experiments.run_folders import IN_TABLE
 from equigrad.experiments.strength_learning import ScaleName, at_least
 from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
@@ -66,6 +69,14 @@ class Reproduction(ABC):
         """The figure."""
 
 
+class Job(Protocol):
+    """An experiment with all that it takes to run it."""
+
+    def learned(self, directory: RunDirectory, *, resume: bool, console: Console) -> Any:
+        """Run, and leave the run in its directory."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ByExperiments(Reproduction):
     """A table or figure whose cells are runs of an experiment, with some settings changed."""
@@ -94,6 +105,44 @@ class ByExperiments(Reproduction):
     def placed(self, preset: Experiment, **changes: Any) -> Experiment:
         """An experiment's settings with some changed, on this device and with these threads."""
         return replace(preset, threads=self.threads, device=self.device, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByRuns(ByExperiments):
+    """A table whose cells are whole runs, in folders of their own: one that is stopped goes on."""
+
+    @abstractmethod
+    def experiment(self, *cell: Any, **named: Any) -> Any:
+        """The settings of a cell."""
+
+    @abstractmethod
+    def job(self, config: Any) -> Job:
+        """What runs with such settings."""
+
+    @abstractmethod
+    def read(self, result: dict[str, Any], *cell: Any, **named: Any) -> Any:
+        """The row of a cell, from what its run has left in `result.json`."""
+
+    def prepare_in(self, folder: Path) -> Callable[..., Any]:
+        """Each cell in a folder inside this one."""
+        self.prepare()
+        return functools.partial(self._measured, folder / IN_TABLE)
+
+    def measure(self, *cell: Any) -> Any:
+        """Run, and leave nothing behind."""
+        with TemporaryDirectory() as folder:
+            return self._measured(Path(folder), *cell)
+
+    def _measured(self, folder: Path, *cell: Any) -> Any:
+        """Run in a folder, from where that stands."""
+        config = self.experiment(*cell)
+        own = folder / "-".join(map(str, cell))
+        directory = RunDirectory(own, config, resume=True)
+        if directory.result is None:
+            # plain lines: the terminal has one bar, that of the table
+            console = Console(force_terminal=False)
+            self.job(config).learned(directory, resume=True, console=console)
+        return self.read(directory.result or {}, *cell)
 
 
 def differ(name: str, values: Sequence[Any]) -> None:

@@ -1,23 +1,17 @@
 """Table 2: few-shot learning of Omniglot's characters, by every learner in one harness."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from equigrad.experiments.error_curves import as_table
 from equigrad.experiments.few_shot import METHODS, Job, MethodName
 from equigrad.experiments.omniglot import PUBLISHED, Omniglot, SettingName
-from equigrad.experiments.reproduction import ByExperiments, Cell, differ
-from equigrad.experiments.run_directory import RunDirectory
-from equigrad.experiments.run_folders import IN_TABLE
+from equigrad.experiments.reproduction import ByRuns, Cell, differ
 from equigrad.experiments.strength_learning import at_least
 
 Spread = tuple[float, float]
@@ -50,7 +44,7 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table2(ByExperiments):
+class Table2(ByRuns):
     """Table 2: accuracy on characters never seen, after few-shot learning by several methods.
 
     The same network, characters, tasks of the test and solver of a task for all methods; Reptile,
@@ -107,25 +101,12 @@ class Table2(ByExperiments):
         preset = Omniglot.preset(scale=self.scale, setting=setting, method=method)
         return self.placed(preset, seed=seed, minutes=self.minutes)
 
-    def prepare_in(self, folder: Path) -> Callable[..., Reached]:
-        """Each cell is a run in a folder of its own, which can be stopped."""
-        super().prepare()
-        return functools.partial(self._measured, folder / IN_TABLE)
+    def job(self, config: Omniglot) -> Job:
+        """A learner of tasks."""
+        return Job(config)
 
-    def measure(self, setting: str, method: str, seed: int) -> Reached:
-        """Meta-train and test, and leave nothing behind."""
-        with TemporaryDirectory() as folder:
-            return self._measured(Path(folder), setting, method, seed)
-
-    def _measured(self, folder: Path, setting: str, method: str, seed: int) -> Reached:
-        """Meta-train and test in a folder, from where that stands."""
-        config = self.experiment(setting, method, seed)
-        own = folder / f"{setting}-{method}-{seed}"
-        directory = RunDirectory(own, config, resume=True)
-        if directory.result is None:
-            # plain lines: the terminal has one bar, that of the table
-            Job(config).learned(directory, resume=True, console=Console(force_terminal=False))
-        result = directory.read_json("result.json") or {}
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Reached:
+        """What it reached in the test, and what it took."""
         metrics = result["metrics"]
         return Reached(
             setting,
