@@ -1,0 +1,414 @@
+"""Networks whose neurons settle, trained on images by every estimator in one harness."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import equigrad
+from equigrad.data import cifar10, mnist
+from equigrad.data.images import split
+from equigrad.data.split import Split
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Estimator
+from equigrad.experiments import figures
+from equigrad.experiments.few_shot_figures import learning_curves
+from equigrad.experiments.formats import words
+from equigrad.experiments.run_directory import RunDirectory, describe, versions
+from equigrad.experiments.strength_learning import ScaleName, at_least, positive
+from equigrad.solvers import Solver
+from equigrad.training import (
+    Callback,
+    Checkpoint,
+    JsonLines,
+    OuterState,
+    TensorBoard,
+    pick_device,
+    pick_dtype,
+)
+from equigrad.training.decay import LinearDecay
+from equigrad.training.device import DeviceName, DtypeName
+from equigrad.training.files import as_bytes, write_whole
+from equigrad.training.progress import ProgressBar
+from equigrad.training.relaxation import classify, train_network
+
+FORMAT = "equigrad settling network 1"
+
+SettingName = Literal["feed-forward", "recurrent", "hopfield"]
+MethodName = Literal[
+    "exact",
+    "dynamic-inversion",
+    "energy-inversion",
+    "kolen-pollack",
+    "equilibrium-propagation",
+]
+DataName = Literal["mnist", "cifar10"]
+
+SOURCES = {"mnist": mnist, "cifar10": cifar10}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained by a method.
+
+    Attributes:
+        label: the method in words.
+        estimator: of the gradient.
+        solver: settles the neurons; what `LeastControl` does not use in training, the test does.
+        outer_lr: Adam's step size.
+        learned_feedback: whether the network has feedback weights of its own.
+    """
+
+    label: str
+    estimator: Estimator
+    solver: Solver
+    outer_lr: float = 1e-3
+    learned_feedback: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and its data.
+
+    Attributes:
+        label: what it is, in words.
+        data: what it learns.
+        hidden: widths of its hidden layers.
+        build: makes the network, a module, with a start that torch's generator draws.
+        methods: how it can be trained, the first by default.
+    """
+
+    label: str
+    data: DataName
+    hidden: tuple[int, ...]
+    build: "Callable[[Equilibrium], Any]"
+    methods: Mapping[MethodName, Recipe]
+
+
+SETTINGS: dict[SettingName, Setting] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equilibrium:
+    """Train a network whose neurons settle to tell images apart.
+
+    A feed-forward net that is controlled, a recurrent one at rest, an energy-based one: by least
+    control, equilibrium propagation, or the exact gradient through the settled state. 10,000
+    training images are held out and watch; nothing is chosen by the test.
+    """
+
+    setting: SettingName = "feed-forward"
+    """The network, and what it is trained on."""
+
+    method: MethodName = "exact"
+    """How its gradient is had."""
+
+    scale: ScaleName = "small"
+    """`smoke` presets a few steps on few images, to see that all works; `paper` many epochs."""
+
+    seed: int = 0
+    """Draws the network's start, the images held out and the order of the others."""
+
+    hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
+
+    solver: Solver
+    """How neurons settle."""
+
+    estimator: Estimator
+    """Of the gradient; the method presets which, and these are its knobs."""
+
+    epochs: float
+    """Passes over the training images."""
+
+    minutes: float | None = None
+    """End training after so long, instead of after so many epochs; validation included."""
+
+    batch: int = 100
+    """Images of a mini-batch."""
+
+    outer_lr: float = 1e-3
+    """Adam's step size."""
+
+    decay: bool = True
+    """Let it fall linearly, to zero at the end."""
+
+    weight_decay: float = 0.0
+    """Adam's weight decay."""
+
+    clip: float | None = None
+    """Scale gradients down to this norm where theirs is larger."""
+
+    images: int | None = None
+    """Images for training and validation together; None for all there are."""
+
+    held_out: int = 10_000
+    """Of them, for validation."""
+
+    test_images: int | None = None
+    """The first so many images of the test; None for all there are."""
+
+    checkpoint_every: int = 200
+    """Steps between two checkpoints."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    dtype: DtypeName = "float32"
+    """Floating-point type."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "held_out", "checkpoint_every", "threads"):
+            at_least(1, name, getattr(self, name))
+        at_least(0, "seed", self.seed)
+        positive("outer_lr", self.outer_lr)
+        positive("epochs", self.epochs)
+        if not self.hidden or min(self.hidden) < 1:
+            raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigurationError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("minutes", "clip"):
+            if (value := getattr(self, name)) is not None:
+                positive(name, value)
+        if self.test_images is not None:
+            at_least(1, "test_images", self.test_images)
+        recipe = recipe_of(self.setting, self.method)
+        if type(self.estimator) is not type(recipe.estimator):
+            raise ConfigurationError(
+                f"method {self.method!r} has the estimator {type(recipe.estimator).__name__}, got "
+                f"{type(self.estimator).__name__}; Equilibrium.preset(method={self.method!r}) has "
+                f"the right one"
+            )
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that some words choose: `setting`, `method` and `scale`."""
+        name = setting_named(chosen.get("setting", "feed-forward"))
+        setting = SETTINGS[name]
+        method = method_named(name, chosen.get("method", next(iter(setting.methods))))
+        recipe = setting.methods[method]
+        small = cls(
+            setting=name,
+            method=method,
+            hidden=setting.hidden,
+            solver=recipe.solver,
+            estimator=recipe.estimator,
+            epochs=5,
+            outer_lr=recipe.outer_lr,
+        )
+        scale = chosen.get("scale", "small")
+        if scale == "paper":
+            return replace(small, scale="paper", epochs=30)
+        if scale == "smoke":
+            return replace(
+                small,
+                scale="smoke",
+                hidden=tuple(min(width, 16) for width in setting.hidden),
+                epochs=1,
+                batch=50,
+                images=400,
+                held_out=100,
+                test_images=100,
+            )
+        return small
+
+    @property
+    def label(self) -> str:
+        """Network and method, in words."""
+        setting = SETTINGS[self.setting]
+        return f"{setting.label}, {setting.methods[self.method].label}"
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """The images, standardised."""
+        source = SOURCES[SETTINGS[self.setting].data]
+        pool = source.load()
+        total = len(pool) if self.images is None else self.images
+        parts = split(
+            pool,
+            source.load(source.TEST),
+            samples=total,
+            training=total - self.held_out,
+            seed=self.seed,
+            device=device,
+            dtype=dtype,
+        )
+        assert parts.test is not None
+        first = slice(self.test_images)
+        return replace(parts, test=(parts.test[0][first], parts.test[1][first]))
+
+
+def recipe_of(setting: SettingName, method: MethodName) -> Recipe:
+    """How a network is trained by a method.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    known = SETTINGS[setting].methods
+    if method not in known:
+        raise ConfigurationError(
+            f"setting {setting!r} is trained by {', '.join(known)}, got method {method!r}"
+        )
+    return known[method]
+
+
+def setting_named(word: str) -> SettingName:
+    """The setting of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    for name in SETTINGS:
+        if name == word:
+            return name
+    raise ConfigurationError(f"setting must be one of {', '.join(SETTINGS)}, got {word!r}")
+
+
+def method_named(setting: SettingName, word: str) -> MethodName:
+    """The method of that name, for a setting.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    for name in SETTINGS[setting].methods:
+        if name == word:
+            return name
+    known = ", ".join(SETTINGS[setting].methods)
+    raise ConfigurationError(f"setting {setting!r} is trained by {known}, got method {word!r}")
+
+
+class Job:
+    """An experiment's images and network.
+
+    Args:
+        config: of the experiment.
+
+    Attributes:
+        config: likewise.
+        data: the images.
+        network: as drawn, until it learns.
+    """
+
+    def __init__(self, config: Equilibrium) -> None:
+        device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+        self.config = config
+        self.data = config.load(device, dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = SETTINGS[config.setting].build(config)
+        self.network = network.to(device, dtype)
+
+    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
+        """Train the network in place."""
+        config = self.config
+        weights = [w for _, w in self.network.named_parameters()]
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return train_network(
+                self.network,
+                self.data.train,
+                solver=config.solver,
+                estimator=config.estimator,
+                optimizer=torch.optim.Adam(
+                    weights, lr=config.outer_lr, weight_decay=config.weight_decay
+                ),
+                epochs=config.epochs if config.minutes is None else math.inf,
+                limit=math.inf if config.minutes is None else 60 * config.minutes,
+                batch_size=config.batch,
+                seed=config.seed,
+                clip=config.clip,
+                validate=lambda: {"validation_accuracy": self.accuracy(self.data.validation)},
+                callbacks=callbacks,
+            )
+
+    def accuracy(self, part: tuple[Tensor, Tensor]) -> float:
+        """Per cent of images that the settled network is right about."""
+        found = classify(self.network, part[0], solver=self.config.solver)
+        return 100 * (found == part[1]).double().mean().item()
+
+    def learned(
+        self, directory: RunDirectory, *, resume: bool, console: Console
+    ) -> dict[str, float]:
+        """Train and test, and leave the run in its directory."""
+        if (ended := directory.result) is not None:
+            return ended["metrics"]
+        config = self.config
+        state = self.learn(
+            [
+                Checkpoint(
+                    directory.path / "checkpoint.pt",
+                    config.checkpoint_every,
+                    resume=resume,
+                    identity=directory.identity,
+                ),
+                *([LinearDecay(config.outer_lr)] if config.decay else []),
+                JsonLines(directory.path / "metrics.jsonl"),
+                TensorBoard(directory.path),
+                ProgressBar(config.label, console),
+            ]
+        )
+        content = {
+            "format": FORMAT,
+            "equigrad": equigrad.__version__,
+            "config": describe(config),
+            "weights": {name: w.detach() for name, w in state.meta_params.items()},
+        }
+        write_whole(directory.path / "model.pt", as_bytes(content))
+        assert self.data.test is not None
+        metrics = {
+            "validation_accuracy": self.accuracy(self.data.validation),
+            "test_accuracy": self.accuracy(self.data.test),
+        }
+        figures.save(learning_curves(state.history, "accuracy"), directory.path / "learning.png")
+        directory.write_json(
+            "result.json",
+            {
+                "experiment": type(config).__name__.lower(),
+                "estimator": type(config.estimator).__name__,
+                "setting": config.setting,
+                "method": config.method,
+                "seed": config.seed,
+                "scale": config.scale,
+                "metrics": metrics,
+                "paper": None,
+                "epochs": state.step * config.batch / len(self.data.train[1]),
+                "outer_steps": state.step,
+                "gradient_evaluations": state.gradient_evaluations,
+                "seconds": state.seconds,
+                "device": str(pick_device(config.device)),
+                "versions": versions(),
+            },
+        )
+        return metrics
+
+
+def run(config: Equilibrium, out: Path, *, resume: bool, console: Console) -> dict[str, float]:
+    """Train and test in `out`, and print what was reached.
+
+    Returns:
+        The metrics by name.
+    """
+    torch.set_num_threads(config.threads)
+    job = Job(config)
+    directory = RunDirectory(out, config, resume=resume)
+    counts = [len(y) for _, y in (job.data.train, job.data.validation, job.data.test or ((), ()))]
+    console.print(
+        f"{counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} test images",
+        highlight=False,
+    )
+    metrics = job.learned(directory, resume=resume, console=console)
+    table = Table(title=f"{config.label}, seed {config.seed}, scale {config.scale}")
+    table.add_column("")
+    table.add_column("reached", justify="right")
+    for name, value in metrics.items():
+        table.add_row(words(name), f"{value:.2f}")
+    console.print(table)
+    return metrics

@@ -1,0 +1,156 @@
+"""Networks that settle, each trained by every method that serves it, in one table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, ClassVar, Self
+
+from matplotlib.figure import Figure
+
+from equigrad.errors import ConfigurationError
+from equigrad.experiments.equilibrium import SETTINGS, Equilibrium, Job, SettingName
+from equigrad.experiments.error_curves import as_table
+from equigrad.experiments.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What one network reached by one method with one seed, in percent."""
+
+    setting: str
+    method: str
+    seed: int
+    validation: float
+    test: float
+    epochs: float
+    gradient_evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumTable(ByRuns):
+    """Test accuracy of networks that settle, by equilibrium propagation, least control and exactly.
+
+    Each network is trained by every method that serves it, from the same start, on the same images
+    in the same order. The least-control paper reports all of these, but its numbers are not at
+    hand, so that none stand beside. A cell that is stopped goes on where it was.
+    """
+
+    name: ClassVar[str] = "equilibrium"
+    row: ClassVar[type] = Reached
+
+    only: tuple[SettingName, ...] = tuple(SETTINGS)
+    """Which networks."""
+
+    methods: tuple[str, ...] = ()
+    """Which methods, where a network knows them; none means all."""
+
+    seeds: int = 1
+    """Seeds 0, 1 … N-1 draw starts, images held out, and orders."""
+
+    epochs: float | None = None
+    """Passes over the training images; by default those of the scale."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, "seeds", self.seeds)
+        differ("only", self.only)
+        known = {method for setting in SETTINGS.values() for method in setting.methods}
+        if unknown := set(self.methods) - known:
+            raise ConfigurationError(
+                f"methods must be of {', '.join(sorted(known))}, got {sorted(unknown)[0]!r}"
+            )
+        if not self.cells():
+            raise ConfigurationError(
+                f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}"
+            )
+        self.experiment(*self.cells()[0])
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults of a scale."""
+        scale = chosen.get("scale", "small")
+        if scale == "paper":
+            return cls(scale="paper", seeds=5)
+        return cls(scale="smoke") if scale == "smoke" else cls()
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that a table that was stopped has some of everything."""
+        seeds = range(self.seeds)
+        return [(line, method, seed) for seed in seeds for line, method in self._places()]
+
+    def _places(self) -> list[tuple[SettingName, str]]:
+        return [
+            (line, method)
+            for line in self.only
+            for method in SETTINGS[line].methods
+            if not self.methods or method in self.methods
+        ]
+
+    def experiment(self, setting: str, method: str, seed: int) -> Equilibrium:
+        """The settings of a cell."""
+        preset = Equilibrium.preset(scale=self.scale, setting=setting, method=method)
+        changes = {} if self.epochs is None else {"epochs": self.epochs}
+        return self.placed(preset, seed=seed, **changes)
+
+    def job(self, config: Equilibrium) -> Job:
+        """A network and its images."""
+        return Job(config)
+
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Reached:
+        """What it reached, and what it took."""
+        metrics = result["metrics"]
+        return Reached(
+            setting,
+            method,
+            seed,
+            metrics["validation_accuracy"],
+            metrics["test_accuracy"],
+            result["epochs"],
+            result["gradient_evaluations"],
+            result["seconds"],
+        )
+
+    def text(self, rows: Sequence[Reached]) -> str:
+        """A line a network and method."""
+        lines = []
+        for setting, method in self._places():
+            own = [row for row in rows if (row.setting, row.method) == (setting, method)]
+            lines.append(
+                [
+                    SETTINGS[setting].label,
+                    SETTINGS[setting].methods[method].label,
+                    with_error(*mean_and_error([row.validation for row in own])),
+                    with_error(*mean_and_error([row.test for row in own])),
+                    f"{fmean(row.epochs for row in own):.3g}",
+                    f"{fmean(row.gradient_evaluations for row in own):,.0f}",
+                    f"{fmean(row.seconds for row in own) / 60:.1f}",
+                ]
+            )
+        heads = (
+            *("network", "gradient by", "validation, %", "test, %"),
+            *("epochs", "gradients of a batch", "minutes"),
+        )
+        seeds = "Seed 0" if self.seeds == 1 else f"Mean ± standard error over {self.seeds} seeds"
+        return (
+            as_table(heads, lines) + f"\n{seeds}, scale {self.scale}, {self.threads} threads. "
+            f"Validation images are held out of the training ones; nothing was chosen by the test. "
+            f"The papers' own numbers are not at hand.\n"
+        )
+
+    def draw(self, rows: Sequence[Reached]) -> Figure:
+        """Test accuracy of every seed."""
+        places = self._places()
+        figure = Figure(figsize=(8, 0.9 + 0.38 * len(places)), layout="constrained")
+        axes = figure.subplots()
+        for at, (setting, method) in enumerate(places):
+            own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
+            color = f"C{self.only.index(setting)}"
+            axes.plot(own, [at] * len(own), "o", color=color)
+        names = [f"{SETTINGS[s].label}: {SETTINGS[s].methods[m].label}" for s, m in places]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(xlabel="test accuracy (%)", ylim=(len(names) - 0.5, -0.5))
+        axes.grid(alpha=0.3, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
