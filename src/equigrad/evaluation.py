@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.problems import Params, Problem, Velocity, check_scalar, inner_product, slope
+from equigrad.problems import (
+    Params,
+    Part,
+    Problem,
+    Velocity,
+    check_scalar,
+    inner_product,
+    slope,
+)
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -335,6 +343,10 @@ class Evaluation:
     def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
         return self.problem.residual(params, meta_params, step, self._randomness)
+
+    def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
+        """The problem's functions on one step's batch, as scalars to be differentiated."""
+        return self.problem.parts(params, meta_params, step, self._randomness)
 
     def reached(self, stream: Stream) -> frozenset[str]:
         """The meta-parameters that a loss depends on, those of the regulariser included."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.holomorphic import require_holomorphic
 from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.solvers import Settled, Solver
@@ -57,7 +58,8 @@ class Contrastive(Estimator):
 
     Raises:
         ConfigurationError: β = 0, too few points, an odd number of symmetric points; an rtol
-            outside (0, 1), or together with what it chooses.
+            outside (0, 1), or together with what it chooses. From a call, a holomorphic scheme on
+            functions that are not holomorphic, or cannot compute with complex numbers.
 
     Example:
         >>> Contrastive(beta=0.1, scheme="symmetric").nodes
@@ -170,6 +172,8 @@ class Contrastive(Estimator):
             f"momentum='reset'",
         )
         free = evaluation.settle(solver)
+        if self.scheme == "holomorphic":
+            require_holomorphic(evaluation, free)
         force = direct = None
         if self.nudge == "force":
             force, direct = evaluation.outer_gradients(free)

@@ -4,6 +4,7 @@ from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.equilibrium_layer import EquilibriumLayer
 from equigrad.nn.functional import Functional
+from equigrad.nn.hopfield import Hopfield
 from equigrad.nn.learned_start import LearnedStart
 from equigrad.nn.modulation import Modulation
 from equigrad.nn.networks import conv4, lenet5, tanh_network
@@ -14,6 +15,7 @@ __all__ = [
     "ComplexSynapse",
     "EquilibriumLayer",
     "Functional",
+    "Hopfield",
     "LearnedStart",
     "Modulation",
     "SideBySide",

@@ -6,6 +6,7 @@ from equigrad.problems.fixed_point import FixedPoint
 from equigrad.problems.problem import (
     Loss,
     Params,
+    Part,
     Problem,
     Pull,
     Regularizer,
@@ -22,6 +23,7 @@ __all__ = [
     "FixedPoint",
     "Loss",
     "Params",
+    "Part",
     "Primitive",
     "Problem",
     "Pull",

@@ -1,6 +1,6 @@
 """Neurons that settle by an energy."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.problems.problem import Loss, Params, Problem, Velocity, slope
+from equigrad.problems.problem import Loss, Params, Part, Problem, Velocity, slope
 from equigrad.randomness import CommonRandomness, Stream
 
 Activation = Callable[[Tensor], Tensor]
@@ -133,6 +133,25 @@ class EnergyBased(Problem):
                 f"activation has none for {missing[0]!r}; it names {', '.join(map(repr, rho))}"
             )
         return {name: rho[name](drive) for name, drive in drives.items()}
+
+    def parts(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Iterator[Part]:
+        """Φ, the outer loss, and what neurons make of their drives."""
+        yield from super().parts(params, meta_params, step, randomness)
+        energy = self.evaluate("inner", params, meta_params, step, randomness)
+        drives = slope(energy, list(params.values()), -1.0)
+        leaves = [drive.detach().requires_grad_() for drive in drives]
+
+        def response() -> Tensor:
+            images = self.respond(dict(zip(params, leaves, strict=True)))
+            return torch.stack([image.sum() for image in images.values()]).sum()
+
+        yield Part("activation", response, leaves, of_data=False)
 
     def residual(
         self,

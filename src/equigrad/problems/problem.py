@@ -1,8 +1,9 @@
 """What is to be settled, and by what it is judged: the base of all problems."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -58,6 +59,23 @@ class Regularizer(Protocol):
     def meta_names(self) -> frozenset[str]:
         """Names of the meta-parameters it depends on."""
         ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the functions that a problem is made of.
+
+    Attributes:
+        name: what it is called.
+        value: computes a scalar.
+        leaves: what the scalar depends on.
+        of_data: whether it may see data beside them.
+    """
+
+    name: str
+    value: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+    of_data: bool = True
 
 
 class Problem(ABC):
@@ -240,6 +258,22 @@ class Problem(ABC):
         loss = self.evaluate(stream, params, meta_params, step, randomness)
         check_scalar(self.name(stream), loss)
         return loss
+
+    def parts(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Iterator[Part]:
+        """All functions of the user's, as scalars to be differentiated."""
+        streams: tuple[Stream, ...] = ("inner", "outer")
+        for stream in streams:
+            yield Part(
+                self.name(stream),
+                partial(self.evaluate, stream, params, meta_params, step, randomness),
+                [*params.values(), *meta_params.values()],
+            )
 
 
 def check_scalar(name: str, loss: object) -> None:

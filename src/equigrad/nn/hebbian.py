@@ -1,0 +1,118 @@
+"""The Hebbian product of a connection: what its two ends do, multiplied."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+from equigrad.errors import ConfigurationError
+
+Back = Callable[[Tensor], Tensor]
+"""Leads activity after a part of a connection back to the neurons that it came from."""
+
+
+def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    r"""`∂⟨after, connection(before)⟩/∂θ` by products of activities, without autograd.
+
+        ∂Φ/∂W = Σ_samples after beforeᵀ,    ∂Φ/∂b = Σ_samples after
+
+    which is all that a synapse has to know: the activities of the two neurons that it connects
+    (Scellier, Bengio 2017). A weight of a kernel takes the sum over the places where it is used;
+    what lies after a pooling is led back to the places that were let through (Laborieux et al.
+    2021).
+
+    Args:
+        connection: a `Linear` or a `Conv2d`, or a `Sequential` that holds one of them and besides
+            any of `Flatten`, `AvgPool2d` and `MaxPool2d`.
+        before: activity of the neurons that it leads from; samples first.
+        after: of those that it leads to.
+
+    Returns:
+        One tensor a parameter of the connection, by name.
+
+    Raises:
+        ConfigurationError: the connection has no such product in closed form.
+
+    Example:
+        >>> before, after = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
+        >>> coactivity(nn.Linear(2, 1), before, after)
+        {'weight': tensor([[3., 6.]]), 'bias': tensor([3.])}
+    """
+    chain = isinstance(connection, nn.Sequential)
+    parts = list(connection.named_children()) if chain else [("", connection)]
+    weighted = [i for i, (_, part) in enumerate(parts) if [*part.parameters()]]
+    if len(weighted) != 1:
+        raise ConfigurationError(
+            f"a Hebbian product needs connections with one Linear or Conv2d each, and this has "
+            f"{len(weighted)} parts with weights: {connection}"
+        )
+    (at,) = weighted
+    with torch.no_grad():
+        for _, part in parts[:at]:
+            before = part(before)
+        activity, backs = parts[at][1](before), []
+        for _, part in parts[at + 1 :]:
+            backs.append(_back(part, activity))
+            activity = part(activity)
+        for back in reversed(backs):
+            after = back(after)
+        name, part = parts[at]
+        products = _products(part, before, after)
+    return {f"{name}.{n}" if name else n: product for n, product in products.items()}
+
+
+def _products(part: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """Products of a layer with weights."""
+    if isinstance(part, nn.Linear):
+        product = torch.einsum("n...i,n...j->ij", after, before)
+        total = after.reshape(-1, after.shape[-1]).sum(0)
+    elif isinstance(part, nn.Conv2d) and part.groups == 1 and not isinstance(part.padding, str):
+        patches = unfold(before, part.kernel_size, part.dilation, part.padding, part.stride)
+        product = torch.einsum("nip,njp->ij", after.flatten(2), patches).view_as(part.weight)
+        total = after.sum((0, 2, 3))
+    else:
+        raise _unknown(part)
+    return {"weight": product} if part.bias is None else {"weight": product, "bias": total}
+
+
+def _back(part: nn.Module, before: Tensor) -> Back:
+    """The way back through a part without weights, which saw this activity."""
+    if isinstance(part, nn.Flatten):
+        return lambda after: after.reshape(before.shape)
+    if isinstance(part, nn.MaxPool2d):
+        _, winners = nn.functional.max_pool2d(
+            before,
+            part.kernel_size,
+            part.stride,
+            part.padding,
+            part.dilation,
+            part.ceil_mode,
+            return_indices=True,
+        )
+
+        def to_winners(after: Tensor) -> Tensor:
+            back = torch.zeros_like(before).flatten(2)
+            return back.scatter_add_(2, winners.flatten(2), after.flatten(2)).view_as(before)
+
+        return to_winners
+    if isinstance(part, nn.AvgPool2d) and part.kernel_size == part.stride and not part.padding:
+        sides = part.kernel_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+
+        def to_all(after: Tensor) -> Tensor:
+            spread = after.repeat_interleave(height, 2).repeat_interleave(width, 3)
+            back = torch.zeros_like(before)
+            back[:, :, : spread.shape[2], : spread.shape[3]] = spread / (height * width)
+            return back
+
+        return to_all
+    raise _unknown(part)
+
+
+def _unknown(part: nn.Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"there is no Hebbian product through {part}; use Linear, Conv2d without groups and with "
+        f"padding in numbers, Flatten, MaxPool2d, or AvgPool2d without padding whose stride is its "
+        f"kernel's size"
+    )

@@ -1,0 +1,299 @@
+"""Layered Hopfield networks."""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ConfigurationError
+from equigrad.nn.functional import Functional
+from equigrad.nn.hebbian import coactivity
+from equigrad.problems import EnergyBased, Params
+from equigrad.randomness import Stream
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "hard sigmoid": lambda drive: drive.clamp(0, 1),
+    "sigmoid": lambda drive: torch.sigmoid(4 * drive - 2),
+    "tanh": torch.tanh,
+    "identity": lambda drive: drive,
+}
+"""What neurons make of their drives, by name."""
+
+
+class Hopfield(nn.Module):
+    r"""A Hopfield network in layers, whose input is clamped.
+
+        Φ(s, θ) = Σ_l ⟨s_l, c_l(s_{l-1})⟩,    s_0 = x
+        s_l = ρ(c_l(s_{l-1}) + (∂c_{l+1}/∂s_l)ᵀ s_{l+1})
+
+    for connections `c_l` from one layer to the next: any modules, `W s + b` as a rule (Hopfield
+    1984; Scellier, Bengio 2017), or a convolution with a pooling (Laborieux et al. 2021). Signals
+    go back along the same weights, transposed, so that the network has an energy,
+    `E = Σ_i G(s_i) - Φ` with `G' = ρ⁻¹`, and equilibrium propagation gives its gradient. Learns by
+    `eg.meta_gradient(net.problem(x, y), net.start(x), dict(net.named_parameters()), …)`, which is
+    the gradient of the loss summed over samples.
+
+    Two readouts. *squared error*: the last layer of neurons is the output, `½‖s_L - y‖²` its loss,
+    with y one for the class and zero elsewhere; the nudge acts on these neurons. *cross-entropy*:
+    the last connection reads the last layer of neurons without acting back on it; its output is
+    that of no neurons, but the logits of the loss. What it learns by is the direct term.
+
+    Connections keep the weights that they come with. PyTorch's own, uniform in `±1/√fan_in`, are
+    those of Laborieux et al. and of every setting in docs/energy-based-networks.md: small enough
+    that layers which drive each other come to rest.
+
+    Args:
+        connections: modules that lead from the input to the first layer of neurons, and so on.
+            Their outputs may be of any shape, samples first, and depend on each sample alone.
+        activation: ρ of hidden neurons, elementwise and nowhere decreasing: `hard sigmoid`
+            (between 0 and 1), `sigmoid` (its smooth relative `1/(1 + e^{2-4d})`), `tanh`, or any
+            function. The holomorphic scheme needs a smooth one.
+        output: ρ of the output neurons under squared error. The identity always hears the nudge,
+            which a hard sigmoid that saturates does not.
+        readout: `squared error` or `cross-entropy`.
+
+    Raises:
+        ConfigurationError: too few connections, one with buffers (batch normalisation makes
+            samples depend on each other), or an argument that is not what it has to be.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> net = eg.nn.Hopfield.fully_connected([4, 8, 3], readout="cross-entropy")
+        >>> x, y = torch.randn(5, 4), torch.arange(5) % 3
+        >>> result = eg.meta_gradient(
+        ...     net.problem(x, y),
+        ...     net.start(x),
+        ...     dict(net.named_parameters()),
+        ...     solver=eg.Picard(tol=1e-5),
+        ...     estimator=eg.Contrastive(beta=0.1, scheme="symmetric"),
+        ... )
+        >>> result.grads["connections.0.weight"].shape
+        torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        connections: Sequence[nn.Module],
+        *,
+        activation: str | Callable[[Tensor], Tensor] = "hard sigmoid",
+        output: str | Callable[[Tensor], Tensor] = "identity",
+        readout: Literal["squared error", "cross-entropy"] = "squared error",
+    ) -> None:
+        super().__init__()
+        if readout not in ("squared error", "cross-entropy"):
+            raise ConfigurationError(
+                f"readout must be 'squared error' or 'cross-entropy', got {readout!r}"
+            )
+        least = 1 if readout == "squared error" else 2
+        if len(connections) < least:
+            raise ConfigurationError(
+                f"a {readout} readout needs at least {least} connections, got {len(connections)}: "
+                f"there would be no neurons to settle"
+            )
+        for i, connection in enumerate(connections):
+            if not isinstance(connection, nn.Module):
+                raise ConfigurationError(
+                    f"connection {i} must be a torch.nn.Module, got {connection!r}"
+                )
+            if any(True for _ in connection.buffers()):
+                raise ConfigurationError(
+                    f"connection {i} has buffers, as batch normalisation has, whose samples depend "
+                    f"on each other; leave it out"
+                )
+        self.connections = nn.ModuleList(connections)
+        self.readout = readout
+        count = len(connections) - (readout == "cross-entropy")
+        self.neurons = [f"layer{i + 1}" for i in range(count)]
+        self.activations = dict.fromkeys(self.neurons, _activation("activation", activation))
+        if readout == "squared error":
+            self.activations[self.neurons[-1]] = _activation("output", output)
+        self._functional: Functional | None = None
+
+    @classmethod
+    def fully_connected(cls, sizes: Sequence[int], **options: Any) -> Self:
+        """A network whose connections are linear layers.
+
+        Args:
+            sizes: of the input, the hidden layers, and the output.
+            options: as for `Hopfield`.
+
+        Raises:
+            ConfigurationError: a size < 1, or no layer at all.
+        """
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ConfigurationError(f"sizes must be two or more, each at least 1, got {sizes}")
+        return cls([nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes)], **options)
+
+    @property
+    def reaches(self) -> dict[Stream, list[str]]:
+        """The parameters that act on neurons, and those that the loss alone sees."""
+        names = [name for name, _ in self.named_parameters()]
+        last = f"connections.{len(self.neurons)}."
+        return {
+            "inner": [name for name in names if not name.startswith(last)],
+            "outer": [name for name in names if name.startswith(last)],
+        }
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """Where the neurons begin: what each makes of the layers before it alone.
+
+        Args:
+            x: inputs, samples first.
+        """
+        states: dict[str, Tensor] = {}
+        for name, connection in zip(self.neurons, self.connections, strict=False):
+            x = states[name] = self.activations[name](connection(x))
+        return states
+
+    def problem(self, x: Tensor, y: Tensor) -> EnergyBased:
+        """The network with its input clamped, judged by the loss summed over samples.
+
+        Args:
+            x: inputs, samples first.
+            y: class of each sample, whole numbers; or under squared error targets in the shape of
+                the output neurons.
+        """
+        return EnergyBased(
+            _Energy(self, x),
+            self._loss(y),
+            activation=self.activations,
+            modules=(),
+            reaches=self.reaches,
+            samples=True,
+        )
+
+    def logits(self, params: Params, meta_params: Params) -> Tensor:
+        """What the network says: the output neurons, or the readout of the last layer.
+
+        Args:
+            params: the settled neurons.
+            meta_params: the network's parameters.
+        """
+        last = params[self.neurons[-1]]
+        if self.readout == "squared error":
+            return last
+        return self.call(meta_params, len(self.neurons), last)
+
+    def hebbian(
+        self, x: Tensor, states: Sequence[Params], weights: Sequence[float]
+    ) -> dict[str, Tensor]:
+        r"""The local update: `-Σ_i w_i ∂Φ/∂θ(s_i)` by products of activities, without autograd.
+
+            Δ̂W_l = -Σ_i w_i s_l(i) s_{l-1}(i)ᵀ
+
+        With the states that the phases of `Contrastive` settle to, and its weights divided by β,
+        this is its gradient of all connections between neurons.
+
+        Args:
+            x: inputs.
+            states: neurons where each phase has settled.
+            weights: one a state.
+
+        Returns:
+            One tensor a parameter, by name; the readout's, which lead to no neurons, are left out.
+
+        Raises:
+            ConfigurationError: a connection has no such product in closed form.
+        """
+        total: dict[str, Tensor] = {}
+        for state, weight in zip(states, weights, strict=True):
+            before = x
+            for i, name in enumerate(self.neurons):
+                products = coactivity(self.connections[i], before, state[name])
+                for local, product in products.items():
+                    key = f"connections.{i}.{local}"
+                    total[key] = total.get(key, 0) - weight * product
+                before = state[name]
+        return total
+
+    def forward(self, connection: int, activity: Tensor) -> Tensor:
+        """What a connection hands on of a layer's activity.
+
+        Args:
+            connection: its number.
+            activity: of the layer that it leads from.
+        """
+        return self.connections[connection](activity)
+
+    def call(self, meta_params: Params, connection: int, activity: Tensor) -> Tensor:
+        """The same with other parameters."""
+        if self._functional is None:
+            self._functional = Functional(copy.deepcopy(self).requires_grad_())
+        return self._functional(meta_params, connection, activity)
+
+    def _loss(self, y: Tensor) -> Callable[[Params, Params], Tensor]:
+        if self.readout == "cross-entropy":
+            return lambda params, meta: cross_entropy(self.logits(params, meta), y)
+
+        def squared_error(params: Params, meta_params: Params) -> Tensor:
+            nonlocal y
+            output = params[self.neurons[-1]]
+            if y.shape != output.shape:
+                y = nn.functional.one_hot(y, output.shape[-1]).to(output.real.dtype)
+            return 0.5 * (output - y).square().sum()
+
+        return squared_error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_functional": None}
+
+
+class _Energy:
+    """Φ of a network with clamped input."""
+
+    def __init__(self, net: Hopfield, x: Tensor) -> None:
+        self.net, self.x = net, x
+
+    def __call__(self, params: Params, meta_params: Params) -> Tensor:
+        """`Φ(s, θ)`."""
+        return self._given(self._drive(meta_params), params, meta_params)
+
+    def at(self, meta_params: Params) -> Callable[[Params], Tensor]:
+        """Φ at fixed θ, where what the input does to the first layer stays the same."""
+        with torch.no_grad():
+            drive = self._drive(meta_params)
+        return lambda params: self._given(drive, params, meta_params)
+
+    def _drive(self, meta_params: Params) -> Tensor:
+        dtype = next(iter(meta_params.values())).dtype  # complex in a holomorphic scheme
+        return self.net.call(meta_params, 0, self.x.to(dtype))
+
+    def _given(self, drive: Tensor, params: Params, meta_params: Params) -> Tensor:
+        layers = [params[name] for name in self.net.neurons]
+        total = _product(layers[0], drive)
+        for i, (before, after) in enumerate(pairwise(layers), start=1):
+            total = total + _product(after, self.net.call(meta_params, i, before))
+        return total
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """`Σ one · other`, not conjugated."""
+    return torch.dot(one.reshape(-1), other.reshape(-1))
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    r"""`Σ_samples log Σ_j e^{z_j} - z_y`, also of complex logits, where it is holomorphic.
+
+    Args:
+        logits: samples x classes.
+        y: class of each sample.
+    """
+    if not logits.is_complex():
+        return nn.functional.cross_entropy(logits, y, reduction="sum")
+    largest = logits.detach().real.amax(1, keepdim=True)
+    shares = (logits - largest).exp().sum(1).log() + largest.squeeze(1)
+    return (shares - logits.gather(1, y[:, None]).squeeze(1)).sum()
+
+
+def _activation(what: str, given: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if isinstance(given, str) and given in ACTIVATIONS:
+        return ACTIVATIONS[given]
+    if callable(given):
+        return given
+    raise ConfigurationError(
+        f"{what} must be one of {', '.join(map(repr, ACTIVATIONS))}, or a function, got {given!r}"
+    )
