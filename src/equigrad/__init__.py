@@ -1,8 +1,9 @@
 """equigrad: meta-gradients through anything that settles."""
 
-from equigrad import nn, tasks, training
+from equigrad import controllers, nn, tasks, training
 from equigrad.check import Check, check_meta_gradient
 from equigrad.contraction import spectral_radius
+from equigrad.controllers import DynamicInversion, EnergyInversion, LinearFeedback
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
@@ -28,6 +29,7 @@ from equigrad.estimators import (
     FiniteDifferenceT1T2,
     FirstOrderMAML,
     ForwardMode,
+    LeastControl,
     NeumannSeries,
     Nystrom,
     Reptile,
@@ -68,7 +70,9 @@ __all__ = [
     "CurvatureError",
     "DataError",
     "DoubleBackwardError",
+    "DynamicInversion",
     "EnergyBased",
+    "EnergyInversion",
     "EquigradError",
     "Estimator",
     "EvolutionStrategies",
@@ -79,6 +83,8 @@ __all__ = [
     "ForwardMode",
     "GradientDescent",
     "GradientFlow",
+    "LeastControl",
+    "LinearFeedback",
     "MetaGradient",
     "NeumannSeries",
     "Nystrom",
@@ -94,6 +100,7 @@ __all__ = [
     "TorchOptimizer",
     "Unrolled",
     "check_meta_gradient",
+    "controllers",
     "meta_gradient",
     "nn",
     "spectral_radius",

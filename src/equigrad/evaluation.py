@@ -197,10 +197,6 @@ class Evaluation:
         """
         self.stand_at(free)
         batches = self._batches(solver, beta if force is None else 0.0)
-        first_step = free.end_step
-        if isinstance(free, Settled) and free.phase.outcome == "converged":
-            # it came to rest at the end of a pass, and left out its last step
-            first_step = batches * math.ceil(first_step / batches)
         nudged = settle(
             self._velocity(beta, force),
             self._loss(beta, force),
@@ -209,7 +205,7 @@ class Evaluation:
             beta=beta,
             meta_params=self.meta_params,
             previous=_previous(free.solver_state, beta) if keep_momentum else None,
-            first_step=first_step,
+            first_step=_next_step(free, batches),
             steps=steps,
             batches=batches,
             samples=self.problem.samples,
@@ -217,6 +213,48 @@ class Evaluation:
             count=self._counter(beta if force is None else 0.0),
         )
         return dataclasses.replace(nudged, buffers=self.snapshot())
+
+    def settle_controlled(
+        self,
+        velocity: Velocity,
+        start: Params,
+        solver: Solver,
+        strength: float,
+        *,
+        after: Moment,
+        gradients: int,
+        loss: Callable[[Params, int], Tensor],
+    ) -> Settled:
+        """A phase in which more than φ moves: learner and controller together.
+
+        Args:
+            velocity: of all that moves.
+            start: where it begins.
+            solver: settles this phase.
+            strength: of the control, which the phase reports as its β.
+            after: the moment whose buffers it begins with.
+            gradients: that one velocity takes.
+            loss: what the phase minimises, for solvers that compare values; `no_loss` if nothing.
+        """
+        self.stand_at(after)
+        batches = self._batches(solver, strength)
+
+        def count(evaluations: int) -> None:
+            self.gradient_evaluations += gradients * evaluations
+
+        settled = settle(
+            velocity,
+            loss,
+            start,
+            solver,
+            beta=strength,
+            meta_params=self.meta_params,
+            first_step=_next_step(after, batches),
+            batches=batches,
+            samples=self.problem.samples,
+            count=count,
+        )
+        return dataclasses.replace(settled, buffers=self.snapshot())
 
     def sign(self) -> int:
         """1 or -1, drawn once for this meta-gradient."""
@@ -347,6 +385,14 @@ class Evaluation:
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
         """The problem's functions on one step's batch, as scalars to be differentiated."""
         return self.problem.parts(params, meta_params, step, self._randomness)
+
+    def residual_at(self) -> Callable[[Params, int], tuple[Tensor, ...]]:
+        """The residual at this θ for a loop, with its graph to φ; whoever asks, counts it."""
+        return self.problem.residual_at(self.meta_params, self._randomness)
+
+    def free_velocity(self) -> Velocity:
+        """The velocity without a nudge, for a loop; whoever asks, counts it."""
+        return self._velocity(0.0)
 
     def reached(self, stream: Stream) -> frozenset[str]:
         """The meta-parameters that a loss depends on, those of the regulariser included."""
@@ -534,6 +580,26 @@ class Evaluation:
                 f"or detaches them (.item(), .detach(), torch.no_grad())"
             )
         return probe
+
+
+def _next_step(after: Moment, batches: int) -> int:
+    """The number of the step with which a phase goes on from another."""
+    if isinstance(after, Settled) and after.phase.outcome == "converged":
+        # it came to rest at the end of a pass, and left out its last step
+        return batches * math.ceil(after.end_step / batches)
+    return after.end_step
+
+
+def no_loss(*asked: Any) -> Any:
+    """What dynamics of a learner and a controller have in the place of a loss.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        "this solver compares values of a loss, and dynamics of a learner and a controller have "
+        "none; use Picard(), Anderson() or GradientFlow(), or EnergyInversion()"
+    )
 
 
 def like(beta: complex, tensors: Params) -> dict[str, Tensor]:

@@ -29,6 +29,10 @@ EXACT = {
     "exact": (eg.ExactSolve(), 1e-9),
     "gmres": (eg.GMRES(tol=1e-12), 1e-9),
     "adjoint": (eg.Adjoint(solver=eg.Broyden(tol=1e-12, max_steps=1000)), 1e-9),
+    "least control": (
+        eg.LeastControl(controller=eg.DynamicInversion(gain=1e-9, leak=1.0)),
+        1e-7,  # weak control, whose error is of first order in its strength
+    ),
     "unrolled": (eg.Unrolled(), 1e-8),
     "unrolled in segments": (eg.Unrolled(segment=20), 1e-8),
     "maml": (eg.MAML(), 1e-12),

@@ -11,6 +11,7 @@ from equigrad.estimators.first_order_maml import FirstOrderMAML
 from equigrad.estimators.forward_mode import ForwardMode
 from equigrad.estimators.gmres import GMRES
 from equigrad.estimators.imaml import IMAML
+from equigrad.estimators.least_control import LeastControl
 from equigrad.estimators.maml import MAML
 from equigrad.estimators.neumann_series import NeumannSeries
 from equigrad.estimators.nystrom import Nystrom
@@ -29,6 +30,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     Nystrom,
     ExactSolve,
     IMAML,
+    LeastControl,
     Unrolled,
     ForwardMode,
     MAML,
@@ -54,6 +56,7 @@ __all__ = [
     "FiniteDifferenceT1T2",
     "FirstOrderMAML",
     "ForwardMode",
+    "LeastControl",
     "NeumannSeries",
     "Nystrom",
     "Reptile",

@@ -1,6 +1,6 @@
 """The residual at a settled state, ready to be differentiated once more."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from equigrad.errors import DoubleBackwardError
 from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
+from equigrad.problems import pull_back
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, unflatten
 
@@ -117,27 +118,6 @@ class Linearisation:
             if self._keeps:
                 self._kept = residual
             yield residual
-
-
-def pull_back(
-    outputs: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    *,
-    retain_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    """`Σ (∂output/∂input)ᵀ adjoint` for every input, where some outputs may depend on none."""
-    varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
-    if not varying:
-        return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
-    return torch.autograd.grad(
-        [o for o, _ in varying],
-        inputs,
-        [a for _, a in varying],
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
 
 
 @contextmanager

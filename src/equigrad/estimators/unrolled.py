@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.linearisation import pull_back, second_derivatives
+from equigrad.estimators.linearisation import second_derivatives
 from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
+from equigrad.problems import pull_back
 from equigrad.solvers import Moment, Settled, Solver
 from equigrad.solvers.solver import require
 

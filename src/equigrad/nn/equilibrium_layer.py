@@ -223,6 +223,28 @@ class _Equilibrium(torch.autograd.Function):
         return call.settle()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, pressure: Tensor) -> tuple[Any, ...]:  # pyright: ignore
-        return None, *ctx.call.gradients(pressure)
+        with torch.no_grad():
+            grads = ctx.call.gradients(pressure.detach())
+        if torch.is_grad_enabled():  # somebody means to differentiate what is returned
+            given = pressure, *ctx.call.tensors.values()
+            grads = [None if g is None else _Once.apply(g, *given) for g in grads]
+        return None, *grads
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that has no derivative, and says so to whoever asks for one.
+
+    `once_differentiable` does not: `torch.autograd.grad` passes by its error where it was asked for
+    the gradients of other tensors, and leaves out what should have come through here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *given: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
+        raise RuntimeError(
+            "an EquilibriumLayer has one derivative, and this would differentiate twice"
+        )

@@ -2,7 +2,7 @@
 
 from equigrad.problems.bilevel import Bilevel
 from equigrad.problems.energy_based import EnergyBased, Primitive
-from equigrad.problems.fixed_point import FixedPoint
+from equigrad.problems.fixed_point import FixedPoint, Relaxation
 from equigrad.problems.problem import (
     Loss,
     Params,
@@ -13,6 +13,7 @@ from equigrad.problems.problem import (
     Velocity,
     check_scalar,
     inner_product,
+    pull_back,
     scalar,
     slope,
 )
@@ -28,9 +29,11 @@ __all__ = [
     "Problem",
     "Pull",
     "Regularizer",
+    "Relaxation",
     "Velocity",
     "check_scalar",
     "inner_product",
+    "pull_back",
     "scalar",
     "slope",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,19 @@ from equigrad.problems.problem import (
 from equigrad.randomness import CommonRandomness, Stream
 
 
+@runtime_checkable
+class Relaxation(Protocol):
+    """A map that has a cheaper form for many steps at the same θ. It draws no random numbers."""
+
+    def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
+        """`F(φ, θ)`, by name."""
+        ...
+
+    def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
+        """The same function of φ alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class FixedPoint(Problem):
     r"""The settled state is a fixed point of a map: a network that relaxes.
@@ -32,7 +45,8 @@ class FixedPoint(Problem):
 
     Args:
         map: `(params, meta_params) -> dict` with the names and shapes of `params`; with
-            `inner_batches`, `(params, meta_params, batch) -> dict`.
+            `inner_batches`, `(params, meta_params, batch) -> dict`. One with a method
+            `at(meta_params)` (see `Relaxation`) is asked for the cheaper form it gives.
         outer_loss: `(params, meta_params) -> scalar`, judges the settled φ. May depend on θ
             directly.
         inner_batches: as for `Bilevel`; the map as a whole is the mean over batches.
@@ -92,6 +106,27 @@ class FixedPoint(Problem):
         image = self.evaluate("inner", params, meta_params, step, randomness)
         return tuple(p - image[name] for name, p in params.items())
 
+    def residual_at(
+        self, meta_params: Params, randomness: CommonRandomness | None = None
+    ) -> Callable[[Params, int], tuple[Tensor, ...]]:
+        """`φ - F(φ, θ)` at fixed θ, with its graph to φ, for a loop."""
+        relax = self._map_at(meta_params, randomness)
+
+        def residual(params: Params, step: int) -> tuple[Tensor, ...]:
+            image = relax(params, step)
+            return tuple(p - image[name] for name, p in params.items())
+
+        return residual
+
+    def _map_at(
+        self, meta_params: Params, randomness: CommonRandomness | None
+    ) -> Callable[[Params, int], Mapping[str, Tensor]]:
+        """The map at fixed θ."""
+        if self.inner_batches is None and isinstance(self.map, Relaxation):
+            relax = self.map.at(meta_params)
+            return lambda params, step: relax(params)
+        return lambda params, step: self.evaluate("inner", params, meta_params, step, randomness)
+
     def velocity_at(
         self,
         meta_params: Params,
@@ -102,9 +137,10 @@ class FixedPoint(Problem):
         """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, for a loop."""
         if force is not None and beta != 0:
             return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
+        relax = self._map_at(meta_params, randomness)
 
         def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-            image = self.evaluate("inner", params, meta_params, step, randomness)
+            image = relax(params, step)
             moves = [image[name] - p for name, p in params.items()]
             if beta != 0:
                 with torch.enable_grad():

@@ -185,6 +185,12 @@ class Problem(ABC):
             be called without recording a graph.
         """
 
+    def residual_at(
+        self, meta_params: Params, randomness: CommonRandomness | None = None
+    ) -> Callable[[Params, int], tuple[Tensor, ...]]:
+        """The residual at fixed θ for a loop: `(params, step) -> r`, with its graph to φ."""
+        return lambda params, step: self.residual(params, meta_params, step, randomness)
+
     def total_inner_loss(
         self,
         params: Params,
@@ -295,6 +301,27 @@ def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple
     seed = scalar(scale, loss)
     grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
     return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else grads
+
+
+def pull_back(
+    outputs: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """`Σ (∂output/∂input)ᵀ adjoint` for every input, where some outputs may depend on none."""
+    varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
+    if not varying:
+        return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
+    return torch.autograd.grad(
+        [o for o, _ in varying],
+        inputs,
+        [a for _, a in varying],
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def pushed(velocity: Velocity, beta: complex, force: Params) -> Velocity:

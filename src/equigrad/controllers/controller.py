@@ -1,0 +1,166 @@
+"""What a controller is."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equigrad.evaluation import Evaluation
+from equigrad.problems import Params
+from equigrad.solvers import Moment, Settled, Solver
+from equigrad.solvers.solver import require
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Where a controlled phase ended.
+
+    Attributes:
+        settled: φ and the report; its β is the strength of the control.
+        control: `ψ/s`, by name of the parameter: what the controller added to the velocity, per
+            unit of its `scale` s.
+    """
+
+    settled: Settled
+    control: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controller(ABC):
+    r"""Adds a control ψ to the velocity, so that the outer loss becomes small.
+
+        τ dφ/dt = velocity(φ, θ) + ψ
+        dv/dt = -∂L_out/∂φ - α v,    U = k_i v - k_p ∂L_out/∂φ
+
+    The output control U is a leaky integral of the outer loss's pressure, and a part proportional
+    to it (Meulemans et al. 2022). At rest `U = -b ∂L_out/∂φ` with the *strength* `b = k_i/α + k_p`.
+    Controllers differ in how they make ψ of U. ψ, v and U are computed per unit of b, so that their
+    size, and a tolerance on them, does not depend on it.
+
+    Attributes:
+        leak: α ≥ 0. Where it is 0 the integral does not rest before `∂L_out/∂φ = 0`, which a loss
+            without a minimum, such as the cross-entropy, never reaches.
+        gain: k_i ≥ 0.
+        proportional: k_p ≥ 0.
+        solver: settles the controlled phase, whose velocity has one tensor for each of φ (named
+            `φ.NAME`) and more for what the controller remembers (`ψ.NAME`, `v.NAME`). The solver
+            of the free phase where None.
+
+    Raises:
+        ConfigurationError: a value outside its range, or no gain at all.
+    """
+
+    leak: float = 0.1
+    gain: float = 1.0
+    proportional: float = 0.0
+    solver: Solver | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("leak", "gain", "proportional"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        require(
+            self.strength > 0,
+            "gain and proportional are both 0, which controls nothing; raise one of them",
+        )
+        require(
+            self.solver is None or isinstance(self.solver, Solver),
+            f"solver must be a Solver or None, got {self.solver!r}",
+        )
+
+    @property
+    def strength(self) -> float:
+        """`b = k_i/α + k_p`; infinite without a leak."""
+        if self.gain == 0:
+            return self.proportional
+        return self.proportional + (self.gain / self.leak if self.leak else math.inf)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether b is finite, so that control is weighed against the outer loss."""
+        return self.strength < math.inf
+
+    @property
+    def scale(self) -> float:
+        """The unit of the control: b, or 1 where that is infinite."""
+        return self.strength if self.relaxed else 1.0
+
+    @abstractmethod
+    def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
+        """Settle learner and controller together.
+
+        Args:
+            evaluation: the problem at its θ.
+            solver: of the free phase; the controller's own goes first.
+            after: where φ begins, and the buffers that go with it.
+        """
+
+
+class OutputControl:
+    """The output control of one phase: the pressure at the outputs, and the integral of it.
+
+    Args:
+        controller: its knobs.
+        evaluation: evaluates the outer loss.
+        after: where φ begins: there it is seen which parameters the outer loss depends on.
+
+    Attributes:
+        outputs: names of those parameters.
+    """
+
+    def __init__(self, controller: Controller, evaluation: Evaluation, after: Moment) -> None:
+        self._controller, self._evaluation = controller, evaluation
+        evaluation.stand_at(after)
+        params = {name: p.clone().requires_grad_() for name, p in after.params.items()}
+        found = set()
+        for step in evaluation.batch_steps("outer"):
+            found |= self._pressure(params, list(params), step).keys()
+        self.outputs = [name for name in params if name in found]
+        evaluation.gradient_evaluations += len(evaluation.batch_steps("outer"))
+
+    def start(self, params: Params) -> dict[str, Tensor]:
+        """No integral, by name of the output; nothing where the controller has none."""
+        if self._controller.gain == 0:
+            return {}
+        return {name: torch.zeros_like(params[name]) for name in self.outputs}
+
+    def __call__(
+        self, params: Params, integral: Params, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`U/s` by name of the output, and the velocity of the integral."""
+        knobs, scale = self._controller, self._controller.scale
+        pressure = self._pressure(params, self.outputs, step)
+        control = {n: g * (-knobs.proportional / scale) for n, g in pressure.items()}
+        moves = {}
+        for name, v in integral.items():
+            control[name] = control[name].add(v, alpha=knobs.gain / scale)
+            moves[name] = pressure[name].neg().sub_(v, alpha=knobs.leak)
+        return control, moves
+
+    def _pressure(self, params: Params, names: list[str], step: int) -> dict[str, Tensor]:
+        """`∂L_out/∂φ` by name, without those that it does not depend on at all."""
+        with torch.enable_grad():
+            loss = self._evaluation.evaluate("outer", params, self._evaluation.meta_params, step)
+        leaves = [params[name] for name in names]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        whole = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+        if len(whole) == len(names) or not hasattr(self, "outputs"):
+            return whole
+        return {n: whole.get(n, torch.zeros_like(p)) for n, p in zip(names, leaves, strict=True)}
+
+
+def prefixed(prefix: str, tensors: Params) -> dict[str, Tensor]:
+    """The tensors under longer names."""
+    return {f"{prefix}.{name}": t for name, t in tensors.items()}
+
+
+def parts(state: Mapping[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
+    """What stands under each prefix, by its shorter name."""
+    found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    for name, t in state.items():
+        prefix, _, rest = name.partition(".")
+        found[prefix][rest] = t
+    return list(found.values())

@@ -1,0 +1,124 @@
+"""The least-control principle: learn so that ever less control is needed."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from equigrad.controllers import Controller, DynamicInversion
+from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.linearisation import Linearisation, second_derivatives
+from equigrad.evaluation import Evaluation
+from equigrad.solvers import Solver
+from equigrad.solvers.solver import require
+from equigrad.vectors import flatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastControl(Estimator):
+    r"""The least-control principle (Meulemans, Zucchet, Kobayashi, von Oswald, Sacramento 2022).
+
+        min_θ min_{φ,ψ} ½‖ψ‖²    such that    velocity(φ, θ) + ψ = 0,    ∂L_out/∂φ = 0
+
+    A controller leads the settled φ to where the outer loss is small, and θ learns to make do
+    without it. The gradient is taken at the controlled equilibrium, in one phase, and the control
+    need not be small:
+
+        ∇_θ = -(∂_θ velocity)ᵀ ψ* / b + ∂L_out/∂θ
+
+    A controller with a leak relaxes the constraint: φ* is where `½‖r(φ, θ)‖² + b L_out(φ, θ)` is
+    stationary, with the residual r = -velocity and the strength b of the control, and ∇_θ is the
+    gradient of that minimum, divided by b,
+
+        min_φ [L_out(φ, θ) + ‖r(φ, θ)‖² / 2b]  ≤  L_out(φ*_free, θ),
+
+    exactly for the controllers that invert, whichever solver they use. For b → 0 (weak gains, a
+    strong leak) that is the outer loss of the settled φ, and ∇_θ its gradient, that of recurrent
+    backpropagation, with an error of O(b). Dividing by b makes learning rates comparable between
+    all b. Without a leak b is infinite, and ∇_θ that of `½‖ψ*‖²` itself.
+    docs/least-control.md derives it all.
+
+    Attributes:
+        controller: leads φ: `DynamicInversion`, `EnergyInversion` or `LinearFeedback`.
+        start: where the controlled phase begins. `free` settles the free phase first, which is
+            reported as ever. `params` is one phase in all: `MetaGradient.params` and `outer_loss`
+            are then those of the controlled equilibrium.
+
+    Raises:
+        ConfigurationError: from `meta_gradient`, a controller without leak where the outer loss
+            depends on θ directly.
+        SettlingError: from `meta_gradient`, where learner and controller together are unstable.
+        DoubleBackwardError: from `meta_gradient`, where an inner loss has no second derivative.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.FixedPoint(
+        ...     map=lambda p, m: {"h": torch.tanh(m["w"] * p["h"] + 0.5)},
+        ...     outer_loss=lambda p, m: 0.5 * (p["h"] - 0.8).square().sum(),
+        ... )
+        >>> result = eg.meta_gradient(
+        ...     problem,
+        ...     {"h": torch.zeros(1)},
+        ...     {"w": torch.tensor(0.1)},
+        ...     solver=eg.Picard(tol=1e-6),
+        ...     estimator=LeastControl(controller=DynamicInversion(gain=0.1)),
+        ... )
+        >>> result.grads["w"] < 0  # h is too small without control
+        tensor(True)
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        idea="least control that meets the outer loss",
+        cost="3K + 4",
+        error="O(b), of a large one intended",
+        double_backward=True,
+        energy=False,
+    )
+
+    controller: Controller = field(default_factory=DynamicInversion)
+    start: Literal["free", "params"] = "free"
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.controller, Controller),
+            f"controller must be a Controller object, got {self.controller!r}",
+        )
+        require(
+            self.start in ("free", "params"),
+            f"start must be 'free' or 'params', got {self.start!r}",
+        )
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Refuse an outer loss that a controller without leak cannot weigh."""
+        super().check(evaluation, solver)
+        reached = sorted(evaluation.reached("outer"))
+        if reached and not self.controller.relaxed:
+            raise ConfigurationError(
+                f"{type(self.controller).__name__}(leak=0) holds ∂L_out/∂φ at 0 whatever that "
+                f"costs, and the outer loss, which depends on meta-parameter {reached[0]!r} "
+                f"directly, then has no weight of its own; use a leak > 0"
+            )
+
+    def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
+        """Settle under control, and take the mixed derivative along it."""
+        controller = self.controller
+        who = f"LeastControl(controller={type(controller).__name__})"
+        free = evaluation.settle(solver) if self.start == "free" else None
+        try:
+            with second_derivatives(evaluation, who):
+                after = free or evaluation.beginning(controller.solver or solver)
+                controlled = controller.control(evaluation, solver, after)
+        except SettlingError as error:
+            raise SettlingError(
+                f"{error}. This was the phase of {who}: learner and controller together are "
+                f"unstable. Lower gain or proportional, raise leak, or take shorter steps "
+                f"(GradientFlow(dt=…), Picard(damping=…))"
+            ) from error
+        settled = controlled.settled
+        _, direct = evaluation.outer_gradients(settled)
+        linear = Linearisation(evaluation, settled, who)
+        mixed = linear.mixed(flatten(list(controlled.control.values())))
+        grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
+        if free is None:
+            evaluation.notes.append("params and outer_loss are those of the controlled phase")
+            return Estimate(grads=grads, phases=(settled,))
+        return Estimate(grads=grads, phases=(free, settled))
