@@ -30,6 +30,7 @@ from equigrad.estimators import (
     ForwardMode,
     NeumannSeries,
     Nystrom,
+    PhantomGradient,
     Reptile,
     Unrolled,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "MetaGradient",
     "NeumannSeries",
     "Nystrom",
+    "PhantomGradient",
     "Phase",
     "Picard",
     "Problem",

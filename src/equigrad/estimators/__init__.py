@@ -14,6 +14,7 @@ from equigrad.estimators.imaml import IMAML
 from equigrad.estimators.maml import MAML
 from equigrad.estimators.neumann_series import NeumannSeries
 from equigrad.estimators.nystrom import Nystrom
+from equigrad.estimators.phantom_gradient import PhantomGradient
 from equigrad.estimators.reptile import Reptile
 from equigrad.estimators.t1t2 import T1T2
 from equigrad.estimators.unrolled import Unrolled
@@ -23,6 +24,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     FiniteDifferenceT1T2,
     T1T2,
     NeumannSeries,
+    PhantomGradient,
     ConjugateGradient,
     GMRES,
     Adjoint,
@@ -56,6 +58,7 @@ __all__ = [
     "ForwardMode",
     "NeumannSeries",
     "Nystrom",
+    "PhantomGradient",
     "Reptile",
     "Traits",
     "Unrolled",
