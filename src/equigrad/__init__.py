@@ -32,6 +32,7 @@ from equigrad.estimators import (
     LeastControl,
     NeumannSeries,
     Nystrom,
+    PhantomGradient,
     Reptile,
     Unrolled,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "MetaGradient",
     "NeumannSeries",
     "Nystrom",
+    "PhantomGradient",
     "Phase",
     "Picard",
     "Problem",

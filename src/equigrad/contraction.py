@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError, EquigradError
+from equigrad.errors import ConfigurationError, EquigradError, SettlingError
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params, Problem
@@ -87,6 +87,13 @@ def radius(evaluation: Evaluation, at: Settled, vectors: int = 30, seed: int = 0
         basis[k + 1] = torch.where(closed, 0.0, image / torch.where(closed, 1.0, left[:, None]))
     found = torch.linalg.eigvals(hessenberg[:, :vectors]).abs().amax(dim=1)
     return found if samples else found[0]
+
+
+def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> SettlingError:
+    """Why a map may have diverged: the error with what the map does where it started."""
+    start = resting(evaluation.params, evaluation.snapshot())
+    said = f"{who}: {error}" if who else f"{error}"
+    return SettlingError(f"{said}. At the start, {verdict(evaluation, start)}")
 
 
 def verdict(evaluation: Evaluation, at: Settled) -> str:

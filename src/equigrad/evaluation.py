@@ -39,6 +39,7 @@ class Evaluation:
         params: φ where the free phase starts.
         meta_params: θ.
         settled: where the free phase has ended already, if it has.
+        seed: of the random numbers that it drew, in that case.
 
     Attributes:
         problem: the problem.
@@ -58,10 +59,11 @@ class Evaluation:
         params: Params,
         meta_params: Params,
         settled: Settled | None = None,
+        seed: int | None = None,
     ) -> None:
         _check_tensors("params", params)
         _check_tensors("meta_params", meta_params)
-        self._settled = settled
+        self._settled, self._seed = settled, seed
         self.problem = problem
         self.params = {name: p.detach() for name, p in params.items()}
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
@@ -91,7 +93,7 @@ class Evaluation:
         self._exit.callback(self._restore_flags)
         tensors = [*self.params.values(), *self.meta_params.values()]
         self._buffers = self._exit.enter_context(KeptBuffers(modules))
-        self._randomness = self._exit.enter_context(CommonRandomness(tensors))
+        self._randomness = self._exit.enter_context(CommonRandomness(tensors, self._seed))
         try:
             self._check()
         except BaseException:
@@ -259,6 +261,19 @@ class Evaluation:
     def sign(self) -> int:
         """1 or -1, drawn once for this meta-gradient."""
         return self._randomness.sign()
+
+    @property
+    def seed(self) -> int:
+        """The seed of all random numbers, to see the same ones again."""
+        return self._randomness.base
+
+    @torch.no_grad()
+    def buffers_after_one(self, at: Moment) -> tuple[Tensor, ...]:
+        """The modules' buffers, had the inner function been evaluated once, at this moment."""
+        if self._buffers.before:
+            self.stand_at(dataclasses.replace(at, buffers=self._buffers.before))
+            self.evaluate("inner", at.params, self.meta_params)
+        return self.snapshot()
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """The modules' buffers as they are now."""
@@ -442,9 +457,11 @@ class Evaluation:
     def outer_gradients(self, at: Settled) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`∂L_out/∂φ` and `∂L_out/∂θ` where a phase ended, averaged over batches."""
         self.stand_at(at)
-        params = {name: p.clone().requires_grad_() for name, p in at.params.items()}
-        meta = {name: m.clone().requires_grad_() for name, m in self.meta_params.items()}
-        leaves = [*params.values(), *meta.values()]
+        names = self.reaches["outer"]
+        params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
+        reached = {name: self.meta_params[name].detach().requires_grad_() for name in names}
+        meta = {**self.meta_params, **reached}
+        leaves = [*params.values(), *reached.values()]
         total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
         steps = self.batch_steps("outer")
         mean = torch.zeros(())
@@ -455,9 +472,9 @@ class Evaluation:
             mean = mean + loss.detach() / len(steps)
             self.gradient_evaluations += 1
         self._judged = at, mean
-        count = len(params)
-        by_params = dict(zip(params, total[:count], strict=True))
-        return by_params, dict(zip(meta, total[count:], strict=True))
+        direct = {name: torch.zeros_like(m) for name, m in self.meta_params.items()}
+        direct.update(zip(names, total[len(params) :], strict=True))
+        return dict(zip(params, total, strict=False)), direct
 
     def contrast(
         self,
@@ -640,7 +657,7 @@ def _check_tensors(what: str, tensors: object) -> None:
                 f"{what}[{name!r}] has dtype {tensor.dtype}, which has no gradient; "
                 f"use a floating-point tensor"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.detach()).all():
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
 
 

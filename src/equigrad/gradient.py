@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from equigrad.contraction import verdict
+from equigrad.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
-from equigrad.solvers.settle import resting
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ def meta_gradient(
         except SettlingError as error:
             if problem.symmetric:
                 raise
-            start = resting(evaluation.params, evaluation.snapshot())
-            raise SettlingError(f"{error}. At the start, {verdict(evaluation, start)}") from error
+            raise explained(error, evaluation) from error
         free = estimate.phases[0]
         if free.phase.outcome == "not converged" and not problem.symmetric:
             evaluation.notes.append(verdict(evaluation, free))

@@ -24,16 +24,17 @@ class CommonRandomness:
 
     Args:
         tensors: whatever is computed with; their devices' generators are the ones to seed.
+        base: the number, from an earlier such context; None to draw one.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], base: int | None = None) -> None:
         devices = {t.device for t in tensors if t.device.type != "cpu"}
         self._devices = sorted(devices, key=str)
         self._exit = ExitStack()
-        self._base = 0
+        self._given, self.base = base, 0
 
     def __enter__(self) -> Self:
-        self._base = int(torch.randint(2**62, ()))
+        self.base = int(torch.randint(2**62, ())) if self._given is None else self._given
         by_type: dict[str, list[int]] = {}
         for device in self._devices:
             by_type.setdefault(device.type, []).append(device.index or 0)
@@ -47,11 +48,11 @@ class CommonRandomness:
 
     def sign(self) -> int:
         """1 or -1, by the number that was drawn on entering."""
-        return 1 if self._base % 2 else -1
+        return 1 if self.base % 2 else -1
 
     def seed(self, stream: Stream, step: int) -> None:
         """Seed the generators for evaluation `step` of the inner or the outer loss."""
-        seed = self._base + 2 * step + (stream == "outer")
+        seed = self.base + 2 * step + (stream == "outer")
         torch.default_generator.manual_seed(seed)
         for device in self._devices:
             module = torch.get_device_module(device)

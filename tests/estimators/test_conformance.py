@@ -39,6 +39,7 @@ EXACT = {
 }
 IDENTITY = {
     "t1t2": (eg.T1T2(), 1e-9),
+    "phantom gradient": (eg.PhantomGradient(steps=1, damping=1), 1e-9),
     "finite difference t1t2": (eg.FiniteDifferenceT1T2(distance=1e-4), 1e-6),
     "first-order maml": (eg.FirstOrderMAML(), 1e-9),
     "reptile": (eg.Reptile(), 1e-9),

@@ -15,6 +15,7 @@ from equigrad.estimators.least_control import LeastControl
 from equigrad.estimators.maml import MAML
 from equigrad.estimators.neumann_series import NeumannSeries
 from equigrad.estimators.nystrom import Nystrom
+from equigrad.estimators.phantom_gradient import PhantomGradient
 from equigrad.estimators.reptile import Reptile
 from equigrad.estimators.t1t2 import T1T2
 from equigrad.estimators.unrolled import Unrolled
@@ -24,6 +25,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     FiniteDifferenceT1T2,
     T1T2,
     NeumannSeries,
+    PhantomGradient,
     ConjugateGradient,
     GMRES,
     Adjoint,
@@ -59,6 +61,7 @@ __all__ = [
     "LeastControl",
     "NeumannSeries",
     "Nystrom",
+    "PhantomGradient",
     "Reptile",
     "Traits",
     "Unrolled",

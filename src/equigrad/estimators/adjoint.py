@@ -33,8 +33,8 @@ class Adjoint(Implicit):
     Koltun 2019). Where samples settle on their own, each of them has to.
 
     Attributes:
-        solver: settles x from zero. Its `tol` is relative: to the largest norm of `∂L_out/∂φ` of a
-            sample.
+        solver: settles x, which starts at `∂L_out/∂φ`. Its `tol` is relative: to the largest norm
+            of `∂L_out/∂φ` of a sample.
 
     Raises:
         ConfigurationError: the solver is none, or compiles.
@@ -71,11 +71,10 @@ class Adjoint(Implicit):
                 moves = pressure - linear.product(flat)
             return tuple(unflatten(moves, linear.leaves)), _NO_VALUE
 
-        start = {name: torch.zeros_like(f) for name, f in forces.items()}
         tol = None if self.solver.tol is None else self.solver.tol * size
         solver = dataclasses.replace(self.solver, tol=tol)
         try:
-            settled = settle(velocity, _NO_VALUE, start, solver, samples=linear.samples)
+            settled = settle(velocity, _NO_VALUE, forces, solver, samples=linear.samples)
         except SettlingError as error:
             raise CurvatureError(
                 "Adjoint does not settle: x ← (∂F/∂φ)ᵀ x + ∂L_out/∂φ diverges, since the map does "

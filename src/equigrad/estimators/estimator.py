@@ -46,8 +46,8 @@ class Traits:
     order: str = "–"
     one_system: bool = False
 
-    def fit(self, problem: Problem) -> bool:
-        """Whether these traits fit a problem."""
+    def fit(self, problem: Problem | type[Problem]) -> bool:
+        """Whether these traits fit a problem, or any of a kind."""
         return (problem.energy or not self.energy) and (problem.symmetric or not self.symmetric)
 
     def serve(self, evaluation: Evaluation) -> bool:

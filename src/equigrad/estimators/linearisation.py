@@ -48,9 +48,9 @@ class Linearisation:
 
     def __init__(self, evaluation: Evaluation, at: Settled, who: str) -> None:
         self._evaluation, self._at, self._who = evaluation, at, who
-        self._params = {name: p.clone().requires_grad_() for name, p in at.params.items()}
+        self._params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
         self._meta = {
-            name: m.clone().requires_grad_() for name, m in evaluation.meta_params.items()
+            name: m.detach().requires_grad_() for name, m in evaluation.meta_params.items()
         }
         self._kept: tuple[Tensor, ...] | None = None
         self._keeps = len(evaluation.batch_steps("inner")) == 1
@@ -91,7 +91,7 @@ class Linearisation:
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """`∂(r · vector)/∂leaves`, averaged over batches."""
         direction = unflatten(vector, list(self._params.values()))
-        total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+        total: list[Tensor] = []
         steps = self._evaluation.batch_steps("inner")
         with second_derivatives(self._evaluation, self._who):
             for residual in self._residuals(steps):
@@ -104,8 +104,11 @@ class Linearisation:
                     self._keeps, self._kept = False, None
                     (residual,) = self._residuals(steps)
                     product = pull_back(residual, direction, leaves)
-                torch._foreach_add_(total, product, alpha=1 / len(steps))
-        return total
+                if total:
+                    torch._foreach_add_(total, product)
+                else:
+                    total = list(product)
+        return [t / len(steps) for t in total] if len(steps) > 1 else total
 
     def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
         """The residual with its graph, batch after batch."""

@@ -1,19 +1,37 @@
 """A layer whose output is where a cell settles."""
 
+import dataclasses
+import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from equigrad.contraction import verdict
-from equigrad.errors import ConfigurationError, ProblemError, SettlingError, SettlingWarning
-from equigrad.estimators import Adjoint, Estimator
+from equigrad.buffers import KeptBuffers
+from equigrad.contraction import explained, verdict
+from equigrad.errors import (
+    ConfigurationError,
+    DoubleBackwardError,
+    ProblemError,
+    SettlingError,
+    SettlingWarning,
+)
+from equigrad.estimators import ESTIMATORS, Adjoint, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
-from equigrad.randomness import Stream
 from equigrad.solvers import Anderson, Phase, Settled, Solver
+from equigrad.solvers.rows import rows
+from equigrad.solvers.settle import numbered
+
+State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What settles: a tensor, a tuple or list of tensors, or a dictionary."""
+
+Unsettled = Literal["warn", "raise", "ignore"]
 
 
 class EquilibriumLayer(nn.Module):
@@ -23,27 +41,39 @@ class EquilibriumLayer(nn.Module):
 
     for a cell `f(h, x)`, sample by sample. The backward pass asks the estimator for the gradient of
     `⟨∂L/∂h*, h*⟩` by the cell's weights and by x; nothing of the settling is kept for it, so that
-    memory does not grow with the solver's steps.
+    memory does not grow with the solver's steps. Estimators see `∂L/∂h*` divided by the largest
+    norm of it of a sample: their β and their tolerances do not depend on how the loss is scaled.
 
     A cell that has an energy declares it by a method `primitive(h, *inputs)`, the scalar
     `Φ(h, x)` summed over samples, and an attribute `activation` ρ, such that
-    `f(h, x) = ρ(∂Φ/∂h)`. Then estimators that contrast phases serve it, too.
+    `f(h, x) = ρ(∂Φ/∂h)`; it needs no `forward`. Then estimators that contrast phases serve it, too.
+
+    Dropout draws one mask a forward pass, which is the same at every step of the solver and in the
+    backward pass. Statistics of batch normalisation (any buffers that the cell changes in training
+    mode) move once a forward pass, as if the cell were evaluated once, where it has settled. Under
+    autocast the cell computes in the lower precision, forward and backward, and all that surrounds
+    it in that of h.
 
     Args:
-        cell: any module, called as `cell(h, *inputs)`; returns the shape of h. The first dimension
-            of h is one of samples.
+        cell: any module, called as `cell(h, *inputs)`; returns h in its shape. The first dimension
+            of h is one of samples. `torch.compile(cell)` will do, too.
         solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
-        estimator: how the gradient is had; any that serves the cell.
-        unsettled: what to do where a sample has not settled: `warn`, `raise` or `ignore`. Under
-            `warn`, the first forward pass that fails says so, with the spectral radius.
+        estimator: how the gradient is had; any that serves the cell where it has settled.
+        unsettled: what to do where a sample has not settled, or the estimator has something to say:
+            `warn`, `raise` or `ignore`. Under `warn`, the first forward pass that fails says so,
+            with the spectral radius, and the first such backward pass; `phase` says it of every
+            pass.
 
     Attributes:
         cell: the cell.
-        phase: the report of the last forward pass.
+        phase: the report of the last forward pass; its `residuals` are those of the samples and its
+            `unsettled` the numbers of those that have not settled.
 
     Raises:
-        ConfigurationError: an argument is not what it has to be.
-        ProblemError: from a forward pass, where the cell changes the shape of h.
+        ConfigurationError: an argument is not what it has to be, or the estimator cannot serve the
+            cell.
+        ProblemError: from a forward pass, where the cell changes the shape of h, or an input is not
+            finite.
         SettlingError: from a forward pass that diverges, or has not settled under `raise`.
 
     Example:
@@ -66,137 +96,279 @@ class EquilibriumLayer(nn.Module):
         *,
         solver: Solver | None = None,
         estimator: Estimator | None = None,
-        unsettled: Literal["warn", "raise", "ignore"] = "warn",
+        unsettled: Unsettled = "warn",
     ) -> None:
         super().__init__()
-        if not isinstance(cell, nn.Module):
-            raise ConfigurationError(f"cell must be a torch.nn.Module, got {cell!r}")
+        self.solver = Anderson(tol=1e-4, max_steps=100) if solver is None else solver
+        self.estimator = Adjoint() if estimator is None else estimator
+        for name, thing, kind in (
+            ("cell", cell, nn.Module),
+            ("solver", self.solver, Solver),
+            ("estimator", self.estimator, Estimator),
+        ):
+            if not isinstance(thing, kind):
+                raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {thing!r}")
         if unsettled not in ("warn", "raise", "ignore"):
             raise ConfigurationError(
                 f"unsettled must be 'warn', 'raise' or 'ignore', got {unsettled!r}"
             )
+        _check_serves(self.estimator, cell)
         self.cell = cell
-        self.solver = Anderson(tol=1e-4, max_steps=100) if solver is None else solver
-        self.estimator = Adjoint() if estimator is None else estimator
-        self.unsettled = unsettled
+        self.unsettled: Unsettled = unsettled
         self.phase: Phase | None = None
-        self._warned = False
+        self._said: set[str] = set()
 
-    def forward(self, *inputs: Any, start: Tensor | None = None) -> Tensor:
+    def forward(self, *inputs: Any, start: State | None = None) -> Any:
         """Where the cell settles.
 
         Args:
-            inputs: what the cell takes beside h.
-            start: h to start from; where None, what `cell.start(*inputs)` gives if there is such a
-                method, else zeros like the first input.
+            inputs: what the cell takes beside h; tensors also in lists, tuples and dictionaries.
+            start: h to start from: a tensor, or a tuple, list or dictionary of tensors. It has no
+                influence on what settles, and gets no gradient. Where None, what
+                `cell.start(*inputs)` gives if there is such a method, else zeros like the first
+                input, in the dtype of the cell's weights.
+
+        Returns:
+            h as `start` has it.
         """
-        if start is None:
-            begin = getattr(self.cell, "start", None)
-            start = torch.zeros_like(inputs[0]) if begin is None else begin(*inputs)
-        assert isinstance(start, Tensor)
-        weights: dict[str, Tensor] = dict(self.cell.named_parameters())
-        given = {f"input.{i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
-        call = _Call(self, inputs, weights, given, start)
-        return _Equilibrium.apply(call, *weights.values(), *given.values())  # pyright: ignore
+        call = _Call(self.cell, inputs, self._start(inputs) if start is None else start)
+        with call.full_precision():
+            settled = self._settle(call)
+        outputs = _Equilibrium.apply(self, call, settled, *call.tensors.values())
+        call.tensors = {}  # autograd keeps what backward needs, and sees to it that it is unchanged
+        return call.shaped(dict(zip(settled.params, outputs, strict=True)))
 
     def extra_repr(self) -> str:
         """Solver and estimator."""
         return f"solver={self.solver},\nestimator={self.estimator},"
 
+    def _start(self, inputs: tuple[Any, ...]) -> State:
+        begin: Any = getattr(self.cell, "start", None)
+        if callable(begin):
+            return begin(*inputs)
+        if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
+            raise ProblemError(
+                "h starts at zeros like the first input, and that is no tensor of floating-point "
+                "numbers; give start=, or the cell a method start(*inputs)"
+            )
+        weight = next((p for p in self.cell.parameters() if p.is_floating_point()), inputs[0])
+        return torch.zeros_like(inputs[0], dtype=weight.dtype)
+
+    def _settle(self, call: "_Call") -> Settled:
+        """Settle the cell, and see to it that nothing is silent."""
+        who = f"EquilibriumLayer({type(self.cell).__name__})"
+        theta = {name: t for name, t in call.tensors.items() if t.is_floating_point()}
+        with Evaluation(call.problem(call.tensors, theta), call.start, theta) as evaluation:
+            call.seed = evaluation.seed
+            try:
+                settled = evaluation.settle(self.solver)
+            except SettlingError as error:
+                raise explained(error, evaluation, who) from error
+            self.phase = phase = settled.phase
+            if phase.outcome in ("not converged", "stalled"):
+                self._say("forward", lambda: f"{who} {phase}; {verdict(evaluation, settled)}")
+            buffers = evaluation.buffers_after_one(settled)
+        if self.training:
+            KeptBuffers((self.cell,)).restore(buffers)
+        return settled
+
+    def gradients(
+        self, call: "_Call", settled: Settled, tensors: Params, learned: Params, pressure: Params
+    ) -> dict[str, Tensor]:
+        """What the estimator says of `⟨pressure, h*⟩`, by name of what is learned.
+
+        Args:
+            call: the forward pass.
+            settled: where it ended.
+            tensors: its weights and inputs.
+            learned: those of them that want a gradient.
+            pressure: `∂L/∂h*`, by name.
+        """
+        size = rows(list(pressure.values()), samples=True).norm(dim=1).max().item()
+        if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
+            return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
+        unit = {name: p / size for name, p in pressure.items()}
+        problem = call.problem(tensors, learned, unit)
+        with (
+            call.full_precision(),
+            Evaluation(problem, settled.params, learned, settled, call.seed) as evaluation,
+        ):
+            self.estimator.check(evaluation, self.solver)
+            estimate = self.estimator.estimate(evaluation, self.solver)
+        notes = [
+            f"phase β={phase.beta:g} {phase}"
+            for phase in (other.phase for other in estimate.phases[1:])
+            if phase.outcome in ("not converged", "stalled")
+        ] + evaluation.notes
+        if notes:
+            who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
+            self._say("backward", lambda: f"{who}: {'; '.join(notes)}")
+        return {name: size * grad for name, grad in estimate.grads.items()}
+
+    def _say(self, which: str, message: Callable[[], str]) -> None:
+        """Raise, or warn the first time, as `unsettled` asks for."""
+        if self.unsettled == "raise":
+            raise SettlingError(message())
+        if self.unsettled == "warn" and which not in self._said:
+            self._said.add(which)
+            warnings.warn(message(), SettlingWarning, stacklevel=6)
+
+
+def _kind(cell: nn.Module) -> type[Problem]:
+    return EnergyBased if hasattr(cell, "primitive") else FixedPoint
+
+
+def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
+    """Refuse what backward could not do, before anything is computed."""
+    kind, who = _kind(cell), type(cell).__name__
+    if kind is EnergyBased and not hasattr(cell, "activation"):
+        raise ConfigurationError(
+            f"{who} has a primitive function but no activation: give it the elementwise function "
+            f"ρ of h = ρ(∂Φ/∂h), for example activation = staticmethod(torch.tanh)"
+        )
+    serving = [e for e in ESTIMATORS if e.traits.equilibrium and e.traits.fit(kind)]
+    if estimator.traits.equilibrium and estimator.traits.fit(kind):
+        return
+    names = " or ".join(f"{e.__name__}()" for e in serving)
+    if not estimator.traits.equilibrium:
+        why = "looks at the steps of a settling, and a layer keeps where it ended alone"
+    elif kind is FixedPoint and not estimator.traits.symmetric:
+        why = f"needs an energy, and {who} declares none by a method primitive(h, *inputs)"
+    else:
+        why = f"needs a Hessian, and ∂f/∂h of {who} is none"
+    raise ConfigurationError(f"{type(estimator).__name__} {why}; use {names}")
+
 
 class _Call:
-    """One forward pass, and what its backward pass needs."""
+    """One pass: a cell, its weights and inputs by name, and where it starts.
 
-    def __init__(
-        self,
-        layer: EquilibriumLayer,
-        inputs: tuple[Any, ...],
-        weights: dict[str, Tensor],
-        given: dict[str, Tensor],
-        start: Tensor,
-    ) -> None:
-        self.layer, self.inputs = layer, inputs
-        self.weights, self.start = weights, start.detach()
-        self.tensors = {**weights, **given}
-        self.learned = [
-            name for name, t in self.tensors.items() if t.is_floating_point() and t.requires_grad
-        ]
-        self.settled: Settled | None = None
+    Attributes:
+        tensors: weights and inputs, by name.
+        start: where h starts, by name.
+        seed: of the random numbers.
+    """
 
-    def problem(self, meta_params: Params, pressure: Tensor | None = None) -> Problem:
-        """The cell as a problem, judged by `⟨pressure, h⟩`."""
-        cell: Any = self.layer.cell
-        reaches: dict[Stream, list[str]] = {"inner": list(meta_params), "outer": []}
+    def __init__(self, cell: nn.Module, inputs: tuple[Any, ...], start: State) -> None:
+        self.cell = cell
+        self._method = _Method(cell, "primitive" if _kind(cell) is EnergyBased else "forward")
+        leaves, self._tree = tree_flatten(inputs)
+        # no weight can have such a name, since no module's name is empty
+        self._slots = [f"input..{i}" if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
+        given = {f"input..{i}": x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        self._weights = dict(cell.named_parameters())
+        self.tensors: dict[str, Tensor] = {**self._weights, **given}
+        self.start = {name: part.detach() for name, part in _named(start).items()}
+        self._form = type(start)
+        self.seed: int | None = None
+        device = next(iter(self.start.values())).device.type
+        self._autocast = device, torch.get_autocast_dtype(device)
+        self._lower = torch.is_autocast_enabled(device)
+
+        for name, x in given.items():
+            _check_finite(f"{name.replace('..', ' ')} of {type(cell).__name__}", x)
+        for name, part in self.start.items():
+            _check_finite(f"the start of {name!r} of {type(cell).__name__}", part)
+
+    def full_precision(self) -> AbstractContextManager[Any]:
+        """Where solvers and estimators compute as they are, and the cell alone under autocast."""
+        device, _ = self._autocast
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    def problem(self, tensors: Params, learned: Params, pressure: Params | None = None) -> Problem:
+        """The cell as a problem with θ = `learned`, judged by `⟨pressure, h⟩`."""
 
         def outer_loss(params: Params, meta: Params) -> Tensor:
             assert pressure is not None
-            return (params["h"] * pressure).sum()
+            products = [(params[name] * part).sum() for name, part in pressure.items()]
+            return torch.stack(products).sum()
 
-        if hasattr(cell, "primitive"):
+        known: Any = {
+            "outer_loss": outer_loss,
+            "modules": (self.cell,),
+            "reaches": {"inner": list(learned), "outer": []},
+            "samples": True,
+        }
+        if _kind(self.cell) is EnergyBased:
             return EnergyBased(
-                lambda params, meta: self.call("primitive", params["h"], meta),
-                outer_loss,
-                activation=cell.activation,
-                modules=(cell,),
-                reaches=reaches,
-                samples=True,
+                lambda params, meta: self._evaluate(params, {**tensors, **meta}),
+                activation=self.cell.activation,  # pyright: ignore
+                **known,
             )
-        return FixedPoint(
-            lambda params, meta: {"h": self.call("forward", params["h"], meta)},
-            outer_loss,
-            modules=(cell,),
-            reaches=reaches,
-            samples=True,
+        return FixedPoint(lambda params, meta: self._image(params, {**tensors, **meta}), **known)
+
+    def shaped(self, params: Params) -> Any:
+        """The state as the cell knows it."""
+        if issubclass(self._form, Tensor):
+            return params["h"]
+        return dict(params) if issubclass(self._form, Mapping) else tuple(params.values())
+
+    def _image(self, params: Params, tensors: Params) -> dict[str, Tensor]:
+        """`f(h, x)` by name, or a clear word where the cell returns something else."""
+        image = self._evaluate(params, tensors)
+        named = {"h": image} if isinstance(image, Tensor) else _named(image)
+        shapes, found = _shapes(params), _shapes(named)
+        if shapes != found:
+            raise ProblemError(
+                f"{type(self.cell).__name__} must return h as it starts, {shapes}, and returned "
+                f"{found}; give another start, or mend the cell"
+            )
+        return named
+
+    def _evaluate(self, params: Params, tensors: Params) -> Any:
+        """The cell at h, with these weights and inputs."""
+        leaves = [tensors[s] if isinstance(s, str) and s in tensors else s for s in self._slots]
+        arguments = self.shaped(params), *tree_unflatten(leaves, self._tree)
+        swapped = {
+            f"module.{name}": tensors[name]
+            for name, weight in self._weights.items()
+            if not _same(tensors[name], weight)
+        }
+        device, dtype = self._autocast
+        with torch.autocast(device, dtype) if self._lower else nullcontext():
+            if swapped:
+                return functional_call(self._method, swapped, arguments)
+            return self._method.forward(*arguments)
+
+
+def _named(h: State) -> dict[str, Tensor]:
+    """The tensors of h by name, if they are what they have to be."""
+    if isinstance(h, Tensor):
+        named = {"h": h}
+    elif isinstance(h, Mapping):
+        named = dict(h)
+    else:
+        named = {f"h{i}": part for i, part in enumerate(h)} if isinstance(h, Sequence) else {}
+    parts = list(named.values())
+    if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
+        raise ProblemError(
+            f"h must be a tensor whose first dimension is one of samples, or a tuple or dictionary "
+            f"of such tensors, got {type(h).__name__}"
+            + (f" of {', '.join(type(p).__name__ for p in parts)}" if parts else "")
         )
+    if len({len(p) for p in parts}) > 1:
+        raise ProblemError(f"all tensors of h must have equally many samples, got {_shapes(named)}")
+    return named
 
-    def call(self, method: str, h: Tensor, meta: Params) -> Tensor:
-        """The cell with the weights and inputs that `meta` holds, and its own for the others."""
-        inputs = [meta.get(f"input.{i}", x) for i, x in enumerate(self.inputs)]
-        cell = self.layer.cell
-        changed = {n: meta[n] for n in self.weights if n in meta and meta[n] is not self.weights[n]}
-        if changed and method == "forward":
-            return functional_call(cell, changed, (h, *inputs))
-        if changed:
-            return functional_call(_Method(cell, method), _prefixed(changed), (h, *inputs))
-        return getattr(cell, method)(h, *inputs)
 
-    def settle(self) -> Tensor:
-        """Settle the cell, and see to it that nothing is silent."""
-        layer = self.layer
-        problem, params = self.problem(self.tensors), {"h": self.start}
-        with Evaluation(problem, params, self.tensors) as evaluation:
-            image = self.call("forward", self.start, {})
-            if image.shape != self.start.shape:
-                raise ProblemError(
-                    f"the cell must return h in its shape {tuple(self.start.shape)}, got "
-                    f"{tuple(image.shape)}; give another start"
-                )
-            try:
-                self.settled = evaluation.settle(layer.solver)
-            except SettlingError as error:
-                raise SettlingError(f"{error}") from error
-            layer.phase = phase = self.settled.phase
-            fails = phase.outcome in ("not converged", "stalled") and layer.unsettled != "ignore"
-            if fails and not (layer.unsettled == "warn" and layer._warned):
-                message = (
-                    f"EquilibriumLayer({type(layer.cell).__name__}) {phase}; "
-                    f"{verdict(evaluation, self.settled)}"
-                )
-                if layer.unsettled == "raise":
-                    raise SettlingError(message)
-                layer._warned = True
-                warnings.warn(message, SettlingWarning, stacklevel=5)
-        return self.settled.params["h"].clone()  # the output gets a graph
+def _shapes(named: Params) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for name, part in named.items()}
 
-    def gradients(self, pressure: Tensor) -> list[Tensor | None]:
-        """What the estimator says, one tensor for each of the function's."""
-        assert self.settled is not None
-        meta = {name: self.tensors[name] for name in self.learned}
-        problem, solver = self.problem(meta, pressure), self.layer.solver
-        with Evaluation(problem, self.settled.params, meta, self.settled) as evaluation:
-            self.layer.estimator.check(evaluation, solver)
-            grads = self.layer.estimator.estimate(evaluation, solver).grads
-        return [grads.get(name) for name in self.tensors]
+
+def _same(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether the module's own weight does in place of a tensor: it need not be swapped."""
+    if tensor is weight:
+        return True
+    return not tensor.requires_grad and tensor.data_ptr() == weight.data_ptr()
+
+
+def _check_finite(what: str, x: Tensor) -> None:
+    finite = torch.isfinite(x.detach())
+    if not finite.all():
+        bad = torch.nonzero(~finite.reshape(len(x), -1).all(1)).flatten() if x.ndim else []
+        where = f" in {numbered([int(i) for i in bad])} of {len(x)}" if x.ndim else ""
+        raise ProblemError(f"{what} holds NaN or infinite values{where}; mend the data")
 
 
 class _Method(nn.Module):
@@ -204,47 +376,59 @@ class _Method(nn.Module):
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
-        self.module, self.method = module, method
+        self.module, self._name = module, method
 
     def forward(self, *inputs: Any) -> Any:
-        return getattr(self.module, self.method)(*inputs)
-
-
-def _prefixed(weights: Params) -> dict[str, Tensor]:
-    return {f"module.{name}": w for name, w in weights.items()}
+        called = self.module if self._name == "forward" else getattr(self.module, self._name)
+        return called(*inputs)
 
 
 class _Equilibrium(torch.autograd.Function):
     """The settled state as a function of weights and inputs."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
-        ctx.call = call
-        return call.settle()
+    def forward(
+        ctx: Any, layer: EquilibriumLayer, call: _Call, settled: Settled, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = tuple(settled.params.values())
+        # the solver's state may be many times larger than h
+        ended = dataclasses.replace(settled, params={}, solver_state=None)
+        ctx.layer, ctx.call, ctx.settled = layer, call, ended
+        ctx.names = list(settled.params), list(call.tensors)
+        ctx.save_for_backward(*outputs, *tensors)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, pressure: Tensor) -> tuple[Any, ...]:  # pyright: ignore
+    def backward(ctx: Any, *pressures: Tensor) -> tuple[Any, ...]:  # pyright: ignore
+        state, names = ctx.names
+        saved = ctx.saved_tensors
+        params = {name: h.detach() for name, h in zip(state, saved, strict=False)}
+        tensors = dict(zip(names, saved[len(state) :], strict=True))
+        needed = ctx.needs_input_grad[3:]
+        learned = {n: t for (n, t), need in zip(tensors.items(), needed, strict=True) if need}
         with torch.no_grad():
-            grads = ctx.call.gradients(pressure.detach())
-        if torch.is_grad_enabled():  # somebody means to differentiate what is returned
-            given = pressure, *ctx.call.tensors.values()
-            grads = [None if g is None else _Once.apply(g, *given) for g in grads]
-        return None, *grads
+            grads = ctx.layer.gradients(
+                ctx.call,
+                dataclasses.replace(ctx.settled, params=params),
+                tensors,
+                learned,
+                dict(zip(state, pressures, strict=True)),
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = {n: _OnceOnly.apply(g, *learned.values(), *pressures) for n, g in grads.items()}
+        return None, None, None, *(grads.get(name) for name in names)
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that has no derivative, and says so to whoever asks for one.
-
-    `once_differentiable` does not: `torch.autograd.grad` passes by its error where it was asked for
-    the gradients of other tensors, and leaves out what should have come through here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *given: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+class _OnceOnly(torch.autograd.Function):
+    """A gradient that looks as if it could be differentiated, and says that it cannot."""
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
-        raise RuntimeError(
-            "an EquilibriumLayer has one derivative, and this would differentiate twice"
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore
+        raise DoubleBackwardError(
+            "the gradient of an EquilibriumLayer is an estimate that cannot be differentiated once "
+            "more; leave out create_graph=True, or the penalty on this gradient"
         )

@@ -60,19 +60,20 @@ class Anderson(Solver):
     ) -> None:
         """One step."""
         v = rows(velocity, objective.samples)
-        state.learn(v, self.history)
+        state.learn(v, self.history, self.damping)
         step = self.damping * v
         if state.known:
             gamma = state.coefficients(v, self.regularization)
-            moves, changes = state.moves[:, : state.known], state.changes[:, : state.known]
-            step -= torch.bmm(gamma, moves).squeeze(1)
-            step -= self.damping * torch.bmm(gamma, changes).squeeze(1)
+            step -= torch.bmm(gamma, state.undone[:, : state.known]).squeeze(1)
         move_rows(params, step)
         state.last = v, step
 
 
 class _Moves:
-    """The last moves (samples x history x size), what they changed, and how these overlap."""
+    """What the last moves changed (samples x history x size), and how these changes overlap.
+
+    `changes` is ΔV, `undone` is ΔΦ + d ΔV: what γ takes from a step.
+    """
 
     def __init__(self) -> None:
         self.last: tuple[Tensor, Tensor] | None = None
@@ -81,23 +82,23 @@ class _Moves:
     @property
     def known(self) -> int:
         """How many moves there are."""
-        return min(self.taken, self.moves.shape[1]) if self.taken else 0
+        return min(self.taken, self.changes.shape[1]) if self.taken else 0
 
-    def learn(self, v: Tensor, history: int) -> None:
+    def learn(self, v: Tensor, history: int, damping: float) -> None:
         """Remember the last move by what it changed, in the place of the oldest."""
         if self.last is None:
             return
         if not self.taken:
-            self.moves = v.new_empty(len(v), history, v.shape[1])
-            self.changes = torch.empty_like(self.moves)
+            self.changes = v.new_empty(len(v), history, v.shape[1])
+            self.undone = torch.empty_like(self.changes)
             self.overlaps = v.new_zeros(len(v), history, history)
         before, step = self.last
         slot = self.taken % history
         self.taken += 1
-        self.moves[:, slot] = step
-        torch.sub(v, before, out=self.changes[:, slot])
-        changes = self.changes[:, : self.known]
-        row = torch.bmm(changes, changes[:, slot, :, None].conj()).squeeze(2)
+        change = v - before
+        self.changes[:, slot] = change
+        torch.add(step, change, alpha=damping, out=self.undone[:, slot])
+        row = torch.bmm(self.changes[:, : self.known], change[:, :, None].conj()).squeeze(2)
         self.overlaps[:, : self.known, slot] = row
         self.overlaps[:, slot, : self.known] = row.conj()
 
@@ -108,6 +109,7 @@ class _Moves:
         trace = overlaps.diagonal(dim1=1, dim2=2).real.sum(1)
         share = max(regularization, 10 * torch.finfo(v.dtype).eps)
         ridge = share * trace + torch.finfo(v.dtype).tiny
-        eye = torch.eye(self.known, dtype=v.dtype, device=v.device)
-        matrix = overlaps.mT + ridge[:, None, None] * eye
-        return torch.linalg.solve(matrix, right).mT
+        matrix = overlaps.mT.clone()
+        matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        solved, _ = torch.linalg.solve_ex(matrix, right)  # the ridge makes it regular
+        return solved.mT
