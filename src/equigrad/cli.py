@@ -54,6 +54,8 @@ def commands() -> list[Command]:
         boston,
         bound,
         digits,
+        equilibrium,
+        equilibrium_table,
         few_shot,
         first_phase,
         folder,
@@ -86,6 +88,7 @@ def commands() -> list[Command]:
         table1.Table1,
         table2.Table2,
         first_phase.Fig3,
+        equilibrium_table.EquilibriumTable,
     )
     return [
         *(
@@ -94,6 +97,7 @@ def commands() -> list[Command]:
         ),
         Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
         Command("run", "omniglot", omniglot.Omniglot.preset, few_shot.run),
+        Command("run", "equilibrium", equilibrium.Equilibrium.preset, equilibrium.run),
         *(
             Command(
                 "search",

@@ -10,19 +10,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn import Flatten, Module, Sequential
 
 import equigrad
 from equigrad.data import cifar10, mnist
 from equigrad.data.images import split
 from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Estimator
+from equigrad.controllers import DynamicInversion, EnergyInversion
+from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl
 from equigrad.experiments import figures
 from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
 from equigrad.experiments.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.strength_learning import ScaleName, at_least, positive
-from equigrad.solvers import Solver
+from equigrad.nn import EquilibriumRNN, Hopfield, Relaxing, tanh_network, with_learned_feedback
+from equigrad.solvers import Anderson, Picard, Solver
 from equigrad.training import (
     Callback,
     Checkpoint,
@@ -51,6 +54,11 @@ MethodName = Literal[
 DataName = Literal["mnist", "cifar10"]
 
 SOURCES = {"mnist": mnist, "cifar10": cifar10}
+
+PIXELS, CLASSES = 28 * 28, 10
+
+SWEEPS = Picard(tol=1e-5, max_steps=10)
+REST = Anderson(tol=1e-4, max_steps=50)
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,93 @@ class Setting:
     label: str
     data: DataName
     hidden: tuple[int, ...]
-    build: "Callable[[Equilibrium], Any]"
+    build: Callable[["Equilibrium"], Any]
     methods: Mapping[MethodName, Recipe]
 
 
-SETTINGS: dict[SettingName, Setting] = {}
+def _feed_forward(config: "Equilibrium") -> Module:
+    model = tanh_network(PIXELS, config.hidden, CLASSES)
+    learned = recipe_of(config.setting, config.method).learned_feedback
+    network = with_learned_feedback(model) if learned else model
+    return Relaxing(Sequential(Flatten(), *network))
+
+
+def _recurrent(config: "Equilibrium") -> Module:
+    (width,) = config.hidden
+    return EquilibriumRNN(PIXELS, width, CLASSES)
+
+
+def _hopfield(config: "Equilibrium") -> Module:
+    return Hopfield.fully_connected([PIXELS, *config.hidden, CLASSES])
+
+
+SETTINGS: dict[SettingName, Setting] = {
+    "feed-forward": Setting(
+        "feed-forward net",
+        "mnist",
+        (256, 256),
+        _feed_forward,
+        {
+            # a sweep forward and one back settle it
+            "exact": Recipe(
+                "backpropagation", Adjoint(solver=SWEEPS), SWEEPS
+            ),
+            "dynamic-inversion": Recipe(
+                "least control, dynamic inversion",
+                LeastControl(controller=DynamicInversion(), start="params"),
+                SWEEPS,
+            ),
+            "energy-inversion": Recipe(
+                "least control, energy-based inversion",
+                LeastControl(controller=EnergyInversion(), start="params"),
+                SWEEPS,
+            ),
+            "kolen-pollack": Recipe(
+                "least control, learned feedback",
+                LeastControl(controller=DynamicInversion(), start="params"),
+                SWEEPS,
+                learned_feedback=True,
+            ),
+        },
+    ),
+    "recurrent": Setting(
+        "equilibrium RNN",
+        "mnist",
+        (256,),
+        _recurrent,
+        {
+            "exact": Recipe("recurrent backpropagation", Adjoint(), REST),
+            "dynamic-inversion": Recipe(
+                "least control, dynamic inversion",
+                LeastControl(controller=DynamicInversion(), start="params"),
+                REST,
+            ),
+            "energy-inversion": Recipe(
+                "least control, energy-based inversion",
+                LeastControl(controller=EnergyInversion(), start="params"),
+                REST,
+            ),
+        },
+    ),
+    "hopfield": Setting(
+        "Hopfield network",
+        "mnist",
+        (512,),
+        _hopfield,
+        {
+            "equilibrium-propagation": Recipe(
+                "equilibrium propagation",
+                Contrastive(
+                    beta=0.5,
+                    scheme="symmetric",
+                    nudged_solver=Picard(max_steps=5),
+                ),
+                Picard(max_steps=12),
+            ),
+            "exact": Recipe("recurrent backpropagation", Adjoint(), REST),
+        },
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
