@@ -121,7 +121,8 @@ def meta_gradient(
                 raise
             raise explained(error, evaluation) from error
         free = estimate.phases[0]
-        if free.phase.outcome == "not converged" and not problem.symmetric:
+        uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
+        if free.phase.outcome == "not converged" and not problem.symmetric and uncontrolled:
             evaluation.notes.append(verdict(evaluation, free))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
