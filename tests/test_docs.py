@@ -57,3 +57,9 @@ def test_the_page_on_few_shot_learning_learns_to_learn():
     one, (x, _) = scope["model"], scope["new"].query
     alone = [one(query[None]).argmax(-1).item() for query in x[0]]  # not transductive
     assert alone == scope["answers"].tolist()
+
+
+def test_the_page_on_energy_based_networks_learns_digits():
+    """From 10 % by chance; a linear classifier reaches about 95 %."""
+    (scope,) = run_examples("energy-based-networks.md")
+    assert scope["accuracy"] > 0.92
