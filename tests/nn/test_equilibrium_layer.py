@@ -1,3 +1,6 @@
+# pyright: basic, reportIncompatibleMethodOverride=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 """An equilibrium layer: its gradients, its manners inside other modules, and what it refuses."""
 
 import copy

@@ -144,7 +144,7 @@ class EquilibriumLayer(nn.Module):
 
     def _start(self, inputs: tuple[Any, ...]) -> State:
         begin: Any = getattr(self.cell, "start", None)
-        if callable(begin):
+        if begin is not None:
             return begin(*inputs)
         if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
             raise ProblemError(
@@ -326,7 +326,9 @@ class _Call:
             if not _same(tensors[name], weight)
         }
         device, dtype = self._autocast
-        with torch.autocast(device, dtype) if self._lower else nullcontext():
+        # h is a leaf that moves in place, and a cache would go on with what it was
+        lower = torch.autocast(device, dtype, cache_enabled=False) if self._lower else None
+        with lower or nullcontext():
             if swapped:
                 return functional_call(self._method, swapped, arguments)
             return self._method.forward(*arguments)
