@@ -17,7 +17,7 @@ import equigrad as eg
 from equigrad.data import mnist
 from equigrad.data.images import Images
 
-UNITS, EPOCHS, BATCH, RATE = 128, 8, 100, 1e-3
+UNITS, EPOCHS, BATCH, RATE = 128, 6, 100, 1e-3
 VALIDATION = 5000  # of the training images, to watch
 
 
