@@ -42,6 +42,14 @@ def test_the_accuracy_page_keeps_its_promise():
     assert error <= result.error_estimate <= 1e-3
 
 
+def test_the_page_on_equilibrium_layers_settles():
+    scopes = run_examples("equilibrium-layers.md", "eg.nn.EquilibriumLayer(\n")
+    assert len(scopes) == 2
+    for scope in scopes:
+        assert scope["layer"].phase.outcome == "converged"
+        assert all(p.grad.any() for p in scope["layer"].parameters())
+
+
 def test_the_page_on_own_data_learns_from_python():
     (scope,) = run_examples("own-data.md", "from equigrad.sklearn import")
     assert scope["scores"].mean() > 0.9

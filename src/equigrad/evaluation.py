@@ -267,14 +267,6 @@ class Evaluation:
         """The seed of all random numbers, to see the same ones again."""
         return self._randomness.base
 
-    @torch.no_grad()
-    def buffers_after_one(self, at: Moment) -> tuple[Tensor, ...]:
-        """The modules' buffers, had the inner function been evaluated once, at this moment."""
-        if self._buffers.before:
-            self.stand_at(dataclasses.replace(at, buffers=self._buffers.before))
-            self.evaluate("inner", at.params, self.meta_params)
-        return self.snapshot()
-
     def snapshot(self) -> tuple[Tensor, ...]:
         """The modules' buffers as they are now."""
         return self._buffers.snapshot()

@@ -1,3 +1,6 @@
+# pyright: basic, reportIncompatibleMethodOverride=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 """An equilibrium layer: its gradients, its manners inside other modules, and what it refuses."""
 
 import copy
@@ -422,6 +425,31 @@ def test_batch_statistics_move_once_as_if_evaluated_where_it_settled():
     layer.eval()(x).sum().backward()
     for name, value in layer.cell.norm.state_dict().items():
         assert torch.equal(value, after[name])
+
+
+@pytest.mark.parametrize("estimator", [eg.PhantomGradient(steps=80, damping=1.0), eg.GMRES()])
+def test_batch_statistics_in_the_gradient(estimator):
+    """Samples act on each other through them: by differences of the layer as a whole."""
+    layer = eg.nn.EquilibriumLayer(Normalized(), solver=TIGHT, estimator=estimator)
+    assert error_along(gradients(layer, *data()), differences(layer, *data())) < 1e-5
+
+
+def test_spectral_normalisation_is_of_one_map_and_moves_once():
+    cell = Cell()
+    nn.utils.parametrizations.spectral_norm(cell.recurrent)
+    torch.manual_seed(0)
+    parametrization = cell.recurrent.parametrizations.weight[0]
+    parametrization._u.copy_(nn.functional.normalize(torch.randn(4).double(), dim=0))
+    expected = copy.deepcopy(cell)
+    expected.recurrent.weight  # noqa: B018  one power iteration
+    layer = eg.nn.EquilibriumLayer(cell, solver=TIGHT, estimator=eg.GMRES(tol=1e-12))
+    h = layer(data()[0])
+    assert layer.phase.outcome == "converged"
+    for found, wanted in zip(cell.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    h.sum().backward()
+    for found, wanted in zip(cell.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 class Dropping(Cell):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from equigrad.buffers import KeptBuffers
 from equigrad.contraction import explained, verdict
 from equigrad.errors import (
     ConfigurationError,
@@ -24,6 +23,7 @@ from equigrad.errors import (
 from equigrad.estimators import ESTIMATORS, Adjoint, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
+from equigrad.randomness import CommonRandomness
 from equigrad.solvers import Anderson, Phase, Settled, Solver
 from equigrad.solvers.rows import rows
 from equigrad.solvers.settle import numbered
@@ -49,8 +49,9 @@ class EquilibriumLayer(nn.Module):
     `f(h, x) = ρ(∂Φ/∂h)`; it needs no `forward`. Then estimators that contrast phases serve it, too.
 
     Dropout draws one mask a forward pass, which is the same at every step of the solver and in the
-    backward pass. Statistics of batch normalisation (any buffers that the cell changes in training
-    mode) move once a forward pass, as if the cell were evaluated once, where it has settled. Under
+    backward pass. So are buffers that the cell changes in training mode (statistics of batch
+    normalisation, vectors of spectral normalisation): all steps see them as they were before, and
+    they move once a forward pass, as if the cell were evaluated once, where it has settled. Under
     autocast the cell computes in the lower precision, forward and backward, and all that surrounds
     it in that of h.
 
@@ -144,7 +145,7 @@ class EquilibriumLayer(nn.Module):
 
     def _start(self, inputs: tuple[Any, ...]) -> State:
         begin: Any = getattr(self.cell, "start", None)
-        if callable(begin):
+        if begin is not None:
             return begin(*inputs)
         if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
             raise ProblemError(
@@ -167,9 +168,8 @@ class EquilibriumLayer(nn.Module):
             self.phase = phase = settled.phase
             if phase.outcome in ("not converged", "stalled"):
                 self._say("forward", lambda: f"{who} {phase}; {verdict(evaluation, settled)}")
-            buffers = evaluation.buffers_after_one(settled)
         if self.training:
-            KeptBuffers((self.cell,)).restore(buffers)
+            call.move_buffers(settled.params)
         return settled
 
     def gradients(
@@ -260,6 +260,7 @@ class _Call:
         self.start = {name: part.detach() for name, part in _named(start).items()}
         self._form = type(start)
         self.seed: int | None = None
+        self._buffers = {n: b.detach().clone() for n, b in cell.named_buffers()}
         device = next(iter(self.start.values())).device.type
         self._autocast = device, torch.get_autocast_dtype(device)
         self._lower = torch.is_autocast_enabled(device)
@@ -286,7 +287,7 @@ class _Call:
 
         known: Any = {
             "outer_loss": outer_loss,
-            "modules": (self.cell,),
+            "modules": (),  # buffers are swapped, not changed
             "reaches": {"inner": list(learned), "outer": []},
             "samples": True,
         }
@@ -297,6 +298,14 @@ class _Call:
                 **known,
             )
         return FixedPoint(lambda params, meta: self._image(params, {**tensors, **meta}), **known)
+
+    @torch.no_grad()
+    def move_buffers(self, params: Params) -> None:
+        """Evaluate the cell once, and let it change its buffers."""
+        if self._buffers:
+            with CommonRandomness(params.values(), self.seed) as randomness, self._precision():
+                randomness.seed("inner", 0)
+                self._method.forward(*self._arguments(params, self.tensors))
 
     def shaped(self, params: Params) -> Any:
         """The state as the cell knows it."""
@@ -318,18 +327,31 @@ class _Call:
 
     def _evaluate(self, params: Params, tensors: Params) -> Any:
         """The cell at h, with these weights and inputs."""
-        leaves = [tensors[s] if isinstance(s, str) and s in tensors else s for s in self._slots]
-        arguments = self.shaped(params), *tree_unflatten(leaves, self._tree)
+        arguments = self._arguments(params, tensors)
         swapped = {
             f"module.{name}": tensors[name]
             for name, weight in self._weights.items()
             if not _same(tensors[name], weight)
         }
-        device, dtype = self._autocast
-        with torch.autocast(device, dtype) if self._lower else nullcontext():
+        if self.cell.training:  # the same map at every step, also where buffers act on it
+            swapped |= {f"module.{name}": b.clone() for name, b in self._buffers.items()}
+        with self._precision():
             if swapped:
                 return functional_call(self._method, swapped, arguments)
             return self._method.forward(*arguments)
+
+    def _arguments(self, params: Params, tensors: Params) -> tuple[Any, ...]:
+        """The state and the inputs."""
+        leaves = [tensors[s] if isinstance(s, str) and s in tensors else s for s in self._slots]
+        return self.shaped(params), *tree_unflatten(leaves, self._tree)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the forward pass, for the cell."""
+        if not self._lower:
+            return nullcontext()
+        device, dtype = self._autocast
+        # h is a leaf that moves in place, and a cache would go on with what it was
+        return torch.autocast(device, dtype, cache_enabled=False)
 
 
 def _named(h: State) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""Solvers of maps: Picard, Anderson, Broyden, on one vector and sample by sample."""
+
+import pytest
+import torch
+
+import equigrad as eg
+from equigrad.evaluation import Evaluation
+
+
+def affine(matrices, shifts):
+    """`h ↦ A h + b`, a matrix a sample; its fixed points are `(I - A)⁻¹ b`."""
+    problem = eg.FixedPoint(
+        lambda p, m: {"h": torch.einsum("bij,bj->bi", matrices, p["h"]) + m["b"]},
+        lambda p, m: p["h"].sum(),
+        samples=True,
+    )
+    eye = torch.eye(matrices.shape[1]).double()
+    return problem, {"b": shifts}, torch.linalg.solve(eye - matrices, shifts)
+
+
+def settle(problem, meta, solver, start=None):
+    start = torch.zeros_like(meta["b"]) if start is None else start
+    with Evaluation(problem, {"h": start}, meta) as evaluation:
+        return evaluation.settle(solver)
+
+
+def random_maps(samples, units, radius, seed=0):
+    """Matrices of a given spectral radius, with complex eigenvalues, and shifts."""
+    torch.manual_seed(seed)
+    matrices = torch.randn(samples, units, units).double()
+    radii = torch.linalg.eigvals(matrices).abs().amax(1)
+    return radius * matrices / radii[:, None, None], torch.randn(samples, units).double()
+
+
+def test_anderson_is_a_krylov_method_on_affine_maps():
+    """dim moves span the space: after dim + 1 steps it rests, where Picard has 0.9^k left."""
+    matrices, shifts = random_maps(1, 6, 0.9)
+    problem, meta, exact = affine(matrices, shifts)
+    enough = eg.Anderson(tol=1e-9, history=6, max_steps=100, regularization=0.0)
+    settled = settle(problem, meta, enough)
+    assert settled.phase.steps <= 6 + 2  # one more for rounding, in the normal equations
+    torch.testing.assert_close(settled.params["h"], exact, rtol=0, atol=1e-7)
+    assert settle(problem, meta, eg.Picard(tol=1e-9)).phase.steps > 100
+
+
+def test_damped_anderson_has_the_same_fixed_point():
+    problem, meta, exact = affine(*random_maps(3, 6, 0.8))
+    settled = settle(problem, meta, eg.Anderson(tol=1e-10, damping=0.4))
+    assert settled.phase.outcome == "converged"
+    torch.testing.assert_close(settled.params["h"], exact, rtol=0, atol=1e-8)
+
+
+def test_broyden_finds_fixed_points_of_maps_that_do_not_contract():
+    problem, meta, exact = affine(*random_maps(4, 5, 1.6))
+    with pytest.raises(eg.SettlingError, match="diverged"):
+        settle(problem, meta, eg.Picard(tol=1e-9, max_steps=5000))
+    settled = settle(problem, meta, eg.Broyden(tol=1e-9, history=40, max_steps=400))
+    assert settled.phase.outcome == "converged"
+    torch.testing.assert_close(settled.params["h"], exact, rtol=1e-6, atol=1e-7)
+
+
+def test_broyden_terminates_within_two_dim_steps_on_affine_maps():
+    """Gay (1979): 2n steps in exact arithmetic."""
+    problem, meta, exact = affine(*random_maps(1, 4, 1.3))
+    settled = settle(problem, meta, eg.Broyden(tol=1e-7, max_steps=100))
+    assert settled.phase.steps <= 2 * 4 + 1
+    torch.testing.assert_close(settled.params["h"], exact, rtol=0, atol=1e-5)
+
+
+def test_damping_settles_what_oscillates():
+    """`h ↦ -1.5 h + 1`: damped by d its factor is `1 - 2.5 d`."""
+    problem, meta, exact = affine(torch.full((1, 1, 1), -1.5).double(), torch.ones(1, 1).double())
+    settled = settle(problem, meta, eg.Picard(tol=1e-9, damping=0.5))
+    torch.testing.assert_close(settled.params["h"], exact, rtol=0, atol=1e-8)
+    # a quarter a step, and 1e-9 to go
+    assert settled.phase.steps == 15
+
+
+@pytest.mark.parametrize(
+    "solver", [eg.Picard(max_steps=9), eg.Anderson(max_steps=9), eg.Broyden(max_steps=9)]
+)
+def test_a_sample_does_not_depend_on_its_neighbours(solver):
+    matrices, shifts = random_maps(5, 6, 0.9)
+    shifts[0] *= 1e6  # a neighbour that is far from rest
+    together = settle(*affine(matrices, shifts)[:2], solver)
+    for i in range(5):
+        alone = settle(*affine(matrices[i : i + 1], shifts[i : i + 1])[:2], solver)
+        torch.testing.assert_close(
+            alone.params["h"][0], together.params["h"][i], rtol=1e-9, atol=1e-12
+        )
+        assert alone.phase.residual == pytest.approx(together.phase.residuals[i].item(), rel=1e-6)
+
+
+def test_residuals_are_those_of_the_samples():
+    matrices, shifts = random_maps(3, 4, 0.9)
+    settled = settle(*affine(matrices, shifts)[:2], eg.Picard(max_steps=4))
+    h = torch.zeros_like(shifts)
+    for _ in range(3):  # the norm is looked at before the last step
+        h = torch.einsum("bij,bj->bi", matrices, h) + shifts
+    image = torch.einsum("bij,bj->bi", matrices, h) + shifts
+    torch.testing.assert_close(settled.phase.residuals, (image - h).norm(dim=1))
+    assert settled.phase.residual == settled.phase.residuals.max().item()
+
+
+@pytest.mark.parametrize("solver", [eg.Picard, eg.Anderson, eg.Broyden])
+def test_some_samples_settle_and_some_do_not(solver):
+    """The second sample jumps between 1 and -1, across where a fixed point would be."""
+
+    def relax(p, m):
+        first, second = p["h"]
+        return {"h": torch.stack([0.5 * first + m["b"], torch.where(second > 0.5, -1.0, 1.0)])}
+
+    problem = eg.FixedPoint(relax, lambda p, m: p["h"].sum(), samples=True)
+    meta, start = {"b": torch.tensor([0.1]).double()}, torch.zeros(2, 1).double()
+    settled = settle(problem, meta, solver(tol=1e-8, max_steps=60), start)
+    assert settled.phase.outcome == "not converged"
+    assert settled.phase.unsettled == [1]
+    assert settled.params["h"][0].item() == pytest.approx(0.2, abs=1e-7)
+    assert "sample 1 of 2" in str(settled.phase)
