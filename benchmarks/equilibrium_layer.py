@@ -177,7 +177,7 @@ def peak(steps: int) -> float:
     events = profiler.profiler.kineto_results.events()  # pyright: ignore
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            used += event.nbytes()
+            used += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             most = max(most, used)
     return most / 2**20
 

@@ -86,7 +86,7 @@ def row(estimator: eg.Estimator, cells: int, norm: float, symmetric: bool) -> st
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", type=int, default=20)
     words = parser.parse_args()
     print("| estimator | cosine, any W | error | cosine, symmetric W | error |")

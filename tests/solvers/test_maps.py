@@ -88,6 +88,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(solver):
         torch.testing.assert_close(
             alone.params["h"][0], together.params["h"][i], rtol=1e-9, atol=1e-12
         )
+        assert together.phase.residuals is not None
         assert alone.phase.residual == pytest.approx(together.phase.residuals[i].item(), rel=1e-6)
 
 
@@ -99,6 +100,7 @@ def test_residuals_are_those_of_the_samples():
         h = torch.einsum("bij,bj->bi", matrices, h) + shifts
     image = torch.einsum("bij,bj->bi", matrices, h) + shifts
     torch.testing.assert_close(settled.phase.residuals, (image - h).norm(dim=1))
+    assert settled.phase.residuals is not None
     assert settled.phase.residual == settled.phase.residuals.max().item()
 
 

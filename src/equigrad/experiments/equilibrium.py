@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import Flatten, Module, Sequential
 
 import equigrad
+from equigrad.controllers import DynamicInversion, EnergyInversion
 from equigrad.data import cifar10, mnist
 from equigrad.data.images import split
 from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError
-from equigrad.controllers import DynamicInversion, EnergyInversion
 from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl
 from equigrad.experiments import figures
 from equigrad.experiments.few_shot_figures import learning_curves
@@ -102,8 +102,8 @@ class Setting:
 def _feed_forward(config: "Equilibrium") -> Module:
     model = tanh_network(PIXELS, config.hidden, CLASSES)
     learned = recipe_of(config.setting, config.method).learned_feedback
-    network = with_learned_feedback(model) if learned else model
-    return Relaxing(Sequential(Flatten(), *network))
+    layers = with_learned_feedback(model) if learned else model
+    return Relaxing(Sequential(Flatten(), *layers.children()))
 
 
 def _recurrent(config: "Equilibrium") -> Module:
@@ -123,9 +123,7 @@ SETTINGS: dict[SettingName, Setting] = {
         _feed_forward,
         {
             # a sweep forward and one back settle it
-            "exact": Recipe(
-                "backpropagation", Adjoint(solver=SWEEPS), SWEEPS
-            ),
+            "exact": Recipe("backpropagation", Adjoint(solver=SWEEPS), SWEEPS),
             "dynamic-inversion": Recipe(
                 "least control, dynamic inversion",
                 LeastControl(controller=DynamicInversion(), start="params"),

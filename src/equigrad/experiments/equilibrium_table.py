@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError
-from equigrad.experiments.equilibrium import SETTINGS, Equilibrium, Job, SettingName
+from equigrad.experiments.equilibrium import SETTINGS, Equilibrium, Job, MethodName, SettingName
 from equigrad.experiments.error_curves import as_table
 from equigrad.experiments.reproduction import ByRuns, Cell, differ
 from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
@@ -43,7 +43,7 @@ class EquilibriumTable(ByRuns):
     only: tuple[SettingName, ...] = tuple(SETTINGS)
     """Which networks."""
 
-    methods: tuple[str, ...] = ()
+    methods: tuple[MethodName, ...] = ()
     """Which methods, where a network knows them; none means all."""
 
     seeds: int = 1
@@ -80,7 +80,7 @@ class EquilibriumTable(ByRuns):
         seeds = range(self.seeds)
         return [(line, method, seed) for seed in seeds for line, method in self._places()]
 
-    def _places(self) -> list[tuple[SettingName, str]]:
+    def _places(self) -> list[tuple[SettingName, MethodName]]:
         return [
             (line, method)
             for line in self.only
@@ -88,7 +88,7 @@ class EquilibriumTable(ByRuns):
             if not self.methods or method in self.methods
         ]
 
-    def experiment(self, setting: str, method: str, seed: int) -> Equilibrium:
+    def experiment(self, setting: SettingName, method: MethodName, seed: int) -> Equilibrium:
         """The settings of a cell."""
         preset = Equilibrium.preset(scale=self.scale, setting=setting, method=method)
         changes = {} if self.epochs is None else {"epochs": self.epochs}
