@@ -20,14 +20,15 @@ class MetaGradient:
 
     Attributes:
         grads: one tensor a meta-parameter, of its shape, dtype and device.
-        params: the settled φ of the free phase.
+        params: the settled φ of the free phase; of the controlled one where an estimator settles
+            no other, which `status` then says.
         buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
             for example), by the module's own names; where several of `problem.modules` have some,
             each name begins with its module's position there. The modules themselves are as they
             were.
         outer_loss: `L_out` there, averaged over its batches.
         status: in words: whether the free phase settled, then whatever is worth knowing.
-        phases: a report for every phase, the free one first.
+        phases: a report for every phase, the free one first if there is one.
         gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
             product counts as two).
         error_estimate: estimated relative error of `grads`, where the estimator has one.
