@@ -104,6 +104,36 @@ def test_the_cheap_form_of_the_primitive_function_has_its_slope():
     torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
 
 
+def test_what_the_input_does_is_computed_once_for_all_phases_of_the_same_weights():
+    net, x, y = linear()
+    problem, states = net.problem(x, y), net.start(x)
+    assert isinstance(problem.primitive, Primitive)
+    constants = {name: p.detach().clone() for name, p in theta(net).items()}
+    before = problem.velocity_at(constants, 0.0)(grown(states), 0)[0]
+    drive = net.call(constants, 0, x)
+    with torch.no_grad():
+        constants["connections.0.bias"] += 0.1  # in place, as an optimiser steps
+        after = problem.velocity_at(constants, 0.0)(grown(states), 0)[0]
+    moved = (drive + 0.1 + states["layer2"] @ constants["connections.1.weight"]).clamp(0, 1)
+    torch.testing.assert_close(after[0], moved - states["layer1"])
+    assert not torch.equal(before[0], after[0])
+    seen = []
+    call = net.call
+
+    def counting(meta_params, connection, activity):
+        seen.append(connection)
+        return call(meta_params, connection, activity)
+
+    net.call = counting
+    estimator = eg.Contrastive(scheme="symmetric", nudged_solver=eg.Picard(max_steps=3))
+    gradient(net, x, y, estimator, eg.Picard(max_steps=4))
+    assert seen.count(0) == 1 + 2  # once to settle, and for ∂Φ/∂θ of two phases
+
+
+def grown(states):
+    return {name: s.clone().requires_grad_() for name, s in states.items()}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_against_differences_of_the_settled_loss(name):
     net, x, y = NETWORKS[name]()
@@ -187,6 +217,25 @@ def test_two_roots_of_one_are_the_symmetric_scheme():
     holomorphic = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="holomorphic"))
     for name, grad in symmetric.grads.items():
         torch.testing.assert_close(holomorphic.grads[name], grad, rtol=1e-9, atol=1e-11)
+
+
+def test_a_random_sign_is_the_symmetric_scheme_on_average():
+    net, x, y = linear(activation="tanh", readout="cross-entropy")
+    first = {}
+    for beta in (0.2, -0.2):
+        first[beta] = gradient(net, x, y, eg.Contrastive(beta=beta)).grads
+    symmetric = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="symmetric")).grads
+    for name, grad in symmetric.items():
+        mean = (first[0.2][name] + first[-0.2][name]) / 2
+        torch.testing.assert_close(mean, grad, rtol=1e-9, atol=1e-9)
+    signs = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        drawn = gradient(net, x, y, eg.Contrastive(beta=0.2, sign="random"))
+        (beta,) = {phase.beta.real for phase in drawn.phases} - {0.0}
+        signs.append(beta)
+        torch.testing.assert_close(drawn.grads, first[beta], rtol=1e-9, atol=1e-9)
+    assert 2 <= signs.count(0.2) <= 10  # a fair coin misses this once in 157
 
 
 def error(net, x, y, exact, estimator):
