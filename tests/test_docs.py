@@ -20,7 +20,7 @@ def run_examples(page, marked="eg.meta_gradient("):
     return scopes
 
 
-@pytest.mark.parametrize("page", ["index.md", "estimators.md"])
+@pytest.mark.parametrize("page", ["index.md", "estimators.md", "least-control.md"])
 def test_examples_run(page):
     scopes = run_examples(page)
     assert scopes

@@ -36,6 +36,7 @@ from equigrad.estimators import (
     Unrolled,
 )
 from equigrad.gradient import MetaGradient, meta_gradient
+from equigrad.optimality import column_space_condition
 from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Problem
 from equigrad.solvers import (
     LBFGS,
@@ -100,6 +101,7 @@ __all__ = [
     "TorchOptimizer",
     "Unrolled",
     "check_meta_gradient",
+    "column_space_condition",
     "controllers",
     "meta_gradient",
     "nn",

@@ -21,14 +21,15 @@ class MetaGradient:
 
     Attributes:
         grads: one tensor a meta-parameter, of its shape, dtype and device.
-        params: the settled φ of the free phase.
+        params: the settled φ of the free phase; of the controlled one where an estimator settles
+            no other, which `status` then says.
         buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
             for example), by the module's own names; where several of `problem.modules` have some,
             each name begins with its module's position there. The modules themselves are as they
             were.
         outer_loss: `L_out` there, averaged over its batches.
         status: in words: whether the free phase settled, then whatever is worth knowing.
-        phases: a report for every phase, the free one first.
+        phases: a report for every phase, the free one first if there is one.
         gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
             product counts as two).
         error_estimate: estimated relative error of `grads`, where the estimator has one.
@@ -123,7 +124,8 @@ def meta_gradient(
             start = resting(evaluation.params, evaluation.snapshot())
             raise SettlingError(f"{error}. At the start, {verdict(evaluation, start)}") from error
         free = estimate.phases[0]
-        if free.phase.outcome == "not converged" and not problem.symmetric:
+        uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
+        if free.phase.outcome == "not converged" and not problem.symmetric and uncontrolled:
             evaluation.notes.append(verdict(evaluation, free))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)

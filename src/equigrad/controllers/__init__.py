@@ -3,6 +3,7 @@
 from equigrad.controllers.controller import Controlled, Controller
 from equigrad.controllers.dynamic_inversion import DynamicInversion
 from equigrad.controllers.energy_inversion import EnergyInversion
+from equigrad.controllers.feedback_learning import learn_feedback
 from equigrad.controllers.linear_feedback import LinearFeedback
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "DynamicInversion",
     "EnergyInversion",
     "LinearFeedback",
+    "learn_feedback",
 ]

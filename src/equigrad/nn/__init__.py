@@ -3,21 +3,28 @@
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.equilibrium_layer import EquilibriumLayer
+from equigrad.nn.equilibrium_rnn import EquilibriumRNN
 from equigrad.nn.functional import Functional
+from equigrad.nn.learned_feedback import LearnedFeedback, with_learned_feedback
 from equigrad.nn.learned_start import LearnedStart
 from equigrad.nn.modulation import Modulation
 from equigrad.nn.networks import conv4, lenet5, tanh_network
+from equigrad.nn.relaxing import Relaxing
 from equigrad.nn.side_by_side import SideBySide
 
 __all__ = [
     "BatchStatistics",
     "ComplexSynapse",
     "EquilibriumLayer",
+    "EquilibriumRNN",
     "Functional",
+    "LearnedFeedback",
     "LearnedStart",
     "Modulation",
+    "Relaxing",
     "SideBySide",
     "conv4",
     "lenet5",
     "tanh_network",
+    "with_learned_feedback",
 ]

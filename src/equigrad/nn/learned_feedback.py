@@ -1,0 +1,141 @@
+"""Layers whose backward path has weights of its own."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, linear
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from equigrad.errors import ConfigurationError
+
+
+class LearnedFeedback(nn.Module):
+    r"""A linear or convolutional layer, differentiated through weights that it learns beside.
+
+        y = W x + b,    x̄ = Bᵀ ȳ,    W̄ = B̄ = ȳ xᵀ,    b̄ = ȳ
+
+    where a bar is the gradient by a quantity. Forward weights W and feedback weights B receive the
+    same gradient, so that with the same decay of both their difference dies out, `W - B ∝
+    (1 - decay)^t`, and the backward path learns to be the transpose of the forward one without
+    ever being told of it (Kolen, Pollack 1994; Akrout et al. 2019). Under `DynamicInversion` it
+    is the Kolen–Pollack controller.
+
+    Args:
+        layer: an `nn.Linear`, or an `nn.Conv2d` with zero padding; its weight and bias are taken
+            over.
+
+    Attributes:
+        weight: W.
+        bias: b, or None.
+        feedback: B, of the shape of W; drawn as the layer draws its own.
+
+    Raises:
+        ConfigurationError: any other layer.
+
+    Example:
+        >>> layer = LearnedFeedback(nn.Linear(3, 2))
+        >>> x = torch.ones(1, 3, requires_grad=True)
+        >>> layer(x).sum().backward()
+        >>> torch.equal(x.grad[0], layer.feedback.sum(0))
+        True
+        >>> torch.equal(layer.weight.grad, layer.feedback.grad)
+        True
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        usual = isinstance(layer, nn.Conv2d) and (
+            layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        )
+        if not (usual or isinstance(layer, nn.Linear)):
+            raise ConfigurationError(
+                f"learned feedback is there for nn.Linear, and nn.Conv2d with zero padding in "
+                f"numbers; got {layer}"
+            )
+        self.weight, self.bias = layer.weight, layer.bias
+        twin = copy.deepcopy(layer)
+        twin.reset_parameters()
+        self.feedback = nn.Parameter(twin.weight.detach())
+        self._convolution: tuple[Any, ...] | None = None
+        if isinstance(layer, nn.Conv2d):
+            self._convolution = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`W x + b`."""
+        return _Asymmetric.apply(x, self.weight, self.bias, self.feedback, self._convolution)  # pyright: ignore
+
+    @torch.no_grad()
+    def alignment(self) -> float:
+        """The angle between W and B, in degrees."""
+        w, b = self.weight.flatten(), self.feedback.flatten()
+        return torch.rad2deg(torch.acos((w @ b / (w.norm() * b.norm())).clamp(-1, 1))).item()
+
+
+class _Asymmetric(Function):
+    """Forward by one matrix, backward by another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        feedback: Tensor,
+        convolution: tuple[Any, ...] | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, feedback)
+        ctx.convolution = convolution
+        return (
+            linear(x, weight, bias)
+            if convolution is None
+            else conv2d(x, weight, bias, *convolution)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore
+        x, feedback = ctx.saved_tensors
+        by_input, by_weight, by_bias, by_feedback, _ = ctx.needs_input_grad
+        x_bar = w_bar = b_bar = None
+        if ctx.convolution is None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if by_input:
+                x_bar = gradient @ feedback
+            if by_weight or by_feedback:
+                w_bar = rows.T @ x.reshape(-1, x.shape[-1])
+            if by_bias:
+                b_bar = rows.sum(0)
+        else:
+            if by_input:
+                x_bar = conv2d_input(x.shape, feedback, gradient, *ctx.convolution)
+            if by_weight or by_feedback:
+                w_bar = conv2d_weight(x, feedback.shape, gradient, *ctx.convolution)
+            if by_bias:
+                b_bar = gradient.sum((0, 2, 3))
+        return x_bar, w_bar, b_bar, None if w_bar is None else w_bar.clone(), None
+
+
+def with_learned_feedback(model: nn.Module) -> nn.Module:
+    """A copy of a module whose linear and convolutional layers have learned feedback.
+
+    Example:
+        >>> net = with_learned_feedback(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        >>> sorted(dict(net.named_parameters()))[:3]
+        ['0.bias', '0.feedback', '0.weight']
+    """
+    known: dict[nn.Module, nn.Module] = {}  # a layer may stand in two places
+
+    def swapped(part: nn.Module) -> nn.Module:
+        if part not in known:
+            layer = isinstance(part, nn.Linear | nn.Conv2d)
+            known[part] = LearnedFeedback(part) if layer else part
+            for name, child in part._modules.items():
+                if child is not None and not layer:
+                    part._modules[name] = swapped(child)
+        return known[part]
+
+    return swapped(copy.deepcopy(model))

@@ -1,0 +1,134 @@
+"""Networks whose layers relax."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from equigrad.errors import ConfigurationError
+from equigrad.problems import FixedPoint, Params
+
+OuterLoss = Callable[[Tensor, Tensor], Tensor]
+"""`(outputs, targets) -> scalar`, summed over samples."""
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of class labels, summed over samples."""
+    return cross_entropy(logits, labels, reduction="sum")
+
+
+class Relaxing(nn.Module):
+    r"""A feed-forward network as a system that settles: a state for every layer of weights.
+
+        φ_1 = f_1(x),    φ_l = f_l(φ_{l-1}),    logits = φ_L
+
+    where a block f_l ends with the l-th layer that has weights: what comes before it (an
+    activation, a pooling) works on the state of the block below, so that a state is the potential
+    of its neurons. The map settles within L steps at what the network computes in one sweep, and
+    the gradient at its fixed point is that of backpropagation. What a controller adds to a layer is
+    seen by those above it.
+
+    Args:
+        model: a sequence of layers; a child with weights of its own, such as a residual block, is
+            one. It is kept, not copied.
+        outer_loss: of the last state and the targets, summed over samples.
+
+    Raises:
+        ConfigurationError: not a sequence, or one without weights.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> net = Relaxing(eg.nn.tanh_network(4, [8, 8], 3))
+        >>> x, y = torch.randn(5, 4), torch.arange(5) % 3
+        >>> {name: tuple(s.shape) for name, s in net.start(x).items()}
+        {'0': (5, 8), '1': (5, 8), '2': (5, 3)}
+        >>> result = eg.meta_gradient(
+        ...     net.problem(x, y), net.start(x), dict(net.named_parameters()),
+        ...     solver=eg.Picard(tol=1e-6), estimator=eg.Adjoint(solver=eg.Picard(tol=1e-6)),
+        ... )
+        >>> torch.allclose(net.logits(result.params, {}), net(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, model: nn.Sequential, outer_loss: OuterLoss = summed_cross_entropy) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Sequential):
+            raise ConfigurationError(
+                f"model must be a torch.nn.Sequential, got {type(model).__name__}; its layers "
+                f"relax one by one"
+            )
+        blocks: list[nn.Sequential] = []
+        layers: list[nn.Module] = []
+        for layer in model:
+            layers.append(layer)
+            if any(p.ndim > 1 for p in layer.parameters()):
+                blocks.append(nn.Sequential(*layers))
+                layers = []
+        if not blocks:
+            raise ConfigurationError("model has no layer with weights, and nothing to learn")
+        blocks[-1].extend(layers)
+        self.blocks = nn.ModuleList(blocks)
+        self.outer_loss = outer_loss
+        self._parts = {
+            str(i): [(f"blocks.{i}.{name}", name) for name, _ in block.named_parameters()]
+            for i, block in enumerate(blocks)
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the network computes in one sweep, without relaxing."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> dict[str, Tensor]:
+        """All neurons at rest: zeros in the shapes of the states."""
+        states = {}
+        sample = x[:1]
+        for name, block in zip(self._parts, self.blocks, strict=True):
+            sample = block(sample)
+            states[name] = x.new_zeros(len(x), *sample.shape[1:])
+        return states
+
+    def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
+        """The network on a batch, judged by its targets."""
+        last = str(len(self.blocks) - 1)
+        return FixedPoint(
+            _Sweep(self, x),
+            lambda params, meta: self.outer_loss(params[last], y),
+            modules=(self,) if any(True for _ in self.buffers()) else (),
+            reaches={"inner": [name for name, _ in self.named_parameters()], "outer": []},
+            samples=True,
+        )
+
+    def logits(self, params: Params, meta_params: Params) -> Tensor:
+        """The last state."""
+        return params[str(len(self.blocks) - 1)]
+
+    def apply_block(self, name: str, meta_params: Params, below: Tensor) -> Tensor:
+        """A block with the weights that `meta_params` holds."""
+        weights = {own: meta_params[full] for full, own in self._parts[name]}
+        return functional_call(self.blocks[int(name)], weights, (below,))
+
+
+class _Sweep:
+    """The map of a network on a batch: every block at once."""
+
+    def __init__(self, net: Relaxing, x: Tensor) -> None:
+        self._net, self._x = net, x
+
+    def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
+        return self._above(self._net.apply_block("0", meta_params, self._x), params, meta_params)
+
+    def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
+        """The first block, which sees x alone, is computed once."""
+        first = self._net.apply_block("0", meta_params, self._x)
+        return lambda params: self._above(first, params, meta_params)
+
+    def _above(self, first: Tensor, params: Params, meta_params: Params) -> dict[str, Tensor]:
+        image = {"0": first}
+        for name in list(params)[1:]:
+            image[name] = self._net.apply_block(name, meta_params, params[str(int(name) - 1)])
+        return image

@@ -1,0 +1,87 @@
+"""Whether a controlled equilibrium is one of least control."""
+
+import torch
+from torch import Tensor
+
+from equigrad.controllers import LinearFeedback
+from equigrad.controllers.controller import OutputControl
+from equigrad.errors import ConfigurationError
+from equigrad.estimators.linearisation import Linearisation
+from equigrad.evaluation import Evaluation
+from equigrad.problems import Params, Problem
+from equigrad.solvers.rows import move_rows, rows
+from equigrad.solvers.settle import resting
+from equigrad.vectors import flatten, unflatten
+
+
+def column_space_condition(
+    problem: Problem, params: Params, meta_params: Params, *, max_size: int = 2000
+) -> Tensor:
+    r"""The share of a control that the least one would do without, at a controlled equilibrium.
+
+        ‖ψ - Pψ‖ / ‖ψ‖,    P onto  col[(∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ],    ψ = r(φ, θ)
+
+    for the outputs h(φ): those parameters that the outer loss depends on. It is 0 if and only if
+    the control satisfies the optimality condition of the least-control principle (Meulemans et al.
+    2022), under which `-(∂_θ velocity)ᵀ ψ` is the gradient of `½‖ψ*‖²`. With as many outputs as
+    parameters it says nothing, and is 0. Forms `∂r/∂φ`.
+
+    Args:
+        problem: what settles.
+        params: φ under control, as `LeastControl(start="params")` reports it. There the control is
+            the residual itself.
+        meta_params: θ.
+        max_size: most parameters (of a sample) that it will form a matrix for.
+
+    Returns:
+        One number a sample where the problem has samples, else a tensor without dimensions; 0
+        where there is no control.
+
+    Raises:
+        ConfigurationError: there are more parameters than `max_size`.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.FixedPoint(
+        ...     map=lambda p, m: {"h": m["w"] + 0 * p["h"], "y": 2 * p["h"]},
+        ...     outer_loss=lambda p, m: p["y"].square().sum(),
+        ... )
+        >>> led = {"h": torch.tensor([0.5]), "y": torch.tensor([0.0])}  # ψ = (-0.5, -1)
+        >>> share = column_space_condition(problem, led, {"w": torch.ones(1)})
+        >>> round(share.item(), 4)  # the least control is a multiple of (2, 1)
+        0.6
+    """
+    at = resting({name: p.detach() for name, p in params.items()})
+    with Evaluation(problem, params, meta_params) as evaluation:
+        samples = problem.samples
+        outputs = OutputControl(LinearFeedback(), evaluation, at).outputs
+        tensors = list(at.params.values())
+        moves = problem.velocity(at.params, meta_params).values()
+        control = rows([-v for v in moves], samples)
+        count, size = control.shape
+        if size > max_size:
+            raise ConfigurationError(
+                f"column_space_condition would form a {size} × {size} matrix, more than "
+                f"max_size={max_size}; raise it, or ask for a smaller network"
+            )
+        linear = Linearisation(evaluation, at, "column_space_condition")
+        matrix = control.new_zeros(count, size, size)
+        for i in range(size):
+            unit = torch.zeros_like(control)
+            unit[:, i] = 1
+            matrix[:, :, i] = _product(linear, tensors, unit, samples)
+        ones = [torch.full_like(t, float(n in outputs)) for n, t in at.params.items()]
+        seen = rows(ones, samples)[0] > 0
+    least = torch.linalg.solve(matrix, torch.eye(size).to(matrix)[:, seen])
+    basis, _ = torch.linalg.qr(least)
+    along = (basis @ (basis.mT @ control[:, :, None])).squeeze(2)
+    whole = control.norm(dim=1)
+    share = (control - along).norm(dim=1) / torch.where(whole > 0, whole, 1.0)
+    return share if samples else share[0]
+
+
+def _product(linear: Linearisation, like: list[Tensor], vectors: Tensor, samples: bool) -> Tensor:
+    """`(∂r/∂φ)ᵀ` times one vector a sample."""
+    shaped = [torch.zeros_like(t) for t in like]
+    move_rows(shaped, vectors)
+    return rows(unflatten(linear.product(flatten(shaped)), like), samples)
