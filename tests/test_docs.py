@@ -56,6 +56,12 @@ def test_the_page_on_own_data_learns_from_python():
     assert scope["model"].strengths_["0.weight"].shape == (16, 13)
 
 
+def test_the_page_on_least_control_has_a_gradient_of_shared_weights():
+    (scope,) = run_examples("meta-learning-under-control.md", "learner.meta_gradient(")
+    assert sorted(scope["result"].grads) == ["0.bias", "0.weight"]
+    assert all(grad.any() for grad in scope["result"].grads.values())
+
+
 def test_the_page_on_few_shot_learning_learns_to_learn():
     """From 20 % by chance; the classes of the test lie apart from those that were learned."""
     (scope,) = run_examples("few-shot.md", "learn_tasks(\n")

@@ -46,6 +46,29 @@ def smoke(**changes) -> Omniglot:
     return replace(Omniglot.preset(scale="smoke"), threads=1, **changes)
 
 
+@pytest.mark.parametrize("setting", ["5way1shot", "20way1shot"])
+@pytest.mark.parametrize("method", ["least-control-modulation", "least-control-synaptic"])
+def test_least_control_learns_from_characters(strokes, method, setting, tmp_path, capsys):
+    """A short run by the command line; one step under control, with direct feedback."""
+    config = Omniglot.preset(scale="smoke", method=method, setting=setting)
+    rule = config.learner(config.network()).estimator
+    assert isinstance(rule, eg.LeastControl)
+    assert rule.controller.solver == replace(config.solver, max_steps=1)
+    assert config.way == int(setting.removesuffix("way1shot"))
+    words = ["--scale", "smoke", "--method", method, "--way", 5, "--threads", 1]
+    words += ["--setting", setting, "--out", tmp_path / "run"]
+    words += ["--estimator.controller.proportional", 0.2]
+    code, said = call_main("run", "omniglot", *words, capsys=capsys)
+    assert code == 0, said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["estimator"], result["method"]) == ("LeastControl", method)
+    learner, meta_params = Omniglot.load_learner(tmp_path / "run")
+    loaded = learner.estimator
+    assert isinstance(loaded, eg.LeastControl)
+    assert loaded.controller.strength == 0.2
+    assert all(m.isfinite().all() for m in meta_params.values())
+
+
 @pytest.mark.parametrize("setting", COLUMNS)
 @pytest.mark.parametrize(
     ("method", "nudged_steps"), [("contrastive-synaptic", 100), ("contrastive-modulation", 50)]

@@ -1,9 +1,12 @@
 """The least-control principle: learn so that ever less control is needed."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from equigrad.controllers import Controller, DynamicInversion
+from torch import Tensor
+
+from equigrad.controllers import Controlled, Controller, DynamicInversion
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import Linearisation, second_derivatives
@@ -42,10 +45,14 @@ class LeastControl(Estimator):
         start: where the controlled phase begins. `free` settles the free phase first, which is
             reported as ever. `params` is one phase in all: `MetaGradient.params` and `outer_loss`
             are then those of the controlled equilibrium.
+        difference: take the mixed derivative `(∂_θ velocity)ᵀ ψ*` as a central difference of
+            `∂L_in/∂θ` between `φ* ± difference ψ*/b`, for which first-order gradients do. None
+            differentiates twice, where θ acts through the model of an inner loss: not where it
+            acts through a regulariser alone.
 
     Raises:
         ConfigurationError: from `meta_gradient`, a controller without leak where the outer loss
-            depends on θ directly.
+            depends on θ directly; a difference where there is no inner loss to take it of.
         SettlingError: from `meta_gradient`, where learner and controller together are unstable.
         DoubleBackwardError: from `meta_gradient`, where an inner loss has no second derivative.
 
@@ -76,6 +83,7 @@ class LeastControl(Estimator):
 
     controller: Controller = field(default_factory=DynamicInversion)
     start: Literal["free", "params"] = "free"
+    difference: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -86,10 +94,20 @@ class LeastControl(Estimator):
             self.start in ("free", "params"),
             f"start must be 'free' or 'params', got {self.start!r}",
         )
+        require(
+            self.difference is None or 0 < self.difference < math.inf,
+            f"difference must be positive, or None, got {self.difference}; try 1.0",
+        )
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Refuse an outer loss that a controller without leak cannot weigh."""
         super().check(evaluation, solver)
+        require(
+            self.difference is None or evaluation.problem.symmetric,
+            f"difference={self.difference} contrasts ∂L_in/∂θ, and the residual of a "
+            f"{type(evaluation.problem).__name__} is no gradient of an inner loss; use "
+            f"difference=None",
+        )
         reached = sorted(evaluation.reached("outer"))
         if reached and not self.controller.relaxed:
             raise ConfigurationError(
@@ -115,10 +133,23 @@ class LeastControl(Estimator):
             ) from error
         settled = controlled.settled
         _, direct = evaluation.outer_gradients(settled)
-        linear = Linearisation(evaluation, settled, who)
-        mixed = linear.mixed(flatten(list(controlled.control.values())))
+        mixed = self._mixed(evaluation, controlled, who)
         grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
         if free is None:
             evaluation.notes.append("params and outer_loss are those of the controlled phase")
             return Estimate(grads=grads, phases=(settled,))
         return Estimate(grads=grads, phases=(free, settled))
+
+    def _mixed(self, evaluation: Evaluation, controlled: Controlled, who: str) -> dict[str, Tensor]:
+        """`-(∂_θ velocity)ᵀ ψ`, by name of the meta-parameter."""
+        settled, control = controlled.settled, controlled.control
+        if self.difference is None:
+            linear = Linearisation(evaluation, settled, who)
+            return linear.mixed(flatten(list(control.values())))
+        sides = []
+        for step in (self.difference, -self.difference):
+            moved = {name: p + step * control[name] for name, p in settled.params.items()}
+            sides.append(replace(settled, params=moved))
+        weight = 0.5 / self.difference
+        # what the outer loss contributes by β is no part of the velocity
+        return evaluation.contrast(sides, [weight, -weight], direct={})

@@ -1,6 +1,6 @@
 """The residual at a settled state, ready to be differentiated once more."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -85,8 +85,28 @@ class Linearisation:
         return flatten(self._product(vector, list(self._params.values())))
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
-        """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter."""
-        return dict(zip(self._meta, self._product(vector, list(self._meta.values())), strict=True))
+        """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter.
+
+        Where θ acts through the regulariser alone, nothing else is differentiated twice.
+        """
+        meta = list(self._meta.values())
+        inner = self._evaluation.reaches["inner"]
+        found = self._product(vector, meta) if inner else self._pulled(vector, meta)
+        return dict(zip(self._meta, found, strict=True))
+
+    def _pulled(self, vector: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+        """`∂(∂R/∂φ · vector)/∂leaves` of the regulariser R."""
+        params, regularizer = list(self._params.values()), self._evaluation.problem.regularizer
+        if regularizer is None:
+            return [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+        pull = torch.autograd.grad(
+            regularizer.penalty(self._params, self._meta),
+            params,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return pull_back(pull, unflatten(vector, params), leaves)
 
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """`∂(r · vector)/∂leaves`, averaged over batches."""

@@ -179,6 +179,8 @@ def _read(hint: Any, given: Any, default: Any, where: str) -> Any:
 def _fits(kind: Any, given: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(given == word and type(given) is type(word) for word in get_args(kind))
+    if get_origin(kind) is Mapping:  # of tensors, say, that JSON does not hold: none
+        return given == {}
     if kind in CONVERTED:
         return isinstance(given, CONVERTED[kind]) and not isinstance(given, bool)
     return type(given) is kind

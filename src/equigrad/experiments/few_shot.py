@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import equigrad
+from equigrad.controllers import LinearFeedback
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import (
     IMAML,
@@ -23,6 +24,7 @@ from equigrad.estimators import (
     Contrastive,
     Estimator,
     FirstOrderMAML,
+    LeastControl,
     Reptile,
 )
 from equigrad.experiments import figures
@@ -57,6 +59,8 @@ from equigrad.training.strengths import with_nudged
 MethodName = Literal[
     "contrastive-modulation",
     "contrastive-synaptic",
+    "least-control-modulation",
+    "least-control-synaptic",
     "imaml",
     "maml",
     "first-order-maml",
@@ -100,6 +104,8 @@ def _start(network: Module, strength: float) -> LearnedStart:
 METHODS: dict[MethodName, Method] = {
     "contrastive-modulation": Method("contrastive, modulation", _modulation, Contrastive),
     "contrastive-synaptic": Method("contrastive, synaptic", _synapse, Contrastive),
+    "least-control-modulation": Method("least control, modulation", _modulation, LeastControl),
+    "least-control-synaptic": Method("least control, synaptic", _synapse, LeastControl),
     "imaml": Method("iMAML", _synapse, IMAML),
     "maml": Method("MAML", _start, MAML),
     "first-order-maml": Method("first-order MAML", _start, FirstOrderMAML),
@@ -147,12 +153,16 @@ class FewShot(ABC):
         best: class attribute; which score is best.
         metric: class attribute; a score a task, as `equigrad.training.few_shot.Metric`.
         loss: class attribute; of one task's outputs and targets, its mean over examples.
+        control: class attribute; the default of the methods under least control.
     """
 
     score: ClassVar[str]
     best: ClassVar[Literal["highest", "lowest"]]
     metric: ClassVar[Metric]
     loss: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+    control: ClassVar[LeastControl] = LeastControl(
+        controller=LinearFeedback(gain=0.0, proportional=0.3), difference=1.0
+    )
 
     method: MethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
@@ -170,10 +180,10 @@ class FewShot(ABC):
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
     nudged_steps: int
-    """Steps of each nudged phase of the contrastive rule."""
+    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
 
     strength: float = 0.1
-    """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
+    """λ, which pulls weights to their meta-learned centre (the synaptic methods and imaml)."""
 
     outer_steps: int
     """Steps of Adam on what tasks share: batches of tasks."""
@@ -269,8 +279,8 @@ class FewShot(ABC):
         method = method_named(chosen.pop("method", "contrastive-modulation"))
         defaults = cls._preset(method, **chosen)
         kind = METHODS[method].estimator
-        known = type(defaults.estimator) is kind
-        return replace(defaults, method=method, estimator=defaults.estimator if known else kind())
+        own = {type(rule): rule for rule in (cls.control, defaults.estimator)}
+        return replace(defaults, method=method, estimator=own.get(kind) or kind())
 
     @classmethod
     @abstractmethod
@@ -307,14 +317,11 @@ class FewShot(ABC):
 
     def learner(self, network: Module) -> FewShotLearner:
         """What learns tasks."""
-        estimator = self.estimator
-        if isinstance(estimator, Contrastive):
-            estimator = with_nudged(estimator, self.solver, self.nudged_steps)
         return FewShotLearner(
             model=METHODS[self.method].division(network, self.strength),
             loss=self.loss,
             solver=self.solver,
-            estimator=estimator,
+            estimator=with_nudged(self.estimator, self.solver, self.nudged_steps),
             chunk_size=self.chunk_size,
             statistics=self.statistics,
             batching=self.batching,

@@ -10,9 +10,10 @@ from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Contrastive, Estimator
+from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.experiments import figures
 from equigrad.experiments.few_shot import (
+    METHODS,
     TEST,
     VALIDATION,
     FewShot,
@@ -127,7 +128,7 @@ class Omniglot(FewShot):
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
     nudged_steps: int = 3
-    """Steps of each nudged phase of the contrastive rule."""
+    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
 
     outer_steps: int = 2000
     """Steps of Adam on what tasks share: batches of tasks."""
@@ -171,6 +172,7 @@ class Omniglot(FewShot):
             shot=shot,
             train_shot=(5 if shot == 1 else 10) if method == "reptile" else None,
             tasks=16 if way == 5 else 4,
+            nudged_steps=1 if METHODS[method].estimator is LeastControl else cls.nudged_steps,
         )
         scale = chosen.get("scale", "small")
         if scale == "smoke":
@@ -269,7 +271,8 @@ class Omniglot(FewShot):
         if self.images is not None:
             return ()
         paper = type(self).preset(scale="paper", setting=self.setting, method=self.method)
-        unused = set() if isinstance(self.estimator, Contrastive) else {"nudged_steps"}
+        phases = Contrastive, LeastControl
+        unused = set() if isinstance(self.estimator, phases) else {"nudged_steps"}
         unused |= set() if self.minutes is None else {"outer_steps"}
         here, there = (
             dict(

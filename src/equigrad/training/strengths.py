@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from equigrad.data.split import Split
 from equigrad.errors import SettlingError
-from equigrad.estimators import Contrastive, Estimator
+from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
@@ -36,11 +36,20 @@ class Recipe:
     outer_lr: float
 
 
-def with_nudged(rule: Contrastive, solver: GradientDescent, steps: int) -> Contrastive:
-    """The rule, with nudged phases of so many steps of a solver unless it says how they settle."""
-    if rule.nudged_solver is not None or rule.rtol is not None:
-        return rule
-    return replace(rule, nudged_solver=replace(solver, max_steps=steps))
+def with_nudged(rule: Estimator, solver: GradientDescent, steps: int) -> Estimator:
+    """The rule, with nudged or controlled phases of so many steps unless it says how they settle.
+
+    Args:
+        rule: a `Contrastive` or a `LeastControl`; others are returned as they are.
+        solver: of the free phase.
+        steps: of each phase that follows it.
+    """
+    shorter = replace(solver, max_steps=steps)
+    if isinstance(rule, Contrastive) and rule.nudged_solver is None and rule.rtol is None:
+        return replace(rule, nudged_solver=shorter)
+    if isinstance(rule, LeastControl) and rule.controller.solver is None:
+        return replace(rule, controller=replace(rule.controller, solver=shorter))
+    return rule
 
 
 @dataclass(frozen=True)
