@@ -1,5 +1,7 @@
 """Adjoint and PhantomGradient: what they compute, and what they say where they fall short."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -92,8 +94,8 @@ def test_an_adjoint_that_diverges_names_those_that_do_not():
     [
         (lambda: eg.PhantomGradient(steps=0), "steps must be at least 1, got 0"),
         (lambda: eg.PhantomGradient(damping=0), r"damping must be in \(0, 1\], got 0"),
-        (lambda: eg.Adjoint(solver=3), "solver must be a Solver, got 3"),
-        (lambda: eg.Adjoint(solver=eg.Picard), "solver must be a Solver"),
+        (lambda: eg.Adjoint(solver=cast(Any, 3)), "solver must be a Solver, got 3"),
+        (lambda: eg.Adjoint(solver=cast(Any, eg.Picard)), "solver must be a Solver"),
         (lambda: eg.Anderson(history=0), "history must be at least 1"),
         (lambda: eg.Broyden(history=0), "history must be at least 1"),
     ],

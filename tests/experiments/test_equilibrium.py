@@ -21,7 +21,9 @@ PLACES = [(setting, method) for setting, known in SETTINGS.items() for method in
 def test_every_method_lowers_the_loss_it_descends(setting, method):
     """A few epochs on 100 made-up images, whose classes are easy to tell apart."""
     preset = Equilibrium.preset(setting=setting, method=method, scale="smoke")
-    config = replace(preset, images=200, held_out=100, batch=20, epochs=6, outer_lr=3e-3, threads=1)
+    config = replace(
+        preset, images=200, held_out=100, batch=20, epochs=10, outer_lr=3e-3, threads=1
+    )
     history = Job(config).learn().history
     losses = [float(row["outer_loss"]) for row in history]
     first, last = losses[:5], losses[-5:]

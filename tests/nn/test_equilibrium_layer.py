@@ -438,7 +438,7 @@ def test_spectral_normalisation_is_of_one_map_and_moves_once():
     cell = Cell()
     nn.utils.parametrizations.spectral_norm(cell.recurrent)
     torch.manual_seed(0)
-    (parametrization,) = cell.recurrent.parametrizations["weight"]
+    parametrization = next(cell.recurrent.get_submodule("parametrizations.weight").children())
     parametrization._u.copy_(nn.functional.normalize(torch.randn(4).double(), dim=0))
     expected = copy.deepcopy(cell)
     expected.recurrent.weight  # noqa: B018  one power iteration
