@@ -41,7 +41,7 @@ class ImplicitImage(nn.Module):
     """
 
     def __init__(
-        self, units: int = 128, features: int = 64, frequency: float = 8, contraction: float = 0.5
+        self, units: int = 128, features: int = 64, frequency: float = 3, contraction: float = 0.5
     ) -> None:
         super().__init__()
         self.register_buffer("frequencies", frequency * torch.pi * torch.randn(2, features))
@@ -125,7 +125,7 @@ def fit(
     estimator: eg.Estimator,
     *,
     seconds: float,
-    batch: int = 512,
+    batch: int = 256,
     lr: float = 3e-3,
     seed: int = 0,
     **network: float,
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="processor time of each trainer")
-    parser.add_argument("--side", type=int, default=96)
+    parser.add_argument("--side", type=int, default=48)
     chosen = parser.parse_args()
     import matplotlib.pyplot as plt
 
