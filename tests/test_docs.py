@@ -77,3 +77,9 @@ def test_the_page_on_energy_based_networks_learns_digits():
     """From 10 % by chance; a linear classifier reaches about 95 %."""
     (scope,) = run_examples("energy-based-networks.md")
     assert scope["accuracy"] > 0.92
+
+
+def test_the_recurrent_network_of_the_page_learns_digits():
+    (scope,) = run_examples("settling-networks.md", marked="train_network(")
+    assert scope["accuracy"] > 0.85
+    assert scope["state"].step == 4 * (1400 // 50)
