@@ -130,11 +130,12 @@ class EquilibriumTable(ByRuns):
             )
         heads = (
             *("network", "gradient by", "validation, %", "test, %"),
-            *("epochs", "gradients of a batch", "minutes"),
+            *("epochs", "gradients of batches", "minutes"),
         )
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         seeds = "Seed 0" if self.seeds == 1 else f"Mean ± standard error over {self.seeds} seeds"
         return (
-            as_table(heads, lines) + f"\n{seeds}, scale {self.scale}, {self.threads} threads. "
+            as_table(heads, lines) + f"\n{seeds}, scale {self.scale}, {threads}. "
             f"Validation images are held out of the training ones; nothing was chosen by the test. "
             f"The papers' own numbers are not at hand.\n"
         )
