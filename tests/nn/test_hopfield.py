@@ -332,6 +332,86 @@ def test_frozen_parameters_are_followed():
     torch.testing.assert_close(gradient(frozen, x, y, estimator).grads, expected)
 
 
+def tied():
+    torch.manual_seed(1)
+    shared = nn.Linear(4, 4)
+    net = eg.nn.Hopfield(
+        [nn.Linear(4, 4), shared, shared], activation="tanh", readout="cross-entropy"
+    )
+    return net.double(), torch.randn(5, 4).double(), torch.arange(5) % 4
+
+
+@pytest.mark.parametrize("estimator", [eg.Adjoint(), eg.Contrastive(beta=1e-3, scheme="symmetric")])
+def test_a_readout_that_is_a_connection_too_has_both_terms(estimator):
+    """The loss and the energy both see it: against a difference of the settled loss."""
+    net, x, y = tied()
+    result = gradient(net, x, y, estimator)
+    direction = random_direction(theta(net))
+    exact = directional_derivative(
+        net.problem(x, y), net.start(x), theta(net), SOLVER, direction, 1e-5
+    )
+    assert along(result.grads, direction) == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_network_that_has_been_used_follows_its_training_flag():
+    """Dropout at rate 1/2 doubles what it lets through, and lets all through once it sleeps."""
+    torch.manual_seed(0)
+    net = eg.nn.Hopfield([nn.Linear(4, 8), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3))])
+    net, x, y = net.double(), torch.randn(5, 4).double(), torch.arange(5) % 3
+    dropped = gradient(net, x, y, eg.Contrastive()).params
+    net.eval()
+    awake = gradient(net, x, y, eg.Contrastive()).params
+    plain = eg.nn.Hopfield([net.connections[0], net.connections[1][1]])  # pyright: ignore
+    expected = gradient(plain, x, y, eg.Contrastive()).params
+    torch.testing.assert_close(awake, expected, rtol=0, atol=1e-10)
+    assert (dropped["layer2"] - awake["layer2"]).abs().max() > 1e-2
+
+
+def test_dropout_on_the_input_is_the_same_in_both_forms_of_the_primitive_function():
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 8)), nn.Sequential(nn.Dropout(0.5))]
+    net = eg.nn.Hopfield([*parts, nn.Linear(8, 3)]).double()
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 3
+    result = gradient(net, x, y, eg.Contrastive(beta=1e-4, scheme="symmetric"))
+    torch.manual_seed(7)
+    exact = gradient(net, x, y, eg.Adjoint())
+    torch.manual_seed(7)
+    found = gradient(net, x, y, eg.Contrastive(beta=1e-4, scheme="symmetric"))
+    assert result.phases[0].outcome == "converged"
+    torch.testing.assert_close(found.grads, exact.grads, rtol=1e-4, atol=1e-6)
+
+
+def test_a_connection_can_be_replaced_after_use():
+    net, x, y = linear()
+    gradient(net, x, y, eg.Contrastive())
+    net.connections[2] = nn.Linear(7, 2).double()
+    result = gradient(net, x, y % 2, eg.Contrastive())
+    assert result.params["layer3"].shape == (5, 2)
+
+
+def test_what_a_network_cannot_read():
+    net, x, y = linear()
+    for given, message in [
+        (x[:, :4], r"cannot read x of torch.float64 in the shape \(5, 4\), samples first"),
+        (x.float(), "weights are torch.float64, cannot read x of torch.float32"),
+        (x * float("nan"), "x holds NaN or infinite values"),
+    ]:
+        with pytest.raises(eg.ProblemError, match=message):
+            gradient(net, given, y, eg.Contrastive())
+
+
+@pytest.mark.parametrize("readout", ["squared error", "cross-entropy"])
+def test_labels_that_are_none(readout):
+    net, x, y = linear(readout=readout)
+    for given, message in [
+        (y.float(), r"from 0 to 2; got torch.float32 in the shape \(5,\)"),
+        (y + 2, "from 0 to 2; got torch.int64 .* from 2 to 4"),
+        (y[:3], r"targets of 5 samples must be as many.*the shape \(3,\)"),
+    ]:
+        with pytest.raises(eg.ProblemError, match=message):
+            gradient(net, x, given, eg.Contrastive())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import equigrad as eg
+from equigrad.evaluation import Evaluation
 from equigrad.nn import EquilibriumRNN, Relaxing, tanh_network
 
 TIGHT = eg.Picard(tol=1e-12, max_steps=200)
@@ -121,3 +122,60 @@ def test_models_that_cannot_relax():
         Relaxing(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(eg.ConfigurationError, match="no layer with weights"):
         Relaxing(nn.Sequential(nn.Tanh()))
+    with pytest.raises(eg.ConfigurationError, match=r"model has buffers.*nn.LayerNorm"):
+        Relaxing(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Dropout(0.5)])
+def test_dropout_is_the_same_at_every_step_and_in_the_form_that_is_differentiated(first):
+    torch.manual_seed(0)
+    x, y = data()
+    parts = [first, nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)]
+    net = Relaxing(nn.Sequential(*parts)).double()
+    meta = dict(net.named_parameters())
+    with Evaluation(net.problem(x, y), net.start(x), meta) as evaluation:
+        settled = evaluation.settle(TIGHT)
+        left = evaluation.residual(settled.params, meta, 0)
+    assert settled.phase.outcome == "converged"
+    assert max(r.abs().max().item() for r in left) == 0
+    assert (settled.params["1"] - net.eval()(x)).abs().max() > 1e-2
+
+
+def test_a_layer_in_two_places_gets_both_gradients():
+    torch.manual_seed(0)
+    x, y = data(size=3)
+    shared = nn.Linear(3, 3)
+    net = Relaxing(nn.Sequential(shared, nn.Tanh(), shared)).double()
+    result = solve(net, x, y, EXACT)
+    loss = nn.functional.cross_entropy(net(x), y, reduction="sum")
+    grads = torch.autograd.grad(loss, list(net.parameters()))
+    torch.testing.assert_close(list(result.grads.values()), list(grads))
+
+
+@pytest.mark.parametrize("net", [Relaxing(tanh_network(6, [5], 3)), EquilibriumRNN(6, 5, 3)])
+def test_what_a_network_cannot_read(net):
+    net = net.double()
+    x, y = data()
+    for given, labels, message in [
+        (x[:, :2], y, r"cannot read x of torch.float64 in the shape \(4, 2\), samples first"),
+        (x.float(), y, "weights are torch.float64, cannot read x of torch.float32"),
+        (x * float("nan"), y, "x holds NaN or infinite values"),
+        (x, y.float(), "whole numbers.*got torch.float32"),
+        (x, y + 2, "from 0 to 2; got torch.int64 .* from 2 to 4"),
+        (x, y[:2], "targets of 4 samples must be as many"),
+    ]:
+        with pytest.raises(eg.ProblemError, match=message):
+            solve(net, given, labels, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "hidden must be at least 1, a whole number, got 0"),
+        ({"inputs": 2.5}, "inputs must be at least 1, a whole number, got 2.5"),
+        ({"recurrence": -1.0}, "recurrence must be at least 0, got -1"),
+    ],
+)
+def test_recurrent_networks_that_cannot_be(options, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        EquilibriumRNN(**{"inputs": 6, "hidden": 5, "outputs": 3, **options})

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from equigrad.nn.relaxing import OuterLoss, summed_cross_entropy
+from equigrad.errors import ConfigurationError
+from equigrad.nn.batches import reading, summed_cross_entropy
+from equigrad.nn.relaxing import OuterLoss
 from equigrad.problems import FixedPoint, Params
 
 
@@ -24,6 +26,9 @@ class EquilibriumRNN(nn.Module):
         outputs: size of y.
         outer_loss: of y and the targets, summed over samples.
         recurrence: about the spectral norm of W at the start.
+
+    Raises:
+        ConfigurationError: a size that is no whole number of at least 1, or a recurrence below 0.
 
     Example:
         >>> import torch, equigrad as eg
@@ -47,6 +52,11 @@ class EquilibriumRNN(nn.Module):
         recurrence: float = 0.5,
     ) -> None:
         super().__init__()
+        for name, size in (("inputs", inputs), ("hidden", hidden), ("outputs", outputs)):
+            if not isinstance(size, int) or size < 1:
+                raise ConfigurationError(f"{name} must be at least 1, a whole number, got {size!r}")
+        if not 0 <= recurrence < float("inf"):
+            raise ConfigurationError(f"recurrence must be at least 0, got {recurrence}")
         self.input = nn.Linear(inputs, hidden)
         self.recurrent = nn.Linear(hidden, hidden, bias=False)
         self.readout = nn.Linear(hidden, outputs)
@@ -54,8 +64,15 @@ class EquilibriumRNN(nn.Module):
         nn.init.normal_(self.recurrent.weight, std=recurrence / (2 * hidden**0.5))
         self.outer_loss = outer_loss
 
+    @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """All neurons silent."""
+        """All neurons silent.
+
+        Raises:
+            ProblemError: the network cannot read such inputs.
+        """
+        with reading(self, x):
+            self.input(x.flatten(1)[:1])
         weight = self.readout.weight
         sizes = {"h": weight.shape[1], "y": weight.shape[0]}
         return {name: x.new_zeros(len(x), size) for name, size in sizes.items()}

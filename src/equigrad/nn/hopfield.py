@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError
+from equigrad.nn.batches import draws, labelling, reading, summed_cross_entropy
 from equigrad.nn.functional import Functional
 from equigrad.nn.hebbian import coactivity
 from equigrad.problems import EnergyBased, Params
@@ -112,6 +113,7 @@ class Hopfield(nn.Module):
         if readout == "squared error":
             self.activations[self.neurons[-1]] = _activation("output", output)
         self._functional: Functional | None = None
+        self._made_of: list[object] = []
 
     @classmethod
     def fully_connected(cls, sizes: Sequence[int], **options: Any) -> Self:
@@ -130,12 +132,19 @@ class Hopfield(nn.Module):
 
     @property
     def reaches(self) -> dict[Stream, list[str]]:
-        """The parameters that act on neurons, and those that the loss alone sees."""
-        names = [name for name, _ in self.named_parameters()]
+        """The parameters that act on neurons, and those that the loss sees; ties are in both."""
         last = f"connections.{len(self.neurons)}."
+        reached: dict[Stream, dict[str, None]] = {"inner": {}, "outer": {}}
+        for place, name in self._names().items():
+            reached["outer" if place.startswith(last) else "inner"][name] = None
+        return {stream: list(names) for stream, names in reached.items()}
+
+    def _names(self) -> dict[str, str]:
+        """The name of the parameter in every place; one that is tied has its first place's."""
+        first: dict[int, str] = {}
         return {
-            "inner": [name for name in names if not name.startswith(last)],
-            "outer": [name for name in names if name.startswith(last)],
+            place: first.setdefault(id(p), place)
+            for place, p in self.named_parameters(remove_duplicate=False)
         }
 
     @torch.no_grad()
@@ -144,10 +153,14 @@ class Hopfield(nn.Module):
 
         Args:
             x: inputs, samples first.
+
+        Raises:
+            ProblemError: the connections cannot read such inputs.
         """
         states: dict[str, Tensor] = {}
-        for name, connection in zip(self.neurons, self.connections, strict=False):
-            x = states[name] = self.activations[name](connection(x))
+        with reading(self, x):
+            for name, connection in zip(self.neurons, self.connections, strict=False):
+                x = states[name] = self.activations[name](connection(x))
         return states
 
     def problem(self, x: Tensor, y: Tensor) -> EnergyBased:
@@ -158,6 +171,7 @@ class Hopfield(nn.Module):
             y: class of each sample, whole numbers; or under squared error targets in the shape of
                 the output neurons.
         """
+        self._follow()
         return EnergyBased(
             _Energy(self, x),
             self._loss(y),
@@ -174,6 +188,10 @@ class Hopfield(nn.Module):
             params: the settled neurons.
             meta_params: the network's parameters.
         """
+        self._follow()
+        return self._said(params, meta_params)
+
+    def _said(self, params: Params, meta_params: Params) -> Tensor:
         last = params[self.neurons[-1]]
         if self.readout == "squared error":
             return last
@@ -201,12 +219,13 @@ class Hopfield(nn.Module):
             ConfigurationError: a connection has no such product in closed form.
         """
         total: dict[str, Tensor] = {}
+        names = self._names()
         for state, weight in zip(states, weights, strict=True):
             before = x
             for i, name in enumerate(self.neurons):
                 products = coactivity(self.connections[i], before, state[name])
                 for local, product in products.items():
-                    key = f"connections.{i}.{local}"
+                    key = names[f"connections.{i}.{local}"]
                     total[key] = total.get(key, 0) - weight * product
                 before = state[name]
         return total
@@ -222,25 +241,37 @@ class Hopfield(nn.Module):
 
     def call(self, meta_params: Params, connection: int, activity: Tensor) -> Tensor:
         """The same with other parameters."""
-        if self._functional is None:
+        functional = self._functional or self._follow()
+        return functional(meta_params, connection, activity)
+
+    def _follow(self) -> Functional:
+        """The functional, which is a copy, with the parts and the training flags of now."""
+        parts = [*self.modules(), *dict(self.named_parameters(remove_duplicate=False)).values()]
+        same = len(parts) == len(self._made_of) and all(map(operator.is_, parts, self._made_of))
+        if self._functional is None or not same:
             self._functional = Functional(copy.deepcopy(self).requires_grad_())
-        return self._functional(meta_params, connection, activity)
+            self._made_of = parts
+        for own, part in zip(self._functional.model.modules(), self.modules(), strict=True):
+            own.training = part.training
+        return self._functional
 
     def _loss(self, y: Tensor) -> Callable[[Params, Params], Tensor]:
         if self.readout == "cross-entropy":
-            return lambda params, meta: cross_entropy(self.logits(params, meta), y)
+            return lambda params, meta: cross_entropy(self._said(params, meta), y)
 
         def squared_error(params: Params, meta_params: Params) -> Tensor:
             nonlocal y
             output = params[self.neurons[-1]]
             if y.shape != output.shape:
-                y = nn.functional.one_hot(y, output.shape[-1]).to(output.real.dtype)
+                with labelling(y, output):
+                    one = nn.functional.one_hot(y, output.shape[-1])
+                    y = one.to(output.real.dtype).view(output.shape)
             return 0.5 * (output - y).square().sum()
 
         return squared_error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functional": None}
+        return {**self.__dict__, "_functional": None, "_made_of": []}
 
 
 class _Energy:
@@ -257,6 +288,8 @@ class _Energy:
 
     def at(self, meta_params: Params) -> Callable[[Params], Tensor]:
         """Φ at fixed θ, where what the input does to the first layer is computed once."""
+        if draws(self.net.connections[0]):  # the same numbers in the same order as Φ
+            return lambda params: self(params, meta_params)
         tensors = list(meta_params.values())
         versions = [t._version for t in tensors]
         before, known = self._given
@@ -293,7 +326,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         y: class of each sample.
     """
     if not logits.is_complex():
-        return nn.functional.cross_entropy(logits, y, reduction="sum")
+        return summed_cross_entropy(logits, y)
     largest = logits.detach().real.amax(1, keepdim=True)
     shares = (logits - largest).exp().sum(1).log() + largest.squeeze(1)
     return (shares - logits.gather(1, y[:, None]).squeeze(1)).sum()

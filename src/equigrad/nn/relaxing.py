@@ -5,18 +5,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from equigrad.errors import ConfigurationError
+from equigrad.nn.batches import draws, reading, summed_cross_entropy
 from equigrad.problems import FixedPoint, Params
 
 OuterLoss = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scalar`, summed over samples."""
-
-
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of class labels, summed over samples."""
-    return cross_entropy(logits, labels, reduction="sum")
 
 
 class Relaxing(nn.Module):
@@ -36,7 +31,8 @@ class Relaxing(nn.Module):
         outer_loss: of the last state and the targets, summed over samples.
 
     Raises:
-        ConfigurationError: not a sequence, or one without weights.
+        ConfigurationError: not a sequence, or one without weights, or with buffers (batch
+            normalisation makes samples depend on each other).
 
     Example:
         >>> import torch, equigrad as eg
@@ -59,6 +55,11 @@ class Relaxing(nn.Module):
                 f"model must be a torch.nn.Sequential, got {type(model).__name__}; its layers "
                 f"relax one by one"
             )
+        if any(True for _ in model.buffers()):
+            raise ConfigurationError(
+                "model has buffers, as batch normalisation has, whose samples depend on each "
+                "other; take nn.LayerNorm or nn.GroupNorm, or leave it out"
+            )
         blocks: list[nn.Sequential] = []
         layers: list[nn.Module] = []
         for layer in model:
@@ -71,8 +72,13 @@ class Relaxing(nn.Module):
         blocks[-1].extend(layers)
         self.blocks = nn.ModuleList(blocks)
         self.outer_loss = outer_loss
+        first: dict[int, str] = {}  # weights in two places are one parameter, by its first name
+        for name, p in self.named_parameters(remove_duplicate=False):
+            first.setdefault(id(p), name)
         self._parts = {
-            str(i): [(f"blocks.{i}.{name}", name) for name, _ in block.named_parameters()]
+            str(i): [
+                (first[id(p)], name) for name, p in block.named_parameters(remove_duplicate=False)
+            ]
             for i, block in enumerate(blocks)
         }
 
@@ -84,12 +90,17 @@ class Relaxing(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """All neurons at rest: zeros in the shapes of the states."""
+        """All neurons at rest: zeros in the shapes of the states.
+
+        Raises:
+            ProblemError: the layers cannot read such inputs.
+        """
         states = {}
         sample = x[:1]
-        for name, block in zip(self._parts, self.blocks, strict=True):
-            sample = block(sample)
-            states[name] = x.new_zeros(len(x), *sample.shape[1:])
+        with reading(self, x):
+            for name, block in zip(self._parts, self.blocks, strict=True):
+                sample = block(sample)
+                states[name] = x.new_zeros(len(x), *sample.shape[1:])
         return states
 
     def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
@@ -98,7 +109,7 @@ class Relaxing(nn.Module):
         return FixedPoint(
             _Sweep(self, x),
             lambda params, meta: self.outer_loss(params[last], y),
-            modules=(self,) if any(True for _ in self.buffers()) else (),
+            modules=(),
             reaches={"inner": [name for name, _ in self.named_parameters()], "outer": []},
             samples=True,
         )
@@ -124,6 +135,8 @@ class _Sweep:
 
     def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
         """The first block, which sees x alone, is computed once."""
+        if draws(self._net.blocks[0]):  # the same numbers in the same order as the map
+            return lambda params: self(params, meta_params)
         first = self._net.apply_block("0", meta_params, self._x)
         return lambda params: self._above(first, params, meta_params)
 

@@ -22,7 +22,10 @@ from equigrad.randomness import CommonRandomness, Stream
 
 @runtime_checkable
 class Relaxation(Protocol):
-    """A map that has a cheaper form for many steps at the same θ. It draws no random numbers."""
+    """A map that has a cheaper form for many steps at the same θ.
+
+    If it draws random numbers, so does that form, the same ones in the same order.
+    """
 
     def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
         """`F(φ, θ)`, by name."""
@@ -124,7 +127,13 @@ class FixedPoint(Problem):
         """The map at fixed θ."""
         if self.inner_batches is None and isinstance(self.map, Relaxation):
             relax = self.map.at(meta_params)
-            return lambda params, step: relax(params)
+
+            def seeded(params: Params, step: int) -> Mapping[str, Tensor]:
+                if randomness is not None:
+                    randomness.seed("inner", 0)
+                return relax(params)
+
+            return seeded
         return lambda params, step: self.evaluate("inner", params, meta_params, step, randomness)
 
     def velocity_at(

@@ -1,0 +1,64 @@
+"""What networks that settle may be shown, and what is said of anything else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
+
+from equigrad.errors import ProblemError
+
+
+@contextmanager
+def reading(network: nn.Module, x: Tensor) -> Iterator[None]:
+    """Say what a network was shown, where it cannot read it.
+
+    Raises:
+        ProblemError: x is not finite, or has a shape or type that the network cannot take.
+    """
+    if not torch.isfinite(x).all():
+        raise ProblemError("x holds NaN or infinite values")
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        weights = next(network.parameters()).dtype
+        raise ProblemError(
+            f"{type(network).__name__}, whose weights are {weights}, cannot read x of "
+            f"{x.dtype} in the shape {tuple(x.shape)}, samples first: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of class labels, summed over samples.
+
+    Raises:
+        ProblemError: these are no labels of that many samples and classes.
+    """
+    with labelling(labels, logits):
+        return cross_entropy(logits, labels, reduction="sum")
+
+
+@contextmanager
+def labelling(labels: Tensor, outputs: Tensor) -> Iterator[None]:
+    """Say what labels were given, where they do not fit outputs, samples x classes.
+
+    Raises:
+        ProblemError: torch finds that they do not. Where that is a graphics processor's kernel, it
+            is torch's to say.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        range_of = f" from {labels.min()} to {labels.max()}" if labels.numel() else ""
+        raise ProblemError(
+            f"targets of {len(outputs)} samples must be as many classes, whole numbers "
+            f"(torch.long) from 0 to {outputs.shape[-1] - 1}; got {labels.dtype} in the shape "
+            f"{tuple(labels.shape)}{range_of}"
+        ) from error
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module has a dropout that is at work."""
+    return any(isinstance(part, _DropoutNd) and part.training for part in module.modules())
