@@ -171,7 +171,7 @@ def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
         (["--estimator", "guess"], "guess"),
         (["--scale", "huge"], "huge"),
         (["--resume"], "nothing to resume in a new folder; name the run with --out"),
-        (["--resume", "--out", "gone"], "nothing to resume in gone"),
+        (["--resume", "--out", "gone"], "nothing to resume in gone: there is no such folder"),
         (["--outer-steps", "0"], "outer_steps must be at least 1, got 0"),
         (["--solver.lr", "1e6", "--no-compare", "--out", "run"], "Lower the solver's step size"),
     ],

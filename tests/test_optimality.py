@@ -92,3 +92,32 @@ def test_a_matrix_too_large_to_form():
         eg.column_space_condition(
             net.problem(x, y), net.start(x), dict(net.named_parameters()), max_size=5
         )
+
+
+def test_the_control_is_that_of_the_mean_over_batches():
+    """Two batches against one map that is their mean: the same residual, the same share."""
+    torch.manual_seed(0)
+    weight, readout = 0.3 * torch.randn(3, 3).double(), torch.randn(3, 1).double()
+    first, second = torch.randn(2, 3).double()
+
+    def relax(params, meta, batch):
+        return {
+            "h": torch.tanh(params["h"] @ weight + batch + meta["b"]),
+            "y": params["h"] @ readout,
+        }
+
+    def mean(params, meta):
+        one, other = relax(params, meta, first), relax(params, meta, second)
+        return {name: (one[name] + other[name]) / 2 for name in one}
+
+    def outer(params, meta):
+        return (params["y"] - 1).square().sum()
+
+    led = {"h": torch.randn(3).double(), "y": torch.randn(1).double()}
+    meta = {"b": torch.zeros(3).double()}
+    batched = eg.FixedPoint(relax, outer, inner_batches=[first, second])
+    found = eg.column_space_condition(batched, led, meta)
+    torch.testing.assert_close(
+        found, eg.column_space_condition(eg.FixedPoint(mean, outer), led, meta)
+    )
+    assert found > 0.1

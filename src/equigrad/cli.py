@@ -313,8 +313,10 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
             bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run in --out.")
         ] = False,
     ) -> None:
-        if resume and (out is None or not out.exists()):
-            raise RunError(f"nothing to resume in {out or 'a new folder'}; name the run with --out")
+        if resume and out is None:
+            raise RunError("nothing to resume in a new folder; name the run with --out")
+        if resume and out is not None and not out.exists():
+            raise RunError(f"nothing to resume in {out}: there is no such folder")
         with processes() as here, folder_of(here, out, resume) as given:
             folder = given or default_directory(command.name)
             console = Console(quiet=not here.leads)

@@ -56,8 +56,9 @@ def column_space_condition(
         samples = problem.samples
         outputs = OutputControl(LinearFeedback(), evaluation, at).outputs
         tensors = list(at.params.values())
-        moves = problem.velocity(at.params, meta_params).values()
-        control = rows([-v for v in moves], samples)
+        steps = evaluation.batch_steps("inner")
+        moves = [problem.velocity(at.params, meta_params, step=s).values() for s in steps]
+        control = rows([-torch.stack(vs).mean(0) for vs in zip(*moves, strict=True)], samples)
         count, size = control.shape
         if size > max_size:
             raise ConfigurationError(

@@ -89,6 +89,12 @@ def test_settings_that_cannot_work(options, message):
         replace(Equilibrium.preset(), **options)
 
 
+@pytest.mark.parametrize("hidden", [(16, 16), ()])
+def test_a_recurrent_network_has_one_hidden_layer(hidden):
+    with pytest.raises(ConfigurationError, match="hidden"):
+        replace(Equilibrium.preset(setting="recurrent"), hidden=hidden)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -197,6 +197,13 @@ def test_products_through_kernels_and_pools_are_the_derivative_of_their_energy(c
         torch.testing.assert_close(products[name], p.grad, rtol=1e-12, atol=1e-12)
 
 
+class Exponential(nn.Linear):
+    """What it computes is not what a linear layer does."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight.exp(), self.bias)
+
+
 @pytest.mark.parametrize(
     "connection",
     [
@@ -204,6 +211,11 @@ def test_products_through_kernels_and_pools_are_the_derivative_of_their_energy(c
         nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)),
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.AvgPool2d(2, stride=1)),
         nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.AvgPool2d(2, divisor_override=1)),
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.AvgPool2d(3, ceil_mode=True)),
+        nn.Sequential(Exponential(4, 2)),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
     ],
 )
 def test_connections_without_a_product(connection):
@@ -330,6 +342,19 @@ def test_frozen_parameters_are_followed():
     frozen, _, _ = linear()
     frozen.requires_grad_(False)
     torch.testing.assert_close(gradient(frozen, x, y, estimator).grads, expected)
+
+
+@pytest.mark.parametrize(
+    ("beta", "damping", "noted"), [(1.2, 1.0, True), (1.2, 0.5, False), (0.2, 1.0, False)]
+)
+def test_a_nudge_that_an_undamped_iteration_cannot_settle_is_noted(beta, damping, noted):
+    """Linear outputs follow `s ← a - β (s - y)`, which grows by β a step."""
+    net, x, y = linear((4, 8, 3))
+    estimator = eg.Contrastive(beta=beta, nudged_solver=eg.Picard(max_steps=20, damping=damping))
+    result = gradient(net, x, y, estimator, eg.Picard(max_steps=20))
+    gone = result.phases[-1]
+    assert (gone.residual > 2 * gone.start_residual) is noted
+    assert ("the phase β=1.2 moved away from rest" in result.status) is noted
 
 
 def tied():

@@ -114,3 +114,46 @@ def test_a_layer_in_two_places_stays_one():
     net = with_learned_feedback(nn.Sequential(shared, nn.Tanh(), shared))
     assert net[0] is net[2]  # pyright: ignore
     assert len(list(net.parameters())) == 3
+
+
+class Exponential(nn.Linear):
+    """What it computes is not what a linear layer does."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight.exp(), self.bias)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(Exponential(3, 2)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+        lambda: nn.MultiheadAttention(4, 2),
+    ],
+)
+def test_layers_that_are_more_than_linear_are_not_swapped(make):
+    with pytest.raises(eg.ConfigurationError, match="a subclass may compute something else"):
+        with_learned_feedback(make())
+
+
+def test_a_weight_that_is_computed_is_none_to_learn():
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(eg.ConfigurationError, match="a weight that is computed"):
+        LearnedFeedback(layer)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(4, 3), (5, 4)), (nn.Conv2d(2, 3, 3), (2, 2, 5, 5))]
+)
+def test_gradients_under_autocast_are_those_without_to_the_digits_of_bfloat16(layer, shape):
+    torch.manual_seed(0)
+    swapped = LearnedFeedback(layer)
+    x = torch.randn(*shape).requires_grad_()
+    leaves = [x, *swapped.parameters()]
+    exact = torch.autograd.grad(swapped(x).square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = swapped(x).float().square().sum()
+    for found, expected in zip(torch.autograd.grad(loss, leaves), exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 2**-6 * expected.norm()

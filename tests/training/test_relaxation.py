@@ -111,9 +111,47 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path):
     [
         ({"batch_size": 0}, "from 1 to the 25 examples there are, got 0"),
         ({"batch_size": 26}, "got 26"),
+        ({"batch_size": 2.5}, "must be a whole number from 1 to the 25 examples.*got 2.5"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"clip": 0.0}, "clip must be positive, got 0"),
     ],
 )
 def test_knobs_that_cannot_work(options, message):
     with pytest.raises(eg.ConfigurationError, match=message):
         train(Perceptron(), **options)
+
+
+def test_inputs_and_targets_that_differ_in_number():
+    x, y = examples()
+    network = Perceptron()
+    with pytest.raises(eg.ConfigurationError, match="25 inputs, and 20 targets"):
+        train_network(
+            network,
+            (x, y[:20]),
+            solver=PICARD,
+            estimator=eg.NeumannSeries(),
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.5),
+            epochs=1,
+            batch_size=5,
+        )
+
+
+def test_frozen_parameters_stay_and_the_others_learn_as_before():
+    """Frozen hidden weights: autograd trains the readout alone, and clips by its norm alone."""
+    network = Perceptron()
+    network.hidden.requires_grad_(False)
+    before = network.hidden.weight.clone()
+    train(network, epochs=1, batch_size=25, clip=0.05)
+    reference, (x, y) = Perceptron(), examples()
+    cross_entropy(reference(x), y).backward()
+    step = reference.readout.weight.grad
+    bias = reference.readout.bias.grad
+    assert step is not None
+    assert bias is not None
+    norm = torch.stack([step.norm(), bias.norm()]).norm()
+    expected = reference.readout.weight - 0.5 * step * min(1, 0.05 / norm.item())
+    torch.testing.assert_close(network.readout.weight, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(network.hidden.weight, before)
+    network.requires_grad_(False)
+    with pytest.raises(eg.ConfigurationError, match="all parameters are frozen"):
+        train(network)

@@ -14,6 +14,9 @@ from equigrad.solvers import Settled, Solver
 from equigrad.solvers.solver import require
 from equigrad.theory import finite_difference_weights, holomorphic_weights, roots_of_one
 
+DEPARTED = 2.0
+"""A nudged phase whose residual grows by more than this factor does not settle."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Estimator):
@@ -199,6 +202,7 @@ class Contrastive(Estimator):
         states = [settled[node] for node in self.nodes]
         weights = [w / beta for w in self.weights]
         self._note_weak_contrast(evaluation, states, nudged_solver)
+        _note_departures(evaluation, states)
         return Estimate(
             grads=evaluation.contrast(states, weights, direct),
             phases=(free, *(state for state in states if state is not free)),
@@ -238,3 +242,17 @@ class Contrastive(Estimator):
                     f"unless it leaves the same in every phase, tighten its tolerance, or raise "
                     f"beta"
                 )
+
+
+def _note_departures(evaluation: Evaluation, states: list[Settled]) -> None:
+    """Say so where a nudged phase that no tolerance watched moved away from rest."""
+    phases = [state.phase for state in states if state.phase.beta != 0 and state.phase.tol is None]
+    gone = [phase for phase in phases if phase.residual > DEPARTED * phase.start_residual]
+    if gone:
+        phase = max(gone, key=lambda phase: phase.residual / phase.start_residual)
+        evaluation.notes.append(
+            f"the phase β={phase.beta:g} moved away from rest: residual {phase.residual:.2g} after "
+            f"{phase.steps} steps, {phase.start_residual:.2g} at its start. Its contrast is no "
+            f"gradient; lower beta, damp the nudged solver (Picard(damping=0.5)) or lower its step "
+            f"size"
+        )

@@ -15,7 +15,7 @@ from torch.nn import Flatten, Linear, Module, Sequential
 
 import equigrad
 from equigrad.controllers import Controller, DynamicInversion, EnergyInversion
-from equigrad.data import cifar10, mnist
+from equigrad.data import mnist
 from equigrad.data.images import split
 from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError
@@ -52,10 +52,6 @@ MethodName = Literal[
     "kolen-pollack",
     "equilibrium-propagation",
 ]
-DataName = Literal["mnist", "cifar10"]
-
-SOURCES = {"mnist": mnist, "cifar10": cifar10}
-
 PIXELS, CLASSES = 28 * 28, 10
 
 SWEEPS = Picard(tol=1e-5, max_steps=10)
@@ -92,18 +88,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Setting:
-    """A network and its data.
+    """A network that tells digits apart.
 
     Attributes:
         label: what it is, in words.
-        data: what it learns.
         hidden: widths of its hidden layers.
         build: makes the network, a module, with a start that torch's generator draws.
         methods: how it can be trained, the first by default.
     """
 
     label: str
-    data: DataName
     hidden: tuple[int, ...]
     build: Callable[["Equilibrium"], Any]
     methods: Mapping[MethodName, Recipe]
@@ -133,7 +127,6 @@ def _under(controller: Controller) -> LeastControl:
 SETTINGS: dict[SettingName, Setting] = {
     "feed-forward": Setting(
         "feed-forward net",
-        "mnist",
         (256, 256),
         _feed_forward,
         {
@@ -151,7 +144,6 @@ SETTINGS: dict[SettingName, Setting] = {
     ),
     "recurrent": Setting(
         "equilibrium RNN",
-        "mnist",
         (256,),
         _recurrent,
         {
@@ -162,7 +154,6 @@ SETTINGS: dict[SettingName, Setting] = {
     ),
     "hopfield": Setting(
         "Hopfield network",
-        "mnist",
         (1024,),
         _hopfield,
         {
@@ -188,7 +179,7 @@ class Equilibrium:
     """
 
     setting: SettingName = "feed-forward"
-    """The network, and what it is trained on."""
+    """The network."""
 
     method: MethodName = "exact"
     """How its gradient is had."""
@@ -258,6 +249,10 @@ class Equilibrium:
         positive("epochs", self.epochs)
         if not self.hidden or min(self.hidden) < 1:
             raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
+        if self.setting == "recurrent" and len(self.hidden) != 1:
+            raise ConfigurationError(
+                f"the recurrent network has one hidden layer, got hidden widths {self.hidden}"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigurationError(f"weight_decay must be at least 0, got {self.weight_decay}")
         for name in ("minutes", "clip"):
@@ -314,12 +309,11 @@ class Equilibrium:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
         """The images, standardised."""
-        source = SOURCES[SETTINGS[self.setting].data]
-        pool = source.load()
+        pool = mnist.load()
         total = len(pool) if self.images is None else self.images
         parts = split(
             pool,
-            source.load(source.TEST),
+            mnist.load(mnist.TEST),
             samples=total,
             training=total - self.held_out,
             seed=self.seed,

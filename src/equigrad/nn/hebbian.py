@@ -64,10 +64,15 @@ def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str
 
 def _products(part: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tensor]:
     """Products of a layer with weights."""
-    if isinstance(part, nn.Linear):
+    if type(part) is nn.Linear:
         product = torch.einsum("n...i,n...j->ij", after, before)
         total = after.reshape(-1, after.shape[-1]).sum(0)
-    elif isinstance(part, nn.Conv2d) and part.groups == 1 and not isinstance(part.padding, str):
+    elif (
+        type(part) is nn.Conv2d
+        and part.groups == 1
+        and part.padding_mode == "zeros"
+        and not isinstance(part.padding, str)
+    ):
         patches = unfold(before, part.kernel_size, part.dilation, part.padding, part.stride)
         product = torch.einsum("nip,njp->ij", after.flatten(2), patches).view_as(part.weight)
         total = after.sum((0, 2, 3))
@@ -96,7 +101,7 @@ def _back(part: nn.Module, before: Tensor) -> Back:
             return back.scatter_add_(2, winners.flatten(2), after.flatten(2)).view_as(before)
 
         return to_winners
-    if isinstance(part, nn.AvgPool2d) and part.kernel_size == part.stride and not part.padding:
+    if isinstance(part, nn.AvgPool2d) and _tiles(part):
         sides = part.kernel_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
 
@@ -110,9 +115,15 @@ def _back(part: nn.Module, before: Tensor) -> Back:
     raise _unknown(part)
 
 
+def _tiles(part: nn.AvgPool2d) -> bool:
+    """Whether each place is averaged once at most, over whole kernels."""
+    plain = not (part.padding or part.ceil_mode or part.divisor_override)
+    return plain and part.kernel_size == part.stride
+
+
 def _unknown(part: nn.Module) -> ConfigurationError:
     return ConfigurationError(
         f"there is no Hebbian product through {part}; use Linear, Conv2d without groups and with "
-        f"padding in numbers, Flatten, MaxPool2d, or AvgPool2d without padding whose stride is its "
-        f"kernel's size"
+        f"zero padding in numbers (neither a subclass), Flatten, MaxPool2d, or AvgPool2d without "
+        f"padding, ceil_mode and divisor_override whose stride is its kernel's size"
     )

@@ -34,7 +34,8 @@ class LearnedFeedback(nn.Module):
         feedback: B, of the shape of W; drawn as the layer draws its own.
 
     Raises:
-        ConfigurationError: any other layer.
+        ConfigurationError: any other layer, a subclass of these, or one whose weight is computed
+            from other parameters.
 
     Example:
         >>> layer = LearnedFeedback(nn.Linear(3, 2))
@@ -48,13 +49,16 @@ class LearnedFeedback(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
-        usual = isinstance(layer, nn.Conv2d) and (
+        usual = type(layer) is nn.Conv2d and (
             layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         )
-        if not (usual or isinstance(layer, nn.Linear)):
+        plain = (usual or type(layer) is nn.Linear) and "weight" in layer._parameters
+        if not plain:
             raise ConfigurationError(
                 f"learned feedback is there for nn.Linear, and nn.Conv2d with zero padding in "
-                f"numbers; got {layer}"
+                f"numbers; got {layer}, of {type(layer).__name__}: a subclass may compute "
+                f"something else, and a weight that is computed (weight normalisation) is none "
+                f"to learn"
             )
         self.weight, self.bias = layer.weight, layer.bias
         twin = copy.deepcopy(layer)
@@ -99,6 +103,8 @@ class _Asymmetric(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         x, feedback = ctx.saved_tensors
+        given = x.dtype
+        x, gradient = x.to(feedback.dtype), gradient.to(feedback.dtype)  # autocast lowers them
         by_input, by_weight, by_bias, by_feedback, _ = ctx.needs_input_grad
         x_bar = w_bar = b_bar = None
         if ctx.convolution is None:
@@ -116,11 +122,18 @@ class _Asymmetric(Function):
                 w_bar = conv2d_weight(x, feedback.shape, gradient, *ctx.convolution)
             if by_bias:
                 b_bar = gradient.sum((0, 2, 3))
+        x_bar = None if x_bar is None else x_bar.to(given)
         return x_bar, w_bar, b_bar, None if w_bar is None else w_bar.clone(), None
 
 
 def with_learned_feedback(model: nn.Module) -> nn.Module:
     """A copy of a module whose linear and convolutional layers have learned feedback.
+
+    Other layers stay as they are.
+
+    Raises:
+        ConfigurationError: a linear or convolutional layer that `LearnedFeedback` does not take;
+            `nn.MultiheadAttention` has one.
 
     Example:
         >>> net = with_learned_feedback(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))

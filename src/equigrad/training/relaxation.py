@@ -59,7 +59,7 @@ def train_network(
     """Train a network that settles: a mini-batch, its gradient by the estimator, a step.
 
     Args:
-        network: its parameters are updated in place.
+        network: its parameters are updated in place, but for frozen ones.
         examples: inputs and targets. Each epoch sees all of them once, in an order that seed and
             epoch draw; what does not fill a batch waits for the next epoch.
         solver: settles the neurons of a batch.
@@ -77,16 +77,26 @@ def train_network(
         The state after the last step.
 
     Raises:
-        ConfigurationError: a batch of less than one example or more than there are, a clip ≤ 0.
+        ConfigurationError: inputs and targets that differ in number, a batch that is no whole
+            number from one example to all there are, epochs < 0, a clip ≤ 0, or a network all of
+            whose parameters are frozen.
     """
     x, y = examples
-    if not 1 <= batch_size <= len(x):
+    if len(x) != len(y):
+        raise ConfigurationError(f"there are {len(x)} inputs, and {len(y)} targets for them")
+    if not (isinstance(batch_size, int) and 1 <= batch_size <= len(x)):
         raise ConfigurationError(
-            f"batch_size must be from 1 to the {len(x)} examples there are, got {batch_size}"
+            f"batch_size must be a whole number from 1 to the {len(x)} examples there are, got "
+            f"{batch_size!r}"
         )
+    if not epochs >= 0:
+        raise ConfigurationError(f"epochs must be at least 0, got {epochs}")
     if clip is not None and not clip > 0:
         raise ConfigurationError(f"clip must be positive, got {clip}")
     meta_params: dict[str, Tensor] = dict(network.named_parameters())
+    learned = {name: p for name, p in meta_params.items() if p.requires_grad}
+    if not learned:
+        raise ConfigurationError("all parameters are frozen (requires_grad=False): none can learn")
     each = len(x) // batch_size
     order: dict[int, Tensor] = {}
 
@@ -108,7 +118,8 @@ def train_network(
             solver=solver,
             estimator=estimator,
         )
-        return _averaged(result, batch_size, clip)
+        grads = {name: result.grads[name] for name in learned}
+        return _averaged(replace(result, grads=grads), batch_size, clip)
 
     def evaluate(state: OuterState, result: MetaGradient) -> Mapping[str, float]:
         if validate is None or not ((state.step + 1) % each == 0 or state.ends):
@@ -117,7 +128,7 @@ def train_network(
 
     return descend(
         gradient,
-        meta_params,
+        learned,
         optimizer=optimizer,
         steps=epochs if math.isinf(epochs) else round(epochs * each),
         limit=limit,
