@@ -49,11 +49,12 @@ def smoke(**changes) -> Omniglot:
 @pytest.mark.parametrize("setting", ["5way1shot", "20way1shot"])
 @pytest.mark.parametrize("method", ["least-control-modulation", "least-control-synaptic"])
 def test_least_control_learns_from_characters(strokes, method, setting, tmp_path, capsys):
-    """A short run by the command line; one step under control, with direct feedback."""
+    """A short run by the command line; two steps under a controller that inverts."""
     config = Omniglot.preset(scale="smoke", method=method, setting=setting)
     rule = config.learner(config.network()).estimator
     assert isinstance(rule, eg.LeastControl)
-    assert rule.controller.solver == replace(config.solver, max_steps=1)
+    assert isinstance(rule.controller, eg.DynamicInversion)
+    assert rule.controller.solver == replace(config.solver, max_steps=2)
     assert config.way == int(setting.removesuffix("way1shot"))
     words = ["--scale", "smoke", "--method", method, "--way", 5, "--threads", 1]
     words += ["--setting", setting, "--out", tmp_path / "run"]

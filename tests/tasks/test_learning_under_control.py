@@ -206,3 +206,74 @@ def test_modulation_under_direct_control_is_a_direct_term_and_a_mixed_derivative
         for name, grad in zip(meta, torch.autograd.grad(balance, [*meta.values()]), strict=True):
             expected[name] += grad / 2
     assert relative_error(result.grads, expected) < 1e-8
+
+
+def test_a_few_steps_of_inversion_are_as_many_terms_of_the_neumann_series():
+    """`ψ_K = η Σ_{k<K} (I - ηH)^k U` from rest: exactly at K = 2, whatever b; up to O(b) beyond.
+
+    Then `(1 - (1 - ηh)^K) / h` of the pressure along a direction of curvature h, which direct
+    control takes whole: 0.36, 0.32 and 0.19 for h = 0.5, 1 and 4 here.
+    """
+    curvature = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
+    target, lr = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), 0.2
+    meta = {"pull": torch.tensor([0.3, 0.2, -0.1], dtype=torch.float64)}
+    rest = {"w": meta["pull"] / curvature}
+    problem = eg.Bilevel(
+        inner_loss=lambda p, m: (0.5 * curvature * p["w"].square() - m["pull"] * p["w"]).sum(),
+        outer_loss=lambda p, m: 0.5 * (p["w"] - target).square().sum(),
+    )
+
+    def gradient(terms, b):
+        steps = eg.GradientDescent(lr=lr, max_steps=terms)
+        controller = eg.DynamicInversion(gain=0.0, proportional=b, solver=steps)
+        rule = eg.LeastControl(controller=controller, start="params")
+        return eg.meta_gradient(problem, rest, meta, solver=steps, estimator=rule)
+
+    def response(terms):
+        return (1 - (1 - lr * curvature) ** terms) / curvature * (rest["w"] - target)
+
+    torch.testing.assert_close(
+        response(2) / (rest["w"] - target), torch.tensor([0.38, 0.36, 0.24]).double()
+    )
+    for b in (1e-3, 1.0):
+        torch.testing.assert_close(gradient(2, b).grads["pull"], response(2), rtol=1e-14, atol=0)
+    errors = [
+        (gradient(5, b).grads["pull"] - response(5)).norm() / response(5).norm()
+        for b in (1e-2, 1e-3)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.05)
+    assert errors[1] < 1e-3
+
+
+def test_a_few_steps_of_weak_inversion_are_the_neumann_series_of_a_learner():
+    """The same for tasks side by side, whose Hessians vary with φ: a tenth of b, of the error."""
+    model, batch = synapse(), tasks()
+    meta = model.meta_params()
+    few = eg.GradientDescent(lr=0.1, max_steps=3)
+    controlled = learner(model, DIRECT)
+    series = replace(controlled, estimator=eg.NeumannSeries(terms=3, alpha=few.lr))
+    expected = series.meta_gradient(meta, batch)
+    assert expected.phases[0].outcome == "converged"
+    errors = []
+    for b in (1e-1, 1e-2):
+        controller = eg.DynamicInversion(gain=0.0, proportional=b, solver=few)
+        found = replace(controlled, estimator=eg.LeastControl(controller=controller))
+        errors.append(relative_error(found.meta_gradient(meta, batch).grads, expected.grads))
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    assert errors[1] < 1e-2
+
+
+def test_proportional_control_takes_one_gradient_of_the_outer_loss_a_step():
+    """T + 3K + 3: none is spent on finding out which parameters it depends on, as integrals do."""
+    problem = eg.Bilevel(
+        inner_loss=lambda p, m: (p["w"] * m["v"]).square().sum(),
+        outer_loss=lambda p, m: (p["w"] - m["v"]).square().sum(),
+        reaches={"inner": ["v"], "outer": ["v"]},
+    )
+    start, meta = {"w": torch.ones(2)}, {"v": torch.ones(2)}
+    steps = eg.GradientDescent(lr=0.1, max_steps=3)
+    proportional = eg.DynamicInversion(gain=0.0, proportional=0.3)
+    for controller, looks in ((proportional, 0), (eg.DynamicInversion(), 1)):
+        rule = eg.LeastControl(controller=controller)
+        result = eg.meta_gradient(problem, start, meta, solver=steps, estimator=rule)
+        assert result.gradient_evaluations == 3 + 3 * 3 + 3 + looks

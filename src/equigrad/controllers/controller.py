@@ -106,20 +106,23 @@ class OutputControl:
         controller: its knobs.
         evaluation: evaluates the outer loss.
         after: where φ begins: there it is seen which parameters the outer loss depends on.
-
-    Attributes:
-        outputs: names of those parameters.
     """
 
     def __init__(self, controller: Controller, evaluation: Evaluation, after: Moment) -> None:
-        self._controller, self._evaluation = controller, evaluation
-        evaluation.stand_at(after)
-        params = {name: p.clone().requires_grad_() for name, p in after.params.items()}
-        found = set()
-        for step in evaluation.batch_steps("outer"):
-            found |= self._pressure(params, list(params), step).keys()
-        self.outputs = [name for name in params if name in found]
-        evaluation.gradient_evaluations += len(evaluation.batch_steps("outer"))
+        self._controller, self._evaluation, self._after = controller, evaluation, after
+        self._outputs: list[str] | None = None
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the parameters that the outer loss depends on: a gradient, once asked for."""
+        if self._outputs is None:
+            self._evaluation.stand_at(self._after)
+            params = {n: p.clone().requires_grad_() for n, p in self._after.params.items()}
+            steps = self._evaluation.batch_steps("outer")
+            found = set[str]().union(*(self._pressure(params, step) for step in steps))
+            self._evaluation.gradient_evaluations += len(steps)
+            self._outputs = [name for name in params if name in found]
+        return self._outputs
 
     def start(self, params: Params) -> dict[str, Tensor]:
         """No integral, by name of the output; nothing where the controller has none."""
@@ -132,7 +135,7 @@ class OutputControl:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`U/s` by name of the output, and the velocity of the integral."""
         knobs, scale = self._controller, self._controller.scale
-        pressure = self._pressure(params, self.outputs, step)
+        pressure = self._pressure(params, step)
         control = {n: g * (-knobs.proportional / scale) for n, g in pressure.items()}
         moves = {}
         for name, v in integral.items():
@@ -140,16 +143,18 @@ class OutputControl:
             moves[name] = pressure[name].neg().sub_(v, alpha=knobs.leak)
         return control, moves
 
-    def _pressure(self, params: Params, names: list[str], step: int) -> dict[str, Tensor]:
-        """`∂L_out/∂φ` by name, without those that it does not depend on at all."""
+    def _pressure(self, params: Params, step: int) -> dict[str, Tensor]:
+        """`∂L_out/∂φ` by name of the outputs; while they are not known, of those that it reaches.
+
+        A mini-batch may miss an output that others reach: that is no pressure.
+        """
         with torch.enable_grad():
             loss = self._evaluation.evaluate("outer", params, self._evaluation.meta_params, step)
+        names = list(params) if self._outputs is None else self._outputs
         leaves = [params[name] for name in names]
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        whole = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
-        if len(whole) == len(names) or not hasattr(self, "outputs"):
-            return whole
-        return {n: whole.get(n, torch.zeros_like(p)) for n, p in zip(names, leaves, strict=True)}
+        known = self._outputs is not None
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=known)
+        return {n: g for n, g in zip(names, grads, strict=True) if g is not None}
 
 
 def prefixed(prefix: str, tensors: Params) -> dict[str, Tensor]:

@@ -44,7 +44,9 @@ class DynamicInversion(Controller):
             params, control, integral = parts(state, "φ", "ψ", "v")
             with torch.enable_grad():
                 rest = residual(params, step)
-            pulled = pull_back(rest, list(control.values()), list(params.values()))
+            pulled = list(control.values())
+            if any(c.any() for c in pulled):  # at the start there is no control to be pulled back
+                pulled = pull_back(rest, pulled, list(params.values()))
             push, integrated = output(params, integral, step)
             along = [
                 c.mul(scale).sub_(r.detach()) for c, r in zip(control.values(), rest, strict=True)

@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import equigrad
-from equigrad.controllers import LinearFeedback
+from equigrad.controllers import DynamicInversion
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import (
     IMAML,
@@ -161,7 +161,7 @@ class FewShot(ABC):
     metric: ClassVar[Metric]
     loss: ClassVar[Callable[[Tensor, Tensor], Tensor]]
     control: ClassVar[LeastControl] = LeastControl(
-        controller=LinearFeedback(gain=0.0, proportional=0.3), difference=1.0
+        controller=DynamicInversion(gain=0.0, proportional=0.3)
     )
 
     method: MethodName = "contrastive-modulation"
