@@ -599,6 +599,7 @@ def test_what_estimators_have_to_say_is_said():
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),
         ({"estimator": eg.Contrastive()}, r"Contrastive needs an energy.*Cell.*primitive.*GMRES"),
         ({"estimator": eg.ConjugateGradient()}, r"ConjugateGradient needs a Hessian.*use T1T2"),
+        ({"estimator": eg.LeastControl()}, "LeastControl needs an outer loss that has a minimum"),
         ({"estimator": eg.Unrolled()}, r"Unrolled looks at the steps.*use T1T2.*PhantomGradient"),
     ],
 )

@@ -21,6 +21,7 @@ from equigrad.errors import (
     SettlingWarning,
 )
 from equigrad.estimators import ESTIMATORS, Adjoint, Estimator
+from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.randomness import CommonRandomness
@@ -226,17 +227,26 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
             f"{who} has a primitive function but no activation: give it the elementwise function "
             f"ρ of h = ρ(∂Φ/∂h), for example activation = staticmethod(torch.tanh)"
         )
-    serving = [e for e in ESTIMATORS if e.traits.equilibrium and e.traits.fit(kind)]
-    if estimator.traits.equilibrium and estimator.traits.fit(kind):
+    names = " or ".join(f"{e.__name__}()" for e in ESTIMATORS if _serves(e.traits, kind))
+    if _serves(estimator.traits, kind):
         return
-    names = " or ".join(f"{e.__name__}()" for e in serving)
-    if not estimator.traits.equilibrium:
+    if estimator.traits.minimum:
+        why = (
+            "needs an outer loss that has a minimum, and a layer knows its loss by ∂L/∂h* alone, "
+            "as a linear function of h*, which has none"
+        )
+    elif not estimator.traits.equilibrium:
         why = "looks at the steps of a settling, and a layer keeps where it ended alone"
     elif kind is FixedPoint and not estimator.traits.symmetric:
         why = f"needs an energy, and {who} declares none by a method primitive(h, *inputs)"
     else:
         why = f"needs a Hessian, and ∂f/∂h of {who} is none"
     raise ConfigurationError(f"{type(estimator).__name__} {why}; use {names}")
+
+
+def _serves(traits: Traits, kind: type[Problem]) -> bool:
+    """Whether an estimator can work where a cell has settled, with `∂L/∂h*` for a loss."""
+    return traits.equilibrium and not traits.minimum and traits.fit(kind)
 
 
 class _Call:
