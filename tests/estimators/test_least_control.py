@@ -270,7 +270,7 @@ def test_an_unstable_controller_is_named():
     strong = eg.DynamicInversion(gain=0.0, proportional=50.0)
     with pytest.raises(
         eg.SettlingError,
-        match=r"β = 50.*LeastControl\(controller=DynamicInversion\): learner and controller",
+        match=r"β = 50.*dt=….*LeastControl\(controller=DynamicInversion\): learner and controller",
     ):
         solve((case.problem, case.params, case.meta_params), strong, eg.Picard(max_steps=2000))
 

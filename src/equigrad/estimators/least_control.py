@@ -130,8 +130,7 @@ class LeastControl(Estimator):
         except SettlingError as error:
             raise SettlingError(
                 f"{error}. This was the phase of {who}: learner and controller together are "
-                f"unstable. Lower gain or proportional, raise leak, or take shorter steps "
-                f"(GradientFlow(dt=…), Picard(damping=…))"
+                f"unstable. Lower its strength β, that is gain or proportional, or raise leak"
             ) from error
         settled = controlled.settled
         _, direct = evaluation.outer_gradients(settled)

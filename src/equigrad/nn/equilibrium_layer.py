@@ -61,8 +61,9 @@ class EquilibriumLayer(nn.Module):
             of h is one of samples. `torch.compile(cell)` will do, too.
         solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
         estimator: how the gradient is had; any that serves the cell where it has settled.
-        unsettled: what to do where a sample has not settled, or the estimator has something to say:
-            `warn`, `raise` or `ignore`. Under `warn`, the first forward pass that fails says so,
+        unsettled: what to do where a sample has not settled (without a tolerance: where the largest
+            residual has more than doubled), or the estimator has something to say: `warn`, `raise`
+            or `ignore`. Under `warn`, the first forward pass that fails says so,
             with the spectral radius, and the first such backward pass; `phase` says it of every
             pass.
 
@@ -113,6 +114,11 @@ class EquilibriumLayer(nn.Module):
         if unsettled not in ("warn", "raise", "ignore"):
             raise ConfigurationError(
                 f"unsettled must be 'warn', 'raise' or 'ignore', got {unsettled!r}"
+            )
+        if self.solver.fixed_loss:
+            raise ConfigurationError(
+                f"{type(self.solver).__name__} looks at values of a loss, and a cell has none; "
+                f"use Anderson(), Broyden(), Picard() or GradientFlow()"
             )
         _check_serves(self.estimator, cell)
         self.cell = cell
@@ -167,8 +173,10 @@ class EquilibriumLayer(nn.Module):
             except SettlingError as error:
                 raise explained(error, evaluation, who) from error
             self.phase = phase = settled.phase
-            if phase.outcome in ("not converged", "stalled"):
-                self._say("forward", lambda: f"{who} {phase}; {verdict(evaluation, settled)}")
+            if phase.failed:
+                self._say(
+                    "forward", lambda: f"{who} {phase}; {verdict(evaluation, settled, self.solver)}"
+                )
         if self.training:
             call.move_buffers(settled.params)
         return settled
@@ -199,7 +207,7 @@ class EquilibriumLayer(nn.Module):
         notes = [
             f"phase β={phase.beta:g} {phase}"
             for phase in (other.phase for other in estimate.phases[1:])
-            if phase.outcome in ("not converged", "stalled")
+            if phase.failed
         ] + evaluation.notes
         if notes:
             who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
