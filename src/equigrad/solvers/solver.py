@@ -127,9 +127,8 @@ class Solver(ABC):
 
 def require_whole(name: str, value: object, otherwise: str = "") -> None:
     """Raise a `ConfigurationError` unless a knob is a whole number from 1."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
     require(
-        whole and value >= 1,
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
         f"{name} must be at least 1, a whole number{otherwise}, got {value!r}",
     )
 
