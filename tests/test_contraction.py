@@ -69,3 +69,17 @@ def test_meta_gradients_name_a_map_that_does_not_settle():
     )
     assert "not converged" in result.status
     assert "the spectral radius of ∂F/∂φ there is" in result.status
+
+
+def test_vectors_are_counted():
+    problem, params, meta, _ = tanh_map(4, samples=3)
+    with pytest.raises(eg.ConfigurationError, match="vectors must be at least 1"):
+        spectral_radius(problem, params, meta, vectors=0)
+
+
+def test_an_estimate_says_that_it_is_one():
+    problem, params, meta, _ = tanh_map(40, samples=2, scale=4.0)
+    result = eg.meta_gradient(
+        problem, params, meta, solver=eg.Picard(max_steps=1, tol=1e-9), estimator=eg.T1T2()
+    )
+    assert "the spectral radius of ∂F/∂φ there is about" in result.status

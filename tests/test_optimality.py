@@ -26,12 +26,15 @@ def share(net, x, y, controller):
 
 def test_controllers_that_invert_satisfy_it_and_direct_feedback_does_not():
     net, x, y = network((8, 7))
-    for controller in (eg.DynamicInversion(leak=1.0), eg.EnergyInversion(leak=1.0)):
+    for controller in (
+        eg.DynamicInversion(gain=1.0, leak=1.0),
+        eg.EnergyInversion(gain=1.0, leak=1.0),
+    ):
         found = share(net, x, y, controller)
         assert found.shape == (5,)
         assert found.max() < 1e-7
     # ψ = U at the outputs only: y alone is led, where the least control leads every layer
-    direct = share(net, x, y, eg.LinearFeedback(leak=1.0))
+    direct = share(net, x, y, eg.LinearFeedback(gain=1.0, leak=1.0))
     assert direct.min() > 0.2
 
 
@@ -39,9 +42,9 @@ def test_feedback_by_the_transposed_weights_satisfies_it_with_one_hidden_layer()
     """`ψ_h = tanh'(h) ∘ Wᵀ u` and `ψ_y = u` are what dynamic inversion settles at."""
     net, x, y = network()
     weight = net.blocks[1][1].weight.detach()  # pyright: ignore
-    gated = eg.LinearFeedback(leak=1.0, feedback={"0": weight.T}, gate=torch.tanh)
+    gated = eg.LinearFeedback(gain=1.0, leak=1.0, feedback={"0": weight.T}, gate=torch.tanh)
     assert share(net, x, y, gated).max() < 1e-7
-    ungated = eg.LinearFeedback(leak=1.0, feedback={"0": weight.T})
+    ungated = eg.LinearFeedback(gain=1.0, leak=1.0, feedback={"0": weight.T})
     assert share(net, x, y, ungated).max() > 0.01
 
 
@@ -56,7 +59,7 @@ def test_feedback_learned_from_noise_is_the_transpose_up_to_the_noise_of_its_ave
         )
         errors.append((learned["0"] - weight.T).norm().item())
         hidden = {"0": learned["0"]}
-        controller = eg.LinearFeedback(leak=1.0, feedback=hidden, gate=torch.tanh)
+        controller = eg.LinearFeedback(gain=1.0, leak=1.0, feedback=hidden, gate=torch.tanh)
         shares.append(share(net, x, y, controller).mean().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.35)  # the root of 16 times the draws
     assert shares[1] < shares[0] / 2
@@ -74,7 +77,9 @@ def test_kolen_pollack_feedback_satisfies_it_as_it_aligns():
     for mixed in (1.0, 0.1, 0.0):
         with torch.no_grad():
             layer.feedback.copy_((1 - mixed) * layer.weight + mixed * layer.feedback)
-        estimator = eg.LeastControl(controller=eg.DynamicInversion(leak=1.0), start="params")
+        estimator = eg.LeastControl(
+            controller=eg.DynamicInversion(gain=1.0, leak=1.0), start="params"
+        )
         led = eg.meta_gradient(
             net.problem(x, y), net.start(x), meta, solver=TIGHT, estimator=estimator
         ).params

@@ -5,36 +5,43 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, EquigradError, SettlingError
 from equigrad.estimators.linearisation import Linearisation
-from equigrad.evaluation import Evaluation
+from equigrad.evaluation import FOR_MAPS, Evaluation
 from equigrad.problems import Params, Problem
-from equigrad.solvers import Settled
-from equigrad.solvers.rows import move_rows, rows
+from equigrad.solvers import Anderson, Broyden, Settled, Solver
+from equigrad.solvers.rows import at_least_single, move_rows, rows
 from equigrad.solvers.settle import numbered, resting
+from equigrad.solvers.solver import require_whole
+
+VECTORS = 30
+"""Products with the transposed matrix that a radius is found from."""
 
 
 def spectral_radius(
-    problem: Problem, params: Params, meta_params: Params, *, vectors: int = 30, seed: int = 0
+    problem: Problem, params: Params, meta_params: Params, *, vectors: int = VECTORS, seed: int = 0
 ) -> Tensor:
     r"""The spectral radius of `∂F/∂φ`: the map contracts near a fixed point where it is below 1.
 
         max_i |λ_i(∂F/∂φ)|,    F = φ - r(φ, θ)
 
     by Arnoldi's iteration on products with the transposed matrix, so that no matrix is formed.
-    Exact where φ (of a sample) has at most `vectors` entries; otherwise an estimate that is rarely
-    too large.
+    Exact where φ (of a sample) has at most `vectors` entries; otherwise an estimate. It errs to
+    either side: where the matrix is far from normal it may be several times too large. Samples are
+    taken to settle on their own; where a map mixes them (batch statistics in training mode), what
+    they do to each other is not in it.
 
     Args:
         problem: a `FixedPoint` or an `EnergyBased`; its φ has to be near its fixed point.
         params: φ where to look, the settled one as a rule.
         meta_params: θ.
-        vectors: products to take.
+        vectors: products to take, at least 1.
         seed: draws the vector to start from.
 
     Returns:
         One number a sample where the problem has samples, else a tensor without dimensions.
 
     Raises:
-        ConfigurationError: the problem has a loss to minimise in place of a map.
+        ConfigurationError: the problem has a loss to minimise in place of a map, or vectors is no
+            whole number from 1.
 
     Example:
         >>> import torch, equigrad as eg
@@ -50,12 +57,13 @@ def spectral_radius(
             f"a {type(problem).__name__} has no map that could contract; the curvatures of its "
             f"inner loss are what matters there"
         )
+    require_whole("vectors", vectors)
     at = resting({name: p.detach() for name, p in params.items()})
     with Evaluation(problem, params, meta_params) as evaluation:
         return radius(evaluation, at, vectors, seed)
 
 
-def radius(evaluation: Evaluation, at: Settled, vectors: int = 30, seed: int = 0) -> Tensor:
+def radius(evaluation: Evaluation, at: Settled, vectors: int = VECTORS, seed: int = 0) -> Tensor:
     """The spectral radius where a phase ended, as `spectral_radius` gives it."""
     samples = evaluation.problem.samples
     linear = Linearisation(evaluation, at, "spectral_radius")
@@ -85,34 +93,51 @@ def radius(evaluation: Evaluation, at: Settled, vectors: int = 30, seed: int = 0
         hessenberg[:, k + 1, k] = left
         closed = (left == 0)[:, None]
         basis[k + 1] = torch.where(closed, 0.0, image / torch.where(closed, 1.0, left[:, None]))
-    found = torch.linalg.eigvals(hessenberg[:, :vectors]).abs().amax(dim=1)
+    small = at_least_single(hessenberg[:, :vectors])
+    found = torch.linalg.eigvals(small).abs().amax(dim=1).to(hessenberg.dtype)
     return found if samples else found[0]
 
 
 def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> SettlingError:
     """Why a map may have diverged: the error with what the map does where it started."""
-    start = resting(evaluation.params, evaluation.snapshot())
     said = f"{who}: {error}" if who else f"{error}"
-    return SettlingError(f"{said}. At the start, {verdict(evaluation, start)}")
+    start = resting(evaluation.params, evaluation.snapshot())
+    velocity, _ = evaluation.free_velocity()(_leaves(start.params), 0)
+    if all(v.isfinite().all() for v in velocity):
+        _, found = _contracts(evaluation, start)
+        said += f". At the start, {found}"
+    return SettlingError(said)
 
 
-def verdict(evaluation: Evaluation, at: Settled) -> str:
-    """Whether the map contracts at a state, in words; for phases that did not settle."""
+def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
+    """Whether the map contracts where a phase ended that did not settle, and what to do."""
+    contracts, found = _contracts(evaluation, at)
+    if contracts is None:
+        return found
+    if contracts:
+        others = "" if isinstance(solver, Anderson | Broyden) else ", or Anderson(),"
+        return f"{found}: the map contracts nearby, and more steps{others} should settle it"
+    other = "take more steps" if isinstance(solver, Broyden) else "use Broyden()"
+    return f"{found}: the map does not contract. {FOR_MAPS}, or {other}"
+
+
+def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
+    """Whether the map contracts at a state, None where that is not known; and its radius."""
     try:
         found = radius(evaluation, at)
     except (EquigradError, RuntimeError):  # there is no derivative to be had, or it is not finite
-        return "the spectral radius of ∂F/∂φ is not known there"
+        return None, "the spectral radius of ∂F/∂φ is not known there"
     worst = found.max().item()
     where = ""
     if found.ndim:
         above = torch.nonzero(~(found < 1)).flatten().tolist()
         where = f" in {numbered(above)} of {len(found)}" if above else f" in {len(found)} samples"
-    if worst < 1:
-        return (
-            f"the spectral radius of ∂F/∂φ there is {worst:.3g} < 1{where}: the map contracts "
-            f"nearby, and more steps, or Anderson(), should settle it"
-        )
-    return (
-        f"the spectral radius of ∂F/∂φ there is {worst:.3g} ≥ 1{where}: the map does not contract. "
-        f"Make its weights smaller (weight or spectral normalisation), damp it, or use Broyden()"
-    )
+    size = rows(list(at.params.values()), evaluation.problem.samples).shape[1]
+    about = "about " if size > VECTORS else ""
+    sign = "<" if worst < 1 else "≥"
+    return worst < 1, f"the spectral radius of ∂F/∂φ there is {about}{worst:.3g} {sign} 1{where}"
+
+
+def _leaves(params: Params) -> dict[str, Tensor]:
+    """The same numbers, which a velocity can be computed at."""
+    return {name: p.clone().requires_grad_() for name, p in params.items()}

@@ -27,6 +27,9 @@ from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 ANSWERED = 1e-2
 """A nudged phase under a tolerance goes on until this share of its first residual is left."""
 
+FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
+"""What to do where iterating a map diverges; to be gone on with."""
+
 
 class Evaluation:
     """Everything that an estimator may ask of a problem while it works on one meta-gradient.
@@ -63,6 +66,8 @@ class Evaluation:
     ) -> None:
         _check_tensors("params", params)
         _check_tensors("meta_params", meta_params)
+        if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
+            raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
         self._settled, self._seed = settled, seed
         self.problem = problem
         self.params = {name: p.detach() for name, p in params.items()}
@@ -131,6 +136,7 @@ class Evaluation:
             samples=self.problem.samples,
             watch=watch,
             count=self._counter(0.0),
+            remedy=self._remedy(0.0),
         )
         return dataclasses.replace(free, buffers=self.snapshot())
 
@@ -213,6 +219,7 @@ class Evaluation:
             samples=self.problem.samples,
             share=share if beta != 0 else 1.0,
             count=self._counter(beta if force is None else 0.0),
+            remedy=self._remedy(beta),
         )
         return dataclasses.replace(nudged, buffers=self.snapshot())
 
@@ -255,8 +262,15 @@ class Evaluation:
             batches=batches,
             samples=self.problem.samples,
             count=count,
+            remedy="Take shorter steps (GradientFlow(dt=…), Picard(damping=…))",
         )
         return dataclasses.replace(settled, buffers=self.snapshot())
+
+    def _remedy(self, beta: complex) -> str | None:
+        """What to do where a phase diverges; None for what does for any learner."""
+        if self.problem.symmetric:
+            return None
+        return f"{FOR_MAPS}, or {'lower the nudging strength beta' if beta else 'start elsewhere'}"
 
     def sign(self) -> int:
         """1 or -1, drawn once for this meta-gradient."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from equigrad.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import Evaluation
+from equigrad.evaluation import FOR_MAPS, Evaluation
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 
@@ -118,16 +118,19 @@ def meta_gradient(
         try:
             estimate = estimator.estimate(evaluation, solver)
         except SettlingError as error:
-            if problem.symmetric:
+            if problem.symmetric or error.__cause__ is not None:  # which says already what to do
                 raise
             raise explained(error, evaluation) from error
         free = estimate.phases[0]
         uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
-        if free.phase.outcome == "not converged" and not problem.symmetric and uncontrolled:
-            evaluation.notes.append(verdict(evaluation, free))
+        if free.phase.failed and not problem.symmetric and uncontrolled:
+            evaluation.notes.append(verdict(evaluation, free, solver))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
-    _check_finite(estimate.grads, outer_loss)
+    remedy = (
+        "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"
+    )
+    _check_finite(estimate.grads, outer_loss, remedy)
     phases = tuple(settled.phase for settled in estimate.phases)
     return MetaGradient(
         grads=estimate.grads,
@@ -142,23 +145,19 @@ def meta_gradient(
     )
 
 
-def _check_finite(grads: dict[str, Tensor], outer_loss: float) -> None:
+def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:
     bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
     if bad or not math.isfinite(outer_loss):
         what = f"the meta-gradient of {bad[0]!r} is not finite" if bad else "the outer loss is"
         raise SettlingError(
             f"after settling, {what if bad else f'{what} {outer_loss}'}: the last step of a phase "
-            f"diverged, or the loss is not differentiable there. Lower the solver's step size"
+            f"diverged, or the loss is not differentiable there. {remedy}"
         )
 
 
 def _status(phases: tuple[Phase, ...], grads: dict[str, Tensor], notes: list[str]) -> str:
     sentences = [str(phases[0])]
-    sentences += [
-        f"phase β={phase.beta:g} {phase}"
-        for phase in phases[1:]
-        if phase.outcome in ("not converged", "stalled")
-    ]
+    sentences += [f"phase β={phase.beta:g} {phase}" for phase in phases[1:] if phase.failed]
     zero = [name for name, grad in grads.items() if not grad.any()]
     if zero:
         sentences.append(

@@ -200,9 +200,11 @@ def test_estimators_that_need_an_energy_name_those_that_do_not(estimator):
     problem, params, meta = network()
     with pytest.raises(
         eg.ConfigurationError,
-        match=r"needs an inner loss.*a FixedPoint has none; use T1T2\(\) or .*GMRES\(\)",
+        match=r"needs an inner loss.*a FixedPoint has none.*; use T1T2\(\) or .*GMRES\(\)",
     ) as refused:
         solve(problem, params, meta, estimator)
+    would_serve = estimator.traits.fit(eg.EnergyBased)
+    assert ("declare an EnergyBased" in str(refused.value)) == would_serve
     assert f"{type(estimator).__name__}()" not in str(refused.value)
 
 

@@ -140,7 +140,7 @@ def test_weak_control_is_recurrent_backpropagation_with_an_error_of_first_order(
     for leak in leaks:
         tau = {f"v.{n}": leak for n in ("y", "w") if n in params}  # stiff: it leaks α times a τ
         flow = eg.GradientFlow(dt=0.2, tau=tau, tol=1e-12, max_steps=5000)
-        controller = eg.DynamicInversion(leak=leak, solver=flow)
+        controller = eg.DynamicInversion(gain=1.0, leak=leak, solver=flow)
         result = solve(system, controller, descent(), start="free")
         assert result.phases[1].beta == pytest.approx(1 / leak)
         torch.testing.assert_close(result.params, exact.params, rtol=1e-9, atol=1e-10)
@@ -153,10 +153,10 @@ def test_weak_control_is_recurrent_backpropagation_with_an_error_of_first_order(
 def test_a_weaker_leak_meets_the_outer_loss_and_none_meets_it_exactly():
     system = cell()
     leaks = [0.03, 0.01, 0.003]
-    losses = [solve(system, eg.DynamicInversion(leak=leak)).outer_loss for leak in leaks]
+    losses = [solve(system, eg.DynamicInversion(gain=1.0, leak=leak)).outer_loss for leak in leaks]
     # the pressure is αU/k_i, and U tends to a constant
     assert slope(leaks, losses) == pytest.approx(2, abs=0.05)
-    hard = solve(system, eg.DynamicInversion(leak=0.0))
+    hard = solve(system, eg.DynamicInversion(gain=1.0, leak=0.0))
     assert hard.phases[0].outcome == "converged"
     assert hard.phases[0].beta == math.inf
     assert hard.outer_loss < 1e-20
@@ -169,11 +169,11 @@ def test_without_a_leak_the_gradient_is_that_of_the_control_itself():
 
     def effort(sign):
         moved = {n: m + sign * 1e-4 * direction[n] for n, m in meta.items()}
-        settled = solve((problem, params, moved), eg.DynamicInversion(leak=0.0))
+        settled = solve((problem, params, moved), eg.DynamicInversion(gain=1.0, leak=0.0))
         velocity = problem.velocity(settled.params, moved)
         return 0.5 * sum(v.square().sum().item() for v in velocity.values())
 
-    result = solve((problem, params, meta), eg.DynamicInversion(leak=0.0))
+    result = solve((problem, params, meta), eg.DynamicInversion(gain=1.0, leak=0.0))
     reference = (effort(1) - effort(-1)) / 2e-4
     assert along(result.grads, direction) == pytest.approx(reference, rel=1e-6)
 
@@ -185,7 +185,7 @@ def test_no_control_where_the_free_equilibrium_is_optimal():
     target = free.params["y"]
     reached = eg.FixedPoint(problem.map, lambda p, m: (p["y"] - target).square().sum())
     for kind in (eg.DynamicInversion, eg.EnergyInversion, eg.LinearFeedback):
-        controller = kind(leak=1.0)
+        controller = kind(gain=1.0, leak=1.0)
         result = solve((reached, params, meta), controller)
         velocity = reached.velocity(result.params, meta)
         assert max(v.abs().max() for v in velocity.values()) < 1e-11
@@ -230,7 +230,9 @@ def test_samples_settle_and_are_reported_each_by_itself():
 
     def grads(rows, samples):
         start = {"h": torch.zeros(len(rows), 4).double()}
-        return solve((problem(rows, samples), start, {"w": w}), eg.DynamicInversion(leak=0.5))
+        return solve(
+            (problem(rows, samples), start, {"w": w}), eg.DynamicInversion(gain=1.0, leak=0.5)
+        )
 
     together = grads([0, 1, 2, 3, 4, 5], True)
     residuals = together.phases[0].residuals
@@ -268,7 +270,7 @@ def test_an_unstable_controller_is_named():
     strong = eg.DynamicInversion(gain=0.0, proportional=50.0)
     with pytest.raises(
         eg.SettlingError,
-        match=r"β = 50.*LeastControl\(controller=DynamicInversion\): learner and controller",
+        match=r"β = 50.*dt=….*LeastControl\(controller=DynamicInversion\): learner and controller",
     ):
         solve((case.problem, case.params, case.meta_params), strong, eg.Picard(max_steps=2000))
 
@@ -276,7 +278,7 @@ def test_an_unstable_controller_is_named():
 def test_what_has_not_settled_says_so():
     system = cell()
     result = solve(system, eg.DynamicInversion(), eg.Picard(tol=1e-12, max_steps=3), start="free")
-    assert "phase β=10 not converged" in result.status
+    assert "phase β=0.1 not converged" in result.status
     one = solve(system, eg.DynamicInversion())
     assert "params and outer_loss are those of the controlled phase" in one.status
 
@@ -284,15 +286,17 @@ def test_what_has_not_settled_says_so():
 def test_a_hard_constraint_has_no_weight_for_a_direct_term():
     case = tanh_map_case(torch.float64)
     with pytest.raises(eg.ConfigurationError, match=r"'theta' directly.*leak > 0"):
-        solve((case.problem, case.params, case.meta_params), eg.DynamicInversion(leak=0.0))
+        solve(
+            (case.problem, case.params, case.meta_params), eg.DynamicInversion(gain=1.0, leak=0.0)
+        )
 
 
 def test_solvers_that_compare_values_serve_the_energy_alone():
     case = quadratic_case(torch.float64)
     system = case.problem, case.params, case.meta_params
     lbfgs = eg.LBFGS(tol=1e-11, max_steps=500)
-    by_values = solve(system, eg.EnergyInversion(leak=1.0), lbfgs)
-    by_steps = solve(system, eg.DynamicInversion(leak=1.0), descent(100000))
+    by_values = solve(system, eg.EnergyInversion(gain=1.0, leak=1.0), lbfgs)
+    by_steps = solve(system, eg.DynamicInversion(gain=1.0, leak=1.0), descent(100000))
     torch.testing.assert_close(by_values.grads, by_steps.grads, rtol=1e-6, atol=1e-9)
     with pytest.raises(eg.ConfigurationError, match=r"have none.*EnergyInversion\(\)"):
         solve(system, eg.DynamicInversion(), lbfgs)
@@ -337,6 +341,21 @@ def test_knobs_that_cannot_work(make, message):
 def test_feedback_of_the_wrong_shape(feedback, message):
     with pytest.raises(eg.ConfigurationError, match=message):
         solve(cell(), eg.LinearFeedback(feedback=feedback))
+
+
+def test_the_default_controller_errs_by_about_its_strength():
+    """b = 0.1: near the gradient of the outer loss itself, which the paper's b = 10 is far from."""
+    problem, params, meta = cell()
+    exact = eg.meta_gradient(problem, params, meta, solver=TIGHT, estimator=eg.ExactSolve())
+    size = math.sqrt(sum(g.square().sum() for g in exact.grads.values()))
+    errors = []
+    for controller in (eg.DynamicInversion(), eg.DynamicInversion(gain=1.0, leak=0.1)):
+        found = solve((problem, params, meta), controller)
+        assert found.phases[0].outcome == "converged"
+        missed = [(found.grads[n] - g).square().sum() for n, g in exact.grads.items()]
+        errors.append(math.sqrt(sum(missed)) / size)
+    assert errors[0] < 0.2
+    assert errors[1] > 0.5
 
 
 def test_strength():

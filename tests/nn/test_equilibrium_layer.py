@@ -599,12 +599,79 @@ def test_what_estimators_have_to_say_is_said():
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),
         ({"estimator": eg.Contrastive()}, r"Contrastive needs an energy.*Cell.*primitive.*GMRES"),
         ({"estimator": eg.ConjugateGradient()}, r"ConjugateGradient needs a Hessian.*use T1T2"),
+        ({"solver": eg.LBFGS()}, r"LBFGS looks at values of a loss, and a cell has none; use And"),
+        ({"estimator": eg.LeastControl()}, "LeastControl needs an outer loss that has a minimum"),
         ({"estimator": eg.Unrolled()}, r"Unrolled looks at the steps.*use T1T2.*PhantomGradient"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_layer_is_made(arguments, message):
     with pytest.raises(eg.ConfigurationError, match=message):
         eg.nn.EquilibriumLayer(**{"cell": Cell(), **arguments})
+
+
+def test_a_cell_that_expands_is_named_without_a_tolerance_too():
+    """`h ← 2h + 1` doubles its residual at every step: from √2 to 2¹⁹ times that."""
+    solver = eg.Picard(max_steps=20)
+    layer = eg.nn.EquilibriumLayer(Shift(2.0), solver=solver, unsettled="raise")
+    x = torch.ones(3, 2).double()
+    with pytest.raises(eg.SettlingError, match=r"residual 7.4e\+05 .* up from 1.4.* 2 ≥ 1"):
+        layer(x)
+    calm = eg.nn.EquilibriumLayer(Shift(0.5), solver=solver, unsettled="raise")
+    calm(x)
+    assert calm.phase.outcome == "stopped"
+
+
+def test_an_adjoint_that_expands_is_named_without_a_tolerance_too():
+    adjoint = eg.Adjoint(solver=eg.Picard(max_steps=20))
+    layer = eg.nn.EquilibriumLayer(
+        Shift(2.0), solver=eg.Broyden(tol=1e-9), estimator=adjoint, unsettled="raise"
+    )
+    h = layer(torch.ones(3, 2).double())
+    with pytest.raises(eg.SettlingError, match=r"adjoint has not settled.*up from"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("image", "solver", "said", "unsaid"),
+    [
+        # the slope of h³ is 0 at the start, and yet it diverges
+        (lambda h, x: 3 * h**3 + 2 * x, eg.Picard(), "radius .* is 0 < 1", "more steps"),
+        (lambda h, x: torch.log(h - 1), eg.Picard(), "at step 0.*mend the function", "radius"),
+        (lambda h, x: -3 * h + x, eg.Broyden(tol=1e-30, max_steps=1), "more steps", "Broyden"),
+        (lambda h, x: 0.9 * h + x, eg.Anderson(tol=1e-30, max_steps=1), "more steps", r"Anderson"),
+    ],
+)
+def test_advice_fits_the_map_and_the_solver(image, solver, said, unsaid):
+    class Map(nn.Module):
+        def forward(self, h, x):
+            return image(h, x)
+
+    layer = eg.nn.EquilibriumLayer(Map(), solver=solver, unsettled="raise")
+    with pytest.raises(eg.SettlingError, match=said) as raised:
+        layer(torch.ones(2, 3).double())
+    for wrong in (unsaid, "minimum", "step size"):
+        assert wrong not in str(raised.value)
+
+
+def test_half_precision():
+    """Solved to what bfloat16 can say: 8 bits."""
+    cell = Cell().bfloat16()
+    layer = eg.nn.EquilibriumLayer(
+        cell, solver=eg.Anderson(tol=0.1), estimator=eg.Adjoint(solver=eg.Anderson(tol=0.1))
+    )
+    found = layer(data()[0].bfloat16())
+    found.sum().backward()
+    exact = eg.nn.EquilibriumLayer(copy.deepcopy(cell).double(), solver=TIGHT)(
+        data()[0].bfloat16().double()
+    )
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.1 * exact.norm()
+    assert cell.recurrent.weight.grad.isfinite().all()
+
+
+def test_an_empty_batch_is_named():
+    with pytest.raises(eg.ProblemError, match="'h' hold no samples; leave out empty batches"):
+        eg.nn.EquilibriumLayer(Cell())(torch.zeros(0, 3).double())
 
 
 def test_an_energy_needs_an_activation():

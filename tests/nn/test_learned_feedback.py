@@ -63,7 +63,7 @@ def test_kolen_pollack_control_aligns_and_its_gradient_becomes_that_of_inversion
     torch.manual_seed(5)
     net = Relaxing(with_learned_feedback(tanh_network(6, [12], 3)))  # pyright: ignore
     optimiser = torch.optim.AdamW(net.parameters(), lr=0.03, weight_decay=1.0)
-    controller = eg.DynamicInversion(leak=1.0)
+    controller = eg.DynamicInversion(gain=1.0, leak=1.0)
 
     def gradients():
         meta = dict(net.named_parameters())

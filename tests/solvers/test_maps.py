@@ -119,3 +119,40 @@ def test_some_samples_settle_and_some_do_not(solver):
     assert settled.phase.unsettled == [1]
     assert settled.params["h"][0].item() == pytest.approx(0.2, abs=1e-7)
     assert "sample 1 of 2" in str(settled.phase)
+
+
+def test_broyden_learns_nothing_from_rounding():
+    """`h ↦ h + c` has no fixed point; what rounding leaves of its constant velocity is no slope."""
+    problem = eg.FixedPoint(lambda p, m: {"h": p["h"] + m["c"]}, lambda p, m: p["h"].sum())
+    c = torch.tensor([0.1, 0.7, 1.3])
+    result = eg.meta_gradient(
+        problem,
+        {"h": torch.rand(3)},
+        {"c": c},
+        solver=eg.Broyden(tol=1e-4, max_steps=20),
+        estimator=eg.T1T2(),
+    )
+    assert result.phases[0].outcome == "not converged"
+    assert result.phases[0].residual == pytest.approx(c.norm().item(), rel=1e-4)
+    assert result.params["h"].max() < 30
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: eg.Anderson(history=2.5),  # pyright: ignore[reportArgumentType]
+        lambda: eg.Broyden(history=2.5),  # pyright: ignore[reportArgumentType]
+        lambda: eg.PhantomGradient(steps=2.5),  # pyright: ignore[reportArgumentType]
+        lambda: eg.NeumannSeries(terms=2.5),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_counts_are_whole(make):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"must be at least 1, a whole number, got 2\.5"
+    ):
+        make()
+
+
+def test_an_adjoint_has_no_values_to_compare():
+    with pytest.raises(eg.ConfigurationError, match=r"LBFGS looks at values of a loss.*Anderson"):
+        eg.Adjoint(solver=eg.LBFGS())

@@ -42,8 +42,9 @@ class Controller(ABC):
 
     Attributes:
         leak: α ≥ 0. Where it is 0 the integral does not rest before `∂L_out/∂φ = 0`, which a loss
-            without a minimum, such as the cross-entropy, never reaches.
-        gain: k_i ≥ 0.
+            without a minimum, such as the cross-entropy, never reaches: where the phase ends, and
+            the size of its control, is then set by its tolerance.
+        gain: k_i ≥ 0. With the leak by default b = 0.1; the paper has gain 1 and leak 0.1, b = 10.
         proportional: k_p ≥ 0.
         solver: settles the controlled phase, whose velocity has one tensor for each of φ (named
             `φ.NAME`) and more for what the controller remembers (`ψ.NAME`, `v.NAME`). The solver
@@ -53,8 +54,8 @@ class Controller(ABC):
         ConfigurationError: a value outside its range, or no gain at all.
     """
 
-    leak: float = 0.1
-    gain: float = 1.0
+    leak: float = 1.0
+    gain: float = 0.1
     proportional: float = 0.0
     solver: Solver | None = None
 

@@ -22,9 +22,10 @@ class EnergyInversion(Controller):
         φ* minimises  ½‖r(φ, θ)‖² + b L_out(φ),    ψ* = r(φ*, θ)
 
     with the residual r = -velocity. Its stationary points are the fixed points of
-    `DynamicInversion`, and its minima are never unstable. Of a network that is settled layer by
-    layer, it is the energy of predictive coding. Any solver that minimises will do, also those
-    that compare values (`LBFGS`).
+    `DynamicInversion`, and its minima are never unstable under the flow in continuous time; steps
+    have to be short where b or `∂r/∂φ` is large (`GradientFlow(dt=…)`, `Picard(damping=…)`). Of a
+    network that is settled layer by layer, it is the energy of predictive coding. Any solver that
+    minimises will do, also those that compare values (`LBFGS`).
 
     Raises:
         ConfigurationError: leak = 0, which makes b infinite; from `meta_gradient`, mini-batches of

@@ -34,10 +34,11 @@ class Adjoint(Implicit):
 
     Attributes:
         solver: settles x, which starts at `∂L_out/∂φ`. Its `tol` is relative: to the largest norm
-            of `∂L_out/∂φ` of a sample.
+            of `∂L_out/∂φ` of a sample. Without one, x is what its `max_steps` make of it: a series
+            of so many terms with `Picard`.
 
     Raises:
-        ConfigurationError: the solver is none, or compiles.
+        ConfigurationError: the solver is none, compares values of a loss, or compiles.
         CurvatureError: from `meta_gradient`, where x diverges.
     """
 
@@ -54,6 +55,11 @@ class Adjoint(Implicit):
 
     def __post_init__(self) -> None:
         require(isinstance(self.solver, Solver), f"solver must be a Solver, got {self.solver!r}")
+        require(
+            not self.solver.fixed_loss,
+            f"{type(self.solver).__name__} looks at values of a loss, and the adjoint is the fixed "
+            f"point of a map, which has none; use Anderson(), Broyden() or Picard()",
+        )
         require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
@@ -80,9 +86,10 @@ class Adjoint(Implicit):
                 "Adjoint does not settle: x ← (∂F/∂φ)ᵀ x + ∂L_out/∂φ diverges, since the map does "
                 "not attract where φ settled. Use GMRES(), or Adjoint(solver=Broyden())"
             ) from error
-        if settled.phase.outcome != "converged" and tol is not None:
+        if settled.phase.failed:
             relative = dataclasses.replace(
                 settled.phase,
+                start_residual=settled.phase.start_residual / size,
                 residual=settled.phase.residual / size,
                 tol=self.solver.tol,
                 residuals=_over(settled.phase, size),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.evaluation import Evaluation, listed
-from equigrad.problems import Problem
+from equigrad.problems import EnergyBased, Problem
 from equigrad.solvers import Settled, Solver
 
 
@@ -27,6 +27,7 @@ class Traits:
         equilibrium: gives the gradient of a learner at rest, not of one that stopped early.
         sees_start: takes the derivative through params that were computed from meta_params.
         needs_start: gives nothing else.
+        minimum: needs an outer loss that is bounded from below, which a linear one is not.
         memory: in the T steps of the free phase.
         order: of the error in the nudging strength β.
         one_system: solves one linear system for all of φ, so that tasks that share θ alone are
@@ -42,6 +43,7 @@ class Traits:
     equilibrium: bool = True
     sees_start: bool = False
     needs_start: bool = False
+    minimum: bool = False
     memory: str = "flat"
     order: str = "–"
     one_system: bool = False
@@ -93,6 +95,8 @@ class Estimator(ABC):
             what = type(evaluation.problem).__name__
             if not evaluation.problem.energy:
                 why = f"an inner loss that settling minimises, and a {what} has none"
+                if traits.fit(EnergyBased):
+                    why += " (where the map has a primitive function, declare an EnergyBased)"
             else:
                 why = f"a symmetric ∂r/∂φ, a Hessian, which that of {what} is not"
             raise ConfigurationError(f"{who} needs {why}; use {serving(evaluation)}")

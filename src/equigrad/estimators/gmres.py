@@ -10,7 +10,7 @@ from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit
 from equigrad.estimators.linearisation import Linearisation
-from equigrad.solvers.solver import require
+from equigrad.solvers.solver import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class GMRES(Implicit):
 
     def __post_init__(self) -> None:
         require(self.max_iterations >= 1, f"max_iterations must be ≥ 1, got {self.max_iterations}")
-        require(self.restart >= 1, f"restart must be at least 1, got {self.restart}")
+        require_whole("restart", self.restart)
         require(self.tol > 0, f"tol must be positive, got {self.tol}")
 
     def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:

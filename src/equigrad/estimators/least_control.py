@@ -37,7 +37,8 @@ class LeastControl(Estimator):
     exactly for the controllers that invert, whichever solver they use. For b → 0 (weak gains, a
     strong leak) that is the outer loss of the settled φ, and ∇_θ its gradient, that of recurrent
     backpropagation, with an error of O(b). Dividing by b makes learning rates comparable between
-    all b. Without a leak b is infinite, and ∇_θ that of `½‖ψ*‖²` itself.
+    all b. Without a leak b is infinite, and ∇_θ that of `½‖ψ*‖²` itself; the outer loss then has to
+    have a minimum, since the phase otherwise ends where its tolerance does, and so does ∇_θ.
     docs/least-control.md derives it all.
 
     Attributes:
@@ -67,7 +68,7 @@ class LeastControl(Estimator):
         ...     {"h": torch.zeros(1)},
         ...     {"w": torch.tensor(0.1)},
         ...     solver=eg.Picard(tol=1e-6),
-        ...     estimator=LeastControl(controller=DynamicInversion(gain=0.1)),
+        ...     estimator=LeastControl(),
         ... )
         >>> result.grads["w"] < 0  # h is too small without control
         tensor(True)
@@ -79,6 +80,7 @@ class LeastControl(Estimator):
         error="O(b), of a large one intended",
         double_backward=True,
         energy=False,
+        minimum=True,
     )
 
     controller: Controller = field(default_factory=DynamicInversion)
@@ -128,8 +130,7 @@ class LeastControl(Estimator):
         except SettlingError as error:
             raise SettlingError(
                 f"{error}. This was the phase of {who}: learner and controller together are "
-                f"unstable. Lower gain or proportional, raise leak, or take shorter steps "
-                f"(GradientFlow(dt=…), Picard(damping=…))"
+                f"unstable. Lower its strength β, that is gain or proportional, or raise leak"
             ) from error
         settled = controlled.settled
         _, direct = evaluation.outer_gradients(settled)

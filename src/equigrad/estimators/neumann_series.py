@@ -11,7 +11,7 @@ from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit
 from equigrad.estimators.linearisation import Linearisation
-from equigrad.solvers.solver import require
+from equigrad.solvers.solver import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class NeumannSeries(Implicit):
     tol: float = 1e-2
 
     def __post_init__(self) -> None:
-        require(self.terms >= 1, f"terms must be at least 1, got {self.terms}")
+        require_whole("terms", self.terms)
         require(
             self.alpha is None or 0 < self.alpha < math.inf,
             f"alpha must be positive, got {self.alpha}",

@@ -9,7 +9,7 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Solver
-from equigrad.solvers.solver import require
+from equigrad.solvers.solver import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class PhantomGradient(Estimator):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        require_whole("steps", self.steps)
         require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:

@@ -21,6 +21,7 @@ from equigrad.errors import (
     SettlingWarning,
 )
 from equigrad.estimators import ESTIMATORS, Adjoint, Estimator
+from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.randomness import CommonRandomness
@@ -60,8 +61,9 @@ class EquilibriumLayer(nn.Module):
             of h is one of samples. `torch.compile(cell)` will do, too.
         solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
         estimator: how the gradient is had; any that serves the cell where it has settled.
-        unsettled: what to do where a sample has not settled, or the estimator has something to say:
-            `warn`, `raise` or `ignore`. Under `warn`, the first forward pass that fails says so,
+        unsettled: what to do where a sample has not settled (without a tolerance: where the largest
+            residual has more than doubled), or the estimator has something to say: `warn`, `raise`
+            or `ignore`. Under `warn`, the first forward pass that fails says so,
             with the spectral radius, and the first such backward pass; `phase` says it of every
             pass.
 
@@ -112,6 +114,11 @@ class EquilibriumLayer(nn.Module):
         if unsettled not in ("warn", "raise", "ignore"):
             raise ConfigurationError(
                 f"unsettled must be 'warn', 'raise' or 'ignore', got {unsettled!r}"
+            )
+        if self.solver.fixed_loss:
+            raise ConfigurationError(
+                f"{type(self.solver).__name__} looks at values of a loss, and a cell has none; "
+                f"use Anderson(), Broyden(), Picard() or GradientFlow()"
             )
         _check_serves(self.estimator, cell)
         self.cell = cell
@@ -166,8 +173,10 @@ class EquilibriumLayer(nn.Module):
             except SettlingError as error:
                 raise explained(error, evaluation, who) from error
             self.phase = phase = settled.phase
-            if phase.outcome in ("not converged", "stalled"):
-                self._say("forward", lambda: f"{who} {phase}; {verdict(evaluation, settled)}")
+            if phase.failed:
+                self._say(
+                    "forward", lambda: f"{who} {phase}; {verdict(evaluation, settled, self.solver)}"
+                )
         if self.training:
             call.move_buffers(settled.params)
         return settled
@@ -198,7 +207,7 @@ class EquilibriumLayer(nn.Module):
         notes = [
             f"phase β={phase.beta:g} {phase}"
             for phase in (other.phase for other in estimate.phases[1:])
-            if phase.outcome in ("not converged", "stalled")
+            if phase.failed
         ] + evaluation.notes
         if notes:
             who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
@@ -226,17 +235,26 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
             f"{who} has a primitive function but no activation: give it the elementwise function "
             f"ρ of h = ρ(∂Φ/∂h), for example activation = staticmethod(torch.tanh)"
         )
-    serving = [e for e in ESTIMATORS if e.traits.equilibrium and e.traits.fit(kind)]
-    if estimator.traits.equilibrium and estimator.traits.fit(kind):
+    names = " or ".join(f"{e.__name__}()" for e in ESTIMATORS if _serves(e.traits, kind))
+    if _serves(estimator.traits, kind):
         return
-    names = " or ".join(f"{e.__name__}()" for e in serving)
-    if not estimator.traits.equilibrium:
+    if estimator.traits.minimum:
+        why = (
+            "needs an outer loss that has a minimum, and a layer knows its loss by ∂L/∂h* alone, "
+            "as a linear function of h*, which has none"
+        )
+    elif not estimator.traits.equilibrium:
         why = "looks at the steps of a settling, and a layer keeps where it ended alone"
     elif kind is FixedPoint and not estimator.traits.symmetric:
         why = f"needs an energy, and {who} declares none by a method primitive(h, *inputs)"
     else:
         why = f"needs a Hessian, and ∂f/∂h of {who} is none"
     raise ConfigurationError(f"{type(estimator).__name__} {why}; use {names}")
+
+
+def _serves(traits: Traits, kind: type[Problem]) -> bool:
+    """Whether an estimator can work where a cell has settled, with `∂L/∂h*` for a loss."""
+    return traits.equilibrium and not traits.minimum and traits.fit(kind)
 
 
 class _Call:

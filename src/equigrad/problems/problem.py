@@ -79,7 +79,9 @@ class Part:
 
 
 class Problem(ABC):
-    r"""What settles, and by what it is judged: the base of `Bilevel` and `FixedPoint`.
+    r"""What settles, and by what it is judged.
+
+    The base of `Bilevel`, `FixedPoint` and `EnergyBased`.
 
     A problem is known by its residual `r(φ, θ)`, which is zero at rest: the gradient of a loss, or
     `φ - F(φ, θ)` for a map. Solvers move φ along the velocity `-r`.
@@ -288,7 +290,8 @@ def check_scalar(name: str, loss: object) -> None:
         raise ProblemError(f"{name} must return a scalar tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
         raise ProblemError(
-            f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with .mean()"
+            f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with "
+            f".mean(), or add it up with .sum() where samples=True"
         )
     if not torch.isfinite(loss):
         raise ProblemError(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equigrad.solvers.rows import move_rows, rows
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.solvers.rows import at_least_single, move_rows, rows
+from equigrad.solvers.solver import Objective, Solver, require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.history >= 1, f"history must be at least 1, got {self.history}")
+        require_whole("history", self.history)
         require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
         require(
             self.regularization >= 0,
@@ -111,5 +111,5 @@ class _Moves:
         ridge = share * trace + torch.finfo(v.dtype).tiny
         matrix = overlaps.mT.clone()
         matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        solved, _ = torch.linalg.solve_ex(matrix, right)  # the ridge makes it regular
-        return solved.mT
+        solved, _ = torch.linalg.solve_ex(at_least_single(matrix), at_least_single(right))
+        return solved.mT.to(v.dtype)  # the ridge has made the matrix regular

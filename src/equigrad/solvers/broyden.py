@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from equigrad.solvers.rows import move_rows, rows
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.solvers.solver import Objective, Solver, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.history >= 1, f"history must be at least 1, got {self.history}")
+        require_whole("history", self.history)
 
     def init(self, params: list[Tensor], previous: "_Inverse | None" = None) -> "_Inverse":
         """The identity, or the approximation in which another phase ended."""
@@ -51,7 +51,7 @@ class Broyden(Solver):
     ) -> None:
         """One step."""
         v = rows(velocity, objective.samples)
-        state.learn(v)
+        state.learn(v, rows(params, objective.samples))
         step = state.apply(v)
         move_rows(params, step)
         state.last = v, step
@@ -79,8 +79,8 @@ class _Inverse:
         weights = torch.bmm(by[:, : self.known], vector[:, :, None])
         return vector + torch.bmm(weights.mT, along[:, : self.known]).squeeze(1)
 
-    def learn(self, v: Tensor) -> None:
-        """Update B by what the last step made of the velocity."""
+    def learn(self, v: Tensor, position: Tensor) -> None:
+        """Update B by what the last step, which led to a position, made of the velocity."""
         if self.last is None:
             return
         before, step = self.last
@@ -88,11 +88,14 @@ class _Inverse:
             self.known = 0
             self.left = v.new_empty(len(v), self.history, v.shape[1])
             self.right = torch.empty_like(self.left)
-        image, row = self.apply(before - v), self.apply_transposed(step)
+        change = before - v
+        image, row = self.apply(change), self.apply_transposed(step)
         size = (step * image).sum(1, keepdim=True)
-        # a sample that no longer moves has nothing to teach
+        # a sample that no longer moves has nothing to teach, nor has the rounding of F(φ) - φ
+        eps = torch.finfo(v.dtype).eps
         tiny = step.norm(dim=1, keepdim=True) * image.norm(dim=1, keepdim=True)
-        teaches = size.abs() > torch.finfo(v.dtype).eps * tiny
+        rounding = 2 * eps * position.norm(dim=1, keepdim=True)
+        teaches = (size.abs() > eps * tiny) & (change.norm(dim=1, keepdim=True) > rounding)
         left = (step - image) / torch.where(teaches, size, 1.0)
         self.left[:, self.known] = torch.where(teaches, left, 0.0)
         self.right[:, self.known] = row

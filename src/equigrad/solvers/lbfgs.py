@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.solvers.solver import Objective, Solver, require_whole
 from equigrad.vectors import flatten, unflatten
 
 RESOLUTION = 1e-2
@@ -54,11 +54,8 @@ class LBFGS(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.history >= 1, f"history must be at least 1, got {self.history}")
-        require(
-            self.max_evaluations >= 1,
-            f"max_evaluations must be at least 1, got {self.max_evaluations}",
-        )
+        require_whole("history", self.history)
+        require_whole("max_evaluations", self.max_evaluations)
 
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """An empty memory, or the moves of an earlier phase."""

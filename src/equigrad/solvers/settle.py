@@ -40,6 +40,16 @@ class Phase:
     residuals: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
+    def grew(self) -> bool:
+        """Whether a phase without a tolerance ended with more than twice its first residual."""
+        return self.outcome == "stopped" and self.residual > 2 * self.start_residual
+
+    @property
+    def failed(self) -> bool:
+        """Whether it missed its tolerance or, without one, went away from rest."""
+        return self.outcome in ("not converged", "stalled") or self.grew
+
+    @property
     def unsettled(self) -> list[int]:
         """The samples whose residual is above the tolerance; none where there is no tolerance."""
         if self.residuals is None or self.tol is None:
@@ -53,6 +63,8 @@ class Phase:
         said = f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
         if missed and self.residuals is not None:
             said += f" in {numbered(self.unsettled)} of {len(self.residuals)}"
+        if self.grew:
+            said += f", up from {self.start_residual:.2g}"
         return said
 
 
@@ -112,6 +124,7 @@ def settle(
     share: float = 1.0,
     count: Callable[[int], None] = lambda evaluations: None,
     graph: bool = False,
+    remedy: str | None = None,
 ) -> Settled:
     """Settle a phase: move the parameters along the velocity until they rest.
 
@@ -134,6 +147,7 @@ def settle(
         count: is told how many velocities were evaluated, as they are.
         graph: record the steps, so that what has settled leads back to `start`, `previous` and
             whatever the velocity has a graph to. Only for solvers that are `differentiable`.
+        remedy: what the error of a phase that diverges advises; that for a learner where None.
 
     Returns:
         The settled state.
@@ -208,16 +222,15 @@ def settle(
                 residual /= max(summed, 1)
             passed, summed = [], 0
             if not math.isfinite(residual):
-                remedy = "Bound the learner" if solver.jumps else "Lower the solver's step size"
                 where = ""
                 if residuals is not None:
                     bad = torch.nonzero(~residuals.isfinite()).flatten().tolist()
                     where = f" in {numbered(bad)} of {len(residuals)}"
+                if step == 0:
+                    remedy = "It is so at the start: mend the function, or start elsewhere"
                 raise SettlingError(
                     f"the phase with β = {beta:g} diverged: the velocity is {residual} at step "
-                    f"{step}{where}. {remedy}"
-                    + (", lower the nudging strength beta" if beta else "")
-                    + ", or start nearer to a minimum"
+                    f"{step}{where}. {_for_learners(solver, beta) if remedy is None else remedy}"
                 )
             if math.isnan(start_residual):
                 start_residual = residual
@@ -249,6 +262,13 @@ def settle(
         end_step=first_step + step,
         phase=Phase(beta, step, start_residual, residual, outcome, tol, residuals),
     )
+
+
+def _for_learners(solver: Solver, beta: complex) -> str:
+    """What to do where minimising a loss diverges."""
+    first = "Bound the learner" if solver.jumps else "Lower the solver's step size"
+    second = ", lower the nudging strength beta" if beta else ""
+    return f"{first}{second}, or start nearer to a minimum"
 
 
 def _require_alike(batches: int, *, each: bool) -> None:

@@ -50,9 +50,10 @@ class Solver(ABC):
 
     Attributes:
         max_steps: steps after which a phase stops, settled or not; None for no limit.
-        tol: a phase has settled when the Euclidean norm of the velocity `-∂L/∂φ`, taken over all
-            parameters, is at most this; None to run all `max_steps`. A nudged phase goes on
-            until a hundredth of its first norm is left, too.
+        tol: a phase has settled when the Euclidean norm of the velocity (`-∂L/∂φ` of a loss,
+            `F(φ, θ) - φ` of a map), over all parameters, or of each sample where samples settle on
+            their own, is at most this; None to run all `max_steps`. A nudged phase goes on until a
+            hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
         compile: take the `check_every` steps between two looks by one function that torch's
             compiler has made: tens of seconds once, then a small network settles several times
@@ -76,10 +77,8 @@ class Solver(ABC):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and not (_is_int(self.max_steps) and self.max_steps >= 1):
-            raise ConfigurationError(
-                f"max_steps must be at least 1, a whole number, or None, got {self.max_steps!r}"
-            )
+        if self.max_steps is not None:
+            require_whole("max_steps", self.max_steps, ", or None")
         if self.tol is not None and not 0 < self.tol < math.inf:
             raise ConfigurationError(
                 f"tol must be positive, got {self.tol}; None runs all max_steps without a tolerance"
@@ -88,10 +87,7 @@ class Solver(ABC):
             raise ConfigurationError(
                 "a solver needs max_steps, or a tol > 0, or both: with neither it never stops"
             )
-        if not (_is_int(self.check_every) and self.check_every >= 1):
-            raise ConfigurationError(
-                f"check_every must be at least 1, a whole number, got {self.check_every!r}"
-            )
+        require_whole("check_every", self.check_every)
         if self.compile and not self.differentiable:
             raise ConfigurationError(
                 f"compile=True needs steps that are plain tensor arithmetic, and those of "
@@ -129,8 +125,12 @@ class Solver(ABC):
         """
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def require_whole(name: str, value: object, otherwise: str = "") -> None:
+    """Raise a `ConfigurationError` unless a knob is a whole number from 1."""
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{name} must be at least 1, a whole number{otherwise}, got {value!r}",
+    )
 
 
 def require(holds: bool, message: str) -> None:
