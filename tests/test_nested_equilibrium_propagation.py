@@ -81,8 +81,7 @@ def meta_gradient(learner=LEARNER, rule=RULE, **options):
 
 def test_the_inner_gradient_is_that_of_autograd_up_to_beta_squared():
     exact, _ = unrolled_gradient()
-    # the loss is a mean over 12 numbers, so that the nudge on a neuron is small at β = 4
-    errors = [relative_error(propagated_gradient(beta), exact) for beta in (4.0, 2.0, 1.0)]
+    errors = [relative_error(propagated_gradient(beta), exact) for beta in (0.2, 0.1, 0.05)]
     assert errors[-1] < 1e-2
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
@@ -91,7 +90,7 @@ def test_the_inner_gradient_is_that_of_autograd_up_to_beta_squared():
 def test_the_meta_gradient_inherits_an_error_of_beta_squared():
     """A bias of the learner's gradients that is the same in all phases is not divided by β."""
     exact = meta_gradient(estimator=eg.Adjoint(solver=eg.Picard(tol=1e-10)))
-    found = [meta_gradient(beta=beta) for beta in (5.0, 2.5)]
+    found = [meta_gradient(beta=beta) for beta in (0.2, 0.1)]
     errors = [relative_error(f, exact) for f in found]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] < 2e-2
@@ -99,10 +98,10 @@ def test_the_meta_gradient_inherits_an_error_of_beta_squared():
 
 
 def test_both_levels_settled_give_the_derivative_of_the_resettled_outer_loss():
-    """Neurons to 1e-10, weights to 1e-8; βs of 0.5 and 0.05, and neither has an error at O(β)."""
+    """Neurons to 1e-10, weights to 1e-8; βs of 0.02 and 0.05, and neither has an error at O(β)."""
     learner = eg.GradientDescent(lr=0.3, momentum=0.7, tol=1e-8, max_steps=2000)
     rule = eg.Contrastive(beta=0.05, scheme="symmetric")
-    problem, params, meta = learning(strength=0.3, beta=0.5)
+    problem, params, meta = learning(strength=0.3, beta=0.02)
     found = eg.meta_gradient(problem, params, meta, solver=learner, estimator=rule)
     assert found.phases[0].outcome == "converged"
     problem, params, meta = learning(strength=0.3, estimator=eg.Adjoint())
@@ -150,7 +149,10 @@ def test_no_gradient_passes_from_one_layer_to_another(monkeypatch):
 
 def test_an_estimator_with_second_derivatives_is_told_that_there_are_none():
     problem, params, meta = learning()
-    with pytest.raises(eg.DoubleBackwardError, match=r"EquilibriumLayer.*Use Contrastive"):
+    with pytest.raises(
+        eg.DoubleBackwardError,
+        match="EquilibriumLayer is an estimate that cannot be differentiated",
+    ):
         eg.meta_gradient(problem, params, meta, solver=LEARNER, estimator=eg.GMRES())
 
 

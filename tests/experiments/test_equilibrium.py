@@ -22,7 +22,7 @@ def test_every_method_lowers_the_loss_it_descends(setting, method):
     """A few epochs on 100 made-up images, whose classes are easy to tell apart."""
     preset = Equilibrium.preset(setting=setting, method=method, scale="smoke")
     config = replace(
-        preset, images=200, held_out=100, batch=20, epochs=10, outer_lr=3e-3, threads=1
+        preset, samples=200, held_out=100, batch=20, epochs=10, outer_lr=3e-3, threads=1
     )
     history = Job(config).learn().history
     losses = [float(row["outer_loss"]) for row in history]

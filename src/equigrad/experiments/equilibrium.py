@@ -220,7 +220,7 @@ class Equilibrium:
     clip: float | None = None
     """Scale gradients down to this norm where theirs is larger."""
 
-    images: int | None = None
+    samples: int | None = None
     """Images for training and validation together; None for all there are."""
 
     held_out: int = 10_000
@@ -295,7 +295,7 @@ class Equilibrium:
                 hidden=tuple(min(width, 16) for width in setting.hidden),
                 epochs=1,
                 batch=50,
-                images=400,
+                samples=400,
                 held_out=100,
                 test_images=100,
             )
@@ -310,7 +310,7 @@ class Equilibrium:
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
         """The images, standardised."""
         pool = mnist.load()
-        total = len(pool) if self.images is None else self.images
+        total = len(pool) if self.samples is None else self.samples
         parts = split(
             pool,
             mnist.load(mnist.TEST),

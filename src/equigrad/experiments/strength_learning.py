@@ -19,6 +19,7 @@ from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import (
     GMRES,
     T1T2,
+    Adjoint,
     ConjugateGradient,
     Contrastive,
     Estimator,
@@ -26,8 +27,10 @@ from equigrad.estimators import (
     ExactSolve,
     FiniteDifferenceT1T2,
     ForwardMode,
+    LeastControl,
     NeumannSeries,
     Nystrom,
+    PhantomGradient,
     Unrolled,
 )
 from equigrad.experiments import figures
@@ -61,6 +64,9 @@ EstimatorName = Literal[
     "neumann-series",
     "conjugate-gradient",
     "gmres",
+    "adjoint",
+    "phantom-gradient",
+    "least-control",
     "nystrom",
     "exact-solve",
     "unrolled",
@@ -72,6 +78,9 @@ OTHERS: dict[EstimatorName, type[Estimator]] = {
     "neumann-series": NeumannSeries,
     "conjugate-gradient": ConjugateGradient,
     "gmres": GMRES,
+    "adjoint": Adjoint,
+    "phantom-gradient": PhantomGradient,
+    "least-control": LeastControl,
     "nystrom": Nystrom,
     "exact-solve": ExactSolve,
     "unrolled": Unrolled,
