@@ -148,7 +148,12 @@ SETTINGS: dict[SettingName, Setting] = {
         _recurrent,
         {
             "exact": Recipe("recurrent backpropagation", Adjoint(solver=REST), REST),
-            "dynamic-inversion": Recipe("dynamic inversion", _under(INVERSION), REST),
+            "dynamic-inversion": Recipe(
+                # from rest, and more gently: otherwise some samples of a batch did not settle
+                "dynamic inversion",
+                LeastControl(controller=replace(INVERSION, gain=0.03), start="free"),
+                REST,
+            ),
             "energy-inversion": Recipe("energy-based inversion", _under(BY_ENERGY), REST),
         },
     ),
