@@ -286,7 +286,7 @@ class Equilibrium:
             hidden=setting.hidden,
             solver=recipe.solver,
             estimator=recipe.estimator,
-            epochs=5,
+            epochs=10,
             outer_lr=recipe.outer_lr,
             weight_decay=recipe.weight_decay,
         )
