@@ -151,7 +151,9 @@ class EquilibriumTable(ByRuns):
             axes.plot(own, [at] * len(own), "o", color=color)
         names = [f"{SETTINGS[s].label}: {SETTINGS[s].methods[m].label}" for s, m in places]
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set(xlabel="test accuracy (%)", ylim=(len(names) - 0.5, -0.5))
+        reached = [row.test for row in rows]
+        axes.set(xlim=(min(reached) - 0.5, max(reached) + 0.5), ylim=(len(names) - 0.5, -0.5))
+        axes.set_xlabel("test accuracy (%)")
         axes.grid(alpha=0.3, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
         return figure
