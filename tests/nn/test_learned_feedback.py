@@ -157,3 +157,19 @@ def test_gradients_under_autocast_are_those_without_to_the_digits_of_bfloat16(la
     for found, expected in zip(torch.autograd.grad(loss, leaves), exact, strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 2**-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(3, 2), (4, 3)), (nn.Conv2d(2, 3, 3, padding=1), (2, 2, 4, 4))]
+)
+def test_the_second_derivative_is_whole_where_feedback_is_the_weight(layer, shape):
+    """Torch leaves it out without a word where a backward pass is marked `once_differentiable`."""
+    torch.manual_seed(0)
+    swapped, x = LearnedFeedback(layer.double()), torch.randn(*shape).double().requires_grad_()
+    weight = swapped.weight.detach()
+
+    def slope(x):
+        out = torch.func.functional_call(swapped, {"weight": weight, "feedback": weight}, (x,))
+        return torch.autograd.grad(out.tanh().square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(slope, (x,))
