@@ -25,21 +25,17 @@ from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
 from equigrad.experiments.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.strength_learning import ScaleName, at_least, positive
+from equigrad.experiments.watching import watching
 from equigrad.nn import EquilibriumRNN, Hopfield, Relaxing, tanh_network, with_learned_feedback
 from equigrad.solvers import Anderson, Picard, Solver
 from equigrad.training import (
     Callback,
-    Checkpoint,
-    JsonLines,
     OuterState,
-    TensorBoard,
     pick_device,
     pick_dtype,
 )
-from equigrad.training.decay import LinearDecay
 from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
-from equigrad.training.progress import ProgressBar
 from equigrad.training.relaxation import classify, train_network
 
 FORMAT = "equigrad settling network 1"
@@ -426,18 +422,14 @@ class Job:
             return ended["metrics"]
         config = self.config
         state = self.learn(
-            [
-                Checkpoint(
-                    directory.path / "checkpoint.pt",
-                    config.checkpoint_every,
-                    resume=resume,
-                    identity=directory.identity,
-                ),
-                *([LinearDecay(config.outer_lr)] if config.decay else []),
-                JsonLines(directory.path / "metrics.jsonl"),
-                TensorBoard(directory.path),
-                ProgressBar(config.label, console),
-            ]
+            watching(
+                directory,
+                config.label,
+                every=config.checkpoint_every,
+                resume=resume,
+                console=console,
+                decay=config.outer_lr if config.decay else None,
+            )
         )
         content = {
             "format": FORMAT,

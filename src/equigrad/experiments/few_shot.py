@@ -33,6 +33,7 @@ from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
 from equigrad.experiments.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.strength_learning import ScaleName, at_least, positive
+from equigrad.experiments.watching import watching
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.side_by_side import Batching
@@ -42,18 +43,13 @@ from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import MetaModel, Statistics
 from equigrad.training import (
     Callback,
-    Checkpoint,
-    JsonLines,
     OuterState,
-    TensorBoard,
     pick_device,
     pick_dtype,
 )
-from equigrad.training.decay import LinearDecay
 from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.few_shot import Metric, Score, chosen, judge, learn_tasks
 from equigrad.training.files import as_bytes, write_whole
-from equigrad.training.progress import ProgressBar
 from equigrad.training.strengths import with_nudged
 
 MethodName = Literal[
@@ -451,18 +447,14 @@ class Job:
         if (ended := directory.result) is not None:
             return ended["metrics"]
         config = self.config
-        callbacks: list[Callback] = [
-            Checkpoint(
-                directory.path / "checkpoint.pt",
-                config.checkpoint_every,
-                resume=resume,
-                identity=directory.identity,
-            ),
-            *([LinearDecay(config.outer_lr)] if config.decay else []),
-            JsonLines(directory.path / "metrics.jsonl"),
-            TensorBoard(directory.path),
-            ProgressBar(METHODS[config.method].label, console),
-        ]
+        callbacks = watching(
+            directory,
+            METHODS[config.method].label,
+            every=config.checkpoint_every,
+            resume=resume,
+            console=console,
+            decay=config.outer_lr if config.decay else None,
+        )
         state = self.learn(callbacks)
         meta_params = chosen(state)
         content = {

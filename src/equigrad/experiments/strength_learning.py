@@ -36,19 +36,16 @@ from equigrad.estimators import (
 from equigrad.experiments import figures
 from equigrad.experiments.model import Model
 from equigrad.experiments.run_directory import RunDirectory, versions
+from equigrad.experiments.watching import watching
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import (
     Callback,
-    Checkpoint,
-    JsonLines,
-    TensorBoard,
     pick_device,
     pick_dtype,
 )
 from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
-from equigrad.training.progress import ProgressBar
 from equigrad.training.strengths import (
     SINGLE_STRENGTHS,
     Learned,
@@ -335,17 +332,13 @@ class Job(StrengthLearner):
             return self.row(ended["metrics"], ended["gradient_evaluations"], ended["seconds"])
         learned, row = self.learn(
             name,
-            [
-                Checkpoint(
-                    directory.path / "checkpoint.pt",
-                    self.config.checkpoint_every,
-                    resume=resume,
-                    identity=directory.identity,
-                ),
-                JsonLines(directory.path / "metrics.jsonl"),
-                TensorBoard(directory.path),
-                ProgressBar(f"seed {self.seed} {name}", console),
-            ],
+            watching(
+                directory,
+                f"seed {self.seed} {name}",
+                every=self.config.checkpoint_every,
+                resume=resume,
+                console=console,
+            ),
         )
         state, network = learned.state, learned.network
         console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
