@@ -12,6 +12,7 @@ phases of ten.
 
 `--batchings` compares how equigrad computes tasks side by side instead.
 `--clock cpu` counts the processor's time instead, for a machine that others compute on.
+Freed memory is kept, for all contenders alike; `--memory returned` leaves it to the C library.
 """
 
 import argparse
@@ -243,16 +244,20 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=64)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--batchings", action="store_true")
+    parser.add_argument("--memory", choices=["kept", "returned"], default="kept")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.memory == "kept" and not eg.keep_freed_memory():
+        raise SystemExit("this C library keeps no freed memory on request; use --memory returned")
     rounds, clock = arguments.rounds, CLOCKS[arguments.clock]
     versions = []
     for name in PEERS:
         there = imported(name) is not None
         versions.append(f"{name} {importlib.metadata.version(name) if there else 'not installed'}")
     print(f"torch {torch.__version__}, {', '.join(versions)}")
-    print(f"float32, threads: {arguments.threads}, load {os.getloadavg()[0]:.1f}", end="; ")
+    print(f"float32, threads: {arguments.threads}, load {os.getloadavg()[0]:.1f}", end=", ")
+    print(f"freed memory {arguments.memory}", end="; ")
     print(f"best (median) of {rounds} interleaved rounds, {arguments.clock} seconds\n")
     names = ["equigrad", *PEERS, "bare"]
     if arguments.batchings:

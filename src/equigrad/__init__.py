@@ -36,6 +36,7 @@ from equigrad.estimators import (
     Reptile,
     Unrolled,
 )
+from equigrad.freed_memory import keep_freed_memory
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.optimality import column_space_condition
 from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Problem
@@ -105,6 +106,7 @@ __all__ = [
     "check_meta_gradient",
     "column_space_condition",
     "controllers",
+    "keep_freed_memory",
     "meta_gradient",
     "nn",
     "spectral_radius",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equigrad.errors import ConfigurationError, EquigradError, RunError
+from equigrad.freed_memory import keep_freed_memory
 
 try:
     import tyro
@@ -120,7 +121,9 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `equigrad`: exit code 2 for what the user can mend, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # the process is ours
+        arguments = sys.argv[1:]
+        keep_freed_memory()
     try:
         dispatch(arguments)
     except EquigradError as error:
