@@ -13,7 +13,7 @@ from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
 from equigrad.solvers import Moment, Settled, Solver
-from equigrad.solvers.solver import require
+from equigrad.solvers.solver import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class Unrolled(Estimator):
 
     def __post_init__(self) -> None:
         for name in ("truncation", "segment"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1 or None, got {value}")
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value, ", or None")
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse a solver whose steps cannot be differentiated."""
