@@ -116,6 +116,9 @@ def finish(axes: Axes, title: str, legend: str | None = None) -> None:
 
 
 def as_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned to the right."""
-    lines = [head, ["---:"] * len(head), *body]
+    """A Markdown table, its columns of numbers aligned to the right."""
+    body = list(body)
+    columns = zip(head, *body, strict=True)
+    aligned = ["---:" if any(c[:1].isdigit() for c in cells) else "---" for _, *cells in columns]
+    lines = [head, aligned, *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
