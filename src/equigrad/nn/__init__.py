@@ -1,6 +1,6 @@
 """Models whose parameters settle."""
 
-from equigrad.nn.batch_statistics import BatchStatistics
+from equigrad.nn.batch_statistics import BatchStatistics, ReferenceStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.equilibrium_layer import EquilibriumLayer
 from equigrad.nn.equilibrium_rnn import EquilibriumRNN
@@ -23,6 +23,7 @@ __all__ = [
     "LearnedFeedback",
     "LearnedStart",
     "Modulation",
+    "ReferenceStatistics",
     "Relaxing",
     "SideBySide",
     "conv4",

@@ -1,0 +1,47 @@
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import equigrad as eg
+from equigrad.nn import ReferenceStatistics
+from equigrad.nn.batch_statistics import with_statistics_of
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)),
+        nn.BatchNorm1d(4),
+    ).double()
+
+
+REFERENCE = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+X = torch.randn(7, 2, 6, 6, generator=torch.Generator().manual_seed(2)).double() + 1
+
+
+def test_statistics_are_those_of_the_reference_for_whatever_is_asked():
+    net = ReferenceStatistics(network(), REFERENCE)
+    known = with_statistics_of(network(), REFERENCE)  # torch's own layers, in eval mode
+    assert_close(net(X), known(X))
+    assert_close(net(X)[2:3], net(X[2:3]))  # whoever stands beside has no say
+    assert_close(net(X[:5]), known(X[:5]))  # nor do as many rows as the reference has pass for it
+
+
+def test_on_the_reference_itself_it_is_batch_normalisation():
+    net = ReferenceStatistics(network(), REFERENCE)
+    assert_close(net(REFERENCE), network().train()(REFERENCE))
+    assert_close(net(REFERENCE), with_statistics_of(network(), REFERENCE)(REFERENCE))
+
+
+def test_derivatives_go_through_the_statistics():
+    net = eg.nn.Functional(ReferenceStatistics(network(), REFERENCE))
+    params = {name: p.requires_grad_() for name, p in net.params().items()}
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        return net(dict(zip(params, values, strict=True)), X).square().sum()
+
+    assert torch.autograd.gradcheck(loss, tuple(params.values()), fast_mode=True)
+
+
+def test_the_reference_moves_with_the_module():
+    assert ReferenceStatistics(network(), REFERENCE).float().reference.dtype == torch.float32
