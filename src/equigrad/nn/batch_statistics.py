@@ -71,6 +71,8 @@ class ReferenceStatistics(nn.Module):
         True
     """
 
+    reference: Tensor
+
     def __init__(self, model: nn.Module, reference: Tensor) -> None:
         super().__init__()
         self.model = with_batch_statistics(model)
