@@ -182,7 +182,7 @@ SETTINGS: dict[str, Setting] = {
             "outer_steps": 30,
             "validation_batch": 475,
             "contrastive": contrast(3.0, 0.004, 500, 20, 0.01, matched=True),
-            "t1t2": t1t2(0.004, 500, 0.01),
+            "t1t2": t1t2(0.004, 500, 0.003),
         },
     ),
 }
