@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from equigrad.errors import ConfigurationError
 from equigrad.nn.batches import draws, reading, summed_cross_entropy
+from equigrad.nn.parts import Parts
 from equigrad.problems import FixedPoint, Params
 
 OuterLoss = Callable[[Tensor, Tensor], Tensor]
@@ -72,15 +72,8 @@ class Relaxing(nn.Module):
         blocks[-1].extend(layers)
         self.blocks = nn.ModuleList(blocks)
         self.outer_loss = outer_loss
-        first: dict[int, str] = {}  # weights in two places are one parameter, by its first name
-        for name, p in self.named_parameters(remove_duplicate=False):
-            first.setdefault(id(p), name)
-        self._parts = {
-            str(i): [
-                (first[id(p)], name) for name, p in block.named_parameters(remove_duplicate=False)
-            ]
-            for i, block in enumerate(blocks)
-        }
+        self._names = {str(i): f"blocks.{i}" for i in range(len(blocks))}
+        self._parts = Parts(self, list(self._names.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network computes in one sweep, without relaxing."""
@@ -98,7 +91,7 @@ class Relaxing(nn.Module):
         states = {}
         sample = x[:1]
         with reading(self, x):
-            for name, block in zip(self._parts, self.blocks, strict=True):
+            for name, block in zip(self._names, self.blocks, strict=True):
                 sample = block(sample)
                 states[name] = x.new_zeros(len(x), *sample.shape[1:])
         return states
@@ -120,8 +113,7 @@ class Relaxing(nn.Module):
 
     def apply_block(self, name: str, meta_params: Params, below: Tensor) -> Tensor:
         """A block with the weights that `meta_params` holds."""
-        weights = {own: meta_params[full] for full, own in self._parts[name]}
-        return functional_call(self.blocks[int(name)], weights, (below,))
+        return self._parts.call(self, self._names[name], meta_params, below)
 
 
 class _Sweep:
