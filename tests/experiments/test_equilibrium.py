@@ -56,15 +56,17 @@ def test_a_run_leaves_what_it_reached_and_resumes_to_it(tmp_path, capsys):
 
 def test_the_table_has_a_line_a_network_and_method(tmp_path, capsys):
     words = ("reproduce", "equilibrium", "--scale", "smoke", "--threads", "1", "--out")
-    options = ("--only", "recurrent", "hopfield", "--methods", "exact")
+    options = ("--only", "recurrent", "cifar-implicit", "--methods", "exact")
     code, said = call_main(*words, tmp_path / "table", *options, capsys=capsys)
     assert code == 0, said
     assert "equilibrium RNN" in said
     rows = from_csv(Reached, (tmp_path / "table" / "equilibrium.csv").read_text())
     assert [(row.setting, row.method) for row in rows] == [
         ("recurrent", "exact"),
-        ("hopfield", "exact"),
+        ("cifar-implicit", "exact"),
     ]
+    table = (tmp_path / "table" / "equilibrium.md").read_text()
+    assert "| convolutional implicit network | CIFAR-10 | recurrent backpropagation |" in table
     assert (tmp_path / "table" / "equilibrium.png").exists()
 
 

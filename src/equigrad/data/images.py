@@ -56,7 +56,9 @@ class Pixels:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Standardised, in float64."""
-        mean, deviation = (torch.tensor(v).double() for v in (self.mean, self.deviation))
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.deviation)
+        )
         return (pixels.double() - mean[:, None, None]) / deviation[:, None, None]
 
 

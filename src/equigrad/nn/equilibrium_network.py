@@ -91,9 +91,9 @@ class EquilibriumNetwork(nn.Module):
         """The readout."""
         return params["y"]
 
-    def call(self, part: str, meta_params: Params, *inputs: Tensor) -> Tensor:
+    def bind(self, part: str, meta_params: Params) -> Callable[..., Tensor]:
         """`input`, `recurrent` or `readout` with the weights that `meta_params` holds."""
-        return self._parts.call(self, part, meta_params, *inputs)
+        return self._parts.bind(self, part, meta_params)
 
 
 class _Map:
@@ -103,18 +103,16 @@ class _Map:
         self._net, self._x = net, x
 
     def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
-        return self._driven(self._net.call("input", meta_params, self._x), params, meta_params)
+        return self.at(meta_params)(params)
 
     def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
-        """What is made of the input is computed once."""
-        if draws(self._net.input):  # the same numbers in the same order as the map
-            return lambda params: self(params, meta_params)
-        drive = self._net.call("input", meta_params, self._x)
-        return lambda params: self._driven(drive, params, meta_params)
+        """What is made of the input is computed once, unless it draws random numbers."""
+        parts = ("input", "recurrent", "readout")
+        encode, relax, read = (self._net.bind(part, meta_params) for part in parts)
+        once = None if draws(self._net.input) else encode(self._x)
 
-    def _driven(self, drive: Tensor, params: Params, meta_params: Params) -> dict[str, Tensor]:
-        h = params["h"]
-        return {
-            "h": self._net.call("recurrent", meta_params, h, drive),
-            "y": self._net.call("readout", meta_params, h),
-        }
+        def step(params: Params) -> dict[str, Tensor]:
+            drive = encode(self._x) if once is None else once
+            return {"h": relax(params["h"], drive), "y": read(params["h"])}
+
+        return step

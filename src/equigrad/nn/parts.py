@@ -1,7 +1,8 @@
 """Parts of a network, called with other parameters than their own."""
 
-from typing import Any
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -30,7 +31,26 @@ class Parts:
             for path in paths
         }
 
-    def call(self, network: nn.Module, path: str, meta_params: Params, *inputs: Any) -> Tensor:
-        """What a part of the network, or of a copy of it, computes with these parameters."""
+    def bind(self, network: nn.Module, path: str, meta_params: Params) -> Callable[..., Tensor]:
+        """A part of the network, or of a copy of it, with these parameters, to be called often."""
+        part = network.get_submodule(path)
         weights = {own: meta_params[full] for full, own in self._names[path]}
-        return functional_call(network.get_submodule(path), weights, inputs)
+        own = _all_own(part, weights)
+
+        def call(*inputs: Tensor) -> Tensor:
+            if own and not torch.is_grad_enabled():  # nothing need be put in its place
+                return part(*inputs)
+            return functional_call(part, weights, inputs)
+
+        return call
+
+
+def _all_own(part: nn.Module, weights: Params) -> bool:
+    """Whether these are the part's parameters, or views of the whole of them."""
+    return all(
+        p.data_ptr() == (given := weights[name]).data_ptr()
+        and p.stride() == given.stride()
+        and p.shape == given.shape
+        and p.dtype == given.dtype
+        for name, p in part.named_parameters(remove_duplicate=False)
+    )
