@@ -156,7 +156,7 @@ def dispatch(arguments: Sequence[str]) -> None:
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in known if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
-    predict = verbs.add_parser("predict", help="ask the model that a run on your own data saved")
+    predict = verbs.add_parser("predict", help="ask the model that a run has saved")
     predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
     asked = predict.add_mutually_exclusive_group(required=True)
     asked.add_argument("--csv", type=Path, help="rows to predict the target of")

@@ -112,6 +112,8 @@ def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> Se
 def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
     """Whether the map contracts where a phase ended that did not settle, and what to do."""
     contracts, found = _contracts(evaluation, at)
+    if at.phase.diverged:
+        return f"with these where they started, {found}. {FOR_MAPS}, or start elsewhere"
     if contracts is None:
         return found
     if contracts:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from equigrad.data.folder import Pixels, find, read_classes, read_images
+from equigrad.data.folder import find, read_classes, read_images
+from equigrad.data.images import Pixels
 from equigrad.errors import DataError
 
 

@@ -293,6 +293,18 @@ def test_split_is_standardised_by_what_may_be_seen():
     assert (parts.judges["test"][0].std((0, 2, 3)) - 0.5).abs().max() < 0.1
 
 
+def test_other_images_are_standardised_likewise():
+    """What a saved model does to the user's files is what training did to its own."""
+    generator = torch.Generator().manual_seed(5)
+    pool = Images(torch.randint(256, (40, 3, 4, 4), generator=generator), torch.arange(40) % 10)
+    parts = split(pool, pool, samples=30, training=20, seed=0, dtype=torch.float64)
+    assert parts.test is not None
+    assert (parts.encoding.size, parts.encoding.channels) == (4, 3)
+    torch.testing.assert_close(
+        parts.encoding.encode(pool.pixels), parts.test[0], rtol=1e-12, atol=1e-12
+    )
+
+
 def test_split_draws_different_images_by_seed_and_none_twice():
     numbered = Images(torch.arange(200)[:, None, None, None].repeat(1, 1, 2, 2), torch.arange(200))
     parts = split(numbered, numbered, samples=150, training=50, seed=1)

@@ -4,12 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
+from rich.console import Console
 
-from equigrad.errors import ConfigurationError
+from equigrad.errors import ConfigurationError, SettlingWarning
 from equigrad.estimators import GMRES
 from equigrad.experiments.equilibrium import SETTINGS, Equilibrium, Job
 from equigrad.experiments.equilibrium_table import EquilibriumTable, Reached
+from equigrad.experiments.model import Model, load_model
 from equigrad.experiments.reproduction import from_csv
+from equigrad.experiments.run_directory import RunDirectory
+from equigrad.solvers import Anderson
+from equigrad.training.relaxation import classify, settled_logits
 from helpers import call_main
 
 pytestmark = pytest.mark.usefixtures("made_up_images")
@@ -19,10 +26,10 @@ PLACES = [(setting, method) for setting, known in SETTINGS.items() for method in
 
 @pytest.mark.parametrize(("setting", "method"), PLACES)
 def test_every_method_lowers_the_loss_it_descends(setting, method):
-    """A few epochs on 100 made-up images, whose classes are easy to tell apart."""
+    """A few epochs on 50 made-up images, whose classes are easy to tell apart."""
     preset = Equilibrium.preset(setting=setting, method=method, scale="smoke")
     config = replace(
-        preset, samples=200, held_out=100, batch=20, epochs=10, outer_lr=3e-3, threads=1
+        preset, samples=150, held_out=100, batch=10, epochs=10, outer_lr=3e-3, threads=1
     )
     history = Job(config).learn().history
     losses = [float(row["outer_loss"]) for row in history]
@@ -49,16 +56,79 @@ def test_a_run_leaves_what_it_reached_and_resumes_to_it(tmp_path, capsys):
 
 def test_the_table_has_a_line_a_network_and_method(tmp_path, capsys):
     words = ("reproduce", "equilibrium", "--scale", "smoke", "--threads", "1", "--out")
-    options = ("--only", "recurrent", "hopfield", "--methods", "exact")
+    options = ("--only", "recurrent", "cifar-implicit", "--methods", "exact")
     code, said = call_main(*words, tmp_path / "table", *options, capsys=capsys)
     assert code == 0, said
     assert "equilibrium RNN" in said
     rows = from_csv(Reached, (tmp_path / "table" / "equilibrium.csv").read_text())
     assert [(row.setting, row.method) for row in rows] == [
         ("recurrent", "exact"),
-        ("hopfield", "exact"),
+        ("cifar-implicit", "exact"),
     ]
+    table = (tmp_path / "table" / "equilibrium.md").read_text()
+    assert "| convolutional implicit network | CIFAR-10 | recurrent backpropagation |" in table
     assert (tmp_path / "table" / "equilibrium.png").exists()
+
+
+@pytest.mark.parametrize("setting", ["hopfield", "cifar-implicit"])
+def test_what_a_run_has_left_is_asked_about_files(setting, tmp_path, capsys):
+    """The images of the test as files, in another size too: the accuracy is that of the run."""
+    words = ("--setting", setting, "--scale", "smoke", "--threads", "1", "--out")
+    code, said = call_main("run", "equilibrium", *words, tmp_path / "run", capsys=capsys)
+    assert code == 0, said
+    files = SETTINGS[setting].source.files
+    test = files.load(files.TEST)
+    mode = "RGB" if files.SHAPE[0] == 3 else "L"
+    for i in range(100):
+        side = tuple(files.SHAPE[1:])
+        image = Image.frombytes(mode, side, test.pixels[i].permute(1, 2, 0).numpy().tobytes())
+        folder = tmp_path / "images" / files.CLASSES[test.labels[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    out = tmp_path / "answers.csv"
+    asked = ("predict", tmp_path / "run", "--images", tmp_path / "images", "--out", out)
+    code, said = call_main(*asked, capsys=capsys)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert code == 0, said
+    assert f"accuracy {result['metrics']['test_accuracy']:.4g} on 100 with a known" in said
+    assert out.read_text().startswith(f"file,prediction,p({files.CLASSES[0]}),")
+
+
+def test_a_saved_network_is_loaded_as_it_was(tmp_path):
+    config = Equilibrium.preset(setting="recurrent", scale="smoke")
+    job = Job(replace(config, threads=1, epochs=0.5))
+    quiet = Console(quiet=True)
+    directory = RunDirectory(tmp_path / "run", job.config)
+    job.learned(directory, resume=False, console=quiet)
+    model = load_model(tmp_path / "run")
+    x, _ = job.data.validation
+    expected, _ = settled_logits(job.network, x, solver=job.config.solver)
+    assert torch.equal(model.outputs(x), expected)
+    assert model.solver == job.config.solver
+    network = model.network()
+    found = classify(network, x, solver=job.config.solver)
+    assert torch.equal(found, expected.argmax(1))
+    hurried = replace(model, solver=Anderson(tol=1e-9, max_steps=2))
+    with pytest.warns(SettlingWarning, match=r"not settled for 100 samples \(0, .*of 100"):
+        hurried.outputs(x)
+
+
+def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
+    job = Job(replace(Equilibrium.preset(setting="recurrent", scale="smoke"), threads=1))
+    never = Anderson(tol=1e-12, max_steps=1)
+    weights = dict(job.network.named_parameters())
+    architecture, data = job.config.architecture(), job.data
+    model = Model(architecture, weights, data.target, data.encoding, never)
+    torch.save(model.plain(), tmp_path / "model.pt")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "black.png")
+    code, said = call_main("predict", tmp_path, "--images", tmp_path / "images", capsys=capsys)
+    assert code == 0, said
+    assert "not settled, so that the answer may be wrong" in said
+    assert "black.png" in said
+    code, said = call_main("predict", tmp_path, "--csv", tmp_path / "no.csv", capsys=capsys)
+    assert code == 2
+    assert "learned from images; ask it with --images DIR" in said
 
 
 @pytest.mark.parametrize(
@@ -89,10 +159,25 @@ def test_settings_that_cannot_work(options, message):
         replace(Equilibrium.preset(), **options)
 
 
-@pytest.mark.parametrize("hidden", [(16, 16), ()])
-def test_a_recurrent_network_has_one_hidden_layer(hidden):
-    with pytest.raises(ConfigurationError, match="hidden"):
-        replace(Equilibrium.preset(setting="recurrent"), hidden=hidden)
+@pytest.mark.parametrize(
+    ("setting", "hidden", "message"),
+    [
+        ("recurrent", (16, 16), r"one hidden layer, got hidden widths \(16, 16\)"),
+        ("recurrent", (), "hidden widths must be at least 1"),
+        ("cifar-implicit", (16, 16), "one hidden layer"),
+        ("cifar-implicit", (20,), "channels must be a multiple of the 8 groups.*got 20"),
+        ("cifar-hopfield", (4,) * 6, "6 hidden layers.*leave nothing of an image of 32 x 32"),
+    ],
+)
+def test_widths_that_make_no_network(setting, hidden, message):
+    with pytest.raises(ConfigurationError, match=message):
+        replace(Equilibrium.preset(setting=setting), hidden=hidden)
+
+
+def test_images_held_out_are_those_of_the_data_set():
+    assert Equilibrium.preset().held_out == 10_000
+    config = Equilibrium.preset(setting="cifar-hopfield")
+    assert (config.held_out, config.batch) == (1000, 50)
 
 
 @pytest.mark.parametrize(

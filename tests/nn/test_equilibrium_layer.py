@@ -562,17 +562,64 @@ def test_some_samples_settle_and_some_do_not():
     torch.testing.assert_close(layer.phase.residuals * gains.flatten().abs(), residuals)
 
 
-def test_divergence_names_the_sample_and_the_radius():
-    class Square(nn.Module):
-        def forward(self, h, x):
-            return h.square() + x
+class Square(nn.Module):
+    """`h ↦ h² + w x`: rests near w x where that is small, and explodes where it is not."""
 
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1).double())
+
+    def forward(self, h, x):
+        return h.square() + self.weight * x
+
+
+def test_divergence_names_the_sample_and_the_radius():
     layer = eg.nn.EquilibriumLayer(Square(), solver=eg.Picard(tol=1e-6, max_steps=100))
     x = torch.tensor([[0.1], [9.0]]).double()
-    with pytest.raises(
-        eg.SettlingError, match=r"EquilibriumLayer\(Square\).*sample 1 of 2.*radius"
+    with pytest.warns(
+        SettlingWarning, match=r"EquilibriumLayer\(Square\).*sample 1 of 2 diverged.*radius"
     ):
-        layer(x)
+        h = layer(x)
+    assert layer.phase.diverged == (1,)
+    assert h[1].item() == 0  # where it started
+    assert h[0].item() == pytest.approx((1 - 0.6**0.5) / 2, abs=1e-6)
+    raising = eg.nn.EquilibriumLayer(Square(), solver=layer.solver, unsettled="raise")
+    with pytest.raises(eg.SettlingError, match="sample 1 of 2 diverged"):
+        raising(x)
+    with pytest.raises(
+        eg.SettlingError, match=r"EquilibriumLayer\(Square\).*2 samples \(0, 1\) of 2.*radius"
+    ):
+        layer(x[[1, 1]])
+
+
+@pytest.mark.parametrize("solver", [eg.Picard, eg.GradientFlow])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        eg.Adjoint(solver=eg.Anderson(tol=1e-11)),
+        eg.GMRES(tol=1e-11),
+        eg.T1T2(),
+        eg.PhantomGradient(steps=3),
+        eg.NeumannSeries(terms=60),
+    ],
+)
+def test_a_sample_that_diverges_has_no_part_in_the_gradient(solver, estimator):
+    """The gradient by the weight and by the inputs is that of the batch without it."""
+    x = torch.tensor([[0.1], [9.0], [-0.2]]).double().requires_grad_()
+    solver = solver(tol=1e-11, max_steps=300)
+
+    def gradient(rows):
+        layer = eg.nn.EquilibriumLayer(
+            Square(), solver=solver, estimator=estimator, unsettled="ignore"
+        )
+        h = layer(x[rows])
+        return torch.autograd.grad(h.cos().sum(), [layer.cell.weight, x])
+
+    weight, by_x = gradient([0, 1, 2])
+    expected, expected_by_x = gradient([0, 2])
+    torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(by_x, expected_by_x, rtol=1e-8, atol=1e-12)
+    assert by_x[1].item() == 0
 
 
 def test_what_estimators_have_to_say_is_said():

@@ -68,14 +68,14 @@ def test_a_recurrent_network_at_rest_against_the_exact_solve():
     exact = solve(net, x, y, eg.ExactSolve())
     torch.testing.assert_close(result.grads, exact.grads, rtol=1e-9, atol=1e-12)
     h = result.params["h"]
-    again = torch.tanh(net.input(x) + net.recurrent(h))
+    again = torch.tanh(net.input(x) + h @ net.get_parameter("recurrent.weight").T)
     torch.testing.assert_close(again, h, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(net.logits(result.params, {}), net.readout(h))
 
 
 def test_the_spectral_norm_of_a_new_recurrent_network():
     torch.manual_seed(0)
-    weight = EquilibriumRNN(6, 256, 3, recurrence=0.5).recurrent.weight
+    weight = EquilibriumRNN(6, 256, 3, recurrence=0.5).get_parameter("recurrent.weight")
     assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(0.5, rel=0.05)
 
 

@@ -121,6 +121,96 @@ def test_some_samples_settle_and_some_do_not(solver):
     assert "sample 1 of 2" in str(settled.phase)
 
 
+OTHERS = [0, 2, 3]
+MAP_SOLVERS = [
+    eg.Picard(tol=1e-9, max_steps=400),
+    eg.Picard(tol=1e-9, max_steps=400, damping=0.7),
+    eg.Anderson(tol=1e-9, max_steps=400),
+    eg.Broyden(tol=1e-9, max_steps=400),
+    eg.GradientFlow(dt=0.5, tol=1e-9, max_steps=400),
+    eg.GradientDescent(lr=0.5, tol=1e-9, max_steps=400),  # looks at every tenth step
+]
+
+
+def beside_a_wild_one(wild=lambda h: h.square().exp() + 9):
+    """Affine maps that contract, but for the second of four samples, whose map never rests."""
+    matrices, shifts = random_maps(4, 5, 0.7)
+
+    def relax(p, m):
+        image = torch.einsum("bij,bj->bi", matrices, p["h"]) + m["b"]
+        return {"h": torch.where(torch.arange(4)[:, None] == 1, wild(p["h"]), image)}
+
+    problem = eg.FixedPoint(relax, lambda p, m: p["h"].square().sum(), samples=True)
+    _, _, exact = affine(matrices, shifts)
+    return problem, {"b": shifts}, exact
+
+
+@pytest.mark.parametrize("solver", MAP_SOLVERS)
+def test_a_sample_that_diverges_leaves_the_others_alone(solver):
+    """The others reach their fixed points; it is put back to where it started, and named."""
+    problem, meta, exact = beside_a_wild_one()
+    start = torch.full_like(meta["b"], 0.25)
+    settled = settle(problem, meta, solver, start)
+    torch.testing.assert_close(settled.params["h"][OTHERS], exact[OTHERS], rtol=0, atol=1e-7)
+    assert settled.phase.diverged == (1,)
+    assert settled.phase.unsettled == [1]
+    assert settled.phase.failed
+    assert settled.phase.outcome == "not converged"
+    assert settled.phase.residual <= 1e-9  # of the others
+    assert settled.phase.residuals is not None
+    assert settled.phase.residuals[1] == torch.inf
+    assert str(settled.phase).endswith("steps; sample 1 of 4 diverged")
+    assert torch.equal(settled.params["h"][1], start[1])
+    assert settled.params["h"][1].isfinite().all()
+
+
+def test_nan_in_one_sample_leaves_the_others_alone():
+    """The root of what is negative after a step; without a tolerance, too."""
+    matrices, shifts = random_maps(4, 5, 0.7)
+    problem, meta, _ = beside_a_wild_one(lambda h: 1 + (1 - 2 * h.abs()).sqrt())
+    settled = settle(problem, meta, eg.Anderson(max_steps=9))
+    expected = settle(*affine(matrices, shifts)[:2], eg.Anderson(max_steps=9))
+    torch.testing.assert_close(settled.params["h"][OTHERS], expected.params["h"][OTHERS])
+    assert settled.phase.outcome == "stopped"
+    assert settled.phase.failed
+    assert settled.phase.unsettled == [1]
+    assert "sample 1 of 4 diverged" in str(settled.phase)
+
+
+def test_samples_diverge_one_after_the_other_until_none_is_left():
+    """`h ↦ a h + 1` overflows float64 after 308 / log₁₀ a steps: after 11, and after 39."""
+    slopes = torch.tensor([[1e8], [1e30]]).double()
+    problem = eg.FixedPoint(
+        lambda p, m: {"h": slopes * p["h"] + m["b"]}, lambda p, m: p["h"].sum(), samples=True
+    )
+    meta = {"b": torch.ones(2, 1).double()}
+    assert settle(problem, meta, eg.Picard(max_steps=20)).phase.diverged == (1,)
+    with pytest.raises(eg.SettlingError, match=r"is (inf|nan) at step 39 in 2 samples \(0, 1\)"):
+        settle(problem, meta, eg.Picard(max_steps=60))
+
+
+def test_what_is_recorded_cannot_be_put_back():
+    problem, meta, _ = beside_a_wild_one()
+    start, solver = {"h": torch.zeros_like(meta["b"])}, eg.Picard(max_steps=20)
+    with pytest.raises(eg.SettlingError, match="diverged"):
+        eg.meta_gradient(problem, start, meta, solver=solver, estimator=eg.Unrolled())
+
+
+def test_the_status_names_what_diverged():
+    problem, meta, exact = beside_a_wild_one()
+    result = eg.meta_gradient(
+        problem,
+        {"h": torch.zeros_like(meta["b"])},
+        meta,
+        solver=eg.Anderson(tol=1e-10, max_steps=200),
+        estimator=eg.Adjoint(solver=eg.Anderson(tol=1e-10)),
+    )
+    assert "sample 1 of 4 diverged" in result.status
+    matrices, _ = random_maps(4, 5, 0.7)  # the gradient of ‖h‖² by b is 2 (I - A)⁻ᵀ h
+    expected = torch.linalg.solve(torch.eye(5).double() - matrices.mT, 2 * exact)
+    torch.testing.assert_close(result.grads["b"][OTHERS], expected[OTHERS], rtol=1e-7, atol=1e-9)
+
+
 def test_broyden_learns_nothing_from_rounding():
     """`h ↦ h + c` has no fixed point; what rounding leaves of its constant velocity is no slope."""
     problem = eg.FixedPoint(lambda p, m: {"h": p["h"] + m["c"]}, lambda p, m: p["h"].sum())

@@ -15,6 +15,10 @@ from equigrad.data.files import DataFile
 from equigrad.data.images import Images
 
 SHAPE = (3, 32, 32)
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 
 
 def _file(name: str, md5: str) -> DataFile:

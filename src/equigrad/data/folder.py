@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,40 +29,6 @@ class Folder:
     classes: tuple[str, ...]
     files: list[Path]
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Turns images into a network's inputs: every channel standardised.
-
-    Attributes:
-        size: height and width.
-        channels: 3 for colours, 1 for grey.
-        mean: of each channel, over the images that were seen.
-        deviation: likewise.
-    """
-
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-
-    @classmethod
-    def fit(cls, pixels: Tensor) -> Self:
-        """Means and deviations of images, n × channels × size × size.
-
-        Raises:
-            DataError: a channel is constant.
-        """
-        deviation, mean = torch.std_mean(pixels.double(), dim=(0, 2, 3), correction=0)
-        if not deviation.all():
-            raise DataError("a channel has the same value in every pixel of all images")
-        return cls(pixels.shape[2], len(mean), tuple(mean.tolist()), tuple(deviation.tolist()))
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Standardised, in float64."""
-        mean, deviation = (torch.tensor(v).double() for v in (self.mean, self.deviation))
-        return (pixels.double() - mean[:, None, None]) / deviation[:, None, None]
 
 
 def find(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Labelled images, and how they are divided between a learner, its judge and the last word."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,42 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns images into a network's inputs: every channel standardised.
+
+    Attributes:
+        size: height and width.
+        channels: 3 for colours, 1 for grey.
+        mean: of each channel, over the images that were seen.
+        deviation: likewise.
+    """
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, pixels: Tensor) -> Self:
+        """Means and deviations of images, n × channels × size × size.
+
+        Raises:
+            DataError: a channel is constant.
+        """
+        deviation, mean = torch.std_mean(pixels.double(), dim=(0, 2, 3), correction=0)
+        if not deviation.all():
+            raise DataError("a channel has the same value in every pixel of all images")
+        return cls(pixels.shape[2], len(mean), tuple(mean.tolist()), tuple(deviation.tolist()))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Standardised, in float64."""
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.deviation)
+        )
+        return (pixels.double() - mean[:, None, None]) / deviation[:, None, None]
 
 
 def split(
@@ -50,7 +87,8 @@ def split(
         dtype: of the inputs that are returned.
 
     Returns:
-        The split, each part with inputs n × channels × height × width and labels n.
+        The split, each part with inputs n × channels × height × width and labels n; its encoding
+        does the same to other images, which have to be square.
 
     Raises:
         ConfigurationError: a part would be empty, or the pool has fewer images.
@@ -90,4 +128,10 @@ def split(
         train=standardised(seen[:training], labels[:training]),
         validation=standardised(seen[training:], labels[training:]),
         test=standardised(test.pixels, test.labels),
+        encoding=Pixels(
+            seen.shape[2],
+            seen.shape[1],
+            tuple(mean.flatten().tolist()),
+            tuple(deviation.flatten().tolist()),
+        ),
     )

@@ -15,6 +15,9 @@ from torch import Tensor
 from equigrad.data.files import DataFile
 from equigrad.data.images import Images
 
+SHAPE = (1, 28, 28)
+CLASSES = tuple("0123456789")
+
 UNSIGNED_BYTES = 0x08
 
 

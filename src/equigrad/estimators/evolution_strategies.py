@@ -106,4 +106,6 @@ class EvolutionStrategies(Estimator):
             settled = evaluation.settle(solver)
             if settled.phase.outcome not in ("converged", "stopped"):
                 missed.add(settled.phase.outcome)
+            elif settled.phase.diverged:
+                missed.add("diverged in part")
             return evaluation.outer_loss(settled)

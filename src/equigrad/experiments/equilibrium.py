@@ -3,30 +3,36 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import Flatten, Linear, Module, Sequential
 
-import equigrad
 from equigrad.controllers import Controller, DynamicInversion, EnergyInversion
-from equigrad.data import mnist
+from equigrad.data import cifar10, mnist
 from equigrad.data.images import split
 from equigrad.data.split import Split
+from equigrad.data.targets import Classes
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl
+from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl, PhantomGradient
 from equigrad.experiments import figures
 from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
-from equigrad.experiments.run_directory import RunDirectory, describe, versions
+from equigrad.experiments.model import Architecture, Model
+from equigrad.experiments.run_directory import RunDirectory, versions
 from equigrad.experiments.strength_learning import ScaleName, at_least, positive
 from equigrad.experiments.watching import watching
-from equigrad.nn import EquilibriumRNN, Hopfield, Relaxing, tanh_network, with_learned_feedback
+from equigrad.nn.settling_networks import (
+    convolutional_equilibrium_network,
+    convolutional_hopfield_network,
+    hopfield_network,
+    recurrent_tanh_network,
+    relaxing_tanh_network,
+)
 from equigrad.solvers import Anderson, Picard, Solver
 from equigrad.training import (
     Callback,
@@ -38,17 +44,15 @@ from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.relaxation import classify, train_network
 
-FORMAT = "equigrad settling network 1"
-
-SettingName = Literal["feed-forward", "recurrent", "hopfield"]
+SettingName = Literal["feed-forward", "recurrent", "hopfield", "cifar-implicit", "cifar-hopfield"]
 MethodName = Literal[
     "exact",
+    "phantom-gradient",
     "dynamic-inversion",
     "energy-inversion",
     "kolen-pollack",
     "equilibrium-propagation",
 ]
-PIXELS, CLASSES = 28 * 28, 10
 
 SWEEPS = Picard(tol=1e-5, max_steps=10)
 REST = Anderson(tol=1e-3, max_steps=30)
@@ -59,6 +63,10 @@ INVERSION = DynamicInversion(gain=0.1, leak=1.0, solver=Anderson(tol=0.03, max_s
 BY_ENERGY = EnergyInversion(
     gain=0.1, leak=1.0, solver=Anderson(tol=0.03, damping=0.5, max_steps=30)
 )
+
+
+# of states whose norm is about 45, as those of 32 normalised channels of 8 x 8 are
+AT_EASE = Anderson(tol=0.3, max_steps=20)
 
 
 @dataclass(frozen=True)
@@ -83,37 +91,50 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        name: of the data set.
+        files: the module of `equigrad.data` that has `load`, `TEST`, `SHAPE` and `CLASSES`.
+        held_out: training images for validation, by default.
+    """
+
+    name: str
+    files: ModuleType
+    held_out: int
+
+
+MNIST = Source("MNIST", mnist, held_out=10_000)
+CIFAR10 = Source(
+    "CIFAR-10", cifar10, held_out=1000
+)  # of one batch of 10,000, where all are not at hand
+
+
+@dataclass(frozen=True)
 class Setting:
-    """A network that tells digits apart.
+    """A network that tells images apart.
 
     Attributes:
         label: what it is, in words.
-        hidden: widths of its hidden layers.
-        build: makes the network, a module, with a start that torch's generator draws.
+        hidden: widths of its hidden layers, or their numbers of channels.
+        network: makes it of an image's shape, `hidden` and the number of classes; one that
+            `Architecture` knows.
         methods: how it can be trained, the first by default.
+        source: of its images.
+        batch: images of a mini-batch, by default.
+        epochs: at scale `small`, by default.
+        paper_epochs: at scale `paper`.
     """
 
     label: str
     hidden: tuple[int, ...]
-    build: Callable[["Equilibrium"], Any]
+    network: Callable[..., Any]
     methods: Mapping[MethodName, Recipe]
-
-
-def _feed_forward(config: "Equilibrium") -> Module:
-    model = tanh_network(PIXELS, config.hidden, CLASSES)
-    learned = recipe_of(config.setting, config.method).learned_feedback
-    layers = with_learned_feedback(model) if learned else model
-    return Relaxing(Sequential(Flatten(), *layers.children()))
-
-
-def _recurrent(config: "Equilibrium") -> Module:
-    (width,) = config.hidden
-    return EquilibriumRNN(PIXELS, width, CLASSES)
-
-
-def _hopfield(config: "Equilibrium") -> Module:
-    first, *others = (Linear(*sizes) for sizes in pairwise([PIXELS, *config.hidden, CLASSES]))
-    return Hopfield([Sequential(Flatten(), first), *others])
+    source: Source = MNIST
+    batch: int = 100
+    epochs: float = 10
+    paper_epochs: float = 30
 
 
 def _under(controller: Controller) -> LeastControl:
@@ -124,7 +145,7 @@ SETTINGS: dict[SettingName, Setting] = {
     "feed-forward": Setting(
         "feed-forward net",
         (256, 256),
-        _feed_forward,
+        relaxing_tanh_network,
         {
             "exact": Recipe("backpropagation", Adjoint(solver=SWEEPS), SWEEPS),
             "dynamic-inversion": Recipe("dynamic inversion", _under(INVERSION), SWEEPS),
@@ -141,7 +162,7 @@ SETTINGS: dict[SettingName, Setting] = {
     "recurrent": Setting(
         "equilibrium RNN",
         (256,),
-        _recurrent,
+        recurrent_tanh_network,
         {
             "exact": Recipe("recurrent backpropagation", Adjoint(solver=REST), REST),
             "dynamic-inversion": Recipe(
@@ -156,7 +177,7 @@ SETTINGS: dict[SettingName, Setting] = {
     "hopfield": Setting(
         "Hopfield network",
         (1024,),
-        _hopfield,
+        hopfield_network,
         {
             "equilibrium-propagation": Recipe(
                 "equilibrium propagation",
@@ -167,6 +188,47 @@ SETTINGS: dict[SettingName, Setting] = {
             "exact": Recipe("recurrent backpropagation", Adjoint(solver=REST), REST, outer_lr=5e-4),
         },
     ),
+    "cifar-implicit": Setting(
+        "convolutional implicit network",
+        (32,),
+        convolutional_equilibrium_network,
+        {
+            "exact": Recipe(
+                "recurrent backpropagation",
+                Adjoint(solver=Anderson(tol=0.03, max_steps=15)),
+                AT_EASE,
+            ),
+            "phantom-gradient": Recipe(
+                "phantom gradient", PhantomGradient(steps=4, damping=0.8), AT_EASE
+            ),
+            "dynamic-inversion": Recipe(
+                "dynamic inversion",
+                LeastControl(controller=INVERSION, start="free"),
+                AT_EASE,
+            ),
+        },
+        source=CIFAR10,
+        batch=50,
+        epochs=5,
+        paper_epochs=75,
+    ),
+    "cifar-hopfield": Setting(
+        "convolutional Hopfield network",
+        (16, 32),
+        convolutional_hopfield_network,
+        {
+            "equilibrium-propagation": Recipe(
+                "equilibrium propagation",
+                Contrastive(beta=0.5, scheme="symmetric", nudged_solver=Picard(max_steps=6)),
+                Picard(max_steps=16),
+                outer_lr=2e-3,
+            ),
+        },
+        source=CIFAR10,
+        batch=50,
+        epochs=5,
+        paper_epochs=120,
+    ),
 }
 
 
@@ -174,13 +236,14 @@ SETTINGS: dict[SettingName, Setting] = {
 class Equilibrium:
     """Train a network whose neurons settle to tell images apart.
 
-    A feed-forward net that is controlled, a recurrent one at rest, an energy-based one: by least
-    control, equilibrium propagation, or the exact gradient through the settled state. 10,000
-    training images are held out and watch; nothing is chosen by the test.
+    A feed-forward net that is controlled, a recurrent one at rest, an energy-based one, on MNIST;
+    a convolutional implicit network and an energy-based one on CIFAR-10: by least control,
+    equilibrium propagation, or the exact gradient through the settled state. Some training images
+    are held out and watch; nothing is chosen by the test.
     """
 
     setting: SettingName = "feed-forward"
-    """The network."""
+    """The network, and with it the images."""
 
     method: MethodName = "exact"
     """How its gradient is had."""
@@ -192,7 +255,7 @@ class Equilibrium:
     """Draws the network's start, the images held out and the order of the others."""
 
     hidden: tuple[int, ...]
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers, or their numbers of channels."""
 
     solver: Solver
     """How neurons settle."""
@@ -206,7 +269,7 @@ class Equilibrium:
     minutes: float | None = None
     """End training after so long, instead of after so many epochs; validation included."""
 
-    batch: int = 100
+    batch: int
     """Images of a mini-batch."""
 
     outer_lr: float = 1e-3
@@ -224,7 +287,7 @@ class Equilibrium:
     samples: int | None = None
     """Images for training and validation together; None for all there are."""
 
-    held_out: int = 10_000
+    held_out: int
     """Of them, for validation."""
 
     test_images: int | None = None
@@ -250,10 +313,6 @@ class Equilibrium:
         positive("epochs", self.epochs)
         if not self.hidden or min(self.hidden) < 1:
             raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
-        if self.setting == "recurrent" and len(self.hidden) != 1:
-            raise ConfigurationError(
-                f"the recurrent network has one hidden layer, got hidden widths {self.hidden}"
-            )
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigurationError(f"weight_decay must be at least 0, got {self.weight_decay}")
         for name in ("minutes", "clip"):
@@ -268,6 +327,8 @@ class Equilibrium:
                 f"{type(self.estimator).__name__}; Equilibrium.preset(method={self.method!r}) has "
                 f"the right one"
             )
+        with torch.device("meta"):  # which computes nothing: whether such widths make a network
+            self.architecture().build()
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
@@ -282,13 +343,15 @@ class Equilibrium:
             hidden=setting.hidden,
             solver=recipe.solver,
             estimator=recipe.estimator,
-            epochs=10,
+            epochs=setting.epochs,
+            batch=setting.batch,
+            held_out=setting.source.held_out,
             outer_lr=recipe.outer_lr,
             weight_decay=recipe.weight_decay,
         )
         scale = chosen.get("scale", "small")
         if scale == "paper":
-            return replace(small, scale="paper", epochs=30)
+            return replace(small, scale="paper", epochs=setting.paper_epochs)
         if scale == "smoke":
             return replace(
                 small,
@@ -308,13 +371,23 @@ class Equilibrium:
         setting = SETTINGS[self.setting]
         return f"{setting.label}, {setting.methods[self.method].label}"
 
+    def architecture(self) -> Architecture:
+        """Of the network."""
+        setting, recipe = SETTINGS[self.setting], recipe_of(self.setting, self.method)
+        files = setting.source.files
+        arguments = {"shape": files.SHAPE, "hidden": self.hidden, "outputs": len(files.CLASSES)}
+        if recipe.learned_feedback:
+            arguments["learned_feedback"] = True
+        return Architecture(setting.network.__name__, arguments)
+
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
         """The images, standardised."""
-        pool = mnist.load()
+        files = SETTINGS[self.setting].source.files
+        pool = files.load()
         total = len(pool) if self.samples is None else self.samples
         parts = split(
             pool,
-            mnist.load(mnist.TEST),
+            files.load(files.TEST),
             samples=total,
             training=total - self.held_out,
             seed=self.seed,
@@ -323,7 +396,8 @@ class Equilibrium:
         )
         assert parts.test is not None
         first = slice(self.test_images)
-        return replace(parts, test=(parts.test[0][first], parts.test[1][first]))
+        test = parts.test[0][first], parts.test[1][first]
+        return replace(parts, test=test, target=Classes(files.CLASSES))
 
 
 def recipe_of(setting: SettingName, method: MethodName) -> Recipe:
@@ -383,7 +457,7 @@ class Job:
         self.data = config.load(device, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = SETTINGS[config.setting].build(config)
+            network = config.architecture().build()
         self.network = network.to(device, dtype)
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
@@ -431,13 +505,14 @@ class Job:
                 decay=config.outer_lr if config.decay else None,
             )
         )
-        content = {
-            "format": FORMAT,
-            "equigrad": equigrad.__version__,
-            "config": describe(config),
-            "weights": {name: w.detach() for name, w in state.meta_params.items()},
-        }
-        write_whole(directory.path / "model.pt", as_bytes(content))
+        model = Model(
+            config.architecture(),
+            state.meta_params,
+            self.data.target,
+            self.data.encoding,
+            config.solver,
+        )
+        write_whole(directory.path / "model.pt", as_bytes(model.plain()))
         assert self.data.test is not None
         metrics = {
             "validation_accuracy": self.accuracy(self.data.validation),

@@ -120,6 +120,7 @@ class EquilibriumTable(ByRuns):
             lines.append(
                 [
                     SETTINGS[setting].label,
+                    SETTINGS[setting].source.name,
                     SETTINGS[setting].methods[method].label,
                     with_error(*mean_and_error([row.validation for row in own])),
                     with_error(*mean_and_error([row.test for row in own])),
@@ -129,7 +130,7 @@ class EquilibriumTable(ByRuns):
                 ]
             )
         heads = (
-            *("network", "gradient by", "validation, %", "test, %"),
+            *("network", "images", "gradient by", "validation, %", "test, %"),
             *("epochs", "gradients of batches", "minutes"),
         )
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -141,19 +142,23 @@ class EquilibriumTable(ByRuns):
         )
 
     def draw(self, rows: Sequence[Reached]) -> Figure:
-        """Test accuracy of every seed."""
+        """Test accuracy of every seed, a panel a data set."""
         places = self._places()
-        figure = Figure(figsize=(8, 0.9 + 0.38 * len(places)), layout="constrained")
-        axes = figure.subplots()
-        for at, (setting, method) in enumerate(places):
-            own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
-            color = f"C{self.only.index(setting)}"
-            axes.plot(own, [at] * len(own), "o", color=color)
-        names = [f"{SETTINGS[s].label}: {SETTINGS[s].methods[m].label}" for s, m in places]
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        reached = [row.test for row in rows]
-        axes.set(xlim=(min(reached) - 0.5, max(reached) + 0.5), ylim=(len(names) - 0.5, -0.5))
-        axes.set_xlabel("test accuracy (%)")
-        axes.grid(alpha=0.3, axis="x")
-        axes.spines[["top", "right"]].set_visible(False)
+        sources = list(dict.fromkeys(SETTINGS[setting].source.name for setting, _ in places))
+        panels = [[p for p in places if SETTINGS[p[0]].source.name == name] for name in sources]
+        figure = Figure(figsize=(8, 0.9 * len(panels) + 0.38 * len(places)), layout="constrained")
+        sizes = [len(panel) for panel in panels]
+        every = figure.subplots(len(panels), squeeze=False, height_ratios=sizes)[:, 0]
+        for axes, name, panel in zip(every, sources, panels, strict=True):
+            reached: list[float] = []
+            for at, (setting, method) in enumerate(panel):
+                own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
+                axes.plot(own, [at] * len(own), "o", color=f"C{self.only.index(setting)}")
+                reached += own
+            names = [f"{SETTINGS[s].label}: {SETTINGS[s].methods[m].label}" for s, m in panel]
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+            axes.set(xlim=(min(reached) - 0.5, max(reached) + 0.5), ylim=(len(names) - 0.5, -0.5))
+            axes.set_xlabel(f"test accuracy on {name} (%)")
+            axes.grid(alpha=0.3, axis="x")
+            axes.spines[["top", "right"]].set_visible(False)
         return figure

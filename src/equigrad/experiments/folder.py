@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equigrad.data.folder import Pixels, read_classes
+from equigrad.data.folder import read_classes
+from equigrad.data.images import Pixels
 from equigrad.data.split import Split, divide
 from equigrad.data.targets import Classes
 from equigrad.errors import ConfigurationError

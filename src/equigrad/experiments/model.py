@@ -1,5 +1,6 @@
 """A network that has learned, with all it takes to ask it: what `equigrad predict` reads."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +8,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 import equigrad
+from equigrad import solvers
 from equigrad.data.encoding import Categorical, Encoding, Numeric
-from equigrad.data.folder import Pixels
+from equigrad.data.images import Pixels
 from equigrad.data.targets import Classes, Numbers, Target
-from equigrad.errors import RunError
+from equigrad.errors import RunError, SettlingWarning
 from equigrad.experiments.run_directory import describe
-from equigrad.nn import Functional, lenet5, tanh_network
+from equigrad.nn import lenet5, settling_networks, tanh_network
+from equigrad.solvers import Solver
+from equigrad.solvers.settle import numbered
+from equigrad.training.relaxation import settled_logits
 
 FORMAT = "equigrad model 1"
-NETWORKS = {"tanh_network": tanh_network, "lenet5": lenet5}
+NETWORKS = {
+    made.__name__: made
+    for made in (
+        tanh_network,
+        lenet5,
+        settling_networks.relaxing_tanh_network,
+        settling_networks.recurrent_tanh_network,
+        settling_networks.hopfield_network,
+        settling_networks.convolutional_equilibrium_network,
+        settling_networks.convolutional_hopfield_network,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -33,14 +48,21 @@ class Architecture:
     name: str
     arguments: Mapping[str, Any]
 
-    def build(self) -> Module:
-        """The network, with a start that torch's generator draws."""
+    def build(self) -> Any:
+        """The network, a module, with a start that torch's generator draws."""
         return NETWORKS[self.name](**self.arguments)
 
 
+OF_MAPS = (
+    *(solvers.Anderson, solvers.Broyden, solvers.GradientDescent),
+    *(solvers.GradientFlow, solvers.Picard),
+)
 KINDS = {
     kind.__name__: kind
-    for kind in (Architecture, Classes, Numbers, Encoding, Numeric, Categorical, Pixels)
+    for kind in (
+        *(Architecture, Classes, Numbers, Encoding, Numeric, Categorical, Pixels),
+        *OF_MAPS,
+    )
 }
 """What a model is made of beside tensors and plain values."""
 
@@ -54,20 +76,47 @@ class Model:
         params: its weights.
         target: what it predicts.
         encoding: turns what a user has into inputs.
+        solver: settles the network for every input; None for one that computes in a sweep.
     """
 
     architecture: Architecture
     params: Mapping[str, Tensor]
     target: Target
     encoding: Encoding | Pixels
+    solver: Solver | None = None
+
+    def network(self) -> Any:
+        """The network, a module with its weights, in the type it has learned in."""
+        with torch.random.fork_rng(devices=[]):
+            network = self.architecture.build()
+        network.to(next(iter(self.params.values())).dtype)
+        network.load_state_dict(self.params)
+        return network.eval()
 
     def outputs(self, x: Tensor) -> Tensor:
-        """What the network says of inputs, in the type it has learned in."""
-        with torch.random.fork_rng(devices=[]):
-            network = Functional(self.architecture.build())
-        first = next(iter(self.params.values()))
+        """What the network says of inputs, in the type it has learned in.
+
+        Warns:
+            SettlingWarning: it has not settled for some of them.
+        """
+        found, unsettled = self.ask(x)
+        if unsettled:
+            warnings.warn(
+                f"the network has not settled for {numbered(unsettled)} of {len(x)}, and what it "
+                f"says of these may be wrong",
+                SettlingWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def ask(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """What the network says, and the numbers of the inputs for which it has not settled."""
+        network = self.network()
+        x = x.to(next(iter(self.params.values())))
+        if self.solver is not None:
+            return settled_logits(network, x, solver=self.solver)
         with torch.no_grad():
-            return network(self.params, x.to(first))
+            return network(x), []
 
     def plain(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with `weights_only=True`."""
@@ -79,7 +128,7 @@ class Model:
         }
 
 
-PARTS = ("architecture", "target", "encoding")
+PARTS = ("architecture", "target", "encoding", "solver")
 
 
 def load_model(path: Path) -> Model:
@@ -93,14 +142,14 @@ def load_model(path: Path) -> Model:
         beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []
         where = f"; there is one in {beside[0].parent}" if beside else ""
         raise RunError(
-            f"{file} is not there: a model is saved at the end of `equigrad run tabular` and "
-            f"`run folder`{where}"
+            f"{file} is not there: a model is saved at the end of `equigrad run tabular`, "
+            f"`run folder` and `run equilibrium`{where}"
         )
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
         if loaded["format"] != FORMAT:
             raise ValueError(f"its format is {loaded['format']!r}, expected {FORMAT!r}")
-        return Model(params=loaded["params"], **{part: _made(loaded[part]) for part in PARTS})
+        return Model(params=loaded["params"], **{part: _made(loaded.get(part)) for part in PARTS})
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise RunError(
             f"{file} cannot be read as a model of equigrad ({type(error).__name__}: {error})"

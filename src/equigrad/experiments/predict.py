@@ -12,7 +12,8 @@ from rich.console import Console
 
 from equigrad.data import tables
 from equigrad.data.encoding import Encoding
-from equigrad.data.folder import SUFFIXES, Pixels, find, named, read_images
+from equigrad.data.folder import SUFFIXES, find, named, read_images
+from equigrad.data.images import Pixels
 from equigrad.data.tables import MISSING, Decimal, listed
 from equigrad.data.targets import Target
 from equigrad.errors import DataError, RunError
@@ -53,7 +54,7 @@ def predict_table(
     known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}
     if more := [name for name in table.columns if name not in known]:
         notes.append(f"not looked at: {listed(more)}")
-    outputs = asked.outputs(x)
+    outputs, _ = asked.ask(x)
     name = asked.encoding.target
     if name in table.columns:
         notes += scored(asked.target, outputs, table.columns[name], table.numbers(name))
@@ -87,7 +88,10 @@ def predict_images(
     if broken and not (skip_broken and kept):
         raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
     notes = [named(broken, len(files)) + ", left out"] if broken else []
-    outputs = asked.outputs(asked.encoding.encode(pixels))
+    outputs, unsettled = asked.ask(asked.encoding.encode(pixels))
+    if unsettled:
+        names = listed([str(kept[i]) for i in unsettled], 5)
+        notes.append(f"not settled, so that the answer may be wrong: {names}")
     classes = [class_of(path, folder, asked.target) for path in kept]
     unknown: list[float | None] = [None] * len(classes)
     if any(label is not None for label in asked.target.read(classes, unknown)):

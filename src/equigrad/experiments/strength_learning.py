@@ -413,7 +413,7 @@ def run_seed(
     if job.split.note:
         said = f"seed {config.seed}: {config.outer_steps} outer steps; {job.split.note}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-    if job.split.encoding is not None:  # the user's own data, which may change under a run
+    if job.split.encoding is not None:  # of files that may change under a run
         began = directory.read_json("data.json")
         if began is not None and began["sha256"] != job.split.digest:
             raise RunError(

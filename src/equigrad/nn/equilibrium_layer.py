@@ -61,9 +61,10 @@ class EquilibriumLayer(nn.Module):
             of h is one of samples. `torch.compile(cell)` will do, too.
         solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
         estimator: how the gradient is had; any that serves the cell where it has settled.
-        unsettled: what to do where a sample has not settled (without a tolerance: where the largest
-            residual has more than doubled), or the estimator has something to say: `warn`, `raise`
-            or `ignore`. Under `warn`, the first forward pass that fails says so,
+        unsettled: what to do where a sample has not settled or has diverged (without a tolerance:
+            where the largest residual has more than doubled), or the estimator has something to
+            say: `warn`, `raise` or `ignore`. A sample that has diverged is left where it started,
+            and gets no gradient. Under `warn`, the first forward pass that fails says so,
             with the spectral radius, and the first such backward pass; `phase` says it of every
             pass.
 
@@ -77,7 +78,8 @@ class EquilibriumLayer(nn.Module):
             cell.
         ProblemError: from a forward pass, where the cell changes the shape of h, or an input is not
             finite.
-        SettlingError: from a forward pass that diverges, or has not settled under `raise`.
+        SettlingError: from a forward pass in which all samples diverge, or some have not settled
+            under `raise`.
 
     Example:
         >>> import torch, equigrad as eg
@@ -193,6 +195,9 @@ class EquilibriumLayer(nn.Module):
             learned: those of them that want a gradient.
             pressure: `∂L/∂h*`, by name.
         """
+        if settled.phase.diverged:  # what never settled has no gradient
+            lost = torch.tensor(settled.phase.diverged, device=next(iter(pressure.values())).device)
+            pressure = {name: p.index_fill(0, lost, 0.0) for name, p in pressure.items()}
         size = rows(list(pressure.values()), samples=True).norm(dim=1).max().item()
         if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
             return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from equigrad.errors import ConfigurationError
 from equigrad.nn.batches import draws, reading, summed_cross_entropy
+from equigrad.nn.parts import Parts
 from equigrad.problems import FixedPoint, Params
 
 OuterLoss = Callable[[Tensor, Tensor], Tensor]
@@ -72,15 +72,8 @@ class Relaxing(nn.Module):
         blocks[-1].extend(layers)
         self.blocks = nn.ModuleList(blocks)
         self.outer_loss = outer_loss
-        first: dict[int, str] = {}  # weights in two places are one parameter, by its first name
-        for name, p in self.named_parameters(remove_duplicate=False):
-            first.setdefault(id(p), name)
-        self._parts = {
-            str(i): [
-                (first[id(p)], name) for name, p in block.named_parameters(remove_duplicate=False)
-            ]
-            for i, block in enumerate(blocks)
-        }
+        self._names = {str(i): f"blocks.{i}" for i in range(len(blocks))}
+        self._parts = Parts(self, list(self._names.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network computes in one sweep, without relaxing."""
@@ -98,7 +91,7 @@ class Relaxing(nn.Module):
         states = {}
         sample = x[:1]
         with reading(self, x):
-            for name, block in zip(self._parts, self.blocks, strict=True):
+            for name, block in zip(self._names, self.blocks, strict=True):
                 sample = block(sample)
                 states[name] = x.new_zeros(len(x), *sample.shape[1:])
         return states
@@ -118,10 +111,9 @@ class Relaxing(nn.Module):
         """The last state."""
         return params[str(len(self.blocks) - 1)]
 
-    def apply_block(self, name: str, meta_params: Params, below: Tensor) -> Tensor:
-        """A block with the weights that `meta_params` holds."""
-        weights = {own: meta_params[full] for full, own in self._parts[name]}
-        return functional_call(self.blocks[int(name)], weights, (below,))
+    def bind(self, name: str, meta_params: Params) -> Callable[..., Tensor]:
+        """A block, by the name of its state, with the weights that `meta_params` holds."""
+        return self._parts.bind(self, self._names[name], meta_params)
 
 
 class _Sweep:
@@ -131,17 +123,18 @@ class _Sweep:
         self._net, self._x = net, x
 
     def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
-        return self._above(self._net.apply_block("0", meta_params, self._x), params, meta_params)
+        return self.at(meta_params)(params)
 
     def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
-        """The first block, which sees x alone, is computed once."""
-        if draws(self._net.blocks[0]):  # the same numbers in the same order as the map
-            return lambda params: self(params, meta_params)
-        first = self._net.apply_block("0", meta_params, self._x)
-        return lambda params: self._above(first, params, meta_params)
+        """The first block, which sees x alone, is computed once, unless it draws numbers."""
+        names = [str(i) for i in range(len(self._net.blocks))]
+        first, *others = (self._net.bind(name, meta_params) for name in names)
+        once = None if draws(self._net.blocks[0]) else first(self._x)
 
-    def _above(self, first: Tensor, params: Params, meta_params: Params) -> dict[str, Tensor]:
-        image = {"0": first}
-        for name in list(params)[1:]:
-            image[name] = self._net.apply_block(name, meta_params, params[str(int(name) - 1)])
-        return image
+        def sweep(params: Params) -> dict[str, Tensor]:
+            image = {"0": first(self._x) if once is None else once}
+            for below, name, block in zip(names, names[1:], others, strict=False):
+                image[name] = block(params[below])
+            return image
+
+        return sweep

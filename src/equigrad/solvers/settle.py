@@ -28,7 +28,10 @@ class Phase:
             reached), `stalled` (the solver found no step that helps, short of the tolerance) or
             `stopped` (ran the steps it was given; no tolerance applied).
         tol: the tolerance that applied, or None.
-        residuals: of each sample, where samples settle on their own; `residual` is the largest.
+        residuals: of each sample, where samples settle on their own; `residual` is the largest of
+            those that have not diverged.
+        diverged: the samples whose velocity was no longer finite. They are left where the phase
+            started, and their residual is infinite.
     """
 
     beta: complex
@@ -38,6 +41,7 @@ class Phase:
     outcome: Literal["converged", "not converged", "stalled", "stopped"]
     tol: float | None = None
     residuals: Tensor | None = field(default=None, compare=False, repr=False)
+    diverged: tuple[int, ...] = ()
 
     @property
     def grew(self) -> bool:
@@ -46,25 +50,29 @@ class Phase:
 
     @property
     def failed(self) -> bool:
-        """Whether it missed its tolerance or, without one, went away from rest."""
-        return self.outcome in ("not converged", "stalled") or self.grew
+        """Whether it missed its tolerance or, without one, went away from rest; all or in part."""
+        return self.outcome in ("not converged", "stalled") or self.grew or bool(self.diverged)
 
     @property
     def unsettled(self) -> list[int]:
-        """The samples whose residual is above the tolerance; none where there is no tolerance."""
+        """The samples whose residual is above the tolerance, and those that have diverged."""
         if self.residuals is None or self.tol is None:
-            return []
+            return list(self.diverged)
         return torch.nonzero(~(self.residuals <= self.tol)).flatten().tolist()
 
     def __str__(self) -> str:
+        slow = [sample for sample in self.unsettled if sample not in self.diverged]
         missed = self.outcome in ("not converged", "stalled") and self.tol is not None
+        missed = missed and bool(slow or not self.diverged)
         tolerance = f" (tol {self.tol:.2g})" if missed else ""
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         said = f"{self.outcome}: residual {self.residual:.2g} after {steps}{tolerance}"
         if missed and self.residuals is not None:
-            said += f" in {numbered(self.unsettled)} of {len(self.residuals)}"
+            said += f" in {numbered(slow)} of {len(self.residuals)}"
         if self.grew:
             said += f", up from {self.start_residual:.2g}"
+        if self.diverged and self.residuals is not None:
+            said += f"; {numbered(list(self.diverged))} of {len(self.residuals)} diverged"
         return said
 
 
@@ -141,7 +149,8 @@ def settle(
         batches: mini-batches that make up the loss. With several, the residual is that of the
             velocity averaged over the last whole passes, and is looked at after a pass.
         samples: whether the first dimension of every parameter is one of samples that settle on
-            their own. The phase has settled when each of them has.
+            their own. The phase has settled when each of them has. One that diverges goes back to
+            the start, and the others go on without it.
         watch: sees the phase before every step.
         share: of the first residual, which has to be reached as well as the tolerance.
         count: is told how many velocities were evaluated, as they are.
@@ -154,7 +163,8 @@ def settle(
 
     Raises:
         ConfigurationError: the solver compiles, and the steps are not alike or cannot be compiled.
-        SettlingError: the velocity is no longer finite.
+        SettlingError: the velocity is no longer finite: of all samples, where they settle on their
+            own, or of any, where the solver compiles or the steps are recorded.
     """
     params = dict(start)
     if not graph:
@@ -165,6 +175,7 @@ def settle(
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
     step, start_residual, residual, rests, stalled = 0, math.nan, math.nan, False, False
     residuals: Tensor | None = None
+    lost: Tensor | None = None
     every = batches * math.ceil(solver.check_every / batches)
     passed: list[Tensor] = []
     summed = 0
@@ -200,6 +211,8 @@ def settle(
     if solver.compile and room > every:  # the last steps are taken one by one, and looked at
         several = CompiledSteps(velocity, params, state, solver, first_step, count)
 
+    apart = not graph and several is None  # one by one, samples can be left behind
+
     while True:
         if watch is not None:
             watch(first_step + step, params, state)
@@ -217,6 +230,11 @@ def settle(
                 residuals = torch.stack(norms).norm(dim=0)
                 residuals /= max(summed, 1)
                 residual = residuals.max().item()
+                if lost is not None or (apart and not math.isfinite(residual)):
+                    lost, residuals = _diverging(residuals, lost)
+                    if not lost.all():  # those that are left go on
+                        residual = residuals[~lost].max().item()
+                        _put_back(leaves, start, lost)
             else:
                 residual = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(mean))).item()
                 residual /= max(summed, 1)
@@ -250,18 +268,34 @@ def settle(
             params = dict(zip(params, leaves, strict=True))
         else:
             stalled = solver.update(leaves, v, state, objective) is False
+            if lost is not None:
+                _put_back(leaves, start, lost)
         step += 1 if together is None else together.steps
         if last or stalled:
             break
 
     outcome = "stopped" if tol is None else "not converged"
-    outcome = "converged" if rests else "stalled" if stalled else outcome
+    outcome = "converged" if rests and lost is None else "stalled" if stalled else outcome
+    diverged = () if lost is None else tuple(torch.nonzero(lost).flatten().tolist())
     return Settled(
         params=params if graph else {name: p.detach() for name, p in params.items()},
         solver_state=state,
         end_step=first_step + step,
-        phase=Phase(beta, step, start_residual, residual, outcome, tol, residuals),
+        phase=Phase(beta, step, start_residual, residual, outcome, tol, residuals, diverged),
     )
+
+
+def _diverging(residuals: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The samples that have diverged, now or before, and residuals that are infinite there."""
+    now = ~residuals.isfinite()
+    lost = now if lost is None else now | lost
+    return lost, torch.where(lost, math.inf, residuals)
+
+
+def _put_back(leaves: list[Tensor], start: Params, lost: Tensor) -> None:
+    """Samples that have diverged go to where they started."""
+    for leaf, before in zip(leaves, start.values(), strict=True):
+        leaf[lost] = before.detach()[lost]
 
 
 def _for_learners(solver: Solver, beta: complex) -> str:

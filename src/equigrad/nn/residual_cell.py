@@ -1,0 +1,49 @@
+"""A convolutional residual block that settles."""
+
+from torch import Tensor, nn
+
+from equigrad.errors import ConfigurationError
+
+
+class ResidualCell(nn.Module):
+    r"""A residual block with its input injected, for `EquilibriumLayer` or `EquilibriumNetwork`.
+
+        h ← norm(relu(h + norm(z + conv(norm(relu(conv h))))))
+
+    of 3 × 3 convolutions and group normalisation (Wu, He 2018), which keeps samples apart. Its
+    convolutions start small, so that it contracts.
+
+    Args:
+        channels: of h and z.
+        groups: of a normalisation; they divide the channels.
+        deviation: of the weights' normal start.
+
+    Raises:
+        ConfigurationError: numbers below 1, channels that groups do not divide, or a deviation < 0.
+
+    Example:
+        >>> import torch
+        >>> h = torch.randn(2, 16, 8, 8)
+        >>> ResidualCell(16)(h, h).shape
+        torch.Size([2, 16, 8, 8])
+    """
+
+    def __init__(self, channels: int, *, groups: int = 8, deviation: float = 0.01) -> None:
+        super().__init__()
+        if groups < 1 or channels < 1 or channels % groups:
+            raise ConfigurationError(
+                f"channels must be a multiple of the {groups} groups that are normalised together, "
+                f"got {channels}"
+            )
+        if not 0 <= deviation < float("inf"):
+            raise ConfigurationError(f"deviation must be at least 0, got {deviation}")
+        self.one = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(3))
+        for conv in (self.one, self.two):
+            nn.init.normal_(conv.weight, std=deviation)
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        """One step."""
+        inner = self.norms[0](self.one(h).relu())
+        return self.norms[2]((h + self.norms[1](z + self.two(inner))).relu())

@@ -1,0 +1,141 @@
+"""The networks of `equigrad run equilibrium`, made of plain numbers, so that a file can name them.
+
+Each is shown images of a shape, channels x height x width.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch.nn import (
+    AdaptiveAvgPool2d,
+    Conv2d,
+    Flatten,
+    GroupNorm,
+    Linear,
+    MaxPool2d,
+    Module,
+    Sequential,
+)
+
+from equigrad.errors import ConfigurationError
+from equigrad.nn.equilibrium_network import EquilibriumNetwork
+from equigrad.nn.equilibrium_rnn import EquilibriumRNN
+from equigrad.nn.hopfield import Hopfield
+from equigrad.nn.learned_feedback import with_learned_feedback
+from equigrad.nn.networks import tanh_network
+from equigrad.nn.relaxing import Relaxing
+from equigrad.nn.residual_cell import ResidualCell
+
+GROUPS = 8
+"""What channels of a convolutional equilibrium network are normalised in."""
+
+
+def relaxing_tanh_network(
+    shape: Sequence[int], hidden: Sequence[int], outputs: int, *, learned_feedback: bool = False
+) -> Relaxing:
+    """A feed-forward network of tanh layers whose states relax.
+
+    Args:
+        shape: of an image, which is flattened.
+        hidden: widths of the hidden layers.
+        outputs: number of outputs.
+        learned_feedback: whether it has feedback weights of its own.
+
+    Raises:
+        ConfigurationError: a width < 1.
+    """
+    model = tanh_network(math.prod(shape), hidden, outputs)
+    layers = with_learned_feedback(model) if learned_feedback else model
+    return Relaxing(Sequential(Flatten(), *layers.children()))
+
+
+def recurrent_tanh_network(
+    shape: Sequence[int], hidden: Sequence[int], outputs: int
+) -> EquilibriumRNN:
+    """An `EquilibriumRNN` of one hidden layer.
+
+    Raises:
+        ConfigurationError: several hidden layers, or none.
+    """
+    return EquilibriumRNN(math.prod(shape), single(hidden), outputs)
+
+
+def hopfield_network(shape: Sequence[int], hidden: Sequence[int], outputs: int) -> Hopfield:
+    """A fully connected `Hopfield` network."""
+    sizes = [math.prod(shape), *hidden, outputs]
+    first, *others = (Linear(*pair) for pair in pairwise(sizes))
+    return Hopfield([Sequential(Flatten(), first), *others])
+
+
+def convolutional_equilibrium_network(
+    shape: Sequence[int], hidden: Sequence[int], outputs: int
+) -> EquilibriumNetwork:
+    """A `ResidualCell` that settles under an image, and linear logits of its pools.
+
+    A convolution of stride 2 and a pooling by two make the image a quarter as high and wide; the
+    settled channels are averaged to 4 x 4 places.
+
+    Args:
+        shape: of an image.
+        hidden: number of channels, a multiple of 8; one.
+        outputs: number of classes.
+
+    Raises:
+        ConfigurationError: several numbers of channels, or one that is no multiple of 8.
+
+    Example:
+        >>> net = convolutional_equilibrium_network((3, 32, 32), (16,), 10)
+        >>> sum(p.numel() for p in net.parameters())
+        7754
+    """
+    channels = single(hidden)
+    cell = ResidualCell(channels, groups=GROUPS)
+    encoder = Sequential(
+        Conv2d(shape[0], channels, 5, stride=2, padding=2),
+        GroupNorm(GROUPS, channels),
+        MaxPool2d(2),
+    )
+    readout = Sequential(AdaptiveAvgPool2d(4), Flatten(), Linear(16 * channels, outputs))
+    return EquilibriumNetwork(encoder, cell, readout)
+
+
+def convolutional_hopfield_network(
+    shape: Sequence[int], hidden: Sequence[int], outputs: int
+) -> Hopfield:
+    """A `Hopfield` network of convolutions with pooling by two, read under cross-entropy.
+
+    Args:
+        shape: of an image.
+        hidden: maps of each layer of neurons.
+        outputs: number of classes.
+
+    Raises:
+        ConfigurationError: more layers than the image can be halved.
+    """
+    channels, height, width = shape
+    left = height >> len(hidden), width >> len(hidden)
+    if not min(left):
+        raise ConfigurationError(
+            f"{len(hidden)} hidden layers, each half as high and wide as the one before, leave "
+            f"nothing of an image of {height} x {width}; take fewer"
+        )
+    layers: list[Module] = [
+        Sequential(Conv2d(before, maps, 3, padding=1), MaxPool2d(2))
+        for before, maps in pairwise([channels, *hidden])
+    ]
+    last = Linear(hidden[-1] * math.prod(left), outputs)
+    return Hopfield([*layers, Sequential(Flatten(), last)], readout="cross-entropy")
+
+
+def single(hidden: Sequence[int]) -> int:
+    """The width of the one hidden layer there is.
+
+    Raises:
+        ConfigurationError: there are others, or none.
+    """
+    if len(hidden) != 1:
+        raise ConfigurationError(
+            f"this network has one hidden layer, got hidden widths {tuple(hidden)}"
+        )
+    return hidden[0]
