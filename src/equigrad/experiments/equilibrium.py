@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import Flatten, Linear, Module, Sequential
+from torch.nn import Flatten, Linear, Module, Sequential, Tanh
 
 import equigrad
-from equigrad.controllers import Controller, DynamicInversion, EnergyInversion
+from equigrad.controllers import Controller, DynamicInversion, EnergyInversion, LinearFeedback
 from equigrad.data import mnist
 from equigrad.data.images import split
 from equigrad.data.split import Split
@@ -46,6 +46,7 @@ MethodName = Literal[
     "dynamic-inversion",
     "energy-inversion",
     "kolen-pollack",
+    "linear-feedback",
     "equilibrium-propagation",
 ]
 PIXELS, CLASSES = 28 * 28, 10
@@ -67,6 +68,17 @@ BY_ENERGY = LeastControl(
     start="free",
 )
 
+BY_LINEAR_FEEDBACK = LeastControl(
+    controller=LinearFeedback(
+        gain=0.1,
+        leak=1.0,
+        feedback="feedback",
+        gate=Tanh(),
+        solver=Anderson(tol=0.003, max_steps=60),
+    ),
+    start="free",
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -78,7 +90,7 @@ class Recipe:
         solver: settles the neurons; what `LeastControl` does not use in training, the test does.
         outer_lr: Adam's step size.
         weight_decay: Adam's, decoupled; what aligns learned feedback with the weights.
-        learned_feedback: whether the network has feedback weights of its own.
+        network: makes the network of its layers, where it has layers.
     """
 
     label: str
@@ -86,7 +98,7 @@ class Recipe:
     solver: Solver
     outer_lr: float = 1e-3
     weight_decay: float = 0.0
-    learned_feedback: bool = False
+    network: Callable[[Sequential], Relaxing] = Relaxing
 
 
 @dataclass(frozen=True)
@@ -107,10 +119,19 @@ class Setting:
 
 
 def _feed_forward(config: "Equilibrium") -> Module:
-    model = tanh_network(PIXELS, config.hidden, CLASSES)
-    learned = recipe_of(config.setting, config.method).learned_feedback
-    layers = with_learned_feedback(model) if learned else model
-    return Relaxing(Sequential(Flatten(), *layers.children()))
+    layers = Sequential(Flatten(), *tanh_network(PIXELS, config.hidden, CLASSES))
+    return recipe_of(config.setting, config.method).network(layers)
+
+
+def _with_learned_feedback(layers: Sequential) -> Relaxing:
+    return Relaxing(Sequential(*with_learned_feedback(layers).children()))
+
+
+def _with_linear_feedback(layers: Sequential) -> Relaxing:
+    """Feedback weights from the outputs to every hidden layer, which know nothing at first."""
+    *hidden, outputs = (layer.out_features for layer in layers if isinstance(layer, Linear))
+    start = {str(i): torch.zeros(width, outputs) for i, width in enumerate(hidden)}
+    return Relaxing(layers, feedback=start)
 
 
 def _recurrent(config: "Equilibrium") -> Module:
@@ -141,7 +162,13 @@ SETTINGS: dict[SettingName, Setting] = {
                 _under(INVERSION),
                 SWEEPS,
                 weight_decay=0.1,
-                learned_feedback=True,
+                network=_with_learned_feedback,
+            ),
+            "linear-feedback": Recipe(
+                "linear feedback, learned from noise",
+                BY_LINEAR_FEEDBACK,
+                SWEEPS,
+                network=_with_linear_feedback,
             ),
         },
     ),
