@@ -58,6 +58,11 @@ REST = Anderson(tol=1e-3, max_steps=30)
 # batch unsettled, once weights had grown (docs/least-control.md)
 INVERSION = DynamicInversion(gain=0.1, leak=1.0, solver=Anderson(tol=0.03, max_steps=30))
 
+# from the free equilibrium, with room for the samples that take long: none was left over
+BY_LEARNED_FEEDBACK = LeastControl(
+    controller=replace(INVERSION, solver=Anderson(tol=0.03, max_steps=60)), start="free"
+)
+
 # the energy's curvature grows with the squares of the weights' norms, to 7 and more in four epochs:
 # damping makes steps short enough for that, and from the free equilibrium, where all that is not
 # settled is the control itself, no sample is left over
@@ -68,6 +73,7 @@ BY_ENERGY = LeastControl(
     start="free",
 )
 
+# φ moves by b = 0.1 of the control, so that this is the tolerance of the others on the control
 BY_LINEAR_FEEDBACK = LeastControl(
     controller=LinearFeedback(
         gain=0.1,
@@ -159,8 +165,11 @@ SETTINGS: dict[SettingName, Setting] = {
             "energy-inversion": Recipe("energy-based inversion", BY_ENERGY, SWEEPS),
             "kolen-pollack": Recipe(
                 "dynamic inversion with learned feedback",
-                _under(INVERSION),
+                BY_LEARNED_FEEDBACK,
                 SWEEPS,
+                # both receive the same steps, so that W and B align as these add up; decay, which
+                # would see to the rest, costs accuracy: after two epochs 1.0 gives angles of 50°
+                # for 57° and 96.3 % of the validation images for 96.6 %
                 weight_decay=0.1,
                 network=_with_learned_feedback,
             ),
