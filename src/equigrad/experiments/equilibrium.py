@@ -63,12 +63,12 @@ BY_LEARNED_FEEDBACK = LeastControl(
     controller=replace(INVERSION, solver=Anderson(tol=0.03, max_steps=60)), start="free"
 )
 
-# the energy's curvature grows with the squares of the weights' norms, to 7 and more in four epochs:
-# damping makes steps short enough for that, and from the free equilibrium, where all that is not
-# settled is the control itself, no sample is left over
+# the energy's curvature grows with the squares of the weights' norms, to 10 in ten epochs: damping
+# makes steps short enough, memory takes half of them; at the free equilibrium all that is not
+# settled is the control itself (benchmarks/controlled_phases.py)
 BY_ENERGY = LeastControl(
     controller=EnergyInversion(
-        gain=0.1, leak=1.0, solver=Anderson(tol=0.03, damping=0.3, max_steps=60)
+        gain=0.1, leak=1.0, solver=Anderson(tol=0.03, damping=0.3, history=10, max_steps=100)
     ),
     start="free",
 )
@@ -194,17 +194,8 @@ SETTINGS: dict[SettingName, Setting] = {
                 REST,
             ),
             "energy-inversion": Recipe(
-                # gently, too; what a neuron adds comes back by W, of a norm of 3.7 after three
-                # epochs: twice the memory takes half the steps
                 "energy-based inversion",
-                LeastControl(
-                    controller=EnergyInversion(
-                        gain=0.03,
-                        leak=1.0,
-                        solver=Anderson(tol=0.03, damping=0.3, history=10, max_steps=100),
-                    ),
-                    start="free",
-                ),
+                replace(BY_ENERGY, controller=replace(BY_ENERGY.controller, gain=0.03)),
                 REST,
             ),
         },
