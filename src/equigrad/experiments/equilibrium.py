@@ -194,6 +194,7 @@ SETTINGS: dict[SettingName, Setting] = {
                 REST,
             ),
             "energy-inversion": Recipe(
+                # as gently
                 "energy-based inversion",
                 replace(BY_ENERGY, controller=replace(BY_ENERGY.controller, gain=0.03)),
                 REST,
