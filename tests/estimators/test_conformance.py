@@ -300,7 +300,10 @@ def test_a_hessian_too_large_to_form():
         (lambda: eg.GMRES(restart=0), "restart must be at least 1.* got 0"),
         (lambda: eg.GMRES(max_iterations=0), "max_iterations"),
         (lambda: eg.Unrolled(truncation=0), "truncation must be at least 1, a whole number, or"),
-        (lambda: eg.Unrolled(segment=2.5), "segment must be at least 1, .* or None, got 2.5"),
+        (
+            lambda: eg.Unrolled(segment=2.5),  # pyright: ignore
+            "segment must be at least 1, .* or None, got 2.5",
+        ),
         (lambda: eg.ForwardMode(max_size=0), "max_size must be at least 1"),
         (lambda: eg.EvolutionStrategies(pairs=0), "pairs must be at least 1, got 0"),
         (lambda: eg.EvolutionStrategies(sigma=0.0), "sigma must be positive, got 0"),

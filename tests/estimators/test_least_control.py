@@ -150,6 +150,22 @@ def test_weak_control_is_recurrent_backpropagation_with_an_error_of_first_order(
     assert slope(leaks, errors) == pytest.approx(-1, abs=0.05)
 
 
+def test_a_tolerance_on_the_energy_is_one_on_the_control_for_any_strength():
+    """Its gradient shrinks with b, and a tolerance on that would end weak phases at once."""
+    problem, params, meta = cell()
+    exact = eg.meta_gradient(problem, params, meta, solver=TIGHT, estimator=eg.ExactSolve())
+    norm = math.sqrt(sum(g.square().sum() for g in exact.grads.values()))
+    steps = set[int]()
+    for strength in (1e-2, 1e-4, 1e-6):
+        flow = eg.GradientFlow(dt=0.2, tol=1e-3, max_steps=1000)
+        controller = eg.EnergyInversion(gain=strength, leak=1.0, solver=flow)
+        result = solve((problem, params, meta), controller, TIGHT, start="free")
+        missed = math.sqrt(sum((result.grads[n] - exact.grads[n]).square().sum() for n in meta))
+        assert missed < (2e-3 + 2 * strength) * norm  # of the tolerance, and the O(b) of control
+        steps.add(result.phases[1].steps)
+    assert len(steps) == 1
+
+
 def test_a_weaker_leak_meets_the_outer_loss_and_none_meets_it_exactly():
     system = cell()
     leaks = [0.03, 0.01, 0.003]

@@ -131,6 +131,22 @@ def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
     assert "learned from images; ask it with --images DIR" in said
 
 
+def test_linear_feedback_has_weights_for_every_hidden_layer_and_they_learn():
+    preset = Equilibrium.preset(setting="feed-forward", method="linear-feedback", scale="smoke")
+    job = Job(replace(preset, hidden=(16, 12, 8), threads=1))
+    found = {n: q for n, q in job.network.named_parameters() if n.startswith("feedback")}
+    assert {n: tuple(q.shape) for n, q in found.items()} == {
+        "feedback.0": (16, 10),
+        "feedback.1": (12, 10),
+        "feedback.2": (8, 10),
+    }
+    assert not any(q.any() for q in found.values())
+    job.learn()
+    forward = dict(job.network.named_parameters())["blocks.3.1.weight"].T
+    last = found["feedback.2"]
+    assert torch.cosine_similarity(last.flatten(), forward.flatten(), dim=0) > 0.7
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [

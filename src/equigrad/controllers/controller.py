@@ -99,6 +99,16 @@ class Controller(ABC):
             after: where φ begins, and the buffers that go with it.
         """
 
+    def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:
+        """Gradients of meta-parameters that the controller alone has a use for: none.
+
+        Args:
+            evaluation: the problem at its θ.
+            solver: of the free phase.
+            at: where φ rests, free or controlled.
+        """
+        return {}
+
 
 class OutputControl:
     """The output control of one phase: the pressure at the outputs, and the integral of it.

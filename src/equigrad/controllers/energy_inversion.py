@@ -19,13 +19,22 @@ from equigrad.solvers.solver import require
 class EnergyInversion(Controller):
     r"""Minimises the control and the outer loss together; the control is what then is missing.
 
-        φ* minimises  ½‖r(φ, θ)‖² + b L_out(φ),    ψ* = r(φ*, θ)
+        φ* minimises  E(φ) = ½‖r(φ, θ)‖² + b L_out(φ),    ψ* = r(φ*, θ)
 
     with the residual r = -velocity. Its stationary points are the fixed points of
     `DynamicInversion`, and its minima are never unstable under the flow in continuous time; steps
     have to be short where b or `∂r/∂φ` is large (`GradientFlow(dt=…)`, `Picard(damping=…)`). Of a
     network that is settled layer by layer, it is the energy of predictive coding. Any solver that
     minimises will do, also those that compare values (`LBFGS`).
+
+    What the solver moves is χ, per unit of the strength and from where the phase begins:
+
+        φ = φ₀ + b χ,    dχ/dt = -(∂r/∂φ)ᵀ r/b - ∂L_out/∂φ = -∂/∂χ E(φ₀ + b χ)/b²
+
+    which is the flow of E with the same steps, and a tolerance that is one on the control per unit
+    of b, as of `DynamicInversion`. The phase begins best at the free equilibrium
+    (`LeastControl(start="free")`): elsewhere r is what has not settled there, and `r/b` is taken
+    for control until the phase has settled.
 
     Raises:
         ConfigurationError: leak = 0, which makes b infinite; from `meta_gradient`, mini-batches of
@@ -49,41 +58,46 @@ class EnergyInversion(Controller):
             f"squares is not the square of the mean; use DynamicInversion(), or average the "
             f"batches in one function",
         )
-        residual, strength = evaluation.residual_at(), self.strength
+        residual, strength, start = evaluation.residual_at(), self.strength, after.params
         meta = evaluation.meta_params
 
-        def energy(params: Params, step: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-            (params,) = parts(params, "φ")
+        def place(state: Params) -> dict[str, Tensor]:
+            """φ₀ + b χ, which a residual can be differentiated by."""
+            (moved,) = parts(state, "φ")
+            return {
+                name: p.detach().add(moved[name].detach(), alpha=strength).requires_grad_()
+                for name, p in start.items()
+            }
+
+        def terms(params: Params, step: int) -> tuple[tuple[Tensor, ...], Tensor]:
             with torch.enable_grad():
-                rest = residual(params, step)
-                outer = evaluation.evaluate("outer", params, meta, step)
+                return residual(params, step), evaluation.evaluate("outer", params, meta, step)
+
+        def energy(rest: tuple[Tensor, ...], outer: Tensor) -> Tensor:
             squares = torch.stack([r.detach().square().sum() for r in rest]).sum()
-            return rest, outer, 0.5 * squares + strength * outer.detach()
+            return 0.5 * squares / strength**2 + outer.detach() / strength
 
         def velocity(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-            rest, outer, value = energy(state, step)
-            seeds = [-r.detach() for r in rest]
-            pushes = torch.full_like(outer, -strength)
-            moves = pull_back([*rest, outer], [*seeds, pushes], list(state.values()))
-            return moves, lambda: value
+            params = place(state)
+            rest, outer = terms(params, step)
+            control = [r.detach() / -strength for r in rest]
+            pushes = torch.full_like(outer, -1)
+            moves = pull_back([*rest, outer], [*control, pushes], list(params.values()))
+            return moves, lambda: energy(rest, outer)
 
         settled = evaluation.settle_controlled(
             velocity,
-            prefixed("φ", after.params),
+            prefixed("φ", {name: torch.zeros_like(p) for name, p in start.items()}),
             self.solver or solver,
             strength,
             after=after,
             gradients=3,
-            loss=lambda params, step: energy(_leaves(params), step)[2],
+            loss=lambda state, step: energy(*terms(place(state), step)),
         )
-        (ended,) = parts(settled.params, "φ")
+        ended = place(settled.params)
         with torch.enable_grad():
-            rest = residual(_leaves(ended), settled.end_step)
+            rest = residual(ended, settled.end_step)
         evaluation.gradient_evaluations += 1
-        control = {name: r.detach() / self.scale for name, r in zip(ended, rest, strict=True)}
-        return Controlled(dataclasses.replace(settled, params=ended, solver_state=None), control)
-
-
-def _leaves(params: Params) -> dict[str, Tensor]:
-    """The same numbers, which a residual can be differentiated by."""
-    return {name: p.detach().requires_grad_() for name, p in params.items()}
+        control = {name: r.detach() / strength for name, r in zip(ended, rest, strict=True)}
+        params = {name: p.detach() for name, p in ended.items()}
+        return Controlled(dataclasses.replace(settled, params=params, solver_state=None), control)

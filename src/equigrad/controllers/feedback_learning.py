@@ -1,18 +1,13 @@
 """Feedback weights from what noise does to the outputs."""
 
-import math
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from equigrad.controllers.controller import OutputControl, parts, prefixed
-from equigrad.controllers.linear_feedback import Gate, LinearFeedback, slope_of
-from equigrad.evaluation import Evaluation, no_loss
+from equigrad.controllers.controller import OutputControl
+from equigrad.controllers.linear_feedback import LinearFeedback
+from equigrad.controllers.noise import Gate, correlate, powers, require_noise, slope_of
+from equigrad.evaluation import Evaluation
 from equigrad.problems import Params, Problem
-from equigrad.solvers import Settled, Solver
-from equigrad.solvers.rows import rows
-from equigrad.solvers.solver import require
+from equigrad.solvers import Solver
 
 
 def learn_feedback(
@@ -53,48 +48,13 @@ def learn_feedback(
     Raises:
         ConfigurationError: a value outside its range.
     """
-    require(0 < noise < math.inf, f"noise must be positive, got {noise}")
-    require(draws >= 1, f"draws must be at least 1, got {draws}")
+    require_noise(noise, draws)
     with Evaluation(problem, params, meta_params) as evaluation:
-        samples = problem.samples
         free = evaluation.settle(solver)
         outputs = OutputControl(LinearFeedback(), evaluation, free).outputs
-        generator = torch.Generator().manual_seed(seed)
-        gates = {n: torch.ones_like(p) * slope_of(gate, p) for n, p in free.params.items()}
-        found: dict[str, Tensor] = {}
-        for _ in range(draws):
-            force = {
-                n: noise * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-                for n, p in free.params.items()
-            }
-            one, other = (_settle(evaluation, solver, free, force, sign) for sign in (1, -1))
-            moved = rows([(one[n] - other[n]) / 2 for n in outputs], samples)
-            for n, f in force.items():
-                pushed = rows([gates[n] * f / (noise**2 * draws)], samples)
-                correlation = pushed.T @ moved / len(moved)
-                found[n] = found[n] + correlation if n in found else correlation
-        powers = {n: rows([g.square()], samples).mean(0) for n, g in gates.items()}
-    return {n: q / powers[n].clamp(min=1e-12)[:, None] for n, q in found.items()}
-
-
-def _settle(
-    evaluation: Evaluation, solver: Solver, free: Settled, force: Params, sign: int
-) -> dict[str, Tensor]:
-    """Where φ settles under a constant force."""
-    velocity = evaluation.free_velocity()
-
-    def pushed(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-        (inner,) = parts(state, "φ")
-        moves, _ = velocity(inner, step)
-        return tuple(m + sign * f for m, f in zip(moves, force.values(), strict=True)), no_loss
-
-    settled = evaluation.settle_controlled(
-        pushed,
-        prefixed("φ", free.params),
-        solver,
-        float(sign),
-        after=free,
-        gradients=1,
-        loss=no_loss,
-    )
-    return parts(settled.params, "φ")[0]
+        gates = {n: slope_of(gate, p) for n, p in free.params.items()}
+        found = correlate(
+            evaluation, solver, free, outputs, gates, noise=noise, draws=draws, seed=seed
+        )
+    by = powers(gates, problem.samples)
+    return {n: q / by[n].clamp(min=1e-12) for n, q in found.items()}

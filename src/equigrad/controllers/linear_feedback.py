@@ -14,15 +14,13 @@ from equigrad.controllers.controller import (
     parts,
     prefixed,
 )
+from equigrad.controllers.noise import Gate, correlate, powers, require_noise, slope_of
 from equigrad.errors import ConfigurationError
 from equigrad.evaluation import Evaluation, no_loss
 from equigrad.problems import Params
-from equigrad.solvers import Moment, Solver
+from equigrad.solvers import Moment, Settled, Solver
 from equigrad.solvers.rows import rows
 from equigrad.solvers.solver import require
-
-Gate = Callable[[Tensor], Tensor]
-"""An elementwise function, whose derivative gates what reaches a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +35,32 @@ class LinearFeedback(Controller):
     control is the least one where `col Q` is that of `(∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ` for outputs h(φ), which
     `equigrad.controllers.learn_feedback` leads it to; `column_space_condition` measures it.
 
+    Q may itself be a part of θ, and learn beside the weights. Its gradient is then that of
+
+        Σ_samples ½‖g' ∘ Q - ξ (δh)ᵀ/σ²‖²
+
+    with noise ξ on the params and what that does to the outputs, as of `learn_feedback`: descending
+    it averages over mini-batches, and follows the weights.
+
     Attributes:
         feedback: Q by name of the parameter: size of the parameter (of one sample) x size of all
             outputs, which are those parameters that the outer loss depends on, in their order.
-            Outputs that are not named have `ψ = U`, other parameters no control.
+            Outputs that are not named have `ψ = U`, other parameters no control. Or a word: Q of
+            the parameter NAME is then the meta-parameter `WORD.NAME`, and learns.
         gate: g, elementwise; the identity where None. For the potentials of neurons it is their
             activation: a saturated neuron cannot act on the output.
+        noise: σ of the noise that a Q in θ learns from.
+        draws: of ξ for a gradient, each of them with both signs.
 
     Raises:
-        ConfigurationError: from `meta_gradient`, a Q of the wrong shape, or for no parameter.
+        ConfigurationError: a value outside its range; from `meta_gradient`, a Q of the wrong shape,
+            or for no parameter, or a word under which θ has none.
     """
 
-    feedback: Mapping[str, Tensor] = field(default_factory=dict)
+    feedback: Mapping[str, Tensor] | str = field(default_factory=dict)
     gate: Gate | None = None
+    noise: float = 1e-2
+    draws: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,20 +68,21 @@ class LinearFeedback(Controller):
             self.gate is None or callable(self.gate),
             f"gate must be an elementwise function such as torch.tanh, got {self.gate!r}",
         )
+        require_noise(self.noise, self.draws)
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Settle φ and v."""
         output = OutputControl(self, evaluation, after)
-        if self.feedback:
-            self._check(after.params, output.outputs, evaluation.problem.samples)
+        samples, feedback = evaluation.problem.samples, self.weights(evaluation.meta_params)
+        if feedback:
+            _check(feedback, after.params, output.outputs, samples)
         free, scale = evaluation.free_velocity(), self.scale
-        samples = evaluation.problem.samples
 
         def velocity(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             params, integral = parts(state, "φ", "v")
             moves, _ = free(params, step)
             push, integrated = output(params, integral, step)
-            control = self.spread(params, push, samples)
+            control = self._spread(feedback, params, push, samples)
             along = [
                 m + scale * control[name] if name in control else m
                 for name, m in zip(params, moves, strict=True)
@@ -94,45 +106,76 @@ class LinearFeedback(Controller):
         leaves = {name: p.detach().requires_grad_() for name, p in ended.items()}
         for step in steps:
             push, _ = output(leaves, integral, step)
-            for name, c in self.spread(leaves, push, samples).items():
+            for name, c in self._spread(feedback, leaves, push, samples).items():
                 control[name] += c / len(steps)
         evaluation.gradient_evaluations += len(steps)
         return Controlled(dataclasses.replace(settled, params=ended, solver_state=None), control)
 
-    def spread(self, params: Params, push: Params, samples: bool) -> dict[str, Tensor]:
+    def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:
+        """The gradients of a Q that θ holds."""
+        if not isinstance(self.feedback, str):
+            return {}
+        feedback, samples = self.weights(evaluation.meta_params), evaluation.problem.samples
+        outputs = OutputControl(self, evaluation, at).outputs
+        gates = {name: slope_of(self.gate, at.params[name]) for name in feedback}
+        moved = correlate(
+            evaluation,
+            solver,
+            at,
+            outputs,
+            gates,
+            noise=self.noise,
+            draws=self.draws,
+            seed=evaluation.seed,
+        )
+        count = len(next(iter(gates.values()))) if samples else 1
+        return {
+            f"{self.feedback}.{name}": count * (power * feedback[name] - moved[name])
+            for name, power in powers(gates, samples).items()
+        }
+
+    def weights(self, meta_params: Params) -> Mapping[str, Tensor]:
+        """Q by name of the parameter.
+
+        Raises:
+            ConfigurationError: they are to be found in θ, and are not there.
+        """
+        if not isinstance(self.feedback, str):
+            return self.feedback
+        word = f"{self.feedback}."
+        found = {n.removeprefix(word): m for n, m in meta_params.items() if n.startswith(word)}
+        if not found:
+            raise ConfigurationError(
+                f"feedback={self.feedback!r} names weights in θ, and no meta-parameter begins with "
+                f"{word!r}; they are {', '.join(map(repr, meta_params))}"
+            )
+        return found
+
+    def _spread(
+        self, feedback: Params, params: Params, push: Params, samples: bool
+    ) -> dict[str, Tensor]:
         """`g'(φ) ∘ Q U` by name, for U by name of the output."""
-        control = {name: u for name, u in push.items() if name not in self.feedback}
-        if self.feedback:
+        control = {name: u for name, u in push.items() if name not in feedback}
+        if feedback:
             flat = rows(list(push.values()), samples)
-            for name, q in self.feedback.items():
-                control[name] = (flat @ q.T).view_as(params[name])
-        return {name: self.gated(params[name], c, name) for name, c in control.items()}
-
-    def gated(self, param: Tensor, control: Tensor, name: str) -> Tensor:
-        """`g'(φ) ∘ control` for a parameter that is led by feedback weights."""
-        return control * slope_of(self.gate, param) if name in self.feedback else control
-
-    def _check(self, params: Params, outputs: list[str], samples: bool) -> None:
-        sizes = {n: p[0].numel() if samples else p.numel() for n, p in params.items()}
-        width = sum(sizes[name] for name in outputs)
-        for name, q in self.feedback.items():
-            if name not in params:
-                raise ConfigurationError(
-                    f"feedback is given for {name!r}, and the params are "
-                    f"{', '.join(map(repr, params))}"
+            for name, q in feedback.items():
+                led = (flat @ q.T).view_as(params[name])
+                control[name] = (
+                    led if self.gate is None else slope_of(self.gate, params[name]) * led
                 )
-            if q.shape != (sizes[name], width):
-                raise ConfigurationError(
-                    f"feedback[{name!r}] must be {sizes[name]} x {width}, size of {name!r} x size "
-                    f"of the outputs ({', '.join(outputs)}), got {' x '.join(map(str, q.shape))}"
-                )
+        return control
 
 
-def slope_of(gate: Gate | None, param: Tensor) -> Tensor | float:
-    """The derivative of an elementwise function; 1 where there is none."""
-    if gate is None:
-        return 1.0
-    with torch.enable_grad():
-        leaf = param.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(gate(leaf).sum(), leaf)
-    return slope
+def _check(feedback: Params, params: Params, outputs: list[str], samples: bool) -> None:
+    sizes = {n: p[0].numel() if samples else p.numel() for n, p in params.items()}
+    width = sum(sizes[name] for name in outputs)
+    for name, q in feedback.items():
+        if name not in params:
+            raise ConfigurationError(
+                f"feedback is given for {name!r}, and the params are {', '.join(map(repr, params))}"
+            )
+        if q.shape != (sizes[name], width):
+            raise ConfigurationError(
+                f"feedback[{name!r}] must be {sizes[name]} x {width}, size of {name!r} x size "
+                f"of the outputs ({', '.join(outputs)}), got {' x '.join(map(str, q.shape))}"
+            )

@@ -136,6 +136,7 @@ class LeastControl(Estimator):
         _, direct = evaluation.outer_gradients(settled)
         mixed = self._mixed(evaluation, controlled, who)
         grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
+        grads |= controller.lessons(evaluation, solver, free or settled)
         if free is None:
             evaluation.notes.append("params and outer_loss are those of the controlled phase")
             return Estimate(grads=grads, phases=(settled,))

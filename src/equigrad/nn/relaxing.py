@@ -29,10 +29,13 @@ class Relaxing(nn.Module):
         model: a sequence of layers; a child with weights of its own, such as a residual block, is
             one. It is kept, not copied.
         outer_loss: of the last state and the targets, summed over samples.
+        feedback: weights by name of a state that no layer has a use for: parameters `feedback.NAME`
+            of the network, from which `LinearFeedback(feedback="feedback")` leads that state. They
+            start as given.
 
     Raises:
         ConfigurationError: not a sequence, or one without weights, or with buffers (batch
-            normalisation makes samples depend on each other).
+            normalisation makes samples depend on each other); feedback for what is no state.
 
     Example:
         >>> import torch, equigrad as eg
@@ -48,7 +51,12 @@ class Relaxing(nn.Module):
         True
     """
 
-    def __init__(self, model: nn.Sequential, outer_loss: OuterLoss = summed_cross_entropy) -> None:
+    def __init__(
+        self,
+        model: nn.Sequential,
+        outer_loss: OuterLoss = summed_cross_entropy,
+        feedback: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Sequential):
             raise ConfigurationError(
@@ -74,6 +82,14 @@ class Relaxing(nn.Module):
         self.outer_loss = outer_loss
         self._names = {str(i): f"blocks.{i}" for i in range(len(blocks))}
         self._parts = Parts(self, list(self._names.values()))
+        for name in feedback or {}:
+            if name not in self._names:
+                raise ConfigurationError(
+                    f"feedback is given for {name!r}, and the states are "
+                    f"{', '.join(map(repr, self._names))}"
+                )
+        if feedback:
+            self.feedback = nn.ParameterDict(dict(feedback))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network computes in one sweep, without relaxing."""

@@ -6,7 +6,9 @@ Each is shown images of a shape, channels x height x width.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from torch.nn import (
     AdaptiveAvgPool2d,
     Conv2d,
@@ -31,8 +33,11 @@ GROUPS = 8
 """What channels of a convolutional equilibrium network are normalised in."""
 
 
+Feedback = Literal["transposed", "layerwise", "direct"]
+
+
 def relaxing_tanh_network(
-    shape: Sequence[int], hidden: Sequence[int], outputs: int, *, learned_feedback: bool = False
+    shape: Sequence[int], hidden: Sequence[int], outputs: int, *, feedback: Feedback = "transposed"
 ) -> Relaxing:
     """A feed-forward network of tanh layers whose states relax.
 
@@ -40,14 +45,20 @@ def relaxing_tanh_network(
         shape: of an image, which is flattened.
         hidden: widths of the hidden layers.
         outputs: number of outputs.
-        learned_feedback: whether it has feedback weights of its own.
+        feedback: what carries a control back: the `transposed` weights, or learned ones,
+            `layerwise` (`with_learned_feedback`) or `direct`, from the outputs to each hidden
+            layer, zero at first (`LinearFeedback`).
 
     Raises:
         ConfigurationError: a width < 1.
     """
     model = tanh_network(math.prod(shape), hidden, outputs)
-    layers = with_learned_feedback(model) if learned_feedback else model
-    return Relaxing(Sequential(Flatten(), *layers.children()))
+    layers = with_learned_feedback(model) if feedback == "layerwise" else model
+    direct = {str(i): torch.zeros(width, outputs) for i, width in enumerate(hidden)}
+    return Relaxing(
+        Sequential(Flatten(), *layers.children()),
+        feedback=direct if feedback == "direct" else None,
+    )
 
 
 def recurrent_tanh_network(
