@@ -4,6 +4,7 @@ from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.equilibrium_layer import EquilibriumLayer
 from equigrad.nn.equilibrium_rnn import EquilibriumRNN
+from equigrad.nn.fourier_features import FourierFeatures
 from equigrad.nn.functional import Functional
 from equigrad.nn.hopfield import Hopfield
 from equigrad.nn.learned_feedback import LearnedFeedback, with_learned_feedback
@@ -18,6 +19,7 @@ __all__ = [
     "ComplexSynapse",
     "EquilibriumLayer",
     "EquilibriumRNN",
+    "FourierFeatures",
     "Functional",
     "Hopfield",
     "LearnedFeedback",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,36 @@ def _averaged(result: MetaGradient, count: int, clip: float | None) -> MetaGradi
 
 
 @torch.no_grad()
+def settled_logits(
+    network: SettlingNetwork, x: Tensor, *, solver: Solver, batch_size: int = 1000
+) -> tuple[Tensor, list[int]]:
+    """Settle the network for every input, and ask what it says.
+
+    Args:
+        network: as it stands.
+        x: inputs, the first dimension one of examples.
+        solver: settles the neurons.
+        batch_size: inputs at once.
+
+    Returns:
+        Logits, examples × classes; and the numbers of the inputs for which it has not settled:
+        all of a batch, where the solver has no tolerance and a residual of it grew.
+    """
+    meta_params: dict[str, Tensor] = dict(network.named_parameters())
+    said: list[Tensor] = []
+    unsettled: list[int] = []
+    for first, inputs in zip(range(0, len(x), batch_size), x.split(batch_size), strict=True):
+        nothing = torch.zeros(len(inputs), dtype=torch.long, device=x.device)
+        problem = network.problem(inputs, nothing)
+        with Evaluation(problem, network.start(inputs), meta_params) as evaluation:
+            settled = evaluation.settle(solver)
+        said.append(network.logits(settled.params, meta_params))
+        if settled.phase.failed:
+            rows = settled.phase.unsettled or range(len(inputs))
+            unsettled += [first + row for row in rows]
+    return torch.cat(said), unsettled
+
+
 def classify(
     network: SettlingNetwork, x: Tensor, *, solver: Solver, batch_size: int = 1000
 ) -> Tensor:
@@ -162,12 +192,4 @@ def classify(
     Returns:
         A class for every input.
     """
-    meta_params: dict[str, Tensor] = dict(network.named_parameters())
-    said: list[Any] = []
-    for inputs in x.split(batch_size):
-        nothing = torch.zeros(len(inputs), dtype=torch.long, device=x.device)
-        problem = network.problem(inputs, nothing)
-        with Evaluation(problem, network.start(inputs), meta_params) as evaluation:
-            settled = evaluation.settle(solver)
-        said.append(network.logits(settled.params, meta_params).argmax(1))
-    return torch.cat(said)
+    return settled_logits(network, x, solver=solver, batch_size=batch_size)[0].argmax(1)
