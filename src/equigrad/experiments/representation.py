@@ -472,11 +472,12 @@ def pictures(true: Picture, folders: Mapping[str, Path]) -> Figure:
     for label, folder in folders.items():
         found = Painter.load(folder).paint(true.side)
         panels.append((f"{label}\n{psnr(found, true.colors):.2f} dB over all pixels", found))
-    figure = Figure(figsize=(3.6 * len(panels), 4.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(panels), 4.1), layout="constrained")
     for axes, (title, colors) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         axes.imshow(colors.numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=10)
+        axes.set_anchor("S")  # the titles have all the room there is
         axes.axis("off")
     return figure
