@@ -64,6 +64,7 @@ def commands() -> list[Command]:
         matched_phases,
         omniglot,
         quadratic,
+        representation,
         search,
         sinusoid,
         strength_learning,
@@ -99,6 +100,7 @@ def commands() -> list[Command]:
         Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
         Command("run", "omniglot", omniglot.Omniglot.preset, few_shot.run),
         Command("run", "equilibrium", equilibrium.Equilibrium.preset, equilibrium.run),
+        Command("run", "representation", representation.Representation.preset, representation.run),
         *(
             Command(
                 "search",

@@ -291,6 +291,34 @@ def test_an_unstable_controller_is_named():
         solve((case.problem, case.params, case.meta_params), strong, eg.Picard(max_steps=2000))
 
 
+@pytest.mark.parametrize("strength", [0.09, 0.11])
+def test_what_rests_alone_by_plain_steps_may_not_under_control(strength):
+    """`h ← j h` with loss ½h²: learner and control make [[j, b], [-1, j]], of modulus √(j² + b).
+
+    That is 1 at b = 0.0975 for j = 0.95. Acceleration settles either, in two dimensions.
+    """
+    problem = eg.FixedPoint(
+        lambda p, m: {"h": 0.95 * p["h"] + m["b"]}, lambda p, m: 0.5 * p["h"].square().sum()
+    )
+    h, b = torch.zeros(1).double(), torch.ones(1).double()
+
+    def settled(solver):
+        controller = eg.DynamicInversion(gain=0.0, proportional=strength, solver=solver)
+        result = eg.meta_gradient(
+            problem,
+            {"h": h},
+            {"b": b},
+            solver=TIGHT,
+            estimator=eg.LeastControl(controller=controller, start="params"),
+        )
+        return result.status
+
+    plain, rests = settled(eg.Picard(tol=1e-3, max_steps=3000)), 0.95**2 + strength < 1
+    assert plain.startswith("converged" if rests else "not converged")
+    assert ("give the controller solver=Anderson()" in plain) == (not rests)
+    assert settled(eg.Anderson(tol=1e-3, max_steps=10)).startswith("converged")
+
+
 def test_what_has_not_settled_says_so():
     system = cell()
     result = solve(system, eg.DynamicInversion(), eg.Picard(tol=1e-12, max_steps=3), start="free")

@@ -6,16 +6,20 @@ from typing import Any
 
 from equigrad.experiments.run_folders import is_number
 
+UNITS = {"_accuracy": ", %", "_psnr": ", dB"}
+"""Of metrics whose names end so."""
+
 
 def words(name: str) -> str:
     """A name as a heading; accuracies are in percent, deviations in the target's units.
 
     Example:
-        >>> words("test_accuracy"), words("test_r2"), words("test_rmse")
-        ('test accuracy, %', 'test R²', 'test RMSE')
+        >>> words("test_accuracy"), words("test_r2"), words("test_rmse"), words("test_psnr")
+        ('test accuracy, %', 'test R²', 'test RMSE', 'test PSNR, dB')
     """
-    said = " ".join({"r2": "R²", "rmse": "RMSE"}.get(word, word) for word in name.split("_"))
-    return said + (", %" if name.endswith("_accuracy") else "")
+    known = {"r2": "R²", "rmse": "RMSE", "psnr": "PSNR"}
+    said = " ".join(known.get(word, word) for word in name.split("_"))
+    return said + next((u for end, u in UNITS.items() if name.endswith(end)), "")
 
 
 def shown(number: float) -> str:

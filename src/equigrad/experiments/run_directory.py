@@ -60,6 +60,20 @@ class RunDirectory:
         """Write a file of JSON, whole or not at all."""
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
+    def keep_to_data(self, digest: str) -> None:
+        """Note a checksum of the user's data where the run begins, and refuse others later.
+
+        Raises:
+            RunError: the data have changed since the run began.
+        """
+        began = self.read_json("data.json")
+        if began is not None and began["sha256"] != digest:
+            raise RunError(
+                f"the data have changed since the run in {self.path} began; put back those it "
+                f"began with, or give another --out"
+            )
+        self.write_json("data.json", {"sha256": digest})
+
     def _write_config(self, config: Any) -> None:
         content = {
             "experiment": type(config).__name__.lower(),

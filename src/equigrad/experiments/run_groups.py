@@ -8,7 +8,7 @@ from equigrad.experiments.formats import duration, shown, with_error
 from equigrad.experiments.run_folders import RunFolder, numbers
 from equigrad.experiments.strength_learning import mean_and_error
 
-SECTION = ("setting", "scale", "csv", "target", "images")
+SECTION = ("setting", "scale", "csv", "target", "images", "image")
 """Settings that make runs of one experiment another matter."""
 
 BESIDE = ("seed", "seeds", "compare", "checkpoint_every")

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from equigrad.data.split import Split
 from equigrad.data.targets import Classes, Target
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
     GMRES,
     T1T2,
@@ -414,13 +414,7 @@ def run_seed(
         said = f"seed {config.seed}: {config.outer_steps} outer steps; {job.split.note}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     if job.split.encoding is not None:  # of files that may change under a run
-        began = directory.read_json("data.json")
-        if began is not None and began["sha256"] != job.split.digest:
-            raise RunError(
-                f"the data have changed since the run in {directory.path} began; put back those it "
-                f"began with, or give another --out"
-            )
-        directory.write_json("data.json", {"sha256": job.split.digest})
+        directory.keep_to_data(job.split.digest)
     rows: dict[str, Row] = {}
     if config.compare:
         baselines = directory.read_json("baselines.json")

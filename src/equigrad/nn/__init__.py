@@ -5,6 +5,7 @@ from equigrad.nn.complex_synapse import ComplexSynapse
 from equigrad.nn.equilibrium_layer import EquilibriumLayer
 from equigrad.nn.equilibrium_network import EquilibriumNetwork
 from equigrad.nn.equilibrium_rnn import EquilibriumRNN
+from equigrad.nn.fourier_features import FourierFeatures
 from equigrad.nn.functional import Functional
 from equigrad.nn.hopfield import Hopfield
 from equigrad.nn.learned_feedback import LearnedFeedback, with_learned_feedback
@@ -21,6 +22,7 @@ __all__ = [
     "EquilibriumLayer",
     "EquilibriumNetwork",
     "EquilibriumRNN",
+    "FourierFeatures",
     "Functional",
     "Hopfield",
     "LearnedFeedback",

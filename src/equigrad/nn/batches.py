@@ -40,6 +40,20 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits, labels, reduction="sum")
 
 
+def summed_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared error, summed over samples and outputs.
+
+    Raises:
+        ProblemError: the targets are not of the outputs' shape.
+    """
+    if outputs.shape != targets.shape:
+        raise ProblemError(
+            f"targets must have the shape of the outputs, {tuple(outputs.shape)}, got "
+            f"{tuple(targets.shape)}"
+        )
+    return 0.5 * (outputs - targets).square().sum()
+
+
 @contextmanager
 def labelling(labels: Tensor, outputs: Tensor) -> Iterator[None]:
     """Say what labels were given, where they do not fit outputs, samples x classes.
