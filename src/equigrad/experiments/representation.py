@@ -268,7 +268,7 @@ class Painter:
 
     def colors(self, at: Tensor) -> tuple[Tensor, list[int]]:
         """Of places (n x 2, from -1 to 1): n x 3; and those for which it has not settled."""
-        weights = self.network.readout.weight
+        weights = next(self.network.parameters())
         return settled_logits(self.network, self.encode(at.to(weights)), solver=self.solver)
 
     def paint(self, side: int) -> Tensor:
@@ -303,7 +303,7 @@ class Job:
         if config.stride > 1:
             validation, test = between[drawn].tensor_split([config.held_out])
             self.parts |= {"validation": validation, "test": test}
-        weights = self.painter.network.readout.weight
+        weights = next(self.painter.network.parameters())
         self.places = places(config.side).to(weights)
         self.colors = self.picture.colors.reshape(-1, 3).to(weights)
 
