@@ -106,9 +106,8 @@ class Source:
 
 
 MNIST = Source("MNIST", mnist, held_out=10_000)
-CIFAR10 = Source(
-    "CIFAR-10", cifar10, held_out=1000
-)  # of one batch of 10,000, where all are not at hand
+# a tenth of one of its five files, which is all that some folders have
+CIFAR10 = Source("CIFAR-10", cifar10, held_out=1000)
 
 
 @dataclass(frozen=True)
