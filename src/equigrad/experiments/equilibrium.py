@@ -133,7 +133,7 @@ class Source:
 
 
 MNIST = Source("MNIST", mnist, held_out=10_000)
-# one batch of 10,000 may be all there is
+# a tenth of one of its five files, which is all that some folders have
 CIFAR10 = Source("CIFAR-10", cifar10, held_out=1000)
 
 
