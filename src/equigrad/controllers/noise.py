@@ -47,7 +47,7 @@ def correlate(
     """`g' ∘ ξ (δh)ᵀ / σ²` by name of the param, a mean over samples and draws.
 
     A constant force ξ ~ N(0, σ²) on every parameter, and its opposite, move the outputs h to
-    h_± : `δh = (h_+ - h_-) / 2`, and the mean tends to `g' ∘ (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`. Forward dynamics
+    h_±: `δh = (h_+ - h_-) / 2`, and the mean tends to `g' ∘ (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`. Forward dynamics
     alone.
 
     Args:
