@@ -98,7 +98,7 @@ def convolutional_equilibrium_network(
     Example:
         >>> net = convolutional_equilibrium_network((3, 32, 32), (16,), 10)
         >>> sum(p.numel() for p in net.parameters())
-        7754
+        8522
     """
     channels = single(hidden)
     cell = ResidualCell(channels, groups=GROUPS)
