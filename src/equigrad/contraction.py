@@ -126,7 +126,8 @@ def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
 def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
     """Whether the map contracts at a state, None where that is not known; and its radius."""
     try:
-        found = radius(evaluation, at)
+        with evaluation.whole():
+            found = radius(evaluation, at)
     except (EquigradError, RuntimeError):  # there is no derivative to be had, or it is not finite
         return None, "the spectral radius of ∂F/∂φ is not known there"
     worst = found.max().item()

@@ -21,6 +21,7 @@ from equigrad.problems import (
     inner_product,
     slope,
 )
+from equigrad.problems.held import held
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -69,7 +70,8 @@ class Evaluation:
         if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
             raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
         self._settled, self._seed = settled, seed
-        self.problem = problem
+        self._whole = problem
+        self.problem = problem if settled is None else _without_lost(problem, settled)
         self.params = {name: p.detach() for name, p in params.items()}
         self.meta_params = {name: p.detach() for name, p in meta_params.items()}
         self._given_params, self._given_meta = params, meta_params
@@ -138,6 +140,7 @@ class Evaluation:
             count=self._counter(0.0),
             remedy=self._remedy(0.0),
         )
+        self.problem = _without_lost(self.problem, free)
         return dataclasses.replace(free, buffers=self.snapshot())
 
     def settle_recorded(
@@ -165,6 +168,15 @@ class Evaluation:
                 )
 
         return self.settle(solver, watch), list(moments)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The problem as it was given, with the samples that have diverged."""
+        kept, self.problem = self.problem, self._whole
+        try:
+            yield
+        finally:
+            self.problem = kept
 
     @contextmanager
     def at(self, params: Params, meta_params: Params) -> Iterator[None]:
@@ -623,6 +635,12 @@ def no_loss(*asked: Any) -> Any:
         "this solver compares values of a loss, and dynamics of a learner and a controller have "
         "none; use Picard(), Anderson() or GradientFlow(), or EnergyInversion()"
     )
+
+
+def _without_lost(problem: Problem, settled: Settled) -> Problem:
+    """The problem, with samples held that have diverged: whatever follows is that of the others."""
+    lost = settled.phase.diverged
+    return held(problem, settled.params, lost) if lost else problem
 
 
 def like(beta: complex, tensors: Params) -> dict[str, Tensor]:

@@ -599,7 +599,7 @@ def test_divergence_names_the_sample_and_the_radius():
         eg.Adjoint(solver=eg.Anderson(tol=1e-11)),
         eg.GMRES(tol=1e-11),
         eg.T1T2(),
-        eg.PhantomGradient(steps=3),
+        eg.PhantomGradient(steps=30),  # enough to diverge once more
         eg.NeumannSeries(terms=60),
     ],
 )
@@ -620,6 +620,43 @@ def test_a_sample_that_diverges_has_no_part_in_the_gradient(solver, estimator):
     torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(by_x, expected_by_x, rtol=1e-8, atol=1e-12)
     assert by_x[1].item() == 0
+
+
+class Cubic(nn.Module):
+    """The same with an energy: `h ↦ h² + w x` from `Φ = Σ h³/3 + w x h`."""
+
+    activation = nn.Identity()
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1).double())
+
+    def forward(self, h, x):
+        return h.square() + self.weight * x
+
+    def primitive(self, h, x):
+        return (h**3 / 3 + self.weight * x * h).sum()
+
+
+@pytest.mark.parametrize("scheme", ["forward", "symmetric"])
+def test_a_sample_that_diverges_has_no_part_in_a_contrast(scheme):
+    """Nor do nudged phases that end while it is on its way to infinity once more."""
+    x = torch.tensor([[0.1], [9.0], [-0.2]]).double()
+    solver = eg.Picard(tol=1e-11, max_steps=300)
+
+    def gradient(rows):
+        layer = eg.nn.EquilibriumLayer(
+            Cubic(),
+            solver=solver,
+            estimator=eg.Contrastive(
+                beta=1e-3, scheme=scheme, nudged_solver=eg.Picard(max_steps=6)
+            ),
+            unsettled="ignore",
+        )
+        (grad,) = torch.autograd.grad(layer(x[rows]).cos().sum(), [layer.cell.weight])
+        return grad
+
+    torch.testing.assert_close(gradient([0, 1, 2]), gradient([0, 2]), rtol=1e-8, atol=1e-12)
 
 
 def test_what_estimators_have_to_say_is_said():

@@ -246,3 +246,28 @@ def test_counts_are_whole(make):
 def test_an_adjoint_has_no_values_to_compare():
     with pytest.raises(eg.ConfigurationError, match=r"LBFGS looks at values of a loss.*Anderson"):
         eg.Adjoint(solver=eg.LBFGS())
+
+
+@pytest.mark.parametrize(
+    "estimator", [eg.Adjoint(), eg.PhantomGradient(steps=40), eg.LeastControl()]
+)
+def test_a_problems_gradient_is_that_of_the_samples_that_settled(estimator):
+    """Outside of a layer, too, where the outer loss is a function of all samples."""
+    x = torch.tensor([[0.1], [9.0], [-0.2]]).double()
+
+    def gradient(rows):
+        return eg.meta_gradient(
+            eg.FixedPoint(
+                lambda p, m: {"h": p["h"].square() + m["w"] * x[rows]},
+                lambda p, m: (p["h"] - 1).square().sum(),
+                samples=True,
+            ),
+            {"h": torch.zeros(len(rows), 1).double()},
+            {"w": torch.ones(1).double()},
+            solver=eg.Picard(tol=1e-10, max_steps=300),
+            estimator=estimator,
+        )
+
+    whole, others = gradient([0, 1, 2]), gradient([0, 2])
+    assert "sample 1 of 3 diverged" in whole.status
+    torch.testing.assert_close(whole.grads, others.grads, rtol=1e-6, atol=1e-8)

@@ -195,9 +195,6 @@ class EquilibriumLayer(nn.Module):
             learned: those of them that want a gradient.
             pressure: `∂L/∂h*`, by name.
         """
-        if settled.phase.diverged:  # what never settled has no gradient
-            lost = torch.tensor(settled.phase.diverged, device=next(iter(pressure.values())).device)
-            pressure = {name: p.index_fill(0, lost, 0.0) for name, p in pressure.items()}
         size = rows(list(pressure.values()), samples=True).norm(dim=1).max().item()
         if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
             return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
