@@ -20,6 +20,7 @@ from torch import Tensor
 
 import equigrad as eg
 from equigrad.experiments.equilibrium import Equilibrium, Job
+from equigrad.experiments.model import load_model
 from equigrad.problems import Params
 
 SIZE, BATCHES = 100, 2
@@ -118,7 +119,7 @@ def main() -> None:
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     job = Job(Equilibrium.preset(setting="feed-forward", method="energy-inversion"))
-    job.network.load_state_dict(torch.load(words.run / "model.pt")["weights"])
+    job.network.load_state_dict(load_model(words.run).params)
     x, y = (part[: SIZE * BATCHES] for part in job.data.validation)
     batches = list(zip(x.split(SIZE), y.split(SIZE), strict=True))
     strength = words.strength

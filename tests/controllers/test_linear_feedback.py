@@ -93,7 +93,7 @@ def test_they_must_be_there():
     ("knobs", "message"),
     [
         ({"noise": 0.0}, "noise must be positive, got 0.0"),
-        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"draws": 0}, "draws must be at least 1, a whole number, got 0"),
     ],
 )
 def test_noise_that_teaches_nothing(knobs, message):

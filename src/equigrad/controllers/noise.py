@@ -11,7 +11,7 @@ from equigrad.evaluation import Evaluation, no_loss
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
-from equigrad.solvers.solver import require
+from equigrad.solvers.solver import require, require_whole
 
 Gate = Callable[[Tensor], Tensor]
 """An elementwise function, whose derivative gates what reaches a parameter."""
@@ -30,7 +30,7 @@ def slope_of(gate: Gate | None, param: Tensor) -> Tensor:
 def require_noise(noise: float, draws: int) -> None:
     """See that noise is something, and drawn at least once."""
     require(0 < noise < math.inf, f"noise must be positive, got {noise}")
-    require(draws >= 1, f"draws must be at least 1, got {draws}")
+    require_whole("draws", draws)
 
 
 def correlate(

@@ -437,7 +437,12 @@ class Equilibrium:
         assert parts.test is not None
         first = slice(self.test_images)
         test = parts.test[0][first], parts.test[1][first]
-        return replace(parts, test=test, target=Classes(files.CLASSES))
+        counts = [len(y) for _, y in (parts.train, parts.validation, test)]
+        note = (
+            f"{counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} test images of "
+            f"{SETTINGS[self.setting].source.name}, the first two drawn from {len(pool):,}"
+        )
+        return replace(parts, test=test, target=Classes(files.CLASSES), note=note)
 
 
 def recipe_of(setting: SettingName, method: MethodName) -> Recipe:
@@ -590,11 +595,7 @@ def run(config: Equilibrium, out: Path, *, resume: bool, console: Console) -> di
     torch.set_num_threads(config.threads)
     job = Job(config)
     directory = RunDirectory(out, config, resume=resume)
-    counts = [len(y) for _, y in (job.data.train, job.data.validation, job.data.test or ((), ()))]
-    console.print(
-        f"{counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} test images",
-        highlight=False,
-    )
+    console.print(job.data.note, highlight=False, soft_wrap=True)
     metrics = job.learned(directory, resume=resume, console=console)
     table = Table(title=f"{config.label}, seed {config.seed}, scale {config.scale}")
     table.add_column("")

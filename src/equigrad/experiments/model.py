@@ -131,12 +131,13 @@ class Model:
 PARTS = ("architecture", "target", "encoding", "solver")
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path | str) -> Model:
     """The model in a run's folder, or in a file; nothing of it is executed.
 
     Raises:
         RunError: there is none, or it is damaged.
     """
+    path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
     if not file.is_file():
         beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []

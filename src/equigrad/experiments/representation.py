@@ -150,7 +150,13 @@ class Representation:
         for name in ("minutes", "clip"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
-        between = self.side**2 - len(range(0, self.side, self.stride)) ** 2
+        learned = len(range(0, self.side, self.stride)) ** 2
+        if self.batch > learned:
+            raise ConfigurationError(
+                f"batch must be at most the number of pixels that are learned from, {learned}, got "
+                f"{self.batch}; lower it, or the stride"
+            )
+        between = self.side**2 - learned
         if self.stride > 1 and self.held_out >= between:
             raise ConfigurationError(
                 f"held_out must leave some of the {between} pixels that are not learned from for "
