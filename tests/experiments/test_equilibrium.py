@@ -127,6 +127,8 @@ def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
     code, said = call_main("predict", tmp_path, "--images", tmp_path / "images", capsys=capsys)
     assert code == 0, said
     assert "not settled, so that the answer may be wrong" in said
+    assert ",settled " in said
+    assert ",no " in said
     assert "black.png" in said
     code, said = call_main("predict", tmp_path, "--csv", tmp_path / "no.csv", capsys=capsys)
     assert code == 2

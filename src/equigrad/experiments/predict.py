@@ -96,7 +96,10 @@ def predict_images(
     unknown: list[float | None] = [None] * len(classes)
     if any(label is not None for label in asked.target.read(classes, unknown)):
         notes += scored(asked.target, outputs, classes, unknown)
-    write(out, {"file": kept, **asked.target.answers(outputs)}, notes, console)
+    columns = {"file": kept, **asked.target.answers(outputs)}
+    if asked.solver is not None:
+        columns["settled"] = ["no" if i in unsettled else "yes" for i in range(len(kept))]
+    write(out, columns, notes, console)
 
 
 def class_of(path: Path, folder: Path, target: Target) -> str:
