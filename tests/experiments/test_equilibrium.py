@@ -96,6 +96,17 @@ def test_what_a_run_has_left_is_asked_about_files(setting, tmp_path, capsys):
     assert out.read_text().startswith(f"file,prediction,p({files.CLASSES[0]}),")
 
 
+def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys):
+    """Where more of CIFAR-10's files have come, for example: split and order would change."""
+    words = ("run", "equilibrium", "--scale", "smoke", "--threads", "1", "--out", tmp_path / "run")
+    code, said = call_main(*words, capsys=capsys)
+    assert code == 0, said
+    (tmp_path / "run" / "data.json").write_text('{"sha256": "of other images"}')
+    code, said = call_main(*words, "--resume", capsys=capsys)
+    assert code == 2
+    assert "the data have changed since the run" in said
+
+
 def test_a_saved_network_is_loaded_as_it_was(tmp_path):
     config = Equilibrium.preset(setting="recurrent", scale="smoke")
     job = Job(replace(config, threads=1, epochs=0.5))

@@ -537,6 +537,7 @@ class Job:
         self, directory: RunDirectory, *, resume: bool, console: Console
     ) -> dict[str, float]:
         """Train and test, and leave the run in its directory."""
+        directory.keep_to_data(self.data.digest)
         if (ended := directory.result) is not None:
             return ended["metrics"]
         config = self.config

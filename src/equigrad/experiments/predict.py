@@ -98,7 +98,8 @@ def predict_images(
         notes += scored(asked.target, outputs, classes, unknown)
     columns = {"file": kept, **asked.target.answers(outputs)}
     if asked.solver is not None:
-        columns["settled"] = ["no" if i in unsettled else "yes" for i in range(len(kept))]
+        missed = set(unsettled)
+        columns["settled"] = ["no" if i in missed else "yes" for i in range(len(kept))]
     write(out, columns, notes, console)
 
 

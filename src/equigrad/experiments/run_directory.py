@@ -61,7 +61,7 @@ class RunDirectory:
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def keep_to_data(self, digest: str) -> None:
-        """Note a checksum of the user's data where the run begins, and refuse others later.
+        """Note a checksum of the data where the run begins, and refuse others later.
 
         Raises:
             RunError: the data have changed since the run began.
