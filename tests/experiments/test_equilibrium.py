@@ -166,7 +166,7 @@ def test_linear_feedback_has_weights_for_every_hidden_layer_and_they_learn():
     ("chosen", "message"),
     [
         ({"setting": "spiking"}, "setting must be one of feed-forward, .*got 'spiking'"),
-        ({"setting": "hopfield", "method": "kolen-pollack"}, "'hopfield' is trained by equil"),
+        ({"setting": "hopfield", "method": "kolen-pollack"}, "'hopfield' must be one of equil"),
     ],
 )
 def test_words_that_choose_nothing(chosen, message):

@@ -1,11 +1,11 @@
 """Networks whose neurons settle, trained on images by every estimator in one harness."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from rich.console import Console
@@ -20,13 +20,12 @@ from equigrad.data.split import Split
 from equigrad.data.targets import Classes
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl, PhantomGradient
-from equigrad.experiments import figures
-from equigrad.experiments.few_shot_figures import learning_curves
+from equigrad.experiments import network_training
+from equigrad.experiments.experiment import ScaleName, at_least, one_of
 from equigrad.experiments.formats import words
 from equigrad.experiments.model import Architecture, Model
-from equigrad.experiments.run_directory import RunDirectory, versions
-from equigrad.experiments.strength_learning import ScaleName, at_least, positive
-from equigrad.experiments.watching import watching
+from equigrad.experiments.network_training import NetworkTraining
+from equigrad.experiments.run_directory import RunDirectory
 from equigrad.nn.settling_networks import (
     Feedback,
     convolutional_equilibrium_network,
@@ -36,15 +35,8 @@ from equigrad.nn.settling_networks import (
     relaxing_tanh_network,
 )
 from equigrad.solvers import Anderson, Picard, Solver
-from equigrad.training import (
-    Callback,
-    OuterState,
-    pick_device,
-    pick_dtype,
-)
-from equigrad.training.device import DeviceName, DtypeName
-from equigrad.training.files import as_bytes, write_whole
-from equigrad.training.relaxation import classify, train_network
+from equigrad.training import pick_device, pick_dtype
+from equigrad.training.relaxation import classify
 
 SettingName = Literal["feed-forward", "recurrent", "hopfield", "cifar-implicit", "cifar-hopfield"]
 MethodName = Literal[
@@ -273,7 +265,7 @@ SETTINGS: dict[SettingName, Setting] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Equilibrium:
+class Equilibrium(NetworkTraining):
     """Train a network whose neurons settle to tell images apart.
 
     A feed-forward net that is controlled, a recurrent one at rest, an energy-based one, on MNIST;
@@ -281,6 +273,8 @@ class Equilibrium:
     equilibrium propagation, or the exact gradient through the settled state. Some training images
     are held out and watch; nothing is chosen by the test.
     """
+
+    score: ClassVar[str] = "accuracy"
 
     setting: SettingName = "feed-forward"
     """The network, and with it the images."""
@@ -297,32 +291,8 @@ class Equilibrium:
     hidden: tuple[int, ...]
     """Widths of the hidden layers, or their numbers of channels."""
 
-    solver: Solver
-    """How neurons settle."""
-
-    estimator: Estimator
-    """Of the gradient; the method presets which, and these are its knobs."""
-
-    epochs: float
-    """Passes over the training images."""
-
-    minutes: float | None = None
-    """End training after so long, instead of after so many epochs; validation included."""
-
-    batch: int
-    """Images of a mini-batch."""
-
-    outer_lr: float = 1e-3
-    """Adam's step size."""
-
-    decay: bool = True
-    """Let it fall linearly, to zero at the end."""
-
     weight_decay: float = 0.0
     """Adam's weight decay, decoupled from the gradient."""
-
-    clip: float | None = None
-    """Scale gradients down to this norm where theirs is larger."""
 
     samples: int | None = None
     """Images for training and validation together; None for all there are."""
@@ -333,49 +303,25 @@ class Equilibrium:
     test_images: int | None = None
     """The first so many images of the test; None for all there are."""
 
-    checkpoint_every: int = 200
-    """Steps between two checkpoints."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
-    dtype: DtypeName = "float32"
-    """Floating-point type."""
-
-    threads: int = 2
-    """CPU threads."""
-
     def __post_init__(self) -> None:
-        for name in ("batch", "held_out", "checkpoint_every", "threads"):
-            at_least(1, name, getattr(self, name))
-        at_least(0, "seed", self.seed)
-        positive("outer_lr", self.outer_lr)
-        positive("epochs", self.epochs)
+        super().__post_init__()
+        at_least(1, "held_out", self.held_out)
         if not self.hidden or min(self.hidden) < 1:
             raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigurationError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        for name in ("minutes", "clip"):
-            if (value := getattr(self, name)) is not None:
-                positive(name, value)
         if self.test_images is not None:
             at_least(1, "test_images", self.test_images)
-        recipe = recipe_of(self.setting, self.method)
-        if type(self.estimator) is not type(recipe.estimator):
-            raise ConfigurationError(
-                f"method {self.method!r} has the estimator {type(recipe.estimator).__name__}, got "
-                f"{type(self.estimator).__name__}; Equilibrium.preset(method={self.method!r}) has "
-                f"the right one"
-            )
         with torch.device("meta"):  # which computes nothing: whether such widths make a network
             self.architecture().build()
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `setting`, `method` and `scale`."""
-        name = setting_named(chosen.get("setting", "feed-forward"))
+        name = one_of(SETTINGS, "setting", chosen.get("setting", "feed-forward"))
         setting = SETTINGS[name]
-        method = method_named(name, chosen.get("method", next(iter(setting.methods))))
+        word = chosen.get("method", next(iter(setting.methods)))
+        method = one_of(setting.methods, f"the method of setting {name!r}", word)
         recipe = setting.methods[method]
         small = cls(
             setting=name,
@@ -406,14 +352,24 @@ class Equilibrium:
         return small
 
     @property
+    def recipe(self) -> Recipe:
+        """How the method trains the network."""
+        known = SETTINGS[self.setting].methods
+        return known[one_of(known, f"the method of setting {self.setting!r}", self.method)]
+
+    @property
+    def kind(self) -> type[Estimator]:
+        """The method's estimator."""
+        return type(self.recipe.estimator)
+
+    @property
     def label(self) -> str:
         """Network and method, in words."""
-        setting = SETTINGS[self.setting]
-        return f"{setting.label}, {setting.methods[self.method].label}"
+        return f"{SETTINGS[self.setting].label}, {self.recipe.label}"
 
     def architecture(self) -> Architecture:
         """Of the network."""
-        setting, recipe = SETTINGS[self.setting], recipe_of(self.setting, self.method)
+        setting, recipe = SETTINGS[self.setting], self.recipe
         files = setting.source.files
         arguments = {"shape": files.SHAPE, "hidden": self.hidden, "outputs": len(files.CLASSES)}
         if recipe.feedback != "transposed":
@@ -445,146 +401,49 @@ class Equilibrium:
         return replace(parts, test=test, target=Classes(files.CLASSES), note=note)
 
 
-def recipe_of(setting: SettingName, method: MethodName) -> Recipe:
-    """How a network is trained by a method.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    known = SETTINGS[setting].methods
-    if method not in known:
-        raise ConfigurationError(
-            f"setting {setting!r} is trained by {', '.join(known)}, got method {method!r}"
-        )
-    return known[method]
-
-
-def setting_named(word: str) -> SettingName:
-    """The setting of that name.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    for name in SETTINGS:
-        if name == word:
-            return name
-    raise ConfigurationError(f"setting must be one of {', '.join(SETTINGS)}, got {word!r}")
-
-
-def method_named(setting: SettingName, word: str) -> MethodName:
-    """The method of that name, for a setting.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    for name in SETTINGS[setting].methods:
-        if name == word:
-            return name
-    known = ", ".join(SETTINGS[setting].methods)
-    raise ConfigurationError(f"setting {setting!r} is trained by {known}, got method {word!r}")
-
-
-class Job:
+class Job(network_training.Job[Equilibrium, Any]):
     """An experiment's images and network.
 
-    Args:
-        config: of the experiment.
-
     Attributes:
-        config: likewise.
         data: the images.
-        network: as drawn, until it learns.
     """
 
     def __init__(self, config: Equilibrium) -> None:
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
-        self.config = config
         self.data = config.load(device, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = config.architecture().build()
-        self.network = network.to(device, dtype)
+        super().__init__(
+            config, network.to(device, dtype), self.data.train, digest=self.data.digest
+        )
 
-    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
-        """Train the network in place."""
-        config = self.config
-        weights = [w for _, w in self.network.named_parameters()]
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            return train_network(
-                self.network,
-                self.data.train,
-                solver=config.solver,
-                estimator=config.estimator,
-                optimizer=torch.optim.AdamW(
-                    weights, lr=config.outer_lr, weight_decay=config.weight_decay
-                ),
-                epochs=config.epochs if config.minutes is None else math.inf,
-                limit=math.inf if config.minutes is None else 60 * config.minutes,
-                batch_size=config.batch,
-                seed=config.seed,
-                clip=config.clip,
-                validate=lambda: {"validation_accuracy": self.accuracy(self.data.validation)},
-                callbacks=callbacks,
-            )
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        weights, config = self.network.parameters(), self.config
+        return torch.optim.AdamW(weights, lr=config.outer_lr, weight_decay=config.weight_decay)
+
+    def measured(self, *parts: str) -> dict[str, float]:
+        """Per cent of images that the settled network is right about, by part."""
+        known = {"training": self.data.train, **self.data.judges}
+        return {f"{part}_accuracy": self.accuracy(known[part]) for part in parts}
 
     def accuracy(self, part: tuple[Tensor, Tensor]) -> float:
         """Per cent of images that the settled network is right about."""
         found = classify(self.network, part[0], solver=self.config.solver)
         return 100 * (found == part[1]).double().mean().item()
 
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Train and test, and leave the run in its directory."""
-        directory.keep_to_data(self.data.digest)
-        if (ended := directory.result) is not None:
-            return ended["metrics"]
-        config = self.config
-        state = self.learn(
-            watching(
-                directory,
-                config.label,
-                every=config.checkpoint_every,
-                resume=resume,
-                console=console,
-                decay=config.outer_lr if config.decay else None,
-            )
-        )
-        model = Model(
-            config.architecture(),
-            state.meta_params,
-            self.data.target,
-            self.data.encoding,
-            config.solver,
-        )
-        write_whole(directory.path / "model.pt", as_bytes(model.plain()))
-        assert self.data.test is not None
-        metrics = {
-            "validation_accuracy": self.accuracy(self.data.validation),
-            "test_accuracy": self.accuracy(self.data.test),
-        }
-        figures.save(learning_curves(state.history, "accuracy"), directory.path / "learning.png")
-        directory.write_json(
-            "result.json",
-            {
-                "experiment": type(config).__name__.lower(),
-                "estimator": type(config.estimator).__name__,
-                "setting": config.setting,
-                "method": config.method,
-                "seed": config.seed,
-                "scale": config.scale,
-                "metrics": metrics,
-                "paper": None,
-                "epochs": state.step * config.batch / len(self.data.train[1]),
-                "outer_steps": state.step,
-                "gradient_evaluations": state.gradient_evaluations,
-                "seconds": state.seconds,
-                "device": str(pick_device(config.device)),
-                "versions": versions(),
-            },
-        )
-        return metrics
+    def model(self) -> Mapping[str, Any]:
+        """What `equigrad predict` asks."""
+        config, data = self.config, self.data
+        weights = dict(self.network.named_parameters())
+        model = Model(config.architecture(), weights, data.target, data.encoding, config.solver)
+        return model.plain()
+
+    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
+        """Accuracies on validation and test."""
+        metrics = self.measured("validation", "test")
+        return {"setting": self.config.setting, "metrics": metrics}
 
 
 def run(config: Equilibrium, out: Path, *, resume: bool, console: Console) -> dict[str, float]:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.equilibrium import SETTINGS, Equilibrium, Job, MethodName, SettingName
 from equigrad.experiments.error_curves import as_table
+from equigrad.experiments.experiment import at_least
+from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.reproduction import ByRuns, Cell, differ
-from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class EquilibriumTable(ByRuns):
                     SETTINGS[setting].label,
                     SETTINGS[setting].source.name,
                     SETTINGS[setting].methods[method].label,
-                    with_error(*mean_and_error([row.validation for row in own])),
-                    with_error(*mean_and_error([row.test for row in own])),
+                    with_error(*mean_and_error([row.validation for row in own]), ".2f"),
+                    with_error(*mean_and_error([row.test for row in own]), ".2f"),
                     f"{fmean(row.epochs for row in own):.3g}",
                     f"{fmean(row.gradient_evaluations for row in own):,.0f}",
                     f"{fmean(row.seconds for row in own) / 60:.1f}",

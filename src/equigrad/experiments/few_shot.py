@@ -2,7 +2,7 @@
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,10 @@ from equigrad.estimators import (
 )
 from equigrad.experiments import figures
 from equigrad.experiments.config_file import CHOOSERS, overlay
+from equigrad.experiments.experiment import Training, at_least, one_of
 from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
-from equigrad.experiments.run_directory import RunDirectory, describe, versions
-from equigrad.experiments.strength_learning import ScaleName, at_least, positive
+from equigrad.experiments.run_directory import RunDirectory, describe
 from equigrad.experiments.watching import watching
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
 from equigrad.nn.batch_statistics import BatchStatistics
@@ -47,7 +47,6 @@ from equigrad.training import (
     pick_device,
     pick_dtype,
 )
-from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.few_shot import Metric, Score, chosen, judge, learn_tasks
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.strengths import with_nudged
@@ -111,18 +110,6 @@ METHODS: dict[MethodName, Method] = {
 """The learners; the last one learns each task from a random start, and shares nothing."""
 
 
-def method_named(word: str) -> MethodName:
-    """The method of that name.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    for name in METHODS:
-        if name == word:
-            return name
-    raise ConfigurationError(f"method must be one of {', '.join(METHODS)}, got {word!r}")
-
-
 @dataclass(frozen=True)
 class Tasks:
     """Where the tasks of an experiment come from.
@@ -141,7 +128,7 @@ class Tasks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShot(ABC):
+class FewShot(Training):
     """Learn from many tasks how to learn the next one: settings, tasks and network.
 
     Attributes:
@@ -163,17 +150,11 @@ class FewShot(ABC):
     method: MethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
 
-    scale: ScaleName = "small"
-    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
-
     seed: int = 0
     """Draws the network's start and the tasks of meta-training."""
 
     solver: GradientDescent
     """How a task is learned: the free phase."""
-
-    estimator: Estimator
-    """Of the meta-gradient; the method presets which, and these are its knobs."""
 
     nudged_steps: int
     """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
@@ -183,12 +164,6 @@ class FewShot(ABC):
 
     outer_steps: int
     """Steps of Adam on what tasks share: batches of tasks."""
-
-    minutes: float | None = None
-    """End meta-training after so long, instead of after outer_steps; validation included."""
-
-    outer_lr: float = 1e-3
-    """Adam's step size."""
 
     decay: bool = False
     """Let it fall linearly, to zero at the end."""
@@ -233,19 +208,11 @@ class FewShot(ABC):
     checkpoint_every: int = 50
     """Outer steps between two checkpoints."""
 
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
-    dtype: DtypeName = "float32"
-    """Floating-point type."""
-
-    threads: int = 2
-    """CPU threads."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             *("nudged_steps", "outer_steps", "tasks", "shot", "queries", "test_queries"),
-            *("validate_every", "checkpoint_every", "threads"),
+            "validate_every",
         ):
             at_least(1, name, getattr(self, name))
         for name in ("chunk_size", "test_steps"):
@@ -253,26 +220,25 @@ class FewShot(ABC):
                 at_least(1, name, value)
         for name in ("validation_tasks", "test_tasks"):
             at_least(2, name, getattr(self, name))
-        at_least(0, "seed", self.seed)
         if self.average_from is not None:
             at_least(0, "average_from", self.average_from)
-        positive("outer_lr", self.outer_lr)
-        if self.minutes is not None:
-            positive("minutes", self.minutes)
         if not 0 <= self.strength < math.inf:
             raise ConfigurationError(f"strength must be at least 0, got {self.strength}")
-        kind = METHODS[self.method].estimator
-        if type(self.estimator) is not kind:
-            raise ConfigurationError(
-                f"method {self.method!r} has the estimator {kind.__name__}, got "
-                f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
-                f"{self.method!r}) has the right one"
-            )
+
+    @property
+    def kind(self) -> type[Estimator]:
+        """The method's estimator."""
+        return METHODS[self.method].estimator
+
+    @property
+    def label(self) -> str:
+        """The method, in words."""
+        return METHODS[self.method].label
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
-        method = method_named(chosen.pop("method", "contrastive-modulation"))
+        method = one_of(METHODS, "method", chosen.pop("method", "contrastive-modulation"))
         defaults = cls._preset(method, **chosen)
         kind = METHODS[method].estimator
         own = {type(rule): rule for rule in (cls.control, defaults.estimator)}
@@ -395,7 +361,6 @@ class Job:
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
         """Meta-train; from scratch, nothing is learned."""
         config = self.config
-        steps = config.outer_steps if config.minutes is None else math.inf
         meta_params = self.learner.model.meta_params()
         watched = self.tasks.validation is not None
         with torch.random.fork_rng():
@@ -406,8 +371,8 @@ class Job:
                 self.tasks.train,
                 tasks=config.tasks,
                 optimizer=torch.optim.Adam(meta_params.values(), lr=config.outer_lr),
-                steps=0 if config.method == "scratch" else steps,
-                limit=math.inf if config.minutes is None else 60 * config.minutes,
+                steps=0 if config.method == "scratch" else config.unless_timed(config.outer_steps),
+                limit=config.limit,
                 average_from=config.average_from,
                 validate=self.validate if watched else None,
                 validate_every=config.validate_every,
@@ -447,14 +412,7 @@ class Job:
         if (ended := directory.result) is not None:
             return ended["metrics"]
         config = self.config
-        callbacks = watching(
-            directory,
-            METHODS[config.method].label,
-            every=config.checkpoint_every,
-            resume=resume,
-            console=console,
-            decay=config.outer_lr if config.decay else None,
-        )
+        callbacks = watching(directory, config, config.label, resume=resume, console=console)
         state = self.learn(callbacks)
         meta_params = chosen(state)
         content = {
@@ -472,25 +430,18 @@ class Job:
             figure = learning_curves(state.history, config.score)
             figures.save(figure, directory.path / "learning.png")
         config.draw(self, meta_params, directory.path)
-        directory.write_json(
-            "result.json",
-            {
-                "experiment": type(config).__name__.lower(),
-                "estimator": type(config.estimator).__name__,
-                "method": config.method,
-                "seed": config.seed,
-                "scale": config.scale,
-                "metrics": metrics,
-                "paper": config.published(),
-                "tasks": self.tasks.note,
-                "notes": list(config.notes()),
-                "outer_steps": state.step,
-                "gradient_evaluations": state.gradient_evaluations,
-                "seconds": state.seconds,
-                "test_seconds": time.perf_counter() - began,
-                "device": str(pick_device(config.device)),
-                "versions": versions(),
-            },
+        directory.end(
+            config,
+            estimator=type(config.estimator).__name__,
+            method=config.method,
+            metrics=metrics,
+            paper=config.published(),
+            tasks=self.tasks.note,
+            notes=list(config.notes()),
+            outer_steps=state.step,
+            gradient_evaluations=state.gradient_evaluations,
+            seconds=state.seconds,
+            test_seconds=time.perf_counter() - began,
         )
         return metrics
 
@@ -526,8 +477,7 @@ def run(config: FewShot, out: Path, *, resume: bool, console: Console) -> dict[s
 
 def make_table(config: FewShot, metrics: Mapping[str, float]) -> Table:
     """Every metric, a test's with its interval, the paper's beside."""
-    label = METHODS[config.method].label
-    table = Table(title=f"{config.name}, {label}, seed {config.seed}, scale {config.scale}")
+    table = Table(title=f"{config.name}, {config.label}, seed {config.seed}, scale {config.scale}")
     table.add_column("")
     table.add_column("reached", justify="right")
     published = config.published()

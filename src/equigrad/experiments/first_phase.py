@@ -10,15 +10,11 @@ from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.experiments.error_curves import as_table, finish, shades
+from equigrad.experiments.experiment import at_least
+from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
 from equigrad.experiments.reproduction import ByExperiments, Cell, differ
-from equigrad.experiments.strength_learning import (
-    EstimatorName,
-    Job,
-    at_least,
-    mean_and_error,
-    with_error,
-)
+from equigrad.experiments.strength_learning import EstimatorName, Job
 from equigrad.experiments.table1 import METHODS
 
 PanelName = Literal["A", "B"]
@@ -303,7 +299,7 @@ def _or_dash(value: float | None) -> str:
 
 
 def _said(values: Sequence[float]) -> str:
-    return with_error(*mean_and_error(values)) if np.isfinite(values).all() else "diverged"
+    return with_error(*mean_and_error(values), ".2f") if np.isfinite(values).all() else "diverged"
 
 
 def _with_bars(axes: Axes, curve: Mapping[Any, Sequence[float]], **style: Any) -> None:

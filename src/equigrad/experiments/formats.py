@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from equigrad.experiments.run_folders import is_number
 
@@ -34,13 +37,30 @@ def shown(number: float) -> str:
     return f"{number:.2f}" if abs(number) >= 1 else f"{number:.4g}"
 
 
-def with_error(mean: float, error: float | None) -> str:
-    """`mean ± error` with as many digits after the point, or the mean alone.
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard error where there are several values.
+
+    Example:
+        >>> mean_and_error([1.0, 2.0, 3.0])
+        (2.0, 0.5773502691896258)
+    """
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, None
+    return mean, float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def with_error(mean: float, error: float | None, form: str | None = None) -> str:
+    """`mean ± error`, or the mean alone, with as many digits as anyone reads or in a given form.
 
     Example:
         >>> with_error(95.1, 0.66), with_error(0.0123, 0.00041), with_error(502.0, 0.0)
         ('95.10 ± 0.66', '0.01230 ± 0.00041', '502 ± 0')
+        >>> with_error(95.1, 0.66, ".1f")
+        '95.1 ± 0.7'
     """
+    if form is not None:
+        return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form}}"
     if error is None:
         return shown(mean)
     if not (math.isfinite(mean) and math.isfinite(error)):

@@ -15,12 +15,11 @@ from equigrad.data import cifar10, mnist
 from equigrad.data.images import Images, split
 from equigrad.data.split import Split
 from equigrad.estimators import T1T2, Contrastive
+from equigrad.experiments.experiment import at_least, positive
 from equigrad.experiments.strength_learning import (
     EstimatorName,
     Published,
     StrengthLearning,
-    at_least,
-    positive,
 )
 from equigrad.nn import ReferenceStatistics, lenet5, tanh_network
 from equigrad.solvers import GradientDescent

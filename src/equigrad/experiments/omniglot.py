@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.experiments import figures
+from equigrad.experiments.experiment import at_least, one_of
 from equigrad.experiments.few_shot import (
     METHODS,
     TEST,
@@ -25,7 +26,6 @@ from equigrad.experiments.few_shot_figures import task_sheet
 from equigrad.experiments.formats import text
 from equigrad.experiments.run_directory import describe
 from equigrad.experiments.run_folders import flat
-from equigrad.experiments.strength_learning import at_least
 from equigrad.nn import conv4
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
@@ -164,7 +164,7 @@ class Omniglot(FewShot):
     @classmethod
     def _preset(cls, method: MethodName, **chosen: str) -> Self:
         """The defaults of a scale and a column of Table 2."""
-        setting = _setting(chosen.get("setting", "5way1shot"))
+        setting = one_of(get_args(SettingName), "setting", chosen.get("setting", "5way1shot"))
         way, shot = (int(part.removesuffix("shot")) for part in setting.split("way"))
         small = cls(
             setting=setting,
@@ -314,12 +314,3 @@ class Omniglot(FewShot):
         params = job.tested.settle(meta_params, batch)
         said = job.tested.predict(params, meta_params, batch).argmax(-1)
         figures.save(task_sheet(batch, said, inverted=self.images is None), folder / "tasks.png")
-
-
-def _setting(word: str) -> SettingName:
-    for setting in get_args(SettingName):
-        if setting == word:
-            return setting
-    raise ConfigurationError(
-        f"setting must be one of {', '.join(get_args(SettingName))}, got {word!r}"
-    )

@@ -9,8 +9,9 @@ from torch.nn import Module
 from equigrad.data.split import Split
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
+from equigrad.experiments.experiment import at_least
 from equigrad.experiments.model import Architecture, Model
-from equigrad.experiments.strength_learning import LearningAlike, at_least
+from equigrad.experiments.strength_learning import LearningAlike
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 

@@ -20,7 +20,15 @@ from PIL import Image
 
 from equigrad.errors import RunError
 from equigrad.experiments import figures
-from equigrad.experiments.formats import is_numeric, short, shown, text, with_error, words
+from equigrad.experiments.formats import (
+    is_numeric,
+    mean_and_error,
+    short,
+    shown,
+    text,
+    with_error,
+    words,
+)
 from equigrad.experiments.run_folders import (
     RunFolder,
     find_runs,
@@ -31,7 +39,7 @@ from equigrad.experiments.run_folders import (
     tensors,
 )
 from equigrad.experiments.run_groups import BESIDE, Group, grouped
-from equigrad.experiments.strength_learning import LABELS, mean_and_error
+from equigrad.experiments.strength_learning import LABELS
 from equigrad.training.files import write_whole
 
 GENERATOR = '<meta name="generator" content="equigrad report">'

@@ -1,11 +1,9 @@
 """A picture as a network at rest, from place to colour: an implicit neural representation."""
 
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from matplotlib.figure import Figure
@@ -18,20 +16,17 @@ from equigrad.controllers import DynamicInversion
 from equigrad.data.picture import Picture, places, psnr, read_picture
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import Adjoint, Estimator, LeastControl
-from equigrad.experiments import figures
+from equigrad.experiments import figures, network_training
 from equigrad.experiments.config_file import overlay
-from equigrad.experiments.few_shot_figures import learning_curves
+from equigrad.experiments.experiment import ScaleName, at_least, one_of, positive
 from equigrad.experiments.formats import words
-from equigrad.experiments.run_directory import RunDirectory, describe, versions
-from equigrad.experiments.strength_learning import ScaleName, at_least, positive
-from equigrad.experiments.watching import watching
+from equigrad.experiments.network_training import NetworkTraining
+from equigrad.experiments.run_directory import RunDirectory, describe
 from equigrad.nn import EquilibriumRNN, FourierFeatures
 from equigrad.nn.batches import summed_squares
 from equigrad.solvers import Anderson, Solver
-from equigrad.training import Callback, OuterState, pick_device, pick_dtype
-from equigrad.training.device import DeviceName, DtypeName
-from equigrad.training.files import as_bytes, write_whole
-from equigrad.training.relaxation import settled_logits, train_network
+from equigrad.training import pick_device, pick_dtype
+from equigrad.training.relaxation import settled_logits
 
 FORMAT = "equigrad representation 1"
 
@@ -60,13 +55,15 @@ HELD_OUT = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Representation:
+class Representation(NetworkTraining):
     """Learn a picture, from place to colour, by a recurrent network at rest.
 
     The network is shown the Fourier features of a place until it rests, and then says the colour
     there. It learns from the pixels of a grid, every other one of every other row by default, by
     the exact gradient and by least control, and is judged by those between them (PSNR).
     """
+
+    score: ClassVar[str] = "psnr"
 
     method: MethodName = "exact"
     """How the gradient is had; the other one runs too, with `compare`."""
@@ -105,14 +102,8 @@ class Representation:
     solver: Solver = REST
     """How neurons settle, in training and, whatever the method, in validation and test."""
 
-    estimator: Estimator
-    """Of the gradient; the method presets which, and these are its knobs."""
-
     epochs: float = 40
     """Passes over the pixels that are learned from."""
-
-    minutes: float | None = None
-    """End training after so long, instead of after so many epochs; validation included."""
 
     batch: int = 256
     """Pixels of a mini-batch."""
@@ -120,36 +111,11 @@ class Representation:
     outer_lr: float = 5e-3
     """Adam's step size."""
 
-    decay: bool = True
-    """Let it fall linearly, to zero at the end."""
-
-    clip: float | None = None
-    """Scale gradients down to this norm where theirs is larger."""
-
-    checkpoint_every: int = 200
-    """Steps between two checkpoints."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
-    dtype: DtypeName = "float32"
-    """Floating-point type."""
-
-    threads: int = 2
-    """CPU threads."""
-
     def __post_init__(self) -> None:
-        for name in (
-            *("side", "stride", "features", "hidden", "batch", "held_out"),
-            *("checkpoint_every", "threads"),
-        ):
+        super().__post_init__()
+        for name in ("side", "stride", "features", "hidden", "held_out"):
             at_least(1, name, getattr(self, name))
-        at_least(0, "seed", self.seed)
-        for name in ("frequency", "epochs", "outer_lr"):
-            positive(name, getattr(self, name))
-        for name in ("minutes", "clip"):
-            if (value := getattr(self, name)) is not None:
-                positive(name, value)
+        positive("frequency", self.frequency)
         learned = len(range(0, self.side, self.stride)) ** 2
         if self.batch > learned:
             raise ConfigurationError(
@@ -162,18 +128,11 @@ class Representation:
                 f"held_out must leave some of the {between} pixels that are not learned from for "
                 f"the test, got {self.held_out}; lower it, or take a larger side"
             )
-        kind = type(METHODS[method_named(self.method)][1])
-        if type(self.estimator) is not kind:
-            raise ConfigurationError(
-                f"method {self.method!r} has the estimator {kind.__name__}, got "
-                f"{type(self.estimator).__name__}; Representation.preset(method={self.method!r}) "
-                f"has the right one"
-            )
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `method` and `scale`."""
-        method = method_named(chosen.get("method", "exact"))
+        method = one_of(METHODS, "method", chosen.get("method", "exact"))
         small = cls(method=method, estimator=METHODS[method][1])
         scale = chosen.get("scale", "small")
         if scale == "paper":  # as large as the photograph allows; the paper's own is not published
@@ -199,21 +158,14 @@ class Representation:
         return replace(self, compare=False, method=method, estimator=METHODS[method][1])
 
     @property
+    def kind(self) -> type[Estimator]:
+        """The method's estimator."""
+        return type(METHODS[one_of(METHODS, "method", self.method)][1])
+
+    @property
     def label(self) -> str:
         """The method, in words."""
         return METHODS[self.method][0]
-
-
-def method_named(word: str) -> MethodName:
-    """The method of that name.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    for name in METHODS:
-        if name == word:
-            return name
-    raise ConfigurationError(f"method must be one of {', '.join(METHODS)}, got {word!r}")
 
 
 @dataclass(frozen=True)
@@ -283,14 +235,10 @@ class Painter:
         return found.view(side, side, 3).clamp(0, 1).cpu()
 
 
-class Job:
+class Job(network_training.Job[Representation, EquilibriumRNN]):
     """A picture, and a network that learns it.
 
-    Args:
-        config: of the experiment.
-
     Attributes:
-        config: likewise.
         picture: that is learned.
         parts: which pixels `training`, `validation` and `test` are: indices, row by row.
         places: of all pixels.
@@ -299,7 +247,6 @@ class Job:
     """
 
     def __init__(self, config: Representation) -> None:
-        self.config = config
         self.picture = read_picture(config.image, config.side)
         self.painter = Painter.new(config)
         grid = self.picture.grid(config.stride)
@@ -312,6 +259,9 @@ class Job:
         weights = next(self.painter.network.parameters())
         self.places = places(config.side).to(weights)
         self.colors = self.picture.colors.reshape(-1, 3).to(weights)
+        rows = self.parts["training"]
+        examples = self.painter.encode(self.places[rows]), self.colors[rows]
+        super().__init__(config, self.painter.network, examples, digest=self.picture.digest)
 
     @property
     def note(self) -> str:
@@ -332,26 +282,9 @@ class Job:
         rows = self.parts["test"]
         return psnr(known[rows], self.picture.colors.reshape(-1, 3)[rows])
 
-    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
-        """Train the network in place."""
-        config, network = self.config, self.painter.network
-        rows = self.parts["training"]
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            return train_network(
-                network,
-                (self.painter.encode(self.places[rows]), self.colors[rows]),
-                solver=config.solver,
-                estimator=config.estimator,
-                optimizer=torch.optim.Adam(network.parameters(), lr=config.outer_lr),
-                epochs=config.epochs if config.minutes is None else math.inf,
-                limit=math.inf if config.minutes is None else 60 * config.minutes,
-                batch_size=config.batch,
-                seed=config.seed,
-                clip=config.clip,
-                validate=lambda: self.measured("validation"),
-                callbacks=callbacks,
-            )
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.network.parameters(), lr=self.config.outer_lr)
 
     def measured(self, *parts: str) -> dict[str, float]:
         """The PSNR on parts of the picture, of those that there are, by name."""
@@ -362,34 +295,19 @@ class Job:
                 found[f"{part}_psnr"] = psnr(colors, self.colors[rows])
         return found
 
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Train and test, and leave the run in its directory."""
-        directory.keep_to_data(self.picture.digest)
-        if (ended := directory.result) is not None:
-            return ended["metrics"]
-        config = self.config
-        state = self.learn(
-            watching(
-                directory,
-                config.label,
-                every=config.checkpoint_every,
-                resume=resume,
-                console=console,
-                decay=config.outer_lr if config.decay else None,
-            )
-        )
-        content = {
+    def model(self) -> Mapping[str, Any]:
+        """What `Painter.load` reads."""
+        return {
             "format": FORMAT,
             "equigrad": equigrad.__version__,
-            "config": describe(config),
-            "network": self.painter.network.state_dict(),
+            "config": describe(self.config),
+            "network": self.network.state_dict(),
             "encode": self.painter.encode.state_dict(),
         }
-        write_whole(directory.path / "model.pt", as_bytes(content))
-        began = time.perf_counter()
-        metrics = self.measured("training", "validation", "test")
+
+    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
+        """The PSNR of each part, and how many pixels are not at rest; the picture, drawn."""
+        config = self.config
         _, unsettled = self.painter.colors(self.places)
         if unsettled:
             console.print(
@@ -398,37 +316,19 @@ class Job:
                 highlight=False,
                 soft_wrap=True,
             )
-        figures.save(learning_curves(state.history, "psnr"), directory.path / "learning.png")
         figures.save(
             pictures(self.picture, {config.label: directory.path}), directory.path / "picture.png"
         )
-        directory.write_json(
-            "result.json",
-            {
-                "experiment": type(config).__name__.lower(),
-                "estimator": type(config.estimator).__name__,
-                "method": config.method,
-                "seed": config.seed,
-                "scale": config.scale,
-                "metrics": metrics,
-                "paper": None,
-                "pixels": {name: len(rows) for name, rows in self.parts.items()},
-                "pixels_unsettled": len(unsettled),
-                "epochs": state.step * config.batch / len(self.parts["training"]),
-                "outer_steps": state.step,
-                "gradient_evaluations": state.gradient_evaluations,
-                "seconds": state.seconds,
-                "test_seconds": time.perf_counter() - began,
-                "device": str(pick_device(config.device)),
-                "versions": versions(),
-            },
-        )
-        return metrics
+        return {
+            "metrics": self.measured("training", "validation", "test"),
+            "pixels": {name: len(rows) for name, rows in self.parts.items()},
+            "pixels_unsettled": len(unsettled),
+        }
 
 
 def run(
     config: Representation, out: Path, *, resume: bool, console: Console
-) -> dict[str, dict[str, float]]:
+) -> dict[MethodName, dict[str, float]]:
     """Learn the picture in `out`, by the other method below it, and print what was reached.
 
     Returns:
@@ -438,7 +338,7 @@ def run(
     job = Job(config)
     directory = RunDirectory(out, config, resume=resume)
     console.print(job.note, markup=False, highlight=False, soft_wrap=True)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[MethodName, dict[str, float]] = {}
     folders: dict[str, Path] = {}
     for method, (label, _) in METHODS.items():
         if method == config.method:
@@ -456,14 +356,14 @@ def run(
     return found
 
 
-def make_table(config: Representation, found: Mapping[str, Mapping[str, float]]) -> Table:
+def make_table(config: Representation, found: Mapping[MethodName, Mapping[str, float]]) -> Table:
     """A line a method."""
     table = Table(title=f"a picture as a network, seed {config.seed}, scale {config.scale}")
     table.add_column("")
     for name in next(iter(found.values())):
         table.add_column(words(name), justify="right")
     for method, metrics in found.items():
-        table.add_row(METHODS[method_named(method)][0], *(f"{v:.2f}" for v in metrics.values()))
+        table.add_row(METHODS[method][0], *(f"{v:.2f}" for v in metrics.values()))
     return table
 
 

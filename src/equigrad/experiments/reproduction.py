@@ -18,13 +18,13 @@ from rich.progress import track
 
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments import figures
+from equigrad.experiments.experiment import Experiment, ScaleName, at_least
 from equigrad.experiments.run_directory import RunDirectory
 from equigrad.experiments.run_folders import IN_TABLE
-from equigrad.experiments.strength_learning import ScaleName, at_least
 from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
 
-Experiment = TypeVar("Experiment", bound=Any)
+Placed = TypeVar("Placed", bound=Experiment)
 Cell = tuple[Any, ...]
 """What tells a row of the table from the others: the values of its first fields."""
 
@@ -102,7 +102,7 @@ class ByExperiments(Reproduction):
         torch.set_num_threads(self.threads)
         return self.measure
 
-    def placed(self, preset: Experiment, **changes: Any) -> Experiment:
+    def placed(self, preset: Placed, **changes: Any) -> Placed:
         """An experiment's settings with some changed, on this device and with these threads."""
         return replace(preset, threads=self.threads, device=self.device, **changes)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from equigrad.errors import RunError
+from equigrad.experiments.experiment import Experiment
+from equigrad.training.device import pick_device
 from equigrad.training.files import write_whole
 
 
@@ -59,6 +61,16 @@ class RunDirectory:
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of JSON, whole or not at all."""
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def end(self, config: Experiment, **found: Any) -> None:
+        """Write `result.json`: what was found, and whose it is."""
+        whose = {
+            "experiment": type(config).__name__.lower(),
+            "seed": config.seed,
+            "scale": config.scale,
+        }
+        where = {"device": str(pick_device(config.device)), "versions": versions()}
+        self.write_json("result.json", {**whose, **found, **where})
 
     def keep_to_data(self, digest: str) -> None:
         """Note a checksum of the data where the run begins, and refuse others later.

@@ -4,9 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from equigrad.experiments.formats import duration, shown, with_error
+from equigrad.experiments.formats import duration, mean_and_error, shown, with_error
 from equigrad.experiments.run_folders import RunFolder, numbers
-from equigrad.experiments.strength_learning import mean_and_error
 
 SECTION = ("setting", "scale", "csv", "target", "images", "image")
 """Settings that make runs of one experiment another matter."""

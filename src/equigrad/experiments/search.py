@@ -25,9 +25,10 @@ from rich.table import Table
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments import figures
 from equigrad.experiments.config_file import at_paths, overlay
+from equigrad.experiments.experiment import at_least
 from equigrad.experiments.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.search_spaces import SPACES, Point, Space, read_space
-from equigrad.experiments.strength_learning import StrengthLearning, at_least
+from equigrad.experiments.strength_learning import StrengthLearning
 from equigrad.training.files import write_whole
 
 TUNING_SEED = 100

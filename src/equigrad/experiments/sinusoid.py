@@ -17,6 +17,7 @@ from torch.nn.functional import mse_loss
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.experiments import few_shot, figures
+from equigrad.experiments.experiment import at_least, one_or_many
 from equigrad.experiments.few_shot import (
     METHODS,
     TEST,
@@ -25,11 +26,10 @@ from equigrad.experiments.few_shot import (
     Job,
     MethodName,
     Tasks,
-    method_named,
 )
 from equigrad.experiments.few_shot_figures import adaptation_curves, sinusoid_fits
+from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.run_directory import RunDirectory
-from equigrad.experiments.strength_learning import at_least, mean_and_error, with_error
 from equigrad.nn import tanh_network
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
@@ -140,13 +140,7 @@ class Sinusoid(FewShot):
                 f"the network of sinusoids has no normalisation layer to modulate, so method must "
                 f"be one of {', '.join(OWN)}, got {self.method!r}"
             )
-        if self.seeds is not None:
-            at_least(1, "seeds", self.seeds)
-            if self.seed != 0:
-                raise ConfigurationError(
-                    f"give seed={self.seed} for one run, or seeds={self.seeds} for seeds 0 to "
-                    f"{self.seeds - 1}, not both"
-                )
+        one_or_many(self.seed, self.seeds)
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
@@ -282,7 +276,9 @@ class Row:
         )
 
 
-def run(config: Sinusoid, out: Path, *, resume: bool, console: Console) -> dict[str, list[Row]]:
+def run(
+    config: Sinusoid, out: Path, *, resume: bool, console: Console
+) -> dict[MethodName, list[Row]]:
     """Run one method in `out`, or all and any number of seeds below it, and print the table.
 
     Returns:
@@ -293,7 +289,7 @@ def run(config: Sinusoid, out: Path, *, resume: bool, console: Console) -> dict[
         return {config.method: [Row.of(out)]}
     torch.set_num_threads(config.threads)
     whole = RunDirectory(out, config, resume=resume)
-    rows: dict[str, list[Row]] = {}
+    rows: dict[MethodName, list[Row]] = {}
     runs: dict[str, Path] = {}
     for seed in [config.seed] if config.seeds is None else range(config.seeds):
         for method in OWN if config.compare else (config.method,):
@@ -312,7 +308,7 @@ def run(config: Sinusoid, out: Path, *, resume: bool, console: Console) -> dict[
     return rows
 
 
-def make_table(config: Sinusoid, rows: Mapping[str, Sequence[Row]]) -> Table:
+def make_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[Row]]) -> Table:
     """Mean ± standard error over seeds; of one seed, the test's 95 % interval."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
@@ -327,7 +323,7 @@ def make_table(config: Sinusoid, rows: Mapping[str, Sequence[Row]]) -> Table:
         test, error = mean_and_error([row.test for row in each])
         watched = [row.validation for row in each if row.validation is not None]
         table.add_row(
-            METHODS[method_named(method)].label,
+            METHODS[method].label,
             with_error(*mean_and_error(watched), ".4f") if watched else "",
             with_error(test, each[0].interval if error is None else error, ".4f"),
             format(round(fmean(row.gradient_evaluations for row in each)), ","),
@@ -336,7 +332,7 @@ def make_table(config: Sinusoid, rows: Mapping[str, Sequence[Row]]) -> Table:
     return table
 
 
-def step_table(rows: Mapping[str, Sequence[Row]]) -> Table:
+def step_table(rows: Mapping[MethodName, Sequence[Row]]) -> Table:
     """The error on tasks of the test while they are learned, as a mean over seeds."""
     table = Table(title="test: mean squared error after so many steps of adaptation")
     table.add_column("")
@@ -344,7 +340,7 @@ def step_table(rows: Mapping[str, Sequence[Row]]) -> Table:
         table.add_column(str(steps), justify="right")
     for method, each in rows.items():
         means = [fmean(row.adaptation[i][1] for row in each) for i in range(len(LOOKS))]
-        table.add_row(METHODS[method_named(method)].label, *(f"{mean:.3g}" for mean in means))
+        table.add_row(METHODS[method].label, *(f"{mean:.3g}" for mean in means))
     return table
 
 

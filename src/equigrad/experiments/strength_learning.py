@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +34,10 @@ from equigrad.estimators import (
     Unrolled,
 )
 from equigrad.experiments import figures
+from equigrad.experiments.experiment import Experiment, at_least, one_or_many, positive
+from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.model import Model
-from equigrad.experiments.run_directory import RunDirectory, versions
+from equigrad.experiments.run_directory import RunDirectory
 from equigrad.experiments.watching import watching
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
@@ -44,7 +46,6 @@ from equigrad.training import (
     pick_device,
     pick_dtype,
 )
-from equigrad.training.device import DeviceName, DtypeName
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.strengths import (
     SINGLE_STRENGTHS,
@@ -86,7 +87,6 @@ OTHERS: dict[EstimatorName, type[Estimator]] = {
 }
 """Estimators beside the two that the paper compares."""
 
-ScaleName = Literal["smoke", "small", "paper"]
 LABELS = {
     "unregularised": "unregularised",
     "single": "best single strength",
@@ -113,7 +113,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrengthLearning(ABC):
+class StrengthLearning(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
     seed: int = 0
@@ -131,42 +131,19 @@ class StrengthLearning(ABC):
     compare: bool = True
     """Run the other rows of the table too."""
 
-    scale: ScaleName = "small"
-    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
-
     outer_steps: int = 100
     """Steps of Adam on the strengths."""
 
     initial_strength: float | None = 1e-3
     """Where every strength starts; None for the best single one. They are clamped at zero."""
 
-    checkpoint_every: int = 5
-    """Outer steps between two checkpoints."""
-
-    device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
-
-    dtype: DtypeName = "float32"
-    """Floating-point type."""
-
     threads: int = 1
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("outer_steps", 1),
-            ("checkpoint_every", 1),
-            ("seed", 0),
-            ("threads", 1),
-        ):
-            at_least(least, name, getattr(self, name))
-        if self.seeds is not None and self.seeds < 1:
-            raise ConfigurationError(f"seeds must be at least 1, got {self.seeds}")
-        if self.seeds is not None and self.seed != 0:
-            raise ConfigurationError(
-                f"give seed={self.seed} for one run, or seeds={self.seeds} for seeds 0 to "
-                f"{self.seeds - 1}, not both"
-            )
+        super().__post_init__()
+        at_least(1, "outer_steps", self.outer_steps)
+        one_or_many(self.seed, self.seeds)
         if self.other is not None and type(self.other) is not OTHERS.get(self.estimator):
             raise ConfigurationError(
                 f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
@@ -255,18 +232,6 @@ class LearningAlike(StrengthLearning):
         return Recipe(estimator, self.solver, self.outer_lr)
 
 
-def at_least(least: int, name: str, value: int) -> None:
-    """Raise a `ConfigurationError` where a number is too small."""
-    if value < least:
-        raise ConfigurationError(f"{name} must be at least {least}, got {value}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise a `ConfigurationError` unless a number is positive and finite."""
-    if not 0 < value < float("inf"):
-        raise ConfigurationError(f"{name} must be positive, got {value}")
-
-
 @dataclass(frozen=True)
 class Row:
     """A line of the table: the score on validation and test data, and what it cost."""
@@ -334,8 +299,8 @@ class Job(StrengthLearner):
             name,
             watching(
                 directory,
+                self.config,
                 f"seed {self.seed} {name}",
-                every=self.config.checkpoint_every,
                 resume=resume,
                 console=console,
             ),
@@ -359,21 +324,14 @@ class Job(StrengthLearner):
             inputs=self.split.inputs,
         )
         published = self.config.published(name)
-        directory.write_json(
-            "result.json",
-            {
-                "experiment": type(self.config).__name__.lower(),
-                "estimator": name,
-                "seed": self.seed,
-                "scale": self.config.scale,
-                "metrics": network.metrics,
-                "paper": None if published is None else published.numbers(),
-                "outer_steps": state.step,
-                "gradient_evaluations": row.gradient_evaluations,
-                "seconds": row.seconds,
-                "device": str(pick_device(self.config.device)),
-                "versions": versions(),
-            },
+        directory.end(
+            self.config,
+            estimator=name,
+            metrics=network.metrics,
+            paper=None if published is None else published.numbers(),
+            outer_steps=state.step,
+            gradient_evaluations=row.gradient_evaluations,
+            seconds=row.seconds,
         )
         return row
 
@@ -437,24 +395,6 @@ def run_seed(
     return {name: rows[name] for name in LABELS if name in rows}
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard error where there are several values.
-
-    Example:
-        >>> mean_and_error([1.0, 2.0, 3.0])
-        (2.0, 0.5773502691896258)
-    """
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, None
-    return mean, float(np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def with_error(mean: float, error: float | None, form: str = ".2f") -> str:
-    """`mean ± error`, or the mean alone."""
-    return format(mean, form) if error is None else f"{mean:{form}} ± {error:{form}}"
-
-
 def make_table(config: StrengthLearning, rows: dict[str, list[Row]], target: Target) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
     last = (config.seeds or 1) - 1
@@ -472,9 +412,13 @@ def make_table(config: StrengthLearning, rows: dict[str, list[Row]], target: Tar
             LABELS[name],
             column(lambda row: row.validation),
             column(lambda row: row.test),
-            format(round(np.mean([row.gradient_evaluations for row in each])), ","),
-            format(np.mean([row.seconds for row in each]), ".1f"),
+            format(round(fmean(row.gradient_evaluations for row in each)), ","),
+            format(fmean(row.seconds for row in each), ".1f"),
         )
         if (paper := config.published(name)) is not None:
-            table.add_row("  in the paper", with_error(*paper.validation), with_error(*paper.test))
+            table.add_row(
+                "  in the paper",
+                with_error(*paper.validation, ".2f"),
+                with_error(*paper.test, ".2f"),
+            )
     return table

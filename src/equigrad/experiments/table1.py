@@ -7,15 +7,11 @@ from typing import ClassVar, Literal
 from matplotlib.figure import Figure
 
 from equigrad.experiments.error_curves import as_table
+from equigrad.experiments.experiment import at_least
+from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.images import SETTINGS, Cifar10, Mnist, OnImages
 from equigrad.experiments.reproduction import ByExperiments, Cell, differ
-from equigrad.experiments.strength_learning import (
-    EstimatorName,
-    Job,
-    at_least,
-    mean_and_error,
-    with_error,
-)
+from equigrad.experiments.strength_learning import EstimatorName, Job
 
 SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
 METHODS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
@@ -83,10 +79,10 @@ class Table1(ByExperiments):
                     [
                         setting,
                         label,
-                        with_error(*mean_and_error([row.validation for row in each])),
-                        with_error(*mean_and_error([row.test for row in each])),
-                        with_error(*paper.validation),
-                        with_error(*paper.test),
+                        with_error(*mean_and_error([row.validation for row in each]), ".2f"),
+                        with_error(*mean_and_error([row.test for row in each]), ".2f"),
+                        with_error(*paper.validation, ".2f"),
+                        with_error(*paper.test, ".2f"),
                         str(experiment.outer_steps),
                         f"{mean_and_error([row.seconds for row in each])[0]:.0f}",
                     ]

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from equigrad.experiments.error_curves import as_table
+from equigrad.experiments.experiment import at_least
 from equigrad.experiments.few_shot import METHODS, Job, MethodName
 from equigrad.experiments.omniglot import PUBLISHED, Omniglot, SettingName
 from equigrad.experiments.reproduction import ByRuns, Cell, differ
-from equigrad.experiments.strength_learning import at_least
 
 Spread = tuple[float, float]
 

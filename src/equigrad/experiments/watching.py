@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from equigrad.experiments.experiment import Experiment
 from equigrad.experiments.run_directory import RunDirectory
 from equigrad.training import Callback, Checkpoint, JsonLines, TensorBoard
 from equigrad.training.decay import LinearDecay
@@ -9,28 +10,22 @@ from equigrad.training.progress import ProgressBar
 
 
 def watching(
-    directory: RunDirectory,
-    label: str,
-    *,
-    every: int,
-    resume: bool,
-    console: Console,
-    decay: float | None = None,
+    directory: RunDirectory, config: Experiment, label: str, *, resume: bool, console: Console
 ) -> list[Callback]:
     """The callbacks of every run, in their order.
 
     Args:
         directory: of the run.
+        config: of the run.
         label: of its progress.
-        every: outer steps between two checkpoints.
         resume: go on from the checkpoint that is there.
         console: shows the progress.
-        decay: the step size that falls linearly to zero, if one does.
     """
     path, identity = directory.path / "checkpoint.pt", directory.identity
+    falls = config.decays_from
     return [
-        Checkpoint(path, every, resume=resume, identity=identity),
-        *([] if decay is None else [LinearDecay(decay)]),
+        Checkpoint(path, config.checkpoint_every, resume=resume, identity=identity),
+        *([] if falls is None else [LinearDecay(falls)]),
         JsonLines(directory.path / "metrics.jsonl"),
         TensorBoard(directory.path),
         ProgressBar(label, console),

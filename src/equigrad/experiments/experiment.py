@@ -1,0 +1,144 @@
+"""What every experiment is told, and how it says what is wrong with that."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Estimator
+from equigrad.training.device import DeviceName, DtypeName
+
+ScaleName = Literal["smoke", "small", "paper"]
+
+Name = TypeVar("Name", bound=str)
+
+
+def at_least(least: int, name: str, value: int) -> None:
+    """Raise a `ConfigurationError` where a number is too small."""
+    if value < least:
+        raise ConfigurationError(f"{name} must be at least {least}, got {value}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise a `ConfigurationError` unless a number is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ConfigurationError(f"{name} must be positive, got {value}")
+
+
+def one_of(known: Iterable[Name], what: str, word: str) -> Name:
+    """The word, where it is one of those known.
+
+    Raises:
+        ConfigurationError: it is not.
+
+    Example:
+        >>> one_of(("exact", "adjoint"), "method", "exact")
+        'exact'
+    """
+    names = list(known)
+    for name in names:
+        if name == word:
+            return name
+    raise ConfigurationError(f"{what} must be one of {', '.join(names)}, got {word!r}")
+
+
+def one_or_many(seed: int, seeds: int | None) -> None:
+    """Raise a `ConfigurationError` where both a seed and a number of seeds are asked for."""
+    if seeds is None:
+        return
+    at_least(1, "seeds", seeds)
+    if seed != 0:
+        raise ConfigurationError(
+            f"give seed={seed} for one run, or seeds={seeds} for seeds 0 to {seeds - 1}, not both"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The settings of a run: what is drawn, how far it goes and where it is computed."""
+
+    scale: ScaleName = "small"
+    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
+
+    seed: int = 0
+    """Draws whatever is drawn."""
+
+    checkpoint_every: int = 5
+    """Outer steps between two checkpoints."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    dtype: DtypeName = "float32"
+    """Floating-point type."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "threads"):
+            at_least(1, name, getattr(self, name))
+        at_least(0, "seed", self.seed)
+
+    @property
+    def decays_from(self) -> float | None:
+        """The step size that falls linearly to zero, if one does."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Experiment, ABC):
+    """The settings of a run in which a method trains by mini-batches, of examples or of tasks."""
+
+    method: str
+    """What trains."""
+
+    estimator: Estimator
+    """Of the gradient; the method presets which, and these are its knobs."""
+
+    minutes: float | None = None
+    """End training after so long, instead of after so many steps; validation included."""
+
+    outer_lr: float = 1e-3
+    """Adam's step size."""
+
+    decay: bool = True
+    """Let it fall linearly, to zero at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("outer_lr", self.outer_lr)
+        if self.minutes is not None:
+            positive("minutes", self.minutes)
+        if type(self.estimator) is not self.kind:
+            raise ConfigurationError(
+                f"method {self.method!r} has the estimator {self.kind.__name__}, got "
+                f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
+                f"{self.method!r}) has the right one"
+            )
+
+    @property
+    @abstractmethod
+    def kind(self) -> type[Estimator]:
+        """The estimator that the method goes with."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What trains, in words."""
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which no further step is begun."""
+        return math.inf if self.minutes is None else 60 * self.minutes
+
+    def unless_timed(self, amount: float) -> float:
+        """So many steps or epochs, and any number where the clock ends the run."""
+        return amount if self.minutes is None else math.inf
+
+    @property
+    def decays_from(self) -> float | None:
+        """The step size, where it falls."""
+        return self.outer_lr if self.decay else None
