@@ -127,3 +127,22 @@ def test_cells_that_cannot_be(options, message):
 def test_inputs_that_cannot_be_read():
     with pytest.raises(ProblemError, match=r"EquilibriumNetwork.*cannot read x.*\(5, 3, 3, 3\)"):
         network().start(torch.zeros(5, 3, 3, 3).double())
+
+
+class Widening(nn.Module):
+    def forward(self, h, z):
+        return torch.cat([h, z], 1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (nn.Tanh(), r"recurrent is called as recurrent\(h, e\(x\)\).*\(4,\) a sample: .*argument"),
+        (nn.Bilinear(3, 3, 4), r"\(4,\) a sample: .*3"),
+        (Widening(), r"recurrent must return h in its shape, \(4,\) a sample, got \(8,\)"),
+    ],
+)
+def test_cells_that_do_not_fit_the_input(cell, message):
+    net = EquilibriumNetwork(nn.Linear(2, 4), cell, nn.Linear(4, 3))
+    with pytest.raises(ProblemError, match=message):
+        net.start(torch.zeros(5, 2))

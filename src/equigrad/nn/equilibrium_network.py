@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from equigrad.errors import ConfigurationError
+from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.nn.batches import draws, reading, summed_cross_entropy
 from equigrad.nn.parts import Parts
 from equigrad.nn.relaxing import OuterLoss
@@ -70,11 +70,24 @@ class EquilibriumNetwork(nn.Module):
         """All neurons silent.
 
         Raises:
-            ProblemError: the network cannot read such inputs.
+            ProblemError: the network cannot read such inputs, or its cell does not turn a state
+                and what is made of them into a state again.
         """
         with reading(self, x):
             h = self.input(x[:1])
             y = self.readout(h)
+        try:
+            shape = self.recurrent(torch.zeros_like(h), h).shape
+        except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise ProblemError(
+                f"recurrent is called as recurrent(h, e(x)), both in the shape of what input makes "
+                f"of x, {tuple(h.shape[1:])} a sample: {str(error).splitlines()[0]}"
+            ) from error
+        if shape != h.shape:
+            raise ProblemError(
+                f"recurrent must return h in its shape, {tuple(h.shape[1:])} a sample, got "
+                f"{tuple(shape[1:])}"
+            )
         return {name: x.new_zeros(len(x), *part.shape[1:]) for name, part in (("h", h), ("y", y))}
 
     def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
