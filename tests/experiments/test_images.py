@@ -188,6 +188,16 @@ def test_cell_of_the_table_is_the_run_of_its_seed():
     assert (row.validation, row.test) == (again.validation, again.test)
 
 
+def test_constant_statistics_change_the_gradient():
+    config = replace(Cifar10.preset(scale="smoke"), threads=1)
+    one, other = (
+        gradients(replace(config, constant_statistics=constant), "t1t2")
+        for constant in (False, True)
+    )
+    first = next(iter(one))
+    assert not torch.allclose(one[first], other[first], rtol=0.1)
+
+
 def test_a_rule_that_chooses_its_nudged_phases_is_left_alone():
     preset = Mnist.preset(scale="smoke")
     for rule in (Contrastive(rtol=0.1), Contrastive(nudged_solver=GradientDescent(lr=0.5))):

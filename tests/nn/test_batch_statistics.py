@@ -43,5 +43,28 @@ def test_derivatives_go_through_the_statistics():
     assert torch.autograd.gradcheck(loss, tuple(params.values()), fast_mode=True)
 
 
+def test_constant_statistics_are_those_of_a_network_in_eval_mode():
+    """Running statistics of the training set: the same answers, and the same derivatives."""
+    net = ReferenceStatistics(network(), REFERENCE, constant=True)
+    known = with_statistics_of(network(), REFERENCE)
+    assert_close(net(X), known(X))
+    grads = [
+        torch.autograd.grad(module(X).square().sum(), list(module.parameters()))
+        for module in (net, known)
+    ]
+    assert_close(*grads)
+    through = ReferenceStatistics(network(), REFERENCE)
+    whole = torch.autograd.grad(through(X).square().sum(), list(through.parameters()))
+    assert not torch.allclose(grads[0][0], whole[0], rtol=0.1)
+
+
+def test_the_reference_itself_has_all_its_derivatives_with_constant_statistics():
+    nets = [ReferenceStatistics(network(), REFERENCE, constant=c) for c in (True, False)]
+    grads = [
+        torch.autograd.grad(net(REFERENCE).square().sum(), list(net.parameters())) for net in nets
+    ]
+    assert_close(*grads)
+
+
 def test_the_reference_moves_with_the_module():
     assert ReferenceStatistics(network(), REFERENCE).float().reference.dtype == torch.float32

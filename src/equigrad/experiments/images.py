@@ -363,10 +363,15 @@ class Cifar10(OnImages):
     setting: Literal["cifar-50"]
     """The line of Table 1 that presets what follows, by its number of training images."""
 
+    constant_statistics: bool = False
+    """Hold the statistics of batch normalisation fixed in gradients of the outer loss, as those of
+    a network in `eval` mode do, whose running statistics no derivative sees (docs/table1.md)."""
+
     def images(self) -> tuple[Images, Images]:
         """Training images, of as many batches as there are, and test images."""
         return cifar10.load(), cifar10.load(cifar10.TEST)
 
     def network(self, split: Split) -> Module:
         """LeNet-5 with batch normalisation and ReLUs."""
-        return ReferenceStatistics(lenet5(), split.train[0])
+        constant = self.constant_statistics
+        return ReferenceStatistics(lenet5(), split.train[0], constant=constant)

@@ -23,6 +23,7 @@ class BatchStatistics(nn.Module):
 
     Attributes:
         reference: how many rows the statistics are of; None for all.
+        constant: whether derivatives take the statistics of the reference for constants.
 
     Example:
         >>> layer = BatchStatistics(nn.BatchNorm1d(3))
@@ -35,6 +36,7 @@ class BatchStatistics(nn.Module):
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
         self.reference: int | None = None
+        self.constant = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise a batch of shape n × channels × …."""
@@ -45,7 +47,8 @@ class BatchStatistics(nn.Module):
         if self.reference is None:
             return batch_norm(x, None, None, gain, shift, training=True, eps=self.eps)
         each = [0, *range(2, x.ndim)]
-        variance, mean = torch.var_mean(x[: self.reference], each, correction=0, keepdim=True)
+        known = x[: self.reference].detach() if self.constant else x[: self.reference]
+        variance, mean = torch.var_mean(known, each, correction=0, keepdim=True)
         scaled = (x - mean) * torch.rsqrt(variance + self.eps)
         shape = [1, -1] + [1] * (x.ndim - 2)
         if gain is not None:
@@ -60,9 +63,14 @@ class ReferenceStatistics(nn.Module):
     set, and is a function of its parameters alone: derivatives go through the statistics. Each call
     computes the reference along, unless it is what the call is about.
 
+    With `constant`, derivatives of what it says of anything but the reference hold the statistics
+    fixed. So does a network in `eval` mode, whose running statistics are those of its training set;
+    they move with the parameters all the same, and such derivatives leave that out.
+
     Args:
         model: any module whose first dimension is that of rows. It is copied, never changed.
         reference: inputs, as the module takes them.
+        constant: whether derivatives hold the statistics fixed.
 
     Example:
         >>> net = ReferenceStatistics(nn.BatchNorm1d(3), torch.randn(8, 3))
@@ -73,10 +81,12 @@ class ReferenceStatistics(nn.Module):
 
     reference: Tensor
 
-    def __init__(self, model: nn.Module, reference: Tensor) -> None:
+    def __init__(self, model: nn.Module, reference: Tensor, *, constant: bool = False) -> None:
         super().__init__()
         self.model = with_batch_statistics(model)
         self._norms = [m for m in self.model.modules() if isinstance(m, BatchStatistics)]
+        for norm in self._norms:
+            norm.constant = constant
         self.register_buffer("reference", reference, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
