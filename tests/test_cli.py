@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from equigrad.cli import say_how_to_resume
 from helpers import call_main
 
 RUN = [sys.executable, "-c", "from equigrad.cli import main; main()"]
@@ -155,6 +156,32 @@ def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
     assert not (tmp_path / "run" / "result.json").exists()
     equigrad(*LONG, "--out", "run", "--resume", cwd=tmp_path)
     assert same_but_for_time(tmp_path / "run", whole_run)
+
+
+def test_names_with_brackets_are_names(tmp_path, capsys):
+    """`[m]` and `[/s]` are units of a column, and neither a style nor the end of one."""
+    rows = "\n".join(f"{i % 7},{i % 5}" for i in range(40))
+    (tmp_path / "units.csv").write_text(f"x [m],y [/s]\n{rows}\n")
+    words = ["--csv", tmp_path / "units.csv", "--target", "y [/s]", "--task", "regression"]
+    _, said = call_main(
+        "run",
+        "tabular",
+        *words,
+        "--scale",
+        "smoke",
+        "--no-compare",
+        "--out",
+        tmp_path / "r",
+        capsys=capsys,
+    )
+    assert "y [/s] of units.csv" in said
+
+
+def test_a_run_stopped_before_it_began_is_not_to_be_resumed(tmp_path, capsys):
+    say_how_to_resume(["run", "digits"], tmp_path / "gone")
+    assert capsys.readouterr().err == "stopped before the run began\n"
+    say_how_to_resume(["run", "digits"], tmp_path)
+    assert capsys.readouterr().err.endswith(f"equigrad run digits --out {tmp_path} --resume\n")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from equigrad import T1T2
+from equigrad.errors import SettlingWarning
 from equigrad.sklearn import StrengthLearningClassifier, StrengthLearningRegressor
 from equigrad.training.strengths import SINGLE_STRENGTHS
 
@@ -53,6 +54,28 @@ def test_same_seed_same_bits_and_nothing_else_is_touched():
         != probabilities
     ).any()
     assert (pickle.loads(pickle.dumps(model)).predict_proba(x) == probabilities).all()
+
+
+@pytest.mark.parametrize("start", [None, 1e-3])
+def test_torch_draws_on_as_if_nothing_had_been_learned(start):
+    x, y = data(load_iris)
+    before = torch.get_rng_state()
+    short(StrengthLearningClassifier, initial_strength=start).fit(x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, y = data(load_iris)
+    sizes = {"hidden": 8, "inner_steps": np.int64(60), "batch_size": np.int32(40)}
+    one = short(StrengthLearningClassifier, **sizes).fit(x, y).predict_proba(x)
+    other = short(StrengthLearningClassifier, batch_size=40).fit(x, y).predict_proba(x)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_network_that_blows_up_does_not_pass_for_one_that_learned():
+    x, y = data(load_iris)
+    with pytest.warns(SettlingWarning, match="did not: .*lower lr"):
+        short(StrengthLearningClassifier, lr=1e4).fit(x, y)
 
 
 def test_units_and_scales_do_not_matter():
@@ -119,8 +142,11 @@ def test_chosen_and_piped_as_any_other():
         ({"validation_fraction": 1.0}, [0, 1] * 10, "between 0 and 1, got 1.0"),
         ({"lr": 0.0}, [0, 1] * 10, "lr must be positive, got 0.0"),
         ({"hidden": (0,)}, [0, 1] * 10, "hidden widths must be at least 1"),
-        ({"outer_steps": -1}, [0, 1] * 10, "steps must be at least 0, got -1"),
-        ({}, [0] * 20, "one class"),
+        ({"outer_steps": -1}, [0, 1] * 10, "outer_steps must be at least 0, a .* got -1"),
+        ({"outer_steps": 1.5}, [0, 1] * 10, "a whole number, got 1.5"),
+        ({"batch_size": 0}, [0, 1] * 10, "batch_size must be at least 1, .* or None, got 0"),
+        ({"batch_size": 1e3}, [0, 1] * 10, "a whole number, or None, got 1000.0"),
+        ({}, [0] * 20, "one class: 0"),
         ({}, [0] * 19 + [1], r"too few rows for training, validation.*: 1 \(1\)"),
     ],
 )

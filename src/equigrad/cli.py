@@ -324,7 +324,7 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
             raise RunError(f"nothing to resume in {out}: there is no such folder")
         with processes() as here, folder_of(here, out, resume) as given:
             folder = given or default_directory(command.name)
-            console = Console(quiet=not here.leads)
+            console = Console(quiet=not here.leads, markup=False)
             try:
                 command.work(options, folder, resume=resume, console=console)
             except KeyboardInterrupt:
@@ -358,7 +358,10 @@ def folder_of(here: "Place", out: Path | None, resume: bool) -> Iterator[Path | 
 
 
 def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
-    """Print the command that goes on with a stopped run."""
+    """Print the command that goes on with a stopped run, where there is something to go on with."""
+    if not folder.exists():
+        print("stopped before the run began", file=sys.stderr)
+        return
     kept = [a for a in arguments if a != "--resume"]
     if not any(a == "--out" or a.startswith("--out=") for a in kept):
         kept += ["--out", str(folder)]

@@ -112,7 +112,7 @@ def meta_gradient(
     ):
         if not isinstance(thing, kind):
             what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
-            raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {what}")
+            raise ConfigurationError(f"{name} must be an object of {kind.__name__}, got {what}")
     with Evaluation(problem, params, meta_params) as evaluation:
         estimator.check(evaluation, solver)
         try:

@@ -1,5 +1,7 @@
 """Estimators of scikit-learn: networks whose every weight learns how strongly it is held back."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -9,10 +11,11 @@ from torch import Tensor
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
 from equigrad.data.targets import Classes, Numbers, Target
-from equigrad.errors import ConfigurationError, DataError
+from equigrad.errors import ConfigurationError, DataError, SettlingWarning
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
+from equigrad.solvers.solver import require_whole
 from equigrad.training.strengths import Recipe, StrengthLearner, with_nudged
 
 try:
@@ -35,7 +38,7 @@ class StrengthLearning(BaseEstimator):
     computed in float64, and torch's generator is left as it was.
 
     Args:
-        hidden: widths of the hidden tanh layers.
+        hidden: widths of the hidden tanh layers, or that of a single one.
         validation_fraction: share of the rows that judge; of every class, for classes.
         outer_steps: steps of Adam on the strengths.
         outer_lr: its step size.
@@ -61,7 +64,7 @@ class StrengthLearning(BaseEstimator):
 
     def __init__(
         self,
-        hidden: tuple[int, ...] = (64, 64),
+        hidden: Sequence[int] | int = (64, 64),
         *,
         validation_fraction: float = 0.5,
         outer_steps: int = 50,
@@ -90,6 +93,10 @@ class StrengthLearning(BaseEstimator):
 
     def _learn(self, x: Any, y: np.ndarray, target: Target, groups: np.ndarray) -> Self:
         """Divide the rows, learn the strengths, and keep the network that learned with them."""
+        hidden = [self.hidden] if isinstance(self.hidden, int | np.integer) else list(self.hidden)
+        require_whole("outer_steps", self.outer_steps, least=0)
+        if self.batch_size is not None:
+            require_whole("batch_size", self.batch_size, ", or None")
         if not 0 < self.validation_fraction < 1:
             raise ConfigurationError(
                 f"validation_fraction must be between 0 and 1, got {self.validation_fraction}"
@@ -111,7 +118,7 @@ class StrengthLearning(BaseEstimator):
         inputs, targets = self._inputs(x), torch.as_tensor(y)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = tanh_network(x.shape[1], self.hidden, target.outputs).double()
+            network = tanh_network(x.shape[1], hidden, target.outputs).double()
         learner = StrengthLearner(
             network,
             Split(
@@ -136,6 +143,13 @@ class StrengthLearning(BaseEstimator):
             outer_steps=self.outer_steps,
             initial_strength=self.initial_strength,
         )
+        if learned.network.phase.failed:
+            warnings.warn(
+                f"the network that learned with the strengths did not: {learned.network.phase}; "
+                f"lower lr or outer_lr",
+                SettlingWarning,
+                stacklevel=3,
+            )
         network.load_state_dict(learned.network.params)
         self.network_ = network
         self.strengths_ = {name: s.numpy() for name, s in learned.strengths.items()}
@@ -182,7 +196,7 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         if len(self.classes_) == 1:
             raise ValueError(
                 f"{type(self).__name__} needs two classes to tell apart, and y has one class: "
-                f"{self.classes_[0]!r}"
+                f"{self.classes_[0]}"
             )
         return self._learn(x, labels, Classes(tuple(map(str, self.classes_))), labels)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import equigrad as eg
-from equigrad.errors import ConfigurationError, DataError
+from equigrad.errors import ConfigurationError, DataError, RunError
 from equigrad.experiments import omniglot as experiment
 from equigrad.experiments.few_shot import METHODS, Job, run
 from equigrad.experiments.omniglot import Omniglot
@@ -220,6 +220,23 @@ def test_own_images_are_learned_from_and_adapted_to(own_images, tmp_path):
     assert hits >= 6  # 4 by chance
     with pytest.raises(DataError, match=r"12 classes, and .* has learned to tell 2 apart"):
         example.adapt(tmp_path / "run", own_images, asked)
+
+
+def test_a_run_does_not_go_on_with_other_images(own_images, tmp_path):
+    config = smoke(images=own_images, way=2, queries=3, test_queries=4)
+    run(config, tmp_path / "run", resume=False, console=Console(quiet=True))
+    (tmp_path / "run" / "result.json").unlink()
+    Image.new("L", (40, 40), 128).save(own_images / "bar 03" / "2.png")
+    with pytest.raises(RunError, match="the data have changed since the run"):
+        run(config, tmp_path / "run", resume=True, console=Console(quiet=True))
+
+
+def test_a_part_with_too_few_classes_is_named(own_images):
+    config = smoke(images=own_images, way=3, queries=3, test_queries=4)
+    with pytest.raises(
+        ConfigurationError, match=r"needs 3 classes, .* 2 are for validation \(.*: 8 c"
+    ):
+        Job(config)
 
 
 @pytest.mark.usefixtures("strokes")

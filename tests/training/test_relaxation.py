@@ -91,6 +91,11 @@ def test_the_loss_that_is_logged_is_a_mean():
     assert state.history[0]["outer_loss"] == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_share_of_an_epoch_is_a_step_at_least():
+    assert train(Perceptron(), epochs=0.001).step == 1
+    assert train(Perceptron(), epochs=0).step == 0
+
+
 def test_validation_after_every_epoch_and_at_the_end():
     state = train(Perceptron(), epochs=2.5, validate=lambda: {"validation_accuracy": 1.0})
     watched = [row["outer_step"] for row in state.history if "validation_accuracy" in row]

@@ -26,6 +26,21 @@ def test_strengths_under_which_the_network_diverges_are_left_out(learner):
     assert best.metrics["validation_r2"] > 0.999
 
 
+def test_only_validation_chooses_a_single_strength(learner, monkeypatch):
+    """Thirteen looks at thousands of test rows cost more than the learning."""
+    looks = []
+    metrics = StrengthLearner.metrics
+
+    def counted(self, synapse, params, *parts):
+        looks.append(parts)
+        return metrics(self, synapse, params, *parts)
+
+    monkeypatch.setattr(StrengthLearner, "metrics", counted)
+    best, _ = learner.best_single(GradientDescent(lr=0.05, max_steps=20), [0.1, 1.0])
+    assert looks == [("validation",), ("validation",), ()]
+    assert set(best.metrics) >= {"validation_r2", "test_r2"}
+
+
 def test_seconds_are_those_of_all_that_was_computed(learner, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -1,7 +1,7 @@
 """How data are divided between a learner, its judge and the last word."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,15 @@ class Split:
     @property
     def digest(self) -> str:
         """A checksum of all data."""
-        found = hashlib.sha256()
-        for part in (self.train, *self.judges.values()):
-            for tensor in part:
-                found.update(tensor.contiguous().cpu().numpy().tobytes())
-        return found.hexdigest()
+        return digest_of(tensor for part in (self.train, *self.judges.values()) for tensor in part)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A checksum of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

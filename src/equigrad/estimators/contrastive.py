@@ -245,6 +245,7 @@ def _note_departures(evaluation: Evaluation, states: list[Settled]) -> None:
     """Say what helps where a nudged phase that no tolerance watched moved away from rest."""
     if any(state.phase.grew for state in states if state.phase.beta != 0):
         evaluation.notes.append(
-            "the contrast with a phase that moves away from rest is no gradient: lower beta, damp "
-            "the nudged solver (Picard(damping=0.5)), or lower its step size"
+            "the contrast with a phase that moves away from rest is no gradient: lower beta, or "
+            "the nudged solver's step size; a map that is iterated may be damped "
+            "(Picard(damping=0.5))"
         )

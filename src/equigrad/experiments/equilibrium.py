@@ -354,7 +354,7 @@ class Equilibrium(NetworkTraining):
     @property
     def recipe(self) -> Recipe:
         """How the method trains the network."""
-        known = SETTINGS[self.setting].methods
+        known = SETTINGS[one_of(SETTINGS, "setting", self.setting)].methods
         return known[one_of(known, f"the method of setting {self.setting!r}", self.method)]
 
     @property

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
@@ -81,6 +81,8 @@ class Experiment:
         for name in ("checkpoint_every", "threads"):
             at_least(1, name, getattr(self, name))
         at_least(0, "seed", self.seed)
+        for name, known in (("scale", ScaleName), ("device", DeviceName), ("dtype", DtypeName)):
+            one_of(get_args(known), name, getattr(self, name))
 
     @property
     def decays_from(self) -> float | None:

@@ -119,12 +119,14 @@ class Tasks:
         validation: that models are chosen by; None where there are none.
         test: that neither has seen.
         note: how they were had, for whoever reads the numbers.
+        digest: a checksum of the examples, where they are not drawn from a formula.
     """
 
     train: TaskSampler
     validation: TaskSampler | None
     test: TaskSampler
     note: str
+    digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,7 @@ class FewShot(Training):
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return METHODS[self.method].estimator
+        return METHODS[one_of(METHODS, "method", self.method)].estimator
 
     @property
     def label(self) -> str:
@@ -409,6 +411,8 @@ class Job:
         self, directory: RunDirectory, *, resume: bool, console: Console
     ) -> dict[str, float]:
         """Meta-train and test, and leave the run in its directory."""
+        if self.tasks.digest is not None:
+            directory.keep_to_data(self.tasks.digest)
         if (ended := directory.result) is not None:
             return ended["metrics"]
         config = self.config
@@ -426,6 +430,7 @@ class Job:
         write_whole(directory.path / "model.pt", as_bytes(content))
         began = time.perf_counter()
         metrics = self.metrics(state, self.test(meta_params))
+        test_seconds = time.perf_counter() - began
         if state.history:
             figure = learning_curves(state.history, config.score)
             figures.save(figure, directory.path / "learning.png")
@@ -441,7 +446,7 @@ class Job:
             outer_steps=state.step,
             gradient_evaluations=state.gradient_evaluations,
             seconds=state.seconds,
-            test_seconds=time.perf_counter() - began,
+            test_seconds=test_seconds,
         )
         return metrics
 

@@ -29,12 +29,12 @@ def shown(number: float) -> str:
     """A number as a table has it.
 
     Example:
-        >>> [shown(number) for number in (80702, 94.4258, 0.00012345)]
-        ['80,702', '94.43', '0.0001234']
+        >>> [shown(number) for number in (80702, 94.4258, 0.00012345, 1.4e40)]
+        ['80,702', '94.43', '0.0001234', '1.4e+40']
     """
-    if isinstance(number, int) or abs(number) >= 1e4:
+    if isinstance(number, int) or 1e4 <= abs(number) < 1e12:
         return f"{number:,.0f}"
-    return f"{number:.2f}" if abs(number) >= 1 else f"{number:.4g}"
+    return f"{number:.2f}" if 1 <= abs(number) < 1e4 else f"{number:.4g}"
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -220,9 +220,6 @@ class OnImages(StrengthLearning):
     t1t2: ByT1T2
     """How T1–T2 does."""
 
-    threads: int = 2
-    """CPU threads."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch", "validation_batch"):

@@ -1,6 +1,5 @@
 """What the experiments share that train one settling network on examples of their own."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +132,6 @@ class Job(ABC, Generic[Config, Network]):
         callbacks = watching(directory, config, config.label, resume=resume, console=console)
         state = self.learn(callbacks)
         write_whole(directory.path / "model.pt", as_bytes(self.model()))
-        began = time.perf_counter()
         found = self.finish(directory, console)
         curves = learning_curves(state.history, config.score)
         figures.save(curves, directory.path / "learning.png")
@@ -146,7 +144,6 @@ class Job(ABC, Generic[Config, Network]):
             outer_steps=state.step,
             gradient_evaluations=state.gradient_evaluations,
             seconds=state.seconds,
-            test_seconds=time.perf_counter() - began,
             **found,
         )
         return found["metrics"]

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
+from equigrad.data.split import digest_of
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.experiments import figures
@@ -227,6 +228,15 @@ class Omniglot(FewShot):
     def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
         """Tasks of the characters, or of the user's classes."""
         split = self.classes()
+        parts = {"training": split.train, "validation": split.validation, "test": split.test}
+        there = {name: part for name, part in parts.items() if part is not None}
+        for name, part in there.items() if self.images is not None else ():
+            if len(part) < self.way:
+                raise ConfigurationError(
+                    f"a {self.way}-way task needs {self.way} classes, and {len(part)} "
+                    f"are for {name} ({split.note}); take a smaller way, "
+                    f"or more classes"
+                )
 
         def tasks(
             part: ClassCollection, seed: int, shot: int, queries: int, rotations: bool
@@ -250,6 +260,7 @@ class Omniglot(FewShot):
             else tasks(split.validation, VALIDATION, self.shot, self.test_queries, False),
             test=tasks(split.test, TEST, self.shot, self.test_queries, False),
             note=split.note,
+            digest=digest_of(examples for part in there.values() for examples in part),
         )
 
     def classes(self) -> ClassSplit:

@@ -140,7 +140,7 @@ class ByRuns(ByExperiments):
         directory = RunDirectory(own, config, resume=True)
         if directory.result is None:
             # plain lines: the terminal has one bar, that of the table
-            console = Console(force_terminal=False)
+            console = Console(force_terminal=False, markup=False)
             self.job(config).learned(directory, resume=True, console=console)
         return self.read(directory.result or {}, *cell)
 

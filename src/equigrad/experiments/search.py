@@ -351,10 +351,12 @@ def short(paths: Sequence[str]) -> list[str]:
     Example:
         >>> short(["t1t2.solver.lr", "t1t2.outer_lr", "contrastive.outer_lr"])
         ['lr', 't1t2.outer_lr', 'contrastive.outer_lr']
+        >>> short(["solver.lr", "other.solver.lr"])
+        ['solver.lr', 'other.solver.lr']
     """
     endings = [[path.split(".", at)[-1] for at in range(path.count("."), -1, -1)] for path in paths]
     seen = Counter(ending for each in endings for ending in each)
-    return [next(e for e in each if seen[e] == 1) for each in endings]
+    return [next((e for e in each if seen[e] == 1), each[-1]) for each in endings]
 
 
 def draw(trials: Sequence[Trial]) -> Figure:

@@ -137,9 +137,6 @@ class StrengthLearning(Experiment, ABC):
     initial_strength: float | None = 1e-3
     """Where every strength starts; None for the best single one. They are clamped at zero."""
 
-    threads: int = 1
-    """CPU threads."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, "outer_steps", self.outer_steps)
@@ -217,6 +214,9 @@ class LearningAlike(StrengthLearning):
 
     nudged_steps: int = 100
     """Steps of each nudged phase."""
+
+    threads: int = 1
+    """CPU threads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

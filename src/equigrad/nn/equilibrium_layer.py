@@ -112,7 +112,9 @@ class EquilibriumLayer(nn.Module):
             ("estimator", self.estimator, Estimator),
         ):
             if not isinstance(thing, kind):
-                raise ConfigurationError(f"{name} must be a {kind.__name__} object, got {thing!r}")
+                raise ConfigurationError(
+                    f"{name} must be an object of {kind.__name__}, got {thing!r}"
+                )
         if unsettled not in ("warn", "raise", "ignore"):
             raise ConfigurationError(
                 f"unsettled must be 'warn', 'raise' or 'ignore', got {unsettled!r}"

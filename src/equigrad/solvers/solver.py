@@ -4,7 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from operator import index
+from typing import Any, ClassVar, SupportsIndex
 
 from torch import Tensor
 
@@ -125,11 +126,13 @@ class Solver(ABC):
         """
 
 
-def require_whole(name: str, value: object, otherwise: str = "") -> None:
-    """Raise a `ConfigurationError` unless a knob is a whole number from 1."""
+def require_whole(name: str, value: object, otherwise: str = "", least: int = 1) -> None:
+    """Raise a `ConfigurationError` unless a knob is a whole number, numpy's among them."""
     require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name} must be at least 1, a whole number{otherwise}, got {value!r}",
+        isinstance(value, SupportsIndex)
+        and not isinstance(value, bool | Tensor)
+        and index(value) >= least,
+        f"{name} must be at least {least}, a whole number{otherwise}, got {value!r}",
     )
 
 

@@ -65,7 +65,8 @@ def train_network(
         solver: settles the neurons of a batch.
         estimator: of the gradient of the summed loss, which is divided by the batch.
         optimizer: over the network's parameters.
-        epochs: to have passed at the end, those before a resume included.
+        epochs: to have passed at the end, those before a resume included; one step at least, where
+            there are any.
         batch_size: examples of a mini-batch.
         seed: draws the order.
         clip: scale gradients down to this norm where theirs is larger.
@@ -130,7 +131,7 @@ def train_network(
         gradient,
         learned,
         optimizer=optimizer,
-        steps=epochs if math.isinf(epochs) else round(epochs * each),
+        steps=epochs if math.isinf(epochs) else max(round(epochs * each), epochs > 0),
         limit=limit,
         evaluate=evaluate,
         callbacks=callbacks,

@@ -1,7 +1,8 @@
 """Learn a regularisation strength for every weight: the same for experiments and estimators."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
-from equigrad.solvers import GradientDescent, Solver
+from equigrad.solvers import GradientDescent, Phase, Solver
 from equigrad.training.loop import Callback, OuterState, learn
 
 SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
@@ -60,11 +61,13 @@ class Network:
         params: its weights.
         metrics: what they are worth, `validation_accuracy` for example.
         gradient_evaluations: that it took.
+        phase: the report of how it settled.
     """
 
     params: dict[str, Tensor]
     metrics: dict[str, float]
     gradient_evaluations: int
+    phase: Phase
 
 
 @dataclass(frozen=True)
@@ -124,30 +127,35 @@ class StrengthLearner:
             outer_batches=batches(*self.split.validation, outer),
         )
 
-    def metrics(self, synapse: ComplexSynapse, params: Params) -> dict[str, float]:
-        """What weights are worth on validation and test data."""
+    def metrics(self, synapse: ComplexSynapse, params: Params, *parts: str) -> dict[str, float]:
+        """What weights are worth on some parts of the data; on validation and test, if none."""
         with torch.no_grad():
             return {
                 f"{part}_{name}": value
                 for part, (x, y) in self.split.judges.items()
+                if not parts or part in parts
                 for name, value in self.split.target.metrics(synapse(params, x), y).items()
             }
 
     def settle(
-        self, solver: Solver, *, strength: float = 0.0, meta_params: Params | None = None
+        self,
+        solver: Solver,
+        *parts: str,
+        strength: float = 0.0,
+        meta_params: Params | None = None,
     ) -> Network:
-        """Learn at fixed strengths."""
+        """Learn at fixed strengths, and be judged by some parts of the data, by all if none."""
         synapse = ComplexSynapse(self.network, strength=strength)
         meta_params = meta_params or synapse.meta_params()
         with Evaluation(self.problem(synapse), synapse.params(), meta_params) as evaluation:
             settled = evaluation.settle(solver)
-        metrics = self.metrics(synapse, settled.params)
-        return Network(settled.params, metrics, evaluation.gradient_evaluations)
+        metrics = self.metrics(synapse, settled.params, *parts)
+        return Network(settled.params, metrics, evaluation.gradient_evaluations, settled.phase)
 
     def best_single(
         self, solver: Solver, strengths: Sequence[float] = SINGLE_STRENGTHS
     ) -> tuple[Network, float]:
-        """The best of some strengths for all weights, chosen by the validation data.
+        """The best of some strengths for all weights, chosen by the validation data alone.
 
         Returns:
             What it is worth, with the gradient evaluations of all; the strength. Those under which
@@ -159,7 +167,8 @@ class StrengthLearner:
         tried, diverged = [], None
         for strength in strengths:
             try:
-                tried.append((self.settle(solver, strength=strength), strength))
+                with self._dice():
+                    tried.append((self.settle(solver, "validation", strength=strength), strength))
             except SettlingError as error:  # a step size may be too large for the strongest
                 diverged = error
         if diverged is not None and not tried:
@@ -167,7 +176,16 @@ class StrengthLearner:
         score = f"validation_{self.split.target.score}"
         best, strength = max(tried, key=lambda entry: entry[0].metrics[score])
         evaluations = sum(network.gradient_evaluations for network, _ in tried)
-        return replace(best, gradient_evaluations=evaluations), strength
+        metrics = self.metrics(ComplexSynapse(self.network, strength=strength), best.params)
+        return replace(best, metrics=metrics, gradient_evaluations=evaluations), strength
+
+    @contextmanager
+    def _dice(self) -> Iterator[None]:
+        """Seed torch's generators, and put them back."""
+        devices = {x.device for x in self.split.train if x.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(self.seed)
+            yield
 
     def learn_by(
         self,
@@ -194,9 +212,7 @@ class StrengthLearner:
             searched = best.gradient_evaluations
         synapse = ComplexSynapse(self.network, strength=initial_strength)
         meta_params = synapse.meta_params()
-        devices = {x.device for x in self.split.train if x.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(self.seed)
+        with self._dice():
             searching = time.perf_counter() - began
             state = learn(
                 self.problem(synapse),
