@@ -233,9 +233,7 @@ def test_a_run_does_not_go_on_with_other_images(own_images, tmp_path):
 
 def test_a_part_with_too_few_classes_is_named(own_images):
     config = smoke(images=own_images, way=3, queries=3, test_queries=4)
-    with pytest.raises(
-        ConfigurationError, match=r"needs 3 classes, .* 2 are for validation \(.*: 8 c"
-    ):
+    with pytest.raises(ConfigurationError, match=r"needs 3 classes, .*2 are for validation"):
         Job(config)
 
 

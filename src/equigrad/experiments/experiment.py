@@ -45,13 +45,14 @@ def one_of(known: Iterable[Name], what: str, word: str) -> Name:
 
 
 def one_or_many(seed: int, seeds: int | None) -> None:
-    """Raise a `ConfigurationError` where both a seed and a number of seeds are asked for."""
+    """Raise a `ConfigurationError` where both a seed and a number of seeds are given."""
     if seeds is None:
         return
     at_least(1, "seeds", seeds)
     if seed != 0:
         raise ConfigurationError(
-            f"give seed={seed} for one run, or seeds={seeds} for seeds 0 to {seeds - 1}, not both"
+            f"seeds={seeds} runs seeds 0 to {seeds - 1}, and seed={seed} is for a single run: give "
+            f"one, not both (a search has a single seed)"
         )
 
 
