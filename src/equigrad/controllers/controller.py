@@ -46,9 +46,9 @@ class Controller(ABC):
             the size of its control, is then set by its tolerance.
         gain: k_i ≥ 0. With the leak by default b = 0.1; the paper has gain 1 and leak 0.1, b = 10.
         proportional: k_p ≥ 0.
-        solver: settles the controlled phase, whose velocity has one tensor for each of φ (named
-            `φ.NAME`) and more for what the controller remembers (`ψ.NAME`, `v.NAME`). The solver
-            of the free phase where None.
+        solver: settles the controlled phase, whose velocity has one tensor for each of φ, named
+            after it (`φ.NAME`), and more for what the controller remembers (`ψ.NAME`, `v.NAME`).
+            The solver of the free phase where None.
 
     Raises:
         ConfigurationError: a value outside its range, or no gain at all.

@@ -45,9 +45,10 @@ class Contrastive(Estimator):
         matched: run every phase after the free one for equally many steps. The first nudged phase
             decides how many: until it settles or reaches its limit.
         nudged_solver: settles the nudged phases; the free phase's solver where None.
-        nudge: `loss` settles `L_in + β L_out`, the rule of the paper. `force` settles
-            `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: the outer loss is evaluated once instead of at every step,
-            its minimum pulls no phase away however large β is, and it is as accurate for β → 0.
+        nudge: `loss` settles `L_in + β L_out`, the rule of the paper. By `force` nudged phases
+            settle `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: the outer loss is evaluated once instead of at every
+            step, its minimum pulls no phase away however large β is, and it is as accurate for
+            β → 0.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
         rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
             problem asks for, `beta` is only the first guess, and the solver's own limits do not

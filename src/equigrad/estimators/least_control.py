@@ -46,8 +46,8 @@ class LeastControl(Estimator):
         start: where the controlled phase begins. `free` settles the free phase first, which is
             reported as ever. `params` is one phase in all: `MetaGradient.params` and `outer_loss`
             are then those of the controlled equilibrium.
-        difference: take the mixed derivative `(∂_θ velocity)ᵀ ψ*` as a central difference of
-            `∂L_in/∂θ` between `φ* ± difference ψ*/b`, for which first-order gradients do. None
+        difference: take the mixed derivative `(∂_θ velocity)ᵀ ψ*` as a central difference, that
+            of `∂L_in/∂θ` between `φ* ± difference ψ*/b`, for which first-order gradients do. None
             differentiates twice, where θ acts through the model of an inner loss: not where it
             acts through a regulariser alone.
 

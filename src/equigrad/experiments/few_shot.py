@@ -186,8 +186,7 @@ class FewShot(Training):
     """Steps in which a task is learned in validation and test; those of meta-training if None."""
 
     statistics: Statistics = "query"
-    """Batch normalisation takes its statistics of a task's queries together, so that what is said
-    of one depends on the others (transductive, the field's custom), or of its support set."""
+    """Batch normalisation's: of a task's queries together (transductive), or its support set."""
 
     average_from: int | None = None
     """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""

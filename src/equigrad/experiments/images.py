@@ -361,8 +361,7 @@ class Cifar10(OnImages):
     """The line of Table 1 that presets what follows, by its number of training images."""
 
     constant_statistics: bool = False
-    """Hold the statistics of batch normalisation fixed in gradients of the outer loss, as those of
-    a network in `eval` mode do, whose running statistics no derivative sees (docs/table1.md)."""
+    """Hold batch normalisation's statistics fixed in outer gradients, as `eval` mode does."""
 
     def images(self) -> tuple[Images, Images]:
         """Training images, of as many batches as there are, and test images."""

@@ -92,8 +92,7 @@ class Omniglot(FewShot):
     """Classes of a task."""
 
     train_shot: int | None = None
-    """Images of each class that a task is learned from in meta-training; as many as shot if None.
-    Reptile, which makes no use of queries, is given more (Nichol, Achiam, Schulman 2018)."""
+    """Images of each class that a task is learned from in meta-training; shot if None."""
 
     split: SplitName = "background-evaluation"
     """How characters are divided between meta-training, validation and test."""
@@ -171,6 +170,7 @@ class Omniglot(FewShot):
             setting=setting,
             way=way,
             shot=shot,
+            # Reptile makes no use of queries (Nichol, Achiam, Schulman 2018)
             train_shot=(5 if shot == 1 else 10) if method == "reptile" else None,
             tasks=16 if way == 5 else 4,
         )

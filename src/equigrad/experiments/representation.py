@@ -78,8 +78,7 @@ class Representation(NetworkTraining):
     """Draws the network's start, its Fourier features and the order of the pixels."""
 
     image: Path | None = None
-    """A picture of your own, PNG or JPEG for example; a photograph that comes with scikit-learn by
-    default. Its middle square is taken."""
+    """The middle square of a picture of your own; of a photograph of scikit-learn's by default."""
 
     side: int = 128
     """Height and width that it is made to have, in pixels."""

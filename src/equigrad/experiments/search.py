@@ -51,8 +51,7 @@ class Search:
     """Random points to try, each once, or the whole `grid`; None as the paper's table says."""
 
     space: Path | None = None
-    """A JSON file of what to vary instead: by option, a list of values or
-    `{"log_uniform": [low, high]}`."""
+    """A file of what to vary instead: by option, a list or `{"log_uniform": [low, high]}`."""
 
     grace_period: int = 10
     """Outer steps that every trial may take before it can be stopped."""

@@ -44,9 +44,7 @@ class Tabular(OwnData):
     """Columns whose values are names, also where they look like numbers."""
 
     missing: Missing = "error"
-    """`error` names the columns with missing values; `impute` takes medians, tells the network
-    where, and leaves out rows without a target; `drop` leaves out rows where anything is missing.
-    """
+    """`error` names columns with missing values, `impute` fills them in, `drop` drops the rows."""
 
     delimiter: str | None = None
     """What is between columns; by default whichever of , ; tab | divides the header."""

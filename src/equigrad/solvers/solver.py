@@ -51,8 +51,8 @@ class Solver(ABC):
 
     Attributes:
         max_steps: steps after which a phase stops, settled or not; None for no limit.
-        tol: a phase has settled when the Euclidean norm of the velocity (`-∂L/∂φ` of a loss,
-            `F(φ, θ) - φ` of a map), over all parameters, or of each sample where samples settle on
+        tol: a phase has settled when the Euclidean norm of the velocity (of a loss `-∂L/∂φ`, of a
+            map `F(φ, θ) - φ`), over all parameters, or of each sample where samples settle on
             their own, is at most this; None to run all `max_steps`. A nudged phase goes on until a
             hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
