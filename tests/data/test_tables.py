@@ -35,6 +35,17 @@ def test_dialects_are_recognised(tmp_path):
 def test_lines_are_those_of_the_file(tmp_path):
     text = 'a,b\n1,2\n\n"in two\nlines",3\n4,5\n'
     assert read(written(tmp_path, text)).lines == [2, 5, 6]
+    assert read(written(tmp_path, text.replace("\n", "\r"))).lines == [2, 5, 6]
+
+
+def test_a_header_may_have_delimiters_and_line_ends_in_quotes(tmp_path):
+    text = '\n"multi\nline";"a; with, comma";y\n1;2;3\n'
+    for path in (written(tmp_path, text), written(tmp_path, text.replace("\n", "\r\n"))):
+        table = read(path)
+        assert list(table.columns) == ["multi line", "a; with, comma", "y"]
+        assert table.lines == [4]
+    with pytest.raises(DataError, match=r"row that begins in line 1 cannot be read.*not closed"):
+        read(written(tmp_path, '"a,b\n1,2\n'))
 
 
 def test_decimal_commas_are_read_where_they_are_asked_for(tmp_path):
@@ -79,6 +90,17 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
     with pytest.raises(DataError, match=r"line 1 is not utf-8.*--encoding latin-1"):
         read(path)
     assert read(path, encoding="latin-1").columns["straße"] == ["café"]
+    lines = "".join(f"{i},ä\r\n" for i in range(9999))  # more than a block of the decoder
+    with pytest.raises(DataError, match="line 10001 is not utf-8"):
+        read(written(tmp_path, b"a,b\r\n" + lines.encode() + b"1,\xff\r\n2,3\r\n"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "UTF16"])
+def test_wide_encodings_are_read_where_they_are_named(tmp_path, encoding):
+    table = read(written(tmp_path, "straße\tb\r\n名前\t1\r\n", encoding), encoding=encoding)
+    assert table.columns == {"straße": ["名前"], "b": ["1"]}
+    with pytest.raises(DataError, match=r"line 1 is not utf-16 \(.*BOM\)"):
+        read(written(tmp_path, "a,b\n1,2\n"), encoding="utf-16")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +114,7 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
         ('a,b\n1,2\n"1,2\n3,4\n', "row that begins in line 3 cannot be read.*quote not closed"),
         (b"PK\x03\x04rest", "spreadsheet"),
         (b"\x1f\x8brest", "gzip"),
-        ("a,b\n".encode("utf-16"), "UTF-16"),
+        ("a,b\n".encode("utf-16"), "UTF-16: say --encoding utf-16"),
         (b"a,b\n1,\x002\n", "zero bytes"),
         (b"a,b\n1,\xff\n", "line 2 is not utf-8"),
     ],
@@ -108,8 +130,9 @@ def test_files_that_are_not_there(tmp_path):
             read(path)
     with pytest.raises(DataError, match="delimiter must be one character"):
         read(written(tmp_path, "a,b\n1,2\n"), delimiter=";;")
-    with pytest.raises(DataError, match="encoding 'klingon' is unknown"):
-        read(written(tmp_path, "a,b\n1,2\n"), encoding="klingon")
+    for unknown in ("klingon", "hex"):
+        with pytest.raises(DataError, match=f"encoding {unknown!r} is unknown"):
+            read(written(tmp_path, "a,b\n1,2\n"), encoding=unknown)
 
 
 def test_a_line_of_a_gigabyte_is_refused_without_reading_it(tmp_path):
@@ -121,7 +144,7 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it(tmp_path):
     with pytest.raises(DataError, match="zero bytes"):
         read(path)
     path.write_bytes(b"a,b\n1," + b"7" * (2 * tables.LONGEST_LINE) + b"\n")
-    with pytest.raises(DataError, match="line 2 is longer than 1,048,576 bytes"):
+    with pytest.raises(DataError, match="line 2 is longer than 1,048,576 characters"):
         read(path)
 
 
