@@ -224,10 +224,16 @@ def test_a_number_is_one_category_however_it_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "rows", "options", "message"),
     [
-        ("{i}", 60, {"junk": "abc"}, r"'n' has numbers, and 2 of its 62 values.*'abc' \(line 62\)"),
+        (
+            "{i}",
+            60,
+            {"junk": "abc"},
+            r"'n' should hold numbers, and 2 of its 62 .*'abc' \(line 62\)",
+        ),
         ("{i}", 60, {"junk": "1,5"}, "say --decimal ,"),
         ("{i}", 60, {"junk": "inf"}, "'inf'"),
-        ("id-{i}", 60, {}, "60 different texts in 60 rows.*--ignore n, or .*--categorical n"),
+        ("id-{i}", 60, {}, "60 different texts in 60 of the 60 .*--ignore n, or .*--categorical n"),
+        ("{i}.5%", 30, {}, "30 different texts in 30 of the 30 rows that are .* with a unit"),
         ("19{i}-01-02", 60, {}, "look like dates"),
         ("{d:02}.01.19{i}", 60, {}, "look like dates"),
         ("7", 30, {}, "no column to learn from"),
@@ -239,6 +245,41 @@ def test_columns_that_cannot_be_learned_from(tmp_path, cell, rows, options, mess
     rows_ = "".join(f'"{value}",{i % 2}\n' for i, value in enumerate(lines))
     with pytest.raises(DataError, match=message):
         fitted("n,y\n" + rows_, tmp_path)
+
+
+def test_as_many_categories_as_half_of_the_rows_are_taken(tmp_path):
+    def of(texts):
+        return fitted("n,y\n" + "".join(f"{t},{i % 2}\n" for i, t in enumerate(texts)), tmp_path)
+
+    assert len(of("abcdeabcde")[0][0].inputs) == 5
+    with pytest.raises(DataError, match="6 different texts in 10 of the 10 rows"):
+        of("abcdefabcd")
+    assert len(of("abcdefghi")[0][0].inputs) == 9  # too few to tell
+    gaps = [f"remark {i}" if i < 10 else "" for i in range(90)]
+    with pytest.raises(DataError, match="10 different texts in 10 of the 90 rows"):
+        of(gaps)
+
+
+@pytest.mark.parametrize(
+    ("values", "grouped", "decimal"),
+    [
+        (["71,970", "8,237"], True, True),
+        (["71,970", "8,237,100"], True, False),
+        (["71,970", "950.5", "-8,237.25"], True, False),
+        (["71,970", "8,23"], False, True),
+        (["0,970", "8,237"], False, True),
+    ],
+)
+def test_thousands_are_told_from_decimal_commas(tmp_path, values, grouped, decimal):
+    table = read(written(tmp_path, "a;y\n" + "".join(f"{v};{i}\n" for i, v in enumerate(values))))
+    for raises in (
+        lambda: fit(table, target="y", missing="error"),
+        lambda: read_target(table, "a", "regression"),
+    ):
+        with pytest.raises(DataError, match=r"'71,970'|'0,970'") as error:
+            raises()
+        assert ("grouped thousands, to be written without ','" in str(error.value)) == grouped
+        assert ("say --decimal ," in str(error.value)) == decimal
 
 
 def test_columns_are_what_they_are_said_to_be(tmp_path):
@@ -267,6 +308,7 @@ def test_targets_are_classes_or_numbers(tmp_path, values, task, expected):
     assert target == expected
     assert len(read_values) == len(values)
     assert how.startswith("classification" if isinstance(expected, Classes) else "regression")
+    assert ("else --task" in how) == (task == "auto" and values[0] not in ("b", "True"))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +317,11 @@ def test_targets_are_classes_or_numbers(tmp_path, values, task, expected):
         (["a"] * 9, "auto", "one class only, 'a'"),
         (["3.5"] * 9, "auto", "is 3.5 in every row"),
         ([*map(str, range(60)), "x"], "auto", r"1 of its 61 values are none: 'x' \(line 62\)"),
-        ([*map(str, range(60)), "x"], "regression", r"no numbers: 'x' \(line 62\)"),
+        (
+            [*map(str, range(60)), "x"],
+            "regression",
+            r"1 of its 61 values are none: 'x' \(line 62\)",
+        ),
         ([f"n{i}" for i in range(60)], "auto", "60 different values in 60 rows.* no classes"),
     ],
 )

@@ -166,7 +166,42 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
     code, said = said_of("length,color,weight,price\n,red,100,9\n")
     assert (code, "missing values in 'length' (1, the first in line 2)" in said) == (2, True)
     code, said = said_of("length,color,weight,price\nlong,red,100,9\n")
-    assert (code, "'long' (line 2)" in said) == (2, True)
+    assert (code, "'long' (line 2); mend them" in said) == (2, True)
+    assert "--ignore" not in said  # which a run has, and predict has not
+
+
+def test_numbers_are_read_with_the_models_decimal_mark(tmp_path, capsys):
+    """1.234 with a decimal comma is 1234, with a point 1.234; models without a mark read points."""
+    path = tmp_path / "comma.csv"
+    path.write_text("a;y\n" + "".join(f"{i}.{i}34,5;{1000 * i},5\n" for i in range(1, 10)))
+    config = Tabular(csv=path, target="y", task="regression", decimal=",", hidden=(2,))
+    split = config.load(torch.device("cpu"), torch.float32)
+    plain = config.model(split, dict(config.network(split).named_parameters())).plain()
+    torch.save(plain, tmp_path / "model.pt")
+    del plain["encoding"]["decimal"]
+    torch.save(plain, tmp_path / "old.pt")
+
+    def said_of(text, *words, model="model.pt"):
+        (tmp_path / "new.csv").write_text(text)
+        words = ["--csv", tmp_path / "new.csv", "--delimiter", ";", *words]
+        code, said = call_main("predict", tmp_path / model, *words, capsys=capsys)
+        assert code == 0
+        return said
+
+    assert said_of("a\n1.234\n") == said_of("a\n1234\n") != said_of("a\n1,234\n")
+    assert said_of("a\n1.234\n", "--decimal", ".") == said_of("a\n1,234\n")
+    assert said_of("a\n1.234\n", model="old.pt") == said_of("a\n1,234\n")
+
+
+def test_what_is_no_number_in_a_test_row_can_be_left_out(tmp_path):
+    path = fruit(tmp_path / "fruit.csv")
+    config = Tabular(csv=path, target="price")
+    lines = path.read_text().splitlines()
+    place = 1 + int(divided(config, path).test[0])
+    lines[place] = f"long,{lines[place].partition(',')[2]}"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"'long' .*; mend them, or say --categorical length"):
+        config.load(torch.device("cpu"), torch.float32)
 
 
 def test_one_row_is_scored_without_r2(run_folder, tmp_path, capsys):

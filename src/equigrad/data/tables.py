@@ -30,10 +30,12 @@ NOT_TEXT = {
     codecs.BOM_UTF16_BE: "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8",
 }
 
-GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d*)?")
-"""A number with a decimal comma and points that group thousands."""
-
 Decimal = Literal[".", ","]
+GROUPED: dict[Decimal, re.Pattern[str]] = {
+    ",": re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d*)?"),
+    ".": re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?"),
+}
+"""A number in which the other mark groups thousands, by the decimal mark."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def as_number(text: str, decimal: Decimal = ".") -> float | None:
         (1000.0, 1000.5, None, None)
     """
     if decimal == ",":
-        if GROUPED.fullmatch(text):
+        if GROUPED[decimal].fullmatch(text):
             text = text.replace(".", "")
         elif "." in text:
             return None

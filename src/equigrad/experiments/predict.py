@@ -28,7 +28,7 @@ def predict_table(
     out: Path | None,
     delimiter: str | None,
     encoding: str,
-    decimal: Decimal,
+    decimal: Decimal | None,
     console: Console,
 ) -> None:
     """Predict the target of every row of a CSV file, in its order, and score where it is known.
@@ -39,7 +39,7 @@ def predict_table(
         out: the file of predictions; None for standard output.
         delimiter: as in `equigrad.data.tables.read`.
         encoding: likewise.
-        decimal: likewise.
+        decimal: likewise; None for that of the table that the model learned from.
         console: where notes go.
 
     Raises:
@@ -49,6 +49,7 @@ def predict_table(
     asked = load_model(model)
     if not isinstance(asked.encoding, Encoding):
         raise DataError(f"{model} learned from images; ask it with --images DIR")
+    decimal = decimal or asked.encoding.decimal
     table = tables.read(path, delimiter=delimiter, encoding=encoding, decimal=decimal)
     x, notes = asked.encoding.encode(table)
     known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}

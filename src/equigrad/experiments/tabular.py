@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equigrad.data import tables
-from equigrad.data.encoding import Missing, TaskName, fit, read_target, refuse_missing
+from equigrad.data.encoding import OPTIONS, Missing, TaskName, fit, read_target, refuse_missing
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
 from equigrad.data.tables import Decimal, Table, counted, listed
@@ -95,7 +95,7 @@ class Tabular(OwnData):
             missing=self.missing,
             categorical=self.categorical,
         )
-        inputs, unseen = fitted.encode(table)
+        inputs, unseen = fitted.encode(table, OPTIONS)
         if not classes:
             target, values = standardised(
                 values, rows.seen, f"{table.source}: the target {self.target!r}"
