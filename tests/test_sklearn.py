@@ -121,7 +121,7 @@ def test_chosen_and_piped_as_any_other():
         ({"hidden": (0,)}, [0, 1] * 10, "hidden widths must be at least 1"),
         ({"outer_steps": -1}, [0, 1] * 10, "steps must be at least 0, got -1"),
         ({}, [0] * 20, "one class"),
-        ({}, [0] * 19 + [1], r"too few rows for training, validation.*: 1 \(1\)"),
+        ({}, [0] * 19 + [1], r"too few rows for training and validation.*: 1 \(1\)"),
     ],
 )
 def test_what_cannot_work_is_named(change, labels, message):

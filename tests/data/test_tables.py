@@ -381,7 +381,9 @@ def test_parts_that_cannot_be_drawn():
     options = {"test_share": 0.2, "training_share": 0.5, "samples": None, "seed": 0}
     with pytest.raises(DataError, match=r"too few rows for training, validation and test.*b \(2\)"):
         divide(groups, **options, names=("a", "b"))
-    with pytest.raises(DataError, match="too few rows"):
+    with pytest.raises(DataError, match=r"rows for training and validation, .* or leave these out"):
+        divide(torch.tensor([0, 1, 1]), **{**options, "test_share": 0}, names=("a", "b"))
+    with pytest.raises(DataError, match=r"the data have too few rows .* one each: 2; add rows$"):
         divide(torch.zeros(2, dtype=torch.long), **options)
     with pytest.raises(ConfigurationError, match="100 samples were asked for, and there are 8"):
         divide(groups[:10], **{**options, "samples": 100})
