@@ -147,7 +147,7 @@ def test_chosen_and_piped_as_any_other():
         ({"batch_size": 0}, [0, 1] * 10, "batch_size must be at least 1, .* or None, got 0"),
         ({"batch_size": 1e3}, [0, 1] * 10, "a whole number, or None, got 1000.0"),
         ({}, [0] * 20, "one class: 0"),
-        ({}, [0] * 19 + [1], r"too few rows for training, validation.*: 1 \(1\)"),
+        ({}, [0] * 19 + [1], r"too few rows for training and validation.*: 1 \(1\)"),
     ],
 )
 def test_what_cannot_work_is_named(change, labels, message):

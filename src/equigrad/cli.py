@@ -169,7 +169,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     predict.add_argument("--delimiter", help="between columns; found in the header by default")
     predict.add_argument("--encoding", default="utf-8", help="of the file's text")
     predict.add_argument(
-        "--decimal", choices=(".", ","), default=".", metavar="MARK", help="a point or a comma"
+        "--decimal", choices=(".", ","), metavar="MARK", help="a point or a comma; as in the run"
     )
     predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")

@@ -31,6 +31,11 @@ def test_classes_are_the_subfolders(tmp_path):
     assert found.images.pixels.shape == (2, 3, 16, 16)
     assert found.images.pixels[0, :, 5, 5].tolist() == [200, 30, 90]
     assert found.notes == ["not looked at: 1 image beside the classes"]
+    paint(tmp_path / "emu" / ".hidden.png")
+    (tmp_path / ".cache").mkdir()
+    found = read_classes(tmp_path, size=16, channels=3)
+    assert found.classes == ("cat", "dog")
+    assert found.notes[1:] == ["folders without an image: 'emu'"]
 
 
 def test_images_are_upright_and_cut_to_their_middle(tmp_path):

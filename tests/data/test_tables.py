@@ -35,6 +35,17 @@ def test_dialects_are_recognised(tmp_path):
 def test_lines_are_those_of_the_file(tmp_path):
     text = 'a,b\n1,2\n\n"in two\nlines",3\n4,5\n'
     assert read(written(tmp_path, text)).lines == [2, 5, 6]
+    assert read(written(tmp_path, text.replace("\n", "\r"))).lines == [2, 5, 6]
+
+
+def test_a_header_may_have_delimiters_and_line_ends_in_quotes(tmp_path):
+    text = '\n"multi\nline";"a; with, comma";y\n1;2;3\n'
+    for path in (written(tmp_path, text), written(tmp_path, text.replace("\n", "\r\n"))):
+        table = read(path)
+        assert list(table.columns) == ["multi line", "a; with, comma", "y"]
+        assert table.lines == [4]
+    with pytest.raises(DataError, match=r"row that begins in line 1 cannot be read.*not closed"):
+        read(written(tmp_path, '"a,b\n1,2\n'))
 
 
 def test_decimal_commas_are_read_where_they_are_asked_for(tmp_path):
@@ -79,6 +90,17 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
     with pytest.raises(DataError, match=r"line 1 is not utf-8.*--encoding latin-1"):
         read(path)
     assert read(path, encoding="latin-1").columns["straße"] == ["café"]
+    lines = "".join(f"{i},ä\r\n" for i in range(9999))  # more than a block of the decoder
+    with pytest.raises(DataError, match="line 10001 is not utf-8"):
+        read(written(tmp_path, b"a,b\r\n" + lines.encode() + b"1,\xff\r\n2,3\r\n"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "UTF16"])
+def test_wide_encodings_are_read_where_they_are_named(tmp_path, encoding):
+    table = read(written(tmp_path, "straße\tb\r\n名前\t1\r\n", encoding), encoding=encoding)
+    assert table.columns == {"straße": ["名前"], "b": ["1"]}
+    with pytest.raises(DataError, match=r"line 1 is not utf-16 \(.*BOM\)"):
+        read(written(tmp_path, "a,b\n1,2\n"), encoding="utf-16")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +114,7 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
         ('a,b\n1,2\n"1,2\n3,4\n', "row that begins in line 3 cannot be read.*quote not closed"),
         (b"PK\x03\x04rest", "spreadsheet"),
         (b"\x1f\x8brest", "gzip"),
-        ("a,b\n".encode("utf-16"), "UTF-16"),
+        ("a,b\n".encode("utf-16"), "UTF-16: say --encoding utf-16"),
         (b"a,b\n1,\x002\n", "zero bytes"),
         (b"a,b\n1,\xff\n", "line 2 is not utf-8"),
     ],
@@ -108,8 +130,9 @@ def test_files_that_are_not_there(tmp_path):
             read(path)
     with pytest.raises(DataError, match="delimiter must be one character"):
         read(written(tmp_path, "a,b\n1,2\n"), delimiter=";;")
-    with pytest.raises(DataError, match="encoding 'klingon' is unknown"):
-        read(written(tmp_path, "a,b\n1,2\n"), encoding="klingon")
+    for unknown in ("klingon", "hex"):
+        with pytest.raises(DataError, match=f"encoding {unknown!r} is unknown"):
+            read(written(tmp_path, "a,b\n1,2\n"), encoding=unknown)
 
 
 def test_a_line_of_a_gigabyte_is_refused_without_reading_it(tmp_path):
@@ -121,7 +144,7 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it(tmp_path):
     with pytest.raises(DataError, match="zero bytes"):
         read(path)
     path.write_bytes(b"a,b\n1," + b"7" * (2 * tables.LONGEST_LINE) + b"\n")
-    with pytest.raises(DataError, match="line 2 is longer than 1,048,576 bytes"):
+    with pytest.raises(DataError, match="line 2 is longer than 1,048,576 characters"):
         read(path)
 
 
@@ -201,10 +224,16 @@ def test_a_number_is_one_category_however_it_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "rows", "options", "message"),
     [
-        ("{i}", 60, {"junk": "abc"}, r"'n' has numbers, and 2 of its 62 values.*'abc' \(line 62\)"),
+        (
+            "{i}",
+            60,
+            {"junk": "abc"},
+            r"'n' should hold numbers, and 2 of its 62 .*'abc' \(line 62\)",
+        ),
         ("{i}", 60, {"junk": "1,5"}, "say --decimal ,"),
         ("{i}", 60, {"junk": "inf"}, "'inf'"),
-        ("id-{i}", 60, {}, "60 different texts in 60 rows.*--ignore n, or .*--categorical n"),
+        ("id-{i}", 60, {}, "60 different texts in 60 of the 60 .*--ignore n, or .*--categorical n"),
+        ("{i}.5%", 30, {}, "30 different texts in 30 of the 30 rows that are .* with a unit"),
         ("19{i}-01-02", 60, {}, "look like dates"),
         ("{d:02}.01.19{i}", 60, {}, "look like dates"),
         ("7", 30, {}, "no column to learn from"),
@@ -216,6 +245,41 @@ def test_columns_that_cannot_be_learned_from(tmp_path, cell, rows, options, mess
     rows_ = "".join(f'"{value}",{i % 2}\n' for i, value in enumerate(lines))
     with pytest.raises(DataError, match=message):
         fitted("n,y\n" + rows_, tmp_path)
+
+
+def test_as_many_categories_as_half_of_the_rows_are_taken(tmp_path):
+    def of(texts):
+        return fitted("n,y\n" + "".join(f"{t},{i % 2}\n" for i, t in enumerate(texts)), tmp_path)
+
+    assert len(of("abcdeabcde")[0][0].inputs) == 5
+    with pytest.raises(DataError, match="6 different texts in 10 of the 10 rows"):
+        of("abcdefabcd")
+    assert len(of("abcdefghi")[0][0].inputs) == 9  # too few to tell
+    gaps = [f"remark {i}" if i < 10 else "" for i in range(90)]
+    with pytest.raises(DataError, match="10 different texts in 10 of the 90 rows"):
+        of(gaps)
+
+
+@pytest.mark.parametrize(
+    ("values", "grouped", "decimal"),
+    [
+        (["71,970", "8,237"], True, True),
+        (["71,970", "8,237,100"], True, False),
+        (["71,970", "950.5", "-8,237.25"], True, False),
+        (["71,970", "8,23"], False, True),
+        (["0,970", "8,237"], False, True),
+    ],
+)
+def test_thousands_are_told_from_decimal_commas(tmp_path, values, grouped, decimal):
+    table = read(written(tmp_path, "a;y\n" + "".join(f"{v};{i}\n" for i, v in enumerate(values))))
+    for raises in (
+        lambda: fit(table, target="y", missing="error"),
+        lambda: read_target(table, "a", "regression"),
+    ):
+        with pytest.raises(DataError, match=r"'71,970'|'0,970'") as error:
+            raises()
+        assert ("grouped thousands, to be written without ','" in str(error.value)) == grouped
+        assert ("say --decimal ," in str(error.value)) == decimal
 
 
 def test_columns_are_what_they_are_said_to_be(tmp_path):
@@ -244,6 +308,7 @@ def test_targets_are_classes_or_numbers(tmp_path, values, task, expected):
     assert target == expected
     assert len(read_values) == len(values)
     assert how.startswith("classification" if isinstance(expected, Classes) else "regression")
+    assert ("else --task" in how) == (task == "auto" and values[0] not in ("b", "True"))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +317,11 @@ def test_targets_are_classes_or_numbers(tmp_path, values, task, expected):
         (["a"] * 9, "auto", "one class only, 'a'"),
         (["3.5"] * 9, "auto", "is 3.5 in every row"),
         ([*map(str, range(60)), "x"], "auto", r"1 of its 61 values are none: 'x' \(line 62\)"),
-        ([*map(str, range(60)), "x"], "regression", r"no numbers: 'x' \(line 62\)"),
+        (
+            [*map(str, range(60)), "x"],
+            "regression",
+            r"1 of its 61 values are none: 'x' \(line 62\)",
+        ),
         ([f"n{i}" for i in range(60)], "auto", "60 different values in 60 rows.* no classes"),
     ],
 )
@@ -312,7 +381,9 @@ def test_parts_that_cannot_be_drawn():
     options = {"test_share": 0.2, "training_share": 0.5, "samples": None, "seed": 0}
     with pytest.raises(DataError, match=r"too few rows for training, validation and test.*b \(2\)"):
         divide(groups, **options, names=("a", "b"))
-    with pytest.raises(DataError, match="too few rows"):
+    with pytest.raises(DataError, match=r"rows for training and validation, .* or leave these out"):
+        divide(torch.tensor([0, 1, 1]), **{**options, "test_share": 0}, names=("a", "b"))
+    with pytest.raises(DataError, match=r"the data have too few rows .* one each: 2; add rows$"):
         divide(torch.zeros(2, dtype=torch.long), **options)
     with pytest.raises(ConfigurationError, match="100 samples were asked for, and there are 8"):
         divide(groups[:10], **{**options, "samples": 100})

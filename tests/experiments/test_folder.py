@@ -53,7 +53,7 @@ def test_run_leaves_a_model_that_predict_asks(garden, tmp_path, capsys):
     right = sum(f"/{row['prediction']}/" in row["file"] for row in rows)
     assert len(rows) == 30
     assert right >= 25
-    assert f"accuracy {100 * right / 30:.4g} on 30 with a known target" in err
+    assert f"accuracy {100 * right / 30:.4g} % on 30 with a known target" in err
     # what it says of an image depends on no other
     lonely = tmp_path / "lonely"
     lonely.mkdir()
@@ -74,7 +74,14 @@ def test_the_outermost_folder_names_the_class(garden, tmp_path, capsys):
         (tmp_path / nested / "a.png").write_bytes(whole)
     code, said = call_main("predict", garden / "run", "--images", tmp_path, capsys=capsys)
     assert code == 0
-    assert "accuracy 100 on 2 with a known target" in said
+    assert "accuracy 100 % on 2 with a known target" in said
+    # where none does, the folder that is asked about may name it
+    code, said = call_main("predict", garden / "run", "--images", tmp_path / nested, capsys=capsys)
+    assert (code, "accuracy 0 % on 1 with a known target" in said) == (0, True)
+    (tmp_path / "b.png").write_bytes(whole)
+    code, said = call_main("predict", garden / "run", "--images", tmp_path, capsys=capsys)
+    assert (code, "accuracy 100 % on 2 with a known target" in said) == (0, True)
+    assert "not scored" not in said
 
 
 def test_images_of_a_test_folder_are_for_testing(tmp_path, monkeypatch, capsys):
@@ -86,6 +93,7 @@ def test_images_of_a_test_folder_are_for_testing(tmp_path, monkeypatch, capsys):
     code, said = call_main(*words, capsys=capsys)
     assert code == 0
     assert "2 classes (leaf, rose); 6 training, 6 validation and 8 test images of split" in said
+    assert "--test-share is not used: the images in split/test are for testing" in said
 
 
 def test_broken_images_are_named_or_skipped(garden, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from equigrad.data.targets import Classes
 from equigrad.errors import DataError
+from equigrad.experiments import figures
 from equigrad.experiments.model import FORMAT, load_model
 from equigrad.experiments.report import report
 from equigrad.experiments.strength_learning import Job
@@ -140,7 +142,7 @@ def test_predict_scores_where_the_target_is_there(run_folder, tmp_path, capsys):
     predicted = table_of(out)
     truth = table_of((run_folder / "fruit.csv").read_text())
     right = sum(p["prediction"] == t["kind"] for p, t in zip(predicted, truth, strict=True))
-    assert f"accuracy {100 * right / 90:.4g} on 90 with a known target" in err
+    assert f"accuracy {100 * right / 90:.4g} % on 90 with a known target" in err
     assert right > 60
     assert [int(p["line"]) for p in predicted] == list(range(2, 92))
     for p in predicted[:5]:
@@ -166,7 +168,42 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
     code, said = said_of("length,color,weight,price\n,red,100,9\n")
     assert (code, "missing values in 'length' (1, the first in line 2)" in said) == (2, True)
     code, said = said_of("length,color,weight,price\nlong,red,100,9\n")
-    assert (code, "'long' (line 2)" in said) == (2, True)
+    assert (code, "'long' (line 2); mend them" in said) == (2, True)
+    assert "--ignore" not in said  # which a run has, and predict has not
+
+
+def test_numbers_are_read_with_the_models_decimal_mark(tmp_path, capsys):
+    """1.234 with a decimal comma is 1234, with a point 1.234; models without a mark read points."""
+    path = tmp_path / "comma.csv"
+    path.write_text("a;y\n" + "".join(f"{i}.{i}34,5;{1000 * i},5\n" for i in range(1, 10)))
+    config = Tabular(csv=path, target="y", task="regression", decimal=",", hidden=(2,))
+    split = config.load(torch.device("cpu"), torch.float32)
+    plain = config.model(split, dict(config.network(split).named_parameters())).plain()
+    torch.save(plain, tmp_path / "model.pt")
+    del plain["encoding"]["decimal"]
+    torch.save(plain, tmp_path / "old.pt")
+
+    def said_of(text, *words, model="model.pt"):
+        (tmp_path / "new.csv").write_text(text)
+        words = ["--csv", tmp_path / "new.csv", "--delimiter", ";", *words]
+        code, said = call_main("predict", tmp_path / model, *words, capsys=capsys)
+        assert code == 0
+        return said
+
+    assert said_of("a\n1.234\n") == said_of("a\n1234\n") != said_of("a\n1,234\n")
+    assert said_of("a\n1.234\n", "--decimal", ".") == said_of("a\n1,234\n")
+    assert said_of("a\n1.234\n", model="old.pt") == said_of("a\n1,234\n")
+
+
+def test_what_is_no_number_in_a_test_row_can_be_left_out(tmp_path):
+    path = fruit(tmp_path / "fruit.csv")
+    config = Tabular(csv=path, target="price")
+    lines = path.read_text().splitlines()
+    place = 1 + int(divided(config, path).test[0])
+    lines[place] = f"long,{lines[place].partition(',')[2]}"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"'long' .*; mend them, or say --categorical length"):
+        config.load(torch.device("cpu"), torch.float32)
 
 
 def test_one_row_is_scored_without_r2(run_folder, tmp_path, capsys):
@@ -297,6 +334,20 @@ def test_data_that_change_under_a_run_are_noticed(tmp_path, monkeypatch, capsys)
         (["--csv", "fruit.csv", "--target", "knid"], "Did you mean 'kind'?"),
         (["--csv", "fruit.csv", "--target", "kind", "--ignore", "colour"], "mean 'color'?"),
         (["--csv", "fruit.csv", "--target", "kind", "--ignore", "kind"], "cannot be left out"),
+        (["--csv", "fruit.csv", "--target", "kind", "--categorical", "kind"], "is the target; say"),
+        (
+            [
+                "--csv",
+                "fruit.csv",
+                "--target",
+                "kind",
+                "--ignore",
+                "color",
+                "--categorical",
+                "color",
+            ],
+            "'color' cannot be left out with --ignore and taken with --categorical",
+        ),
         (["--csv", "fruit.csv", "--target", "kind", "--samples", "100"], "there are 72"),
         (["--csv", "fruit.csv", "--target", "kind", "--samples", "5"], "at least 6"),
         (["--csv", "fruit.csv", "--target", "kind", "--test-share", "1"], "between 0 and 1, got 1"),
@@ -336,3 +387,43 @@ def test_rows_are_left_out_as_it_is_said(tmp_path):
         split = replace(config, missing=missing).load(cpu, torch.float32)
         assert note in split.note
         assert len(split.train[1]) + sum(len(y) for _, y in split.judges.values()) == kept
+    path.write_text("a,b,y\n1,,\nNA,,\n1,,")
+    for missing, message in (
+        ("impute", r"missing values in 'y' .3, the first in line 2.: none of its 3 rows .* in$"),
+        ("drop", r"in 'b' .3, .*, 'y' .3, .*; fill them in, or --ignore a column"),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            replace(config, missing=missing).load(cpu, torch.float32)
+        assert "'a'" not in str(error.value)
+
+
+def test_r2_needs_targets_that_differ_in_every_part(tmp_path):
+    """Of 7 rows one is for testing whatever the seed; of 10 two, which here are equal."""
+    path = tmp_path / "few.csv"
+    config = Tabular(csv=path, target="y", task="regression")
+    for count, message in ((7, "the 1 test row .* larger share"), (10, "the 2 test rows .* seed")):
+        path.write_text("a,y\n" + "0,0\n" * count)
+        test = divided(config, path).test.tolist()
+        lines = [f"{i},{0.5 if i in test else i}" for i in range(count)]
+        path.write_text("\n".join(["a,y", *lines]))
+        with pytest.raises(DataError, match=message):
+            config.load(torch.device("cpu"), torch.float32)
+
+
+def test_one_input_is_said_to_be_one(tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("a,y\n" + "".join(f"{i}.5,{i % 2}\n" for i in range(20)))
+    split = Tabular(csv=path, target="y").load(torch.device("cpu"), torch.float32)
+    assert split.note.endswith("; 1 input")
+
+
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path, recwarn):
+    figures.strength_learning(
+        tmp_path / "strengths.png",
+        history=[{"outer_step": 0, "validation_accuracy": 50, "test_accuracy": 50}],
+        strengths={"weight": torch.ones(2, 1)},
+        title="名前",
+        target=Classes(),
+        inputs=["名前"],
+    )
+    assert [str(w.message) for w in recwarn if "Glyph" in str(w.message)] == []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.tables import (
+    GROUPED,
     MISSING,
     Decimal,
     Table,
@@ -26,10 +27,16 @@ from equigrad.errors import DataError
 MOST_CATEGORIES = 50
 """A column of text with more is taken for names or free text, unless it is said to have them."""
 
+FEWEST_TEXTS = 10
+"""Among so many texts or more, half at most may be different categories."""
+
 MOST_WHOLE_CLASSES = 10
 """A target of whole numbers with more values is taken for a number."""
 
 MARKS = str.maketrans("", "", "-.,")
+OPTIONS = "--categorical {name}, or --ignore {name}"
+"""What a run may be told of a column of numbers that holds something else."""
+
 OTHER_MARK: dict[Decimal, Decimal] = {".": ",", ",": "."}
 Missing = Literal["error", "impute", "drop"]
 TaskName = Literal["auto", "classification", "regression"]
@@ -58,12 +65,12 @@ class Numeric:
         """Names of what the network sees."""
         return [self.name, f"{self.name} is missing"] if self.marked else [self.name]
 
-    def encode(self, table: Table) -> tuple[Tensor, str]:
+    def encode(self, table: Table, otherwise: str) -> tuple[Tensor, str]:
         """Rows × inputs, and a note where values are missing that no input marks."""
         texts, numbers = table.columns[self.name], table.numbers(self.name)
         junk = [i for i, number in enumerate(numbers) if number is None and texts[i] not in MISSING]
         if junk:
-            raise not_a_number(table, self.name, junk)
+            raise not_a_number(table, self.name, junk, otherwise)
         gone = torch.tensor([number is None for number in numbers])
         values = torch.tensor(
             [self.median if number is None else number for number in numbers], dtype=torch.float64
@@ -94,7 +101,7 @@ class Categorical:
         """Names of what the network sees."""
         return [f"{self.name}={c}" if c else f"{self.name} is missing" for c in self.categories]
 
-    def encode(self, table: Table) -> tuple[Tensor, str]:
+    def encode(self, table: Table, otherwise: str) -> tuple[Tensor, str]:
         """Rows × inputs, all zero for a category that was not seen, and a note that names it."""
         texts = without_missing(table.columns[self.name])
         encoded = torch.zeros(len(texts), len(self.categories), dtype=torch.float64)
@@ -121,19 +128,25 @@ class Encoding:
         columns: that the network sees.
         target: name of the column that is predicted.
         missing: what was done about missing values.
+        decimal: the decimal mark of the table.
     """
 
     columns: tuple[Column, ...]
     target: str
     missing: Missing
+    decimal: Decimal = "."
 
     @property
     def inputs(self) -> list[str]:
         """Names of what the network sees."""
         return [name for column in self.columns for name in column.inputs]
 
-    def encode(self, table: Table) -> tuple[Tensor, list[str]]:
+    def encode(self, table: Table, otherwise: str = "") -> tuple[Tensor, list[str]]:
         """Rows × inputs in float64, and what the user should know.
+
+        Args:
+            table: the rows.
+            otherwise: what else can be done about a value that is no number, as `OPTIONS`.
 
         Raises:
             DataError: a column is not there, has values missing that should not, or holds what is
@@ -147,7 +160,8 @@ class Encoding:
             )
         if self.missing != "impute":
             refuse_missing(table, names, "the network learned from rows without any; fill them in")
-        encoded, notes = zip(*(column.encode(table) for column in self.columns), strict=True)
+        columns = (column.encode(table, otherwise) for column in self.columns)
+        encoded, notes = zip(*columns, strict=True)
         return torch.cat(encoded, dim=1), [note for note in notes if note]
 
 
@@ -166,18 +180,22 @@ def refuse_missing(table: Table, names: Sequence[str], remedy: str) -> None:
         )
 
 
-def not_a_number(
-    table: Table, name: str, junk: Sequence[int], otherwise: str | None = None
-) -> DataError:
+def not_a_number(table: Table, name: str, junk: Sequence[int], otherwise: str) -> DataError:
     """What to raise where a column of numbers holds something else, and what to say otherwise."""
-    texts = table.columns[name]
-    mark = OTHER_MARK[table.decimal]
-    marked = any(mark in texts[i] for i in junk)
-    remedy = f"if {mark!r} is the decimal mark, say --decimal {mark}; else mend"
+    decimal, mark = table.decimal, OTHER_MARK[table.decimal]
+    marked = [text for text in (table.columns[name][i] for i in junk) if mark in text]
+    grouped = bool(marked) and all(GROUPED[decimal].fullmatch(text) for text in marked)
+    surely = grouped and any(decimal in text or text.count(mark) > 1 for text in marked)
+    remedies = f"{'else mend' if marked else 'mend'} them"
+    if marked and not surely:
+        remedies = f"if {mark!r} is the decimal mark, say --decimal {mark}; {remedies}"
+    if grouped:
+        remedies = f"they look like grouped thousands, to be written without {mark!r}; {remedies}"
+    if otherwise:
+        remedies += f", or say {otherwise.format(name=name)}"
     return DataError(
-        f"{table.source}: column {name!r} has numbers, and {len(junk)} of its {len(table)} values "
-        f"are none: {table.where(name, junk)}; {remedy if marked else 'mend'} them, or say "
-        f"{otherwise or f'--categorical {name}, or --ignore {name}'}"
+        f"{table.source}: column {name!r} should hold numbers, and {len(junk)} of its {len(table)} "
+        f"values are none: {table.where(name, junk)}; {remedies}"
     )
 
 
@@ -224,7 +242,7 @@ def fit(
         notes.append(f"left out, having one value only: {listed(constant)}")
     if not columns:
         raise DataError(f"{table.source} has no column to learn from beside the target {target!r}")
-    return Encoding(tuple(columns), target, missing), notes
+    return Encoding(tuple(columns), target, missing, table.decimal), notes
 
 
 def counts_rows(numbers: Sequence[float]) -> bool:
@@ -240,14 +258,14 @@ def is_numeric(table: Table, name: str) -> bool:
     there = [i for i, text in enumerate(texts) if text not in MISSING]
     junk = [i for i in there if numbers[i] is None]
     if 2 * len(junk) > len(there):
-        refuse_other_mark(table, name)
+        refuse_other_mark(table, name, OPTIONS)
         return False
     if junk:
-        raise not_a_number(table, name, junk)
+        raise not_a_number(table, name, junk, OPTIONS)
     return True
 
 
-def refuse_other_mark(table: Table, name: str, otherwise: str | None = None) -> None:
+def refuse_other_mark(table: Table, name: str, otherwise: str) -> None:
     """Raise a `DataError` where most of a column looks like numbers with the other decimal mark."""
     texts, numbers = table.columns[name], table.numbers(name)
     mark = OTHER_MARK[table.decimal]
@@ -274,17 +292,20 @@ def fit_categories(table: Table, name: str, *, forced: bool) -> Categorical:
     """The categories in order; text that looks like names, dates or prose is refused."""
     texts = table.names(name)
     categories = tuple(sorted(set(texts)))
-    if len(categories) > MOST_CATEGORIES and not forced:
+    there = [text for text in texts if text]
+    different = len(set(there))
+    many = different > MOST_CATEGORIES or 2 * different > len(there) >= FEWEST_TEXTS
+    if many and not forced:
         kind = (
-            "dates; turn them into numbers, days since the first for example,"
-            if (is_date(texts[0]))
-            else "names or free text; leave it out with"
+            "dates; turn them into numbers, days since the first for example"
+            if is_date(categories[-1])
+            else "names, free text or numbers with a unit; write numbers without it"
         )
         raise DataError(
-            f"{table.source}: column {name!r} has {len(categories)} different texts in "
-            f"{len(texts)} rows, such as {shortened(categories[-1])}. They look like {kind} "
-            f"{'or leave them out with ' if is_date(texts[0]) else ''}--ignore {name}, or take "
-            f"them as categories all the same with --categorical {name}"
+            f"{table.source}: column {name!r} has {different} different texts in {len(there)} of "
+            f"the {len(texts)} rows that are learned from, such as {shortened(categories[-1])}. "
+            f"They look like {kind}, or leave them out with --ignore {name}, or take them as "
+            f"categories all the same with --categorical {name}"
         )
     return Categorical(name, categories)
 
@@ -323,21 +344,15 @@ def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Tensor
         whole = all(number == int(number) for number in there)
         few = len(set(there)) <= MOST_WHOLE_CLASSES and 2 * len(set(there)) <= len(there)
         if junk and 2 * len(junk) <= len(texts) and len(values) > MOST_WHOLE_CLASSES:
-            raise DataError(
-                f"{table.source}: the target {name!r} has numbers, and {len(junk)} of its "
-                f"{len(texts)} values are none: {table.where(name, junk)}; mend them, or say "
-                f"--task classification"
-            )
+            raise not_a_number(table, name, junk, "--task classification")
         task = "classification" if junk or (whole and few) else "regression"
         other = "regression" if task == "classification" else "classification"
         kind = "text" if junk else "whole numbers" if whole else "numbers"
-        how = f"the target {name!r} being {kind} with {len(values)} values; else --task {other}"
+        how = f"the target {name!r} being {kind} with {len(values)} values"
+        how += "" if junk else f"; else --task {other}"
     if task == "regression":
         if junk:
-            raise DataError(
-                f"{table.source}: the target {name!r} has values that are no numbers: "
-                f"{table.where(name, junk)}; mend them, or say --task classification"
-            )
+            raise not_a_number(table, name, junk, "--task classification")
         if len(set(there)) == 1:
             raise DataError(f"{table.source}: the target {name!r} is {there[0]:g} in every row")
         return Numbers(), torch.tensor(there, dtype=torch.float64), f"regression, {how}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equigrad.data.images import Images
-from equigrad.data.tables import counted
+from equigrad.data.tables import counted, listed
 from equigrad.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
@@ -86,6 +86,9 @@ def read_classes(
     names = classes or found
     beside = f"not looked at: {counted(len(loose), 'image')} beside the classes"
     notes = [beside] if loose else []
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+    if empty := sorted(folders - set(found)):
+        notes.append(f"folders without an image: {listed(empty)}")
     pixels, kept, broken = read_images(inside, size=size, channels=channels)
     if broken and not skip_broken:
         raise DataError(named(broken, len(inside)) + "; mend or remove them, or say --skip-broken")

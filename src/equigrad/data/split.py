@@ -102,12 +102,12 @@ def divide(
     parts = 2 + (test_share > 0)
     few = [(g, n) for g, n in zip(present, counts, strict=True) if n < parts]
     if few:
-        listed = ", ".join(f"{names[g] if names else g!s} ({n})" for g, n in few[:10])
-        what = "classes have" if names else "the data have"
-        raise DataError(
-            f"{what} too few rows for training, validation{' and test' * (parts > 2)}, which need "
-            f"one each: {listed}; add rows, or leave these out"
-        )
+        needed = "training, validation and test" if parts > 2 else "training and validation"
+        lacking = f"too few rows for {needed}, which need one each"
+        if not names:
+            raise DataError(f"the data have {lacking}: {len(groups)}; add rows")
+        listed = ", ".join(f"{names[g]} ({n})" for g, n in few[:10])
+        raise DataError(f"classes have {lacking}: {listed}; add rows, or leave these out")
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
 
     def drawn(rows: Tensor, wanted: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from io import TextIOWrapper
+from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from equigrad.errors import DataError
 
 LONGEST_LINE = 2**20
-"""Bytes; a longer line is no row of a table that a network could learn from."""
+"""Characters; a longer line is no row of a table that a network could learn from."""
+
+LONGEST_HEADER = 100
+"""Lines among which the header is looked for when what divides the columns is not told."""
 
 DELIMITERS = ",;\t|"
 MISSING = frozenset({"", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})
@@ -21,14 +26,16 @@ MISSING = frozenset({"", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", 
 NOT_TEXT = {
     b"PK\x03\x04": "it is a spreadsheet or a zip archive: save the table as CSV",
     b"\x1f\x8b": "it is compressed with gzip: unpack it",
-    b"\xff\xfe": "it is encoded as UTF-16: save it as UTF-8",
-    b"\xfe\xff": "it is encoded as UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_LE: "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8",
+    codecs.BOM_UTF16_BE: "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8",
 }
 
-GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d*)?")
-"""A number with a decimal comma and points that group thousands."""
-
 Decimal = Literal[".", ","]
+GROUPED: dict[Decimal, re.Pattern[str]] = {
+    ",": re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d*)?"),
+    ".": re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?"),
+}
+"""A number in which the other mark groups thousands, by the decimal mark."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def as_number(text: str, decimal: Decimal = ".") -> float | None:
         (1000.0, 1000.5, None, None)
     """
     if decimal == ",":
-        if GROUPED.fullmatch(text):
+        if GROUPED[decimal].fullmatch(text):
             text = text.replace(".", "")
         elif "." in text:
             return None
@@ -176,14 +183,18 @@ def read(
     """
     try:
         with path.open("rb") as file:
-            start = file.read(4096)
+            try:
+                text = TextIOWrapper(file, encoding, newline="")
+            except LookupError as error:
+                raise DataError(
+                    f"encoding {encoding!r} is unknown to Python; try 'latin-1'"
+                ) from error
+            start = file.peek(4)
+            utf_16 = codecs.lookup(encoding).name.startswith("utf-16")
             for magic, reason in NOT_TEXT.items():
-                if start.startswith(magic):
+                if start.startswith(magic) and not utf_16:
                     raise DataError(f"{path} is not text: {reason}")
-            if b"\0" in start:
-                raise DataError(f"{path} is not text: it has zero bytes; save the table as CSV")
-            file.seek(0)
-            return _parse(path, file, delimiter, encoding, decimal)
+            return _parse(path, text, delimiter, decimal)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
     except OSError as error:
@@ -192,36 +203,35 @@ def read(
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _parse(
-    path: Path, file: BinaryIO, delimiter: str | None, encoding: str, decimal: Decimal
-) -> Table:
-    lines = _lines(path, file, encoding)
-    first, header_line = next(((n, ln) for n, ln in enumerate(lines, 1) if ln.strip()), (0, ""))
-    if not header_line:
-        raise DataError(f"{path} is empty; expected a header with the names of the columns")
+def _parse(path: Path, file: TextIOWrapper, delimiter: str | None, decimal: Decimal) -> Table:
+    lines = _lines(path, file)
     if delimiter is None:
-        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader([header_line], d))))
+        head = list(islice(lines, LONGEST_HEADER))
+        begun = list(dropwhile(str.isspace, head))
+        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader(begun, d), [])))
+        lines = chain(head, lines)
     elif len(delimiter) != 1:
         raise DataError(f"delimiter must be one character, got {delimiter!r}")
-    names = [name.strip() for name in next(_reader([header_line], delimiter))]
+    rows = _rows(path, _reader(lines, delimiter, strict=True))
+    header, _ = next(rows, ([], 0))
+    if not header:
+        raise DataError(f"{path} is empty; expected a header with the names of the columns")
+    names = [" ".join(name.splitlines()) for name in header]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{path} has several columns of the name {listed(twice)}; rename them")
     found: list[list[str]] = []
     places: list[int] = []
     ragged: list[str] = []
-    reader = _reader(lines, delimiter, strict=True)
-    for fields, line in _with_lines(path, reader, first):
-        if not any(fields):
-            continue
+    for fields, line in rows:
         if len(fields) != len(names):
             ragged.append(f"line {line} ({len(fields)})")
             continue
-        found.append([field.strip() for field in fields])
+        found.append(fields)
         places.append(line)
     if ragged:
         more = f" and {len(ragged) - 5} more" if len(ragged) > 5 else ""
         raise DataError(
-            f"{path}: the header has {len(names)} columns, other lines do not: "
+            f"{path}: the header has {counted(len(names), 'column')}, other lines do not: "
             f"{', '.join(ragged[:5])}{more}. Mend them; a value that holds the delimiter "
             f"{delimiter!r} needs quotes around it"
         )
@@ -238,37 +248,40 @@ def _reader(lines: Iterable[str], delimiter: str, *, strict: bool = False) -> An
     )
 
 
-def _lines(path: Path, file: BinaryIO, encoding: str) -> Iterator[str]:
-    """Decoded lines; none is held in memory that is longer than a row may be."""
+def _lines(path: Path, file: TextIOWrapper) -> Iterator[str]:
+    """Lines, however they end; none is held in memory that is longer than a row may be."""
+    number = 1
     try:
-        codecs.lookup(encoding)
-    except LookupError as error:
-        raise DataError(f"encoding {encoding!r} is unknown to Python; try 'latin-1'") from error
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(line) > LONGEST_LINE:
-            raise DataError(
-                f"{path}: line {number} is longer than {LONGEST_LINE:,} bytes, which no row of a "
-                f"table should be; is it one, with line ends?"
-            )
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        try:
-            yield line.decode(encoding)
-        except UnicodeError as error:
-            raise DataError(
-                f"{path}: line {number} is not {encoding} ({error}); save the file as UTF-8, or "
-                f"say --encoding latin-1"
-            ) from error
+        while line := file.readline(LONGEST_LINE + 1):
+            if "\0" in line:
+                raise DataError(
+                    f"{path} is not text: it has zero bytes; save the table as CSV, or say "
+                    f"--encoding utf-16 where it is that"
+                )
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}: line {number} is longer than {LONGEST_LINE:,} characters, which no "
+                    f"row of a table should be; is it one, with line ends?"
+                )
+            yield line.removeprefix("\ufeff") if number == 1 else line
+            number += 1
+    except UnicodeError as error:
+        reason = str(error)
+        if isinstance(error, UnicodeDecodeError):  # of a block, which may have several lines
+            before, reason = error.object[: error.start], error.reason
+            number += max(before.count(b"\n"), before.count(b"\r"))
+        raise DataError(
+            f"{path}: line {number} is not {file.encoding} ({reason}); save the file as UTF-8, or "
+            f"say --encoding latin-1"
+        ) from error
 
 
-def _with_lines(path: Path, reader: Any, header: int) -> Iterator[tuple[list[str], int]]:
-    """Rows with the line of the file that they end in; the header is in another one."""
+def _rows(path: Path, reader: Any) -> Iterator[tuple[list[str], int]]:
+    """Rows that are not empty, with the line of the file that they end in."""
     while True:
-        line = header + reader.line_num
+        line = reader.line_num
         try:
-            fields = next(reader)
+            fields = [field.strip() for field in next(reader)]
         except StopIteration:
             return
         except csv.Error as error:
@@ -276,4 +289,5 @@ def _with_lines(path: Path, reader: Any, header: int) -> Iterator[tuple[list[str
                 f"{path}: the row that begins in line {line + 1} cannot be read ({error}); is a "
                 f"quote not closed?"
             ) from error
-        yield fields, header + reader.line_num
+        if any(fields):
+            yield fields, reader.line_num

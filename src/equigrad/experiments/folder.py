@@ -80,7 +80,8 @@ class Folder(OwnData):
         if divided := (folder / "train").is_dir() and (folder / "test").is_dir():
             pool = read_classes(folder / "train", **options)
             held_out = read_classes(folder / "test", **options, classes=pool.classes)
-            notes = [*pool.notes, *held_out.notes]
+            fixed = f"--test-share is not used: the images in {folder / 'test'} are for testing"
+            notes = [fixed, *pool.notes, *held_out.notes]
         else:
             pool = held_out = read_classes(folder, **options)
             notes = pool.notes

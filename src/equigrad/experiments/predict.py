@@ -14,7 +14,7 @@ from equigrad.data import tables
 from equigrad.data.encoding import Encoding
 from equigrad.data.folder import SUFFIXES, find, named, read_images
 from equigrad.data.images import Pixels
-from equigrad.data.tables import MISSING, Decimal, listed
+from equigrad.data.tables import MISSING, Decimal, counted, listed
 from equigrad.data.targets import Target
 from equigrad.errors import DataError, RunError
 from equigrad.experiments.model import load_model
@@ -28,7 +28,7 @@ def predict_table(
     out: Path | None,
     delimiter: str | None,
     encoding: str,
-    decimal: Decimal,
+    decimal: Decimal | None,
     console: Console,
 ) -> None:
     """Predict the target of every row of a CSV file, in its order, and score where it is known.
@@ -39,7 +39,7 @@ def predict_table(
         out: the file of predictions; None for standard output.
         delimiter: as in `equigrad.data.tables.read`.
         encoding: likewise.
-        decimal: likewise.
+        decimal: likewise; None for that of the table that the model learned from.
         console: where notes go.
 
     Raises:
@@ -49,6 +49,7 @@ def predict_table(
     asked = load_model(model)
     if not isinstance(asked.encoding, Encoding):
         raise DataError(f"{model} learned from images; ask it with --images DIR")
+    decimal = decimal or asked.encoding.decimal
     table = tables.read(path, delimiter=delimiter, encoding=encoding, decimal=decimal)
     x, notes = asked.encoding.encode(table)
     known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}
@@ -104,11 +105,15 @@ def predict_images(
 
 
 def class_of(path: Path, folder: Path, target: Target) -> str:
-    """The outermost folder below a folder that names a class, else the one the image is in."""
-    parts = path.relative_to(folder).parts[:-1]
+    """The outermost folder below a folder that names a class, or that folder; else the innermost.
+
+    It is empty for an image that lies in a folder which names none.
+    """
+    below = path.relative_to(folder).parts[:-1]
+    parts = [*below, folder.name]
     known = target.read(parts, [None] * len(parts))
     named = (part for part, label in zip(parts, known, strict=True) if label is not None)
-    return next(named, path.parent.name)
+    return next(named, below[-1] if below else "")
 
 
 def scored(
@@ -122,7 +127,11 @@ def scored(
     if rows:
         y = torch.tensor([values[i] for i in rows])
         found = target.metrics(outputs[rows], y)
-        said = ", ".join(f"{metric} {v:.4g}" for metric, v in found.items() if not isnan(v))
+        said = ", ".join(
+            f"{metric} {v:.4g}{' %' if metric == 'accuracy' else ''}"
+            for metric, v in found.items()
+            if not isnan(v)
+        )
         notes.append(f"{said} on {len(rows)} with a known target")
     return notes
 
@@ -141,6 +150,6 @@ def write(
         raise RunError(f"{out} is there, and nothing is written over; give another --out")
     else:
         write_whole(out, text.getvalue())
-        notes = [*notes, f"{len(columns['prediction'])} predictions saved in {out}"]
+        notes = [*notes, f"{counted(len(columns['prediction']), 'prediction')} saved in {out}"]
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

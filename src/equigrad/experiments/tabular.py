@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equigrad.data import tables
-from equigrad.data.encoding import Missing, TaskName, fit, read_target, refuse_missing
+from equigrad.data.encoding import OPTIONS, Missing, TaskName, fit, read_target, refuse_missing
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
 from equigrad.data.tables import Decimal, Table, counted, listed
@@ -93,16 +93,18 @@ class Tabular(OwnData):
             missing=self.missing,
             categorical=self.categorical,
         )
-        inputs, unseen = fitted.encode(table)
+        inputs, unseen = fitted.encode(table, OPTIONS)
         if not classes:
             target, values = standardised(
                 values, rows.seen, f"{table.source}: the target {self.target!r}"
             )
             for name, chosen in vars(rows).items():
                 if values[chosen].unique().numel() < 2:
+                    remedy = "take another seed" if len(chosen) > 1 else "give it a larger share"
                     raise DataError(
-                        f"{table.source}: the {name} rows of seed {self.seed} all have the same "
-                        f"target; take another seed, or more rows"
+                        f"{table.source}: there is one target only in the "
+                        f"{counted(len(chosen), f'{name} row')} of seed {self.seed}, and R² needs "
+                        f"two that differ; {remedy}, or add rows"
                     )
             values = values.to(dtype)
 
@@ -112,7 +114,7 @@ class Tabular(OwnData):
         counts = [len(chosen) for chosen in vars(rows).values()]
         about = (
             f"{how}; {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} test rows "
-            f"of {table.source}; {inputs.shape[1]} inputs"
+            f"of {table.source}; {counted(inputs.shape[1], 'input')}"
         )
         return Split(
             part(rows.train),
@@ -130,13 +132,22 @@ class Tabular(OwnData):
         table = tables.read(
             path, delimiter=self.delimiter, encoding=self.encoding, decimal=self.decimal
         )
-        targets = table.column(self.target, "--target")
+        table.column(self.target, "--target")
         for name in self.ignore:
             table.column(name, "--ignore")
         for name in self.categorical:
             table.column(name, "--categorical")
         if self.target in self.ignore:
             raise ConfigurationError(f"the target {self.target!r} cannot be left out with --ignore")
+        if self.target in self.categorical:
+            raise ConfigurationError(
+                f"--categorical is for columns to learn from, and {self.target!r} is the target; "
+                f"say --task classification"
+            )
+        if both := [name for name in self.categorical if name in self.ignore]:
+            raise ConfigurationError(
+                f"{listed(both)} cannot be left out with --ignore and taken with --categorical"
+            )
         kept = {n: column for n, column in table.columns.items() if n not in self.ignore}
         if "" in kept:
             raise DataError(
@@ -151,14 +162,17 @@ class Tabular(OwnData):
                 "fill them in, or say --missing impute, --missing drop, or --ignore a column",
             )
             return table, []
-        needed = [targets] if self.missing == "impute" else list(kept.values())
+        needed = [self.target] if self.missing == "impute" else list(kept)
         whole = [
             i
-            for i, values in enumerate(zip(*needed, strict=True))
+            for i, values in enumerate(zip(*(kept[name] for name in needed), strict=True))
             if not any(value in tables.MISSING for value in values)
         ]
         if not whole:
-            raise DataError(f"{path} has no row without missing values in {listed(list(kept))}")
+            empty = [name for name in needed if tables.MISSING.issuperset(kept[name])]
+            remedy = f"none of its {counted(len(table), 'row')} is left; fill them in"
+            choice = "" if self.missing == "impute" else ", or --ignore a column"
+            refuse_missing(table, empty or needed, remedy + choice)
         gone = len(table) - len(whole)
         what = "without a target" if self.missing == "impute" else "with missing values"
         return table.rows(whole), [f"left out: {counted(gone, 'row')} {what}"] if gone else []
