@@ -92,7 +92,7 @@ def test_what_a_run_has_left_is_asked_about_files(setting, tmp_path, capsys):
     code, said = call_main(*asked, capsys=capsys)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert code == 0, said
-    assert f"accuracy {result['metrics']['test_accuracy']:.4g} on 100 with a known" in said
+    assert f"accuracy {result['metrics']['test_accuracy']:.4g} % on 100 with a known" in said
     assert out.read_text().startswith(f"file,prediction,p({files.CLASSES[0]}),")
 
 

@@ -111,7 +111,7 @@ def test_contrast_learns_to_learn():
     [
         ({"method": "contrastive-modulation"}, "no normalisation layer.*one of contrastive-syn"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"seed": 1, "seeds": 2}, "give seed=1 for one run, or seeds=2 for seeds 0 to 1"),
+        ({"seed": 1, "seeds": 2}, "seeds=2 runs seeds 0 to 1, and seed=1 is for a single run"),
         ({"hidden": (40, 0)}, "every width in hidden must be at least 1, got 0"),
     ],
 )

@@ -677,7 +677,7 @@ def test_what_estimators_have_to_say_is_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cell": torch.tanh}, "cell must be a Module object"),
+        ({"cell": torch.tanh}, "cell must be an object of Module"),
         ({"solver": 3}, "solver must be an object of Solver, got 3"),
         ({"estimator": eg.GMRES}, "estimator must be an object of Estimator, got"),
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),
