@@ -158,6 +158,13 @@ def test_stopped_run_resumes_to_the_same_bits(tmp_path, whole_run, sign, lines):
     assert same_but_for_time(tmp_path / "run", whole_run)
 
 
+def test_help_begins_with_what_chooses_and_ends_with_where_to_compute(tmp_path):
+    said = equigrad("run", "equilibrium", "--help", cwd=tmp_path).stdout
+    options = ["--setting ", "--method ", "--seed ", "--epochs ", "--hidden ", "--device "]
+    places = [said.index(option) for option in options]
+    assert places == sorted(places)
+
+
 def test_names_with_brackets_are_names(tmp_path, capsys):
     """`[m]` and `[/s]` are units of a column, and neither a style nor the end of one."""
     rows = "\n".join(f"{i % 7},{i % 5}" for i in range(40))

@@ -1,6 +1,7 @@
 """The command line over the experiments."""
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import os
@@ -333,6 +334,7 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
                 raise
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
 
+    order_options(type(getattr(defaults, "experiment", defaults)))
     work.__annotations__["options"] = Annotated[type(defaults), tyro.conf.arg(name="")]
     work.__defaults__ = (defaults, None, None, False)
     tyro.cli(
@@ -342,6 +344,20 @@ def execute(command: Command, arguments: Sequence[str]) -> None:
         args=list(arguments[2:]),
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def order_options(kind: type) -> None:
+    """Put what chooses the defaults first, for help, and last what all experiments have alike."""
+    from equigrad.experiments.config_file import CHOOSERS
+    from equigrad.experiments.experiment import Experiment
+
+    known: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
+    first = [*CHOOSERS, "seed", "seeds"]
+    alike = [field.name for field in dataclasses.fields(Experiment)]
+    own = [name for name in known if name not in (*first, *alike)]
+    for name in dict.fromkeys([*first, *own, *alike]):  # all of them, so that this is the order
+        if name in known:
+            known[name] = known.pop(name)
 
 
 @contextmanager

@@ -95,6 +95,26 @@ def test_other_encodings_are_read_where_they_are_named(tmp_path):
         read(written(tmp_path, b"a,b\r\n" + lines.encode() + b"1,\xff\r\n2,3\r\n"))
 
 
+def test_a_mark_of_utf_8_is_none_of_the_first_name_in_any_encoding(tmp_path):
+    assert list(read(written(tmp_path, "\ufeffa,b\n1,2\n"), encoding="latin-1").columns) == [
+        "a",
+        "b",
+    ]
+
+
+def test_an_archive_is_no_wide_text(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"PK\x03\x04" + bytes(20))
+    with pytest.raises(DataError, match="spreadsheet or a zip archive"):
+        read(tmp_path / "t.csv", encoding="utf-16")
+    with pytest.raises(DataError, match="unknown to Python"):
+        read(tmp_path / "t.csv", encoding="\0")
+
+
+def test_any_number_of_blank_lines_may_stand_before_the_header(tmp_path):
+    table = read(written(tmp_path, "\n" * 150 + "a;b\n1;2\n"))
+    assert (list(table.columns), table.lines) == (["a", "b"], [152])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "UTF16"])
 def test_wide_encodings_are_read_where_they_are_named(tmp_path, encoding):
     table = read(written(tmp_path, "straße\tb\r\n名前\t1\r\n", encoding), encoding=encoding)

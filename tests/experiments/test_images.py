@@ -196,6 +196,8 @@ def test_constant_statistics_change_the_gradient():
     )
     first = next(iter(one))
     assert not torch.allclose(one[first], other[first], rtol=0.1)
+    with pytest.raises(ConfigurationError, match="leave out batch=20"):
+        replace(config, constant_statistics=True, batch=20)
 
 
 def test_a_rule_that_chooses_its_nudged_phases_is_left_alone():

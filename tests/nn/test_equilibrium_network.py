@@ -139,6 +139,7 @@ class Widening(nn.Module):
     [
         (nn.Tanh(), r"recurrent is called as recurrent\(h, e\(x\)\).*\(4,\) a sample: .*argument"),
         (nn.Bilinear(3, 3, 4), r"\(4,\) a sample: .*3"),
+        (nn.Module(), r"\(4,\) a sample: .*forward"),
         (Widening(), r"recurrent must return h in its shape, \(4,\) a sample, got \(8,\)"),
     ],
 )

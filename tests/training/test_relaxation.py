@@ -92,7 +92,8 @@ def test_the_loss_that_is_logged_is_a_mean():
 
 
 def test_a_share_of_an_epoch_is_a_step_at_least():
-    assert train(Perceptron(), epochs=0.001).step == 1
+    state = train(Perceptron(), epochs=0.001)
+    assert (state.step, repr(state.steps)) == (1, "1")
     assert train(Perceptron(), epochs=0).step == 0
 
 

@@ -298,8 +298,8 @@ def fit_categories(table: Table, name: str, *, forced: bool) -> Categorical:
     if many and not forced:
         kind = (
             "dates; turn them into numbers, days since the first for example"
-            if is_date(categories[-1])
-            else "names, free text or numbers with a unit; write numbers without it"
+            if any(map(is_date, categories))
+            else "names, free text or numbers with a unit; write such numbers without their unit"
         )
         raise DataError(
             f"{table.source}: column {name!r} has {different} different texts in {len(there)} of "

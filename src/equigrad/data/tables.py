@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from io import TextIOWrapper
-from itertools import chain, dropwhile, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ DELIMITERS = ",;\t|"
 MISSING = frozenset({"", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})
 """What stands for a value that is not there."""
 
+WIDE = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 NOT_TEXT = {
     b"PK\x03\x04": "it is a spreadsheet or a zip archive: save the table as CSV",
     b"\x1f\x8b": "it is compressed with gzip: unpack it",
-    codecs.BOM_UTF16_LE: "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8",
-    codecs.BOM_UTF16_BE: "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8",
+    **dict.fromkeys(WIDE, "it is encoded as UTF-16: say --encoding utf-16, or save it as UTF-8"),
 }
 
 Decimal = Literal[".", ","]
@@ -183,16 +183,18 @@ def read(
     """
     try:
         with path.open("rb") as file:
+            start = file.peek(4)
+            if start.startswith(codecs.BOM_UTF8):
+                file.seek(len(codecs.BOM_UTF8))
             try:
                 text = TextIOWrapper(file, encoding, newline="")
-            except LookupError as error:
+                wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+            except (LookupError, ValueError) as error:
                 raise DataError(
                     f"encoding {encoding!r} is unknown to Python; try 'latin-1'"
                 ) from error
-            start = file.peek(4)
-            utf_16 = codecs.lookup(encoding).name.startswith("utf-16")
             for magic, reason in NOT_TEXT.items():
-                if start.startswith(magic) and not utf_16:
+                if start.startswith(magic) and not (wide and magic in WIDE):
                     raise DataError(f"{path} is not text: {reason}")
             return _parse(path, text, delimiter, decimal)
     except csv.Error as error:
@@ -206,10 +208,14 @@ def read(
 def _parse(path: Path, file: TextIOWrapper, delimiter: str | None, decimal: Decimal) -> Table:
     lines = _lines(path, file)
     if delimiter is None:
-        head = list(islice(lines, LONGEST_HEADER))
-        begun = list(dropwhile(str.isspace, head))
-        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader(begun, d), [])))
-        lines = chain(head, lines)
+        blank: list[str] = []
+        head: list[str] = []
+        for line in lines:
+            (head if head or not line.isspace() else blank).append(line)
+            if len(head) == LONGEST_HEADER:
+                break
+        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader(head, d), [])))
+        lines = chain(blank, head, lines)
     elif len(delimiter) != 1:
         raise DataError(f"delimiter must be one character, got {delimiter!r}")
     rows = _rows(path, _reader(lines, delimiter, strict=True))

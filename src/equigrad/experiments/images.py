@@ -14,6 +14,7 @@ from torch.nn import Flatten, Module, Sequential
 from equigrad.data import cifar10, mnist
 from equigrad.data.images import Images, split
 from equigrad.data.split import Split
+from equigrad.errors import ConfigurationError
 from equigrad.estimators import T1T2, Contrastive
 from equigrad.experiments.experiment import at_least, positive
 from equigrad.experiments.strength_learning import (
@@ -362,6 +363,14 @@ class Cifar10(OnImages):
 
     constant_statistics: bool = False
     """Hold batch normalisation's statistics fixed in outer gradients, as `eval` mode does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.constant_statistics and self.batch is not None:
+            raise ConfigurationError(
+                f"constant_statistics would hold those of mini-batches fixed where the network "
+                f"learns, too; leave out batch={self.batch}"
+            )
 
     def images(self) -> tuple[Images, Images]:
         """Training images, of as many batches as there are, and test images."""

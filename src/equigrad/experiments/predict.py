@@ -105,15 +105,14 @@ def predict_images(
 
 
 def class_of(path: Path, folder: Path, target: Target) -> str:
-    """The outermost folder below a folder that names a class, or that folder; else the innermost.
+    """The outermost folder below a folder that names a class, else the one the image is in.
 
-    It is empty for an image that lies in a folder which names none.
+    For an image that lies in the folder itself, the folder's name where that is a class, else none.
     """
-    below = path.relative_to(folder).parts[:-1]
-    parts = [*below, folder.name]
+    parts = path.relative_to(folder).parts[:-1] or (folder.resolve().name,)
     known = target.read(parts, [None] * len(parts))
     named = (part for part, label in zip(parts, known, strict=True) if label is not None)
-    return next(named, below[-1] if below else "")
+    return next(named, parts[-1] if path.parent != folder else "")
 
 
 def scored(

@@ -26,8 +26,13 @@ def reading(network: nn.Module, x: Tensor) -> Iterator[None]:
         weights = next(network.parameters()).dtype
         raise ProblemError(
             f"{type(network).__name__}, whose weights are {weights}, cannot read x of "
-            f"{x.dtype} in the shape {tuple(x.shape)}, samples first: {str(error).splitlines()[0]}"
+            f"{x.dtype} in the shape {tuple(x.shape)}, samples first: {first_line(error)}"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what torch says beneath."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

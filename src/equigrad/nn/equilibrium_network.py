@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.nn.batches import draws, reading, summed_cross_entropy
+from equigrad.nn.batches import draws, first_line, reading, summed_cross_entropy
 from equigrad.nn.parts import Parts
 from equigrad.nn.relaxing import OuterLoss
 from equigrad.problems import FixedPoint, Params
@@ -64,6 +64,7 @@ class EquilibriumNetwork(nn.Module):
         self.input, self.recurrent, self.readout = input, recurrent, readout
         self.outer_loss = outer_loss
         self._parts = Parts(self, ["input", "recurrent", "readout"])
+        self._fits: torch.Size | None = None
 
     @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
@@ -76,19 +77,26 @@ class EquilibriumNetwork(nn.Module):
         with reading(self, x):
             h = self.input(x[:1])
             y = self.readout(h)
+        if h.shape[1:] != self._fits:
+            self._check_cell(h)
+        return {name: x.new_zeros(len(x), *part.shape[1:]) for name, part in (("h", h), ("y", y))}
+
+    def _check_cell(self, h: Tensor) -> None:
+        """Try the cell on one sample, and remember that it fits such samples."""
         try:
-            shape = self.recurrent(torch.zeros_like(h), h).shape
-        except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+            with torch.random.fork_rng():
+                shape = self.recurrent(torch.zeros_like(h), h).shape
+        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
             raise ProblemError(
                 f"recurrent is called as recurrent(h, e(x)), both in the shape of what input makes "
-                f"of x, {tuple(h.shape[1:])} a sample: {str(error).splitlines()[0]}"
+                f"of x, {tuple(h.shape[1:])} a sample: {first_line(error)}"
             ) from error
         if shape != h.shape:
             raise ProblemError(
                 f"recurrent must return h in its shape, {tuple(h.shape[1:])} a sample, got "
                 f"{tuple(shape[1:])}"
             )
-        return {name: x.new_zeros(len(x), *part.shape[1:]) for name, part in (("h", h), ("y", y))}
+        self._fits = h.shape[1:]
 
     def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
         """The network on a batch, judged by its targets."""

@@ -4,8 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
-from typing import Any, ClassVar, SupportsIndex
+from numbers import Integral
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -129,9 +129,7 @@ class Solver(ABC):
 def require_whole(name: str, value: object, otherwise: str = "", least: int = 1) -> None:
     """Raise a `ConfigurationError` unless a knob is a whole number, numpy's among them."""
     require(
-        isinstance(value, SupportsIndex)
-        and not isinstance(value, bool | Tensor)
-        and index(value) >= least,
+        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least,
         f"{name} must be at least {least}, a whole number{otherwise}, got {value!r}",
     )
 

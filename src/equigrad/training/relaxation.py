@@ -131,7 +131,7 @@ def train_network(
         gradient,
         learned,
         optimizer=optimizer,
-        steps=epochs if math.isinf(epochs) else max(round(epochs * each), epochs > 0),
+        steps=epochs if math.isinf(epochs) else max(round(epochs * each), int(epochs > 0)),
         limit=limit,
         evaluate=evaluate,
         callbacks=callbacks,

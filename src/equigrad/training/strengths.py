@@ -167,7 +167,7 @@ class StrengthLearner:
         tried, diverged = [], None
         for strength in strengths:
             try:
-                with self._dice():
+                with self._seeded():
                     tried.append((self.settle(solver, "validation", strength=strength), strength))
             except SettlingError as error:  # a step size may be too large for the strongest
                 diverged = error
@@ -180,7 +180,7 @@ class StrengthLearner:
         return replace(best, metrics=metrics, gradient_evaluations=evaluations), strength
 
     @contextmanager
-    def _dice(self) -> Iterator[None]:
+    def _seeded(self) -> Iterator[None]:
         """Seed torch's generators, and put them back."""
         devices = {x.device for x in self.split.train if x.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
@@ -212,7 +212,7 @@ class StrengthLearner:
             searched = best.gradient_evaluations
         synapse = ComplexSynapse(self.network, strength=initial_strength)
         meta_params = synapse.meta_params()
-        with self._dice():
+        with self._seeded():
             searching = time.perf_counter() - began
             state = learn(
                 self.problem(synapse),
