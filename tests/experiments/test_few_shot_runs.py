@@ -14,6 +14,7 @@ import equigrad as eg
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import Estimator
 from equigrad.experiments.few_shot import (
+    FORMAT,
     METHODS,
     TEST,
     VALIDATION,
@@ -178,4 +179,7 @@ def test_files_that_are_no_learner(tmp_path):
         Curves.load_learner(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"nothing")
     with pytest.raises(RunError, match="cannot be read as a few-shot learner"):
+        Curves.load_learner(tmp_path)
+    torch.save({"format": FORMAT, "experiment": "omniglot"}, tmp_path / "model.pt")
+    with pytest.raises(RunError, match="it is of 'omniglot', expected 'curves'"):
         Curves.load_learner(tmp_path)

@@ -122,7 +122,7 @@ def test_what_was_saved_is_mistrusted(tmp_path):
     with pytest.raises(RunError, match="is not there: a run saves it at its end"):
         Painter.load(tmp_path)
     torch.save({"format": "another"}, tmp_path / "model.pt")
-    with pytest.raises(RunError, match="another, expected equigrad representation 1"):
+    with pytest.raises(RunError, match="is 'another', expected 'equigrad representation 1'"):
         Painter.load(tmp_path)
 
 

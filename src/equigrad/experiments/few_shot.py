@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import equigrad
 from equigrad.controllers import DynamicInversion
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
     IMAML,
     MAML,
@@ -32,6 +32,7 @@ from equigrad.experiments.config_file import CHOOSERS, overlay
 from equigrad.experiments.experiment import Training, at_least, one_of
 from equigrad.experiments.few_shot_figures import learning_curves
 from equigrad.experiments.formats import words
+from equigrad.experiments.model import reading
 from equigrad.experiments.run_directory import RunDirectory, describe
 from equigrad.experiments.watching import watching
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
@@ -304,17 +305,11 @@ class FewShot(Training):
             RunError: there is none, it is damaged, or another experiment's. Nothing of it is
                 executed.
         """
-        path = Path(folder)
-        file = path / "model.pt" if path.is_dir() else path
-        if not file.is_file():
-            raise RunError(f"{file} is not there: a run of few-shot learning saves it at its end")
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-            if loaded["format"] != FORMAT or loaded["experiment"] != cls.__name__.lower():
-                raise ValueError(
-                    f"{loaded['format']}, of {loaded.get('experiment')!r}; expected {FORMAT}, of "
-                    f"{cls.__name__.lower()!r}"
-                )
+        saved = "a run of few-shot learning saves it at its end"
+        with reading(folder, "a few-shot learner", FORMAT, saved) as loaded:
+            name = cls.__name__.lower()
+            if loaded["experiment"] != name:
+                raise ValueError(f"it is of {loaded['experiment']!r}, expected {name!r}")
             written = loaded["config"]
             words = {name: written[name] for name in CHOOSERS if isinstance(written.get(name), str)}
             config = overlay(cls.preset(**words), written)
@@ -322,11 +317,6 @@ class FewShot(Training):
                 network = config.network().to(pick_dtype(config.dtype))
             network.load_state_dict(loaded["network"])
             return _as_tested(config.learner(network), config), loaded["meta_params"]
-        except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-            raise RunError(
-                f"{file} cannot be read as a few-shot learner of equigrad "
-                f"({type(error).__name__}: {error})"
-            ) from error
 
 
 def _as_tested(learner: FewShotLearner, config: FewShot) -> FewShotLearner:

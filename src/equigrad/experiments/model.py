@@ -1,7 +1,8 @@
 """A network that has learned, with all it takes to ask it: what `equigrad predict` reads."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,30 +132,47 @@ class Model:
 PARTS = ("architecture", "target", "encoding", "solver")
 
 
-def load_model(path: Path | str) -> Model:
-    """The model in a run's folder, or in a file; nothing of it is executed.
+@contextmanager
+def reading(path: Path | str, what: str, form: str, saved: str) -> Iterator[dict[str, Any]]:
+    """What a run has left in `model.pt`, for a body that makes something of it.
+
+    Args:
+        path: a run's folder, or the file itself.
+        what: is made of it, in words.
+        form: its format, by name.
+        saved: when and by what, in words.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: there is none, it has another format, or the body fails. Nothing is executed.
     """
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
     if not file.is_file():
         beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []
         where = f"; there is one in {beside[0].parent}" if beside else ""
-        raise RunError(
-            f"{file} is not there: a model is saved at the end of `equigrad run tabular`, "
-            f"`run folder` and `run equilibrium`{where}"
-        )
+        raise RunError(f"{file} is not there: {saved}{where}")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-        if loaded["format"] != FORMAT:
-            raise ValueError(f"its format is {loaded['format']!r}, expected {FORMAT!r}")
-        return Model(params=loaded["params"], **{part: _made(loaded.get(part)) for part in PARTS})
+        if loaded["format"] != form:
+            raise ValueError(f"its format is {loaded['format']!r}, expected {form!r}")
+        yield loaded
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise RunError(
-            f"{file} cannot be read as a model of equigrad ({type(error).__name__}: {error})"
+            f"{file} cannot be read as {what} of equigrad ({type(error).__name__}: {error})"
         ) from error
+
+
+def load_model(path: Path | str) -> Model:
+    """The model in a run's folder, or in a file; nothing of it is executed.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    saved = (
+        "a model is saved at the end of `equigrad run tabular`, `run folder` and `run equilibrium`"
+    )
+    with reading(path, "a model", FORMAT, saved) as loaded:
+        return Model(params=loaded["params"], **{part: _made(loaded.get(part)) for part in PARTS})
 
 
 def _made(value: Any) -> Any:

@@ -233,9 +233,8 @@ class Omniglot(FewShot):
         for name, part in there.items() if self.images is not None else ():
             if len(part) < self.way:
                 raise ConfigurationError(
-                    f"a {self.way}-way task needs {self.way} classes, and {len(part)} "
-                    f"are for {name} ({split.note}); take a smaller way, "
-                    f"or more classes"
+                    f"a {self.way}-way task needs {self.way} classes, and {len(part)} are for "
+                    f"{name} ({split.note}); take a smaller way, or more classes"
                 )
 
         def tasks(

@@ -14,12 +14,13 @@ from torch import Tensor
 import equigrad
 from equigrad.controllers import DynamicInversion
 from equigrad.data.picture import Picture, places, psnr, read_picture
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import ConfigurationError
 from equigrad.estimators import Adjoint, Estimator, LeastControl
 from equigrad.experiments import figures, network_training
 from equigrad.experiments.config_file import overlay
 from equigrad.experiments.experiment import ScaleName, at_least, one_of, positive
 from equigrad.experiments.formats import words
+from equigrad.experiments.model import reading
 from equigrad.experiments.network_training import NetworkTraining
 from equigrad.experiments.run_directory import RunDirectory, describe
 from equigrad.nn import EquilibriumRNN, FourierFeatures
@@ -203,25 +204,14 @@ class Painter:
         Raises:
             RunError: there is none, or it is damaged. Nothing of it is executed.
         """
-        path = Path(folder)
-        file = path / "model.pt" if path.is_dir() else path
-        if not file.is_file():
-            raise RunError(f"{file} is not there: a run saves it at its end")
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-            if loaded["format"] != FORMAT:
-                raise ValueError(f"{loaded['format']}, expected {FORMAT}")
+        saved = "a run saves it at its end"
+        with reading(folder, "a representation", FORMAT, saved) as loaded:
             written = loaded["config"]
             preset = Representation.preset(method=written["method"], scale=written["scale"])
             painter = cls.new(replace(overlay(preset, written), device="cpu"))
             painter.network.load_state_dict(loaded["network"])
             painter.encode.load_state_dict(loaded["encode"])
-        except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-            raise RunError(
-                f"{file} cannot be read as a representation of equigrad "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        return painter
+            return painter
 
     def colors(self, at: Tensor) -> tuple[Tensor, list[int]]:
         """Of places (n x 2, from -1 to 1): n x 3; and those for which it has not settled."""
