@@ -9,6 +9,7 @@ from torch.nn.functional import dropout, mse_loss
 
 import equigrad as eg
 from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.evaluation import Evaluation
 from equigrad.solvers import compiled
 
 X = torch.tensor([[1.0, 0.2], [-0.4, 0.9], [0.3, -0.7]], dtype=torch.float64)
@@ -212,3 +213,137 @@ def test_a_compiler_that_is_not_there(compilations, monkeypatch):
     solver = dataclasses.replace(SOLVER, compile=True)
     with pytest.raises(ConfigurationError, match=r"C\+\+ compiler.*compile=False"):
         eg.meta_gradient(problem(), params(), meta_params(), solver=solver)
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """What is captured on a GPU runs anew here; counts how often by whether it prepares."""
+    runs = []
+
+    def capture(run):
+        def replay():
+            runs.append(run)
+            return run()
+
+        return replay
+
+    monkeypatch.setattr(compiled, "_capture", capture)
+    monkeypatch.setattr(compiled, "_graphs", {})
+    return runs
+
+
+GRAPHED = dataclasses.replace(SOLVER, compile="graph")
+
+
+@pytest.mark.parametrize("build", [problem, synapse_problem])
+def test_steps_on_tensors_of_their_own_are_eager_ones(build, graphed):
+    made = build()
+    bilevel, start, meta = made if isinstance(made, tuple) else (made, params(), meta_params())
+    rule = eg.Contrastive(beta=0.1, scheme="symmetric")
+    eager, own = (
+        eg.meta_gradient(bilevel, start, meta, solver=solver, estimator=rule)
+        for solver in (SOLVER, GRAPHED)
+    )
+    for name, grad in eager.grads.items():
+        torch.testing.assert_close(own.grads[name], grad, rtol=1e-12, atol=1e-14)
+    assert own.gradient_evaluations == eager.gradient_evaluations
+    assert graphed
+
+
+def test_what_does_not_depend_on_params_is_computed_once_a_phase(graphed):
+    features = torch.randn(3, 3, dtype=torch.float64)
+
+    def inner(params, meta):
+        return mse_loss(torch.tanh(features @ X).mul(meta["strength"]) @ params["w"], Y)
+
+    bilevel = eg.Bilevel(inner, lambda params, meta: params["w"].square().sum())
+    solver = dataclasses.replace(GRAPHED, max_steps=30)
+    with Evaluation(bilevel, params(), meta_params()) as evaluation:
+        evaluation.settle(solver)
+        first = len(graphed)
+        evaluation.settle(solver)
+    once = [run for run in graphed[first:] if isinstance(run(), dict)]
+    # a new phase, whose strength is another tensor, prepares once and takes nine stretches
+    assert len(once) <= 1
+    assert len(graphed) - first - len(once) == 9
+
+
+def test_a_new_batch_is_seen_by_steps_that_are_kept(graphed):
+    for target in (Y, -Y, 2 * Y):
+        eager, own = (
+            eg.meta_gradient(
+                problem(target), params(), meta_params(), solver=solver, estimator=eg.T1T2()
+            )
+            for solver in (SOLVER, GRAPHED)
+        )
+        torch.testing.assert_close(own.params["w"], eager.params["w"], rtol=1e-13, atol=0)
+    assert len(compiled._graphs) == 1
+
+
+def test_memory_that_a_call_writes_to_is_prepared_in_its_place(graphed):
+    def inner(params, meta):
+        table = torch.zeros(2, dtype=torch.float64)
+        table[0] = meta["strength"]
+        table[1] = params["w"][0]
+        return (table * params["w"]).square().sum() + params["w"].square().sum()
+
+    bilevel = eg.Bilevel(inner, lambda params, meta: params["w"].sum())
+    eager, own = (
+        eg.meta_gradient(bilevel, params(), meta_params(), solver=solver, estimator=eg.T1T2())
+        for solver in (SOLVER, GRAPHED)
+    )
+    torch.testing.assert_close(own.params["w"], eager.params["w"], rtol=1e-13, atol=0)
+
+
+def test_inputs_that_overlap_themselves_keep_their_layout(graphed):
+    wide = Y[:, None].expand(3, 2)
+
+    def inner(params, meta):
+        return mse_loss(wide * params["w"], X) + meta["strength"] * params["w"].square().sum()
+
+    bilevel = eg.Bilevel(inner, lambda params, meta: params["w"].sum())
+    eager, own = (
+        eg.meta_gradient(bilevel, params(), meta_params(), solver=solver, estimator=eg.T1T2())
+        for solver in (SOLVER, GRAPHED)
+    )
+    torch.testing.assert_close(own.params["w"], eager.params["w"], rtol=1e-13, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_graph_needs_a_card():
+    with pytest.raises(ConfigurationError, match="CUDA device"):
+        eg.meta_gradient(problem(), params(), meta_params(), solver=GRAPHED, estimator=eg.T1T2())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_ends_where_eager_steps_do():
+    torch.set_default_device("cuda")
+    try:
+        net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        synapse = eg.nn.ComplexSynapse(net.double(), strength=0.1)
+        x, y = X.cuda(), Y.cuda()
+        bilevel = eg.Bilevel(
+            lambda p, m: mse_loss(synapse(p, x).squeeze(), y),
+            lambda p, m: synapse(p, x).square().mean(),
+            regularizer=synapse,
+        )
+        eager, graph = (
+            eg.meta_gradient(
+                bilevel,
+                synapse.params(),
+                synapse.meta_params(),
+                solver=solver,
+                estimator=eg.Contrastive(beta=0.1),
+            )
+            for solver in (SOLVER, GRAPHED)
+        )
+    finally:
+        torch.set_default_device("cpu")
+    for name, grad in eager.grads.items():
+        torch.testing.assert_close(graph.grads[name], grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("word", ["cuda", 1.5, None])
+def test_a_way_of_compiling_that_is_not_one_is_named(word):
+    with pytest.raises(ConfigurationError, match="compile must be True, False"):
+        dataclasses.replace(SOLVER, compile=word)

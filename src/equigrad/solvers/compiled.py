@@ -1,9 +1,12 @@
-"""Several steps of a phase as one compiled function.
+"""Several steps of a phase as one function: by torch's compiler, or as a CUDA graph.
 
 One evaluation of the velocity is recorded, operation by operation, at the start of every phase; the
-compiled function is looked up by what was recorded. So a loss may be a new closure in every call,
-and whatever it reads (a batch, a flag, a module's mode) may change between phases: tensors are
-inputs of the compiled function, anything else is part of its key.
+function is looked up by what was recorded. So a loss may be a new closure in every call, and
+whatever it reads (a batch, a flag, a module's mode) may change between phases: tensors are inputs
+of the function, anything else is part of its key.
+
+A CUDA graph replays the recorded kernels without Python between them. What does not depend on φ is
+a graph of its own, which is replayed once a phase.
 """
 
 import dataclasses
@@ -30,11 +33,15 @@ KEPT = 64
 Compiled = Callable[..., Sequence[Tensor]]
 
 _compiled: dict[tuple[Any, ...], Compiled] = {}
+_graphs: dict[tuple[Any, ...], Compiled] = {}
 
 _NO_OBJECTIVE: Any = None
 """A differentiable solver does not look around."""
 
 _EAGER = "use compile=False"
+
+GRAPHS_KEPT = 16
+"""How many CUDA graphs are kept: each holds the memory of its steps."""
 
 
 class CompiledSteps:
@@ -76,21 +83,26 @@ class CompiledSteps:
             layouts = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
             return recording, tensors, (BACKEND, rule, len(params), recording.key(), layouts)
 
+        on_cuda = all(p.device.type == "cuda" for p in params.values())
+        graphed = solver.compile == "graph" or on_cuda
+        known: dict[tuple[Any, ...], Compiled] = _graphs if graphed else _compiled
         recording, tensors, key = record()
-        if key not in _compiled:  # what is evaluated first may fill caches, and differ by that
+        if key not in known:  # what is evaluated first may fill caches, and differ by that
             recording, tensors, key = record()
-        function = _compiled.get(key)
+        function = known.get(key)
         if function is None:
-            if len(_compiled) >= KEPT:
-                del _compiled[next(iter(_compiled))]
+            limit = GRAPHS_KEPT if graphed else KEPT
+            if len(known) >= limit:
+                del known[next(iter(known))]
                 warnings.warn(
-                    f"compile=True has compiled more than {KEPT} different steps. A number that "
-                    f"changes from call to call is part of the compiled code: make it a tensor",
+                    f"compile={solver.compile!r} has made more than {limit} different steps. A "
+                    f"number that changes from call to call is part of them: make it a tensor",
                     stacklevel=2,
                 )
-            function = _compile(recording, tensors, len(params), solver)
+            make = GraphedSteps if graphed else _compile
+            function = make(recording, tensors, len(params), solver)
             if _check(function(*tensors), velocity, params, state, solver, step):
-                _compiled[key] = function
+                known[key] = function
         self._function, self._tensors = function, tensors
         self._moved: list[Tensor] = []
 
@@ -149,6 +161,134 @@ def _compile(
         raise _refused(f"failed in torch's compiler{needs}", error) from error
 
 
+class GraphedSteps:
+    """Several steps as a CUDA graph, on tensors of its own.
+
+    Args:
+        recording: one evaluation of the velocity.
+        tensors: the leaves, the solver's state and all constants, as a phase has them.
+        count: how many leaves there are.
+        solver: a differentiable one; with `compile="inductor"` torch's compiler makes one
+            velocity, and the graph holds what it has made.
+    """
+
+    def __init__(
+        self, recording: "_Recording", tensors: list[Tensor], count: int, solver: Solver
+    ) -> None:
+        moving = len(tensors) - len(recording.constants)
+        self._own = [_with_layout_of(t) for t in tensors]
+        self._moving, self._constants = self._own[:moving], self._own[moving:]
+        self._loaded: list[tuple[Tensor, int]] = []
+        once, each = recording.split()
+        leaves, state = self._moving[:count], self._moving[count:]
+        self._load(tensors)
+        self._prepare = _capture(lambda: recording.values(once, self._constants))
+        self._prepared = self._prepare()
+        velocity: Callable[[], Sequence[Tensor]] = lambda: recording.results(  # noqa: E731
+            each, leaves, self._prepared
+        )
+        if solver.compile == "inductor":
+            velocity = _compiled_velocity(recording, each, leaves, self._prepared)
+
+        def several() -> tuple[Tensor, ...]:
+            first = velocity()
+            kept = tuple(v.clone() for v in first)  # a velocity may be a view of a leaf
+            solver.update(leaves, tuple(first), state, _NO_OBJECTIVE)
+            for _ in range(solver.check_every - 1):
+                solver.update(leaves, tuple(velocity()), state, _NO_OBJECTIVE)
+            return kept
+
+        self._steps = _capture(several)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The velocity where the steps start, then leaves and state where they end."""
+        if self._load(tensors):
+            self._prepared = self._prepare()
+        return *self._steps(), *self._moving
+
+    def _load(self, tensors: Sequence[Tensor]) -> bool:
+        """Take over a phase's tensors; constants only where they have changed.
+
+        Returns:
+            Whether a constant has changed.
+        """
+        moving = len(self._moving)
+        torch._foreach_copy_(self._moving, list(tensors[:moving]))
+        given = tensors[moving:]
+        loaded = [(t, t._version) for t in given]
+        same = len(loaded) == len(self._loaded) and all(
+            t is known and version == then
+            for (t, version), (known, then) in zip(loaded, self._loaded, strict=True)
+        )
+        if not same:
+            for own, constant in zip(self._constants, given, strict=True):
+                _span(own).copy_(_span(constant))
+            self._loaded = loaded
+        return not same
+
+
+def _compiled_velocity(
+    recording: "_Recording", calls: list["_Call"], leaves: list[Tensor], known: dict[int, Tensor]
+) -> Callable[[], Sequence[Tensor]]:
+    """One velocity by torch's compiler, on the tensors as they are in memory."""
+    from torch._dynamo import lookup_backend
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    places, inputs = list(known), [*leaves, *known.values()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        moving, rest = tensors[: len(leaves)], tensors[len(leaves) :]
+        return recording.results(calls, moving, dict(zip(places, rest, strict=True)))
+
+    try:
+        function = lookup_backend(BACKEND)(make_fx(run)(*inputs), inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _refused("failed in torch's compiler", error) from error
+    return lambda: function(*inputs)
+
+
+def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What runs again on the same memory, and returns the same tensors, filled anew."""
+    if not torch.cuda.is_available():
+        raise ConfigurationError(f'compile="graph" needs tensors on a CUDA device; {_EAGER}')
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):  # libraries set themselves up, which cannot be captured
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # views, or nothing
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _refused("cannot capture the steps as a CUDA graph", error) from error
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def _span(tensor: Tensor) -> Tensor:
+    """The stretch of memory that a tensor looks at, as a vector."""
+    if tensor.numel() == 0:
+        return tensor.new_empty(0)
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((1 + reach,), (1,), tensor.storage_offset())
+
+
+def _with_layout_of(tensor: Tensor) -> Tensor:
+    """A new tensor of the same shape and strides, which may overlap; not filled."""
+    return torch.empty_like(_span(tensor)).as_strided(tensor.shape, tensor.stride())
+
+
 def _check(
     compiled: Sequence[Tensor],
     velocity: Velocity,
@@ -195,7 +335,9 @@ class _Recording(TorchDispatchMode):
         self._places = {id(t): i for i, t in enumerate(self._alive)}
         self._dependent = set(self._places.values())
         self._fresh: set[int] = set()
-        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], tuple[_Place, ...]]] = []
+        self._calls: list[_Call] = []
+        self._touched: list[frozenset[int]] = []
+        self._rewritten: set[int] = set()
         self._results: tuple[_Place, ...] = ()
         self.constants: dict[int, Tensor] = {}
 
@@ -233,6 +375,8 @@ class _Recording(TorchDispatchMode):
             self._dependent.update(p.index for p in places)
             self._dependent.update(self._places[id(t)] for t in written if isinstance(t, Tensor))
         self._calls.append((func, *taken, places))
+        self._touched.append(frozenset(_storage(t) for t in (*given, *made)))
+        self._rewritten.update(_storage(t) for t in written if isinstance(t, Tensor))
         return out
 
     def _new(self, tensor: Tensor) -> "_Place":
@@ -259,13 +403,46 @@ class _Recording(TorchDispatchMode):
 
     def replay(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The same operations on other tensors."""
-        values = dict(enumerate(inputs)) | dict(zip(self.constants, constants, strict=True))
-        for func, args, kwargs, places in self._calls:
+        return self.results(self._calls, inputs, dict(zip(self.constants, constants, strict=True)))
+
+    def split(self) -> tuple[list["_Call"], list["_Call"]]:
+        """The calls that depend on constants alone, and all others.
+
+        A call on memory that any call writes to is none of the first: it is done in its place.
+        """
+        known = set(self.constants)
+        once: list[_Call] = []
+        each: list[_Call] = []
+        for call, touched in zip(self._calls, self._touched, strict=True):
+            _, args, kwargs, places = call
+            needs = {p.index for p in tree_leaves((args, kwargs)) if isinstance(p, _Place)}
+            if needs <= known and not touched & self._rewritten:
+                known.update(p.index for p in places)
+                once.append(call)
+            else:
+                each.append(call)
+        return once, each
+
+    def values(self, calls: Sequence["_Call"], constants: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What calls that need no more than constants compute, and the constants, by place."""
+        values = dict(zip(self.constants, constants, strict=True))
+        self._run(calls, values)
+        return values
+
+    def results(
+        self, calls: Sequence["_Call"], inputs: Sequence[Tensor], known: dict[int, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The results by some of the calls, where those of the others are known."""
+        values = known | dict(enumerate(inputs))
+        self._run(calls, values)
+        return tuple(values[p.index] for p in self._results)
+
+    def _run(self, calls: Sequence["_Call"], values: dict[int, Tensor]) -> None:
+        for func, args, kwargs, places in calls:
             args, kwargs = tree_map_only(_Place, lambda p: values[p.index], (args, kwargs))
             out = func(*args, **kwargs)
             made = (t for t in tree_leaves(out) if isinstance(t, Tensor))
             values.update((p.index, t) for p, t in zip(places, made, strict=True))
-        return tuple(values[p.index] for p in self._results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +450,10 @@ class _Place:
     """Stands for a tensor in a recording."""
 
     index: int
+
+
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[_Place, ...]]
+"""An operation, its arguments with places for tensors, and the places of what it makes."""
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:

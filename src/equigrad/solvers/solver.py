@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -56,10 +56,12 @@ class Solver(ABC):
             their own, is at most this; None to run all `max_steps`. A nudged phase goes on until a
             hundredth of its first norm is left, too.
         check_every: steps between two looks at that norm.
-        compile: take the `check_every` steps between two looks by one function that torch's
-            compiler has made: tens of seconds once, then a small network settles several times
-            faster (docs/speed.md). Not with mini-batches or random numbers, and only for solvers
-            that are `differentiable`.
+        compile: take the `check_every` steps between two looks by one function, several times
+            faster for a small network (docs/speed.md): `"graph"` captures them as a CUDA graph, in
+            less than a second; `"inductor"` has torch's compiler make it, in tens of seconds, and
+            captures that on a CUDA device; True takes the graph on a CUDA device, the compiler
+            elsewhere. Not with mini-batches or random numbers, and only for solvers that are
+            `differentiable`.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
         jumps: class attribute; whether one step may settle a phase. The norm is then looked at
             where the last step landed, too, and under a tolerance a further step is taken only
@@ -75,7 +77,7 @@ class Solver(ABC):
     max_steps: int | None = 1000
     tol: float | None = None
     check_every: int = 10
-    compile: bool = False
+    compile: bool | Literal["graph", "inductor"] = False
 
     def __post_init__(self) -> None:
         if self.max_steps is not None:
@@ -89,6 +91,10 @@ class Solver(ABC):
                 "a solver needs max_steps, or a tol > 0, or both: with neither it never stops"
             )
         require_whole("check_every", self.check_every)
+        require(
+            self.compile in (True, False, "graph", "inductor"),
+            f'compile must be True, False, "graph" or "inductor", got {self.compile!r}',
+        )
         if self.compile and not self.differentiable:
             raise ConfigurationError(
                 f"compile=True needs steps that are plain tensor arithmetic, and those of "
