@@ -37,7 +37,7 @@ from equigrad.estimators import (
     Unrolled,
 )
 from equigrad.freed_memory import keep_freed_memory
-from equigrad.gradient import MetaGradient, meta_gradient
+from equigrad.gradient import MetaGradient, Settled, meta_gradient, settle
 from equigrad.optimality import column_space_condition
 from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Problem
 from equigrad.solvers import (
@@ -98,6 +98,7 @@ __all__ = [
     "ProblemError",
     "Reptile",
     "RunError",
+    "Settled",
     "SettlingError",
     "SettlingWarning",
     "Solver",
@@ -109,6 +110,7 @@ __all__ = [
     "keep_freed_memory",
     "meta_gradient",
     "nn",
+    "settle",
     "spectral_radius",
     "tasks",
     "training",

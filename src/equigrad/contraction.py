@@ -8,8 +8,8 @@ from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import FOR_MAPS, Evaluation
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Anderson, Broyden, Settled, Solver
+from equigrad.solvers.phase import numbered, resting
 from equigrad.solvers.rows import at_least_single, move_rows, rows
-from equigrad.solvers.settle import numbered, resting
 from equigrad.solvers.solver import require_whole
 
 VECTORS = 30

@@ -1,17 +1,63 @@
 """The one call: a problem, where to start, how to settle, how to estimate."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from equigrad import solvers
 from equigrad.contraction import explained, verdict
-from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import FOR_MAPS, Evaluation
+from equigrad.evaluation import FOR_MAPS, Evaluation, listed
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Where a problem has settled, for any number of meta-gradients to start from.
+
+    Attributes:
+        params: the settled φ.
+        buffers: the buffers of the problem's modules there, by name, as in `MetaGradient`.
+        status: in words: whether it settled, then whatever is worth knowing.
+        phase: the report.
+    """
+
+    params: dict[str, Tensor] = field(repr=False)
+    buffers: dict[str, Tensor] = field(repr=False)
+    status: str
+    phase: Phase
+    _end: solvers.Settled = field(repr=False)
+    _seed: int = field(repr=False)
+    _solver: Solver = field(repr=False)
+    _given: dict[str, dict[str, Tensor]] = field(repr=False)
+
+    def _for(self, solver: Solver) -> solvers.Settled:
+        """The free phase's end, with the solver's state where this one can go on from it."""
+        if solver.continues(self._solver):
+            return self._end
+        return dataclasses.replace(self._end, solver_state=None)
+
+    def _require(self, **given: Params) -> None:
+        """Refuse parameters other than those that it settled with."""
+        for what, tensors in given.items():
+            own = self._given[what]
+            if own.keys() != tensors.keys():
+                raise ProblemError(
+                    f"settled is of {what} {listed(own)}, and this call has {listed(tensors)}"
+                )
+            for name, tensor in own.items():
+                if not _same(tensor, tensors[name]):
+                    raise ProblemError(
+                        f"settled is of other values of {what} {name!r} than this call has: it is "
+                        f"where they led, and no other; settle again"
+                    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +96,70 @@ class MetaGradient:
             self._meta_params[name].grad = grad.clone()
 
 
+def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Solver) -> Settled:
+    r"""Settle a problem without a nudge: the free phase of a meta-gradient, on its own.
+
+        φ*(θ) = argmin_φ L_in(φ, θ)   or   φ* = F(φ*, θ)
+
+    Hand the result to `meta_gradient(..., settled=...)` and no gradient settles it again, however
+    many estimators look at it. Nothing of the user's is changed, as by `meta_gradient`.
+
+    Args:
+        problem: a `Bilevel`, a `FixedPoint` or an `EnergyBased`.
+        params: φ at the start, by name.
+        meta_params: θ, by name.
+        solver: settles the problem.
+
+    Returns:
+        Where it settled.
+
+    Raises:
+        ProblemError: losses or parameters are not what they have to be.
+        ConfigurationError: the solver cannot serve this problem.
+        SettlingError: the phase diverged.
+
+    Example:
+        >>> import torch, equigrad as eg
+        >>> problem = eg.Bilevel(
+        ...     inner_loss=lambda p, m: 0.5 * (p["w"] - m["target"]).square().sum(),
+        ...     outer_loss=lambda p, m: 0.5 * (p["w"] - 3.0).square().sum(),
+        ... )
+        >>> start = {"w": torch.zeros(1, dtype=torch.float64)}
+        >>> meta_params = {"target": torch.ones(1, dtype=torch.float64)}
+        >>> solver = eg.GradientDescent(lr=0.5, tol=1e-9)
+        >>> settled = eg.settle(problem, start, meta_params, solver=solver)
+        >>> settled.phase.outcome, round(settled.params["w"].item(), 4)
+        ('converged', 1.0)
+        >>> for estimator in (eg.ConjugateGradient(), eg.Contrastive(beta=1e-3)):
+        ...     result = eg.meta_gradient(
+        ...         problem,
+        ...         start,
+        ...         meta_params,
+        ...         solver=solver,
+        ...         estimator=estimator,
+        ...         settled=settled,
+        ...     )
+        ...     print(round(result.grads["target"].item(), 2))
+        -2.0
+        -2.0
+    """
+    _require_kinds(("problem", problem, Problem), ("solver", solver, Solver))
+    with Evaluation(problem, params, meta_params) as evaluation:
+        with _explaining(evaluation):
+            free = evaluation.settle(solver)
+        _judge(free, evaluation, solver)
+        return Settled(
+            params=free.params,
+            buffers=evaluation.named_buffers(free),
+            status="; ".join([str(free.phase), *evaluation.notes]),
+            phase=free.phase,
+            _end=free,
+            _seed=evaluation.seed,
+            _solver=solver,
+            _given={"params": _copies(params), "meta_params": _copies(meta_params)},
+        )
+
+
 def meta_gradient(
     problem: Problem,
     params: Params,
@@ -57,6 +167,7 @@ def meta_gradient(
     *,
     solver: Solver,
     estimator: Estimator | None = None,
+    settled: Settled | None = None,
 ) -> MetaGradient:
     r"""Estimate the gradient of the outer loss through a problem that settles.
 
@@ -77,14 +188,19 @@ def meta_gradient(
         meta_params: θ, by name.
         solver: settles the phases.
         estimator: how the gradient is had; `Contrastive()` by default.
+        settled: what `settle` returned for the same inner problem, params and meta_params, to go on
+            from there: the free phase is not run again, and its random numbers are those of that
+            call. Not for estimators that need the phase's steps (`Unrolled`, for example). A solver
+            that cannot go on from the state of the one that settled starts with a new state.
 
     Returns:
         The estimate and its circumstances.
 
     Raises:
         ProblemError: losses or parameters are not what they have to be, or θ is the start of
-            params alone and the estimator does not see it.
-        ConfigurationError: the estimator cannot serve this problem or solver.
+            params alone and the estimator does not see it, or `settled` is of other values.
+        ConfigurationError: the estimator cannot serve this problem or solver, or cannot go on from
+            `settled`.
         SettlingError: a phase diverged.
         DoubleBackwardError: the estimator needs second derivatives that the model does not have.
 
@@ -105,26 +221,26 @@ def meta_gradient(
         -2.0
     """
     estimator = Contrastive() if estimator is None else estimator
-    for name, thing, kind in (
+    _require_kinds(
         ("problem", problem, Problem),
         ("solver", solver, Solver),
         ("estimator", estimator, Estimator),
-    ):
-        if not isinstance(thing, kind):
-            what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
-            raise ConfigurationError(f"{name} must be an object of {kind.__name__}, got {what}")
-    with Evaluation(problem, params, meta_params) as evaluation:
+    )
+    end = seed = None
+    if settled is not None:
+        _require_kinds(("settled", settled, Settled))
+        end, seed = settled._for(solver), settled._seed
+    evaluation = Evaluation(problem, params, meta_params, end, seed)
+    if settled is not None:
+        settled._require(params=evaluation.params, meta_params=evaluation.meta_params)
+    with evaluation:
         estimator.check(evaluation, solver)
-        try:
+        if settled is not None:
+            estimator.check_settled(evaluation)
+        with _explaining(evaluation):
             estimate = estimator.estimate(evaluation, solver)
-        except SettlingError as error:
-            if problem.symmetric or error.__cause__ is not None:  # which says already what to do
-                raise
-            raise explained(error, evaluation) from error
         free = estimate.phases[0]
-        uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
-        if free.phase.failed and not problem.symmetric and uncontrolled:
-            evaluation.notes.append(verdict(evaluation, free, solver))
+        _judge(free, evaluation, solver)
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     remedy = (
@@ -143,6 +259,41 @@ def meta_gradient(
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
     )
+
+
+def _require_kinds(*given: tuple[str, object, type]) -> None:
+    """Refuse arguments of another kind, and classes where objects are wanted."""
+    for name, thing, kind in given:
+        if not isinstance(thing, kind):
+            what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
+            raise ConfigurationError(f"{name} must be an object of {kind.__name__}, got {what}")
+
+
+@contextmanager
+def _explaining(evaluation: Evaluation) -> Iterator[None]:
+    """Say of a map that diverges what it does where it started."""
+    try:
+        yield
+    except SettlingError as error:
+        if evaluation.problem.symmetric or error.__cause__ is not None:  # says what to do already
+            raise
+        raise explained(error, evaluation) from error
+
+
+def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> None:
+    """Note of a map that has not settled whether it contracts."""
+    uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
+    if free.phase.failed and not evaluation.problem.symmetric and uncontrolled:
+        evaluation.notes.append(verdict(evaluation, free, solver))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike in dtype and device, and equal."""
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
+
+
+def _copies(tensors: Params) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:

@@ -9,8 +9,8 @@ from equigrad.errors import ConfigurationError
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params, Problem
+from equigrad.solvers.phase import resting
 from equigrad.solvers.rows import move_rows, rows
-from equigrad.solvers.settle import resting
 from equigrad.vectors import flatten, unflatten
 
 

@@ -30,6 +30,7 @@ class Traits:
         minimum: needs an outer loss that is bounded from below, which a linear one is not.
         memory: in the T steps of the free phase.
         order: of the error in the nudging strength β.
+        steps: needs the steps of the free phase, and not its end alone.
         one_system: solves one linear system for all of φ, so that tasks that share θ alone are
             better settled one after the other.
     """
@@ -46,6 +47,7 @@ class Traits:
     minimum: bool = False
     memory: str = "flat"
     order: str = "–"
+    steps: bool = False
     one_system: bool = False
 
     def fit(self, problem: Problem | type[Problem]) -> bool:
@@ -119,6 +121,18 @@ class Estimator(ABC):
             evaluation.notes.append(
                 f"params start at a function of {listed(evaluation.start)}: the path through the "
                 f"start, which vanishes at equilibrium, is not in the gradient"
+            )
+
+    def check_settled(self, evaluation: Evaluation) -> None:
+        """Refuse to go on from a free phase of an earlier call, where this cannot.
+
+        Raises:
+            ConfigurationError: this needs more of a free phase than its end, or none.
+        """
+        if self.traits.steps:
+            raise ConfigurationError(
+                f"{type(self).__name__} needs the steps of the free phase, and settled holds its "
+                f"end alone; leave settled out, or use {serving(evaluation, lambda t: not t.steps)}"
             )
 
     @abstractmethod

@@ -54,6 +54,7 @@ class EvolutionStrategies(Estimator):
         energy=False,
         equilibrium=False,
         sees_start=True,
+        steps=True,
     )
 
     pairs: int = 32

@@ -59,6 +59,7 @@ class ForwardMode(Estimator):
         energy=False,
         equilibrium=False,
         sees_start=True,
+        steps=True,
     )
 
     max_size: int = 100

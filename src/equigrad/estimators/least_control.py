@@ -118,6 +118,15 @@ class LeastControl(Estimator):
                 f"directly, then has no weight of its own; use a leak > 0"
             )
 
+    def check_settled(self, evaluation: Evaluation) -> None:
+        """Refuse a free phase that would not be used."""
+        super().check_settled(evaluation)
+        require(
+            self.start == "free",
+            f"LeastControl(start={self.start!r}) has no free phase, and settled is one; use "
+            f"start='free', or leave settled out",
+        )
+
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle under control, and take the mixed derivative along it."""
         controller = self.controller

@@ -68,6 +68,7 @@ class Unrolled(Estimator):
         energy=False,
         equilibrium=False,
         sees_start=True,
+        steps=True,
         memory="T, or √T in segments",
     )
 

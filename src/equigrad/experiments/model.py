@@ -19,7 +19,7 @@ from equigrad.errors import RunError, SettlingWarning
 from equigrad.experiments.run_directory import describe
 from equigrad.nn import lenet5, settling_networks, tanh_network
 from equigrad.solvers import Solver
-from equigrad.solvers.settle import numbered
+from equigrad.solvers.phase import numbered
 from equigrad.training.relaxation import settled_logits
 
 FORMAT = "equigrad model 1"

@@ -26,8 +26,8 @@ from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.randomness import CommonRandomness
 from equigrad.solvers import Anderson, Phase, Settled, Solver
+from equigrad.solvers.phase import numbered
 from equigrad.solvers.rows import rows
-from equigrad.solvers.settle import numbered
 
 State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What settles: a tensor, a tuple or list of tensors, or a dictionary."""

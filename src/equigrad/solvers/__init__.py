@@ -6,8 +6,9 @@ from equigrad.solvers.broyden import Broyden
 from equigrad.solvers.gradient_descent import GradientDescent
 from equigrad.solvers.gradient_flow import GradientFlow
 from equigrad.solvers.lbfgs import LBFGS
+from equigrad.solvers.phase import Moment, Phase, Settled, Watch
 from equigrad.solvers.picard import Picard
-from equigrad.solvers.settle import Moment, Phase, Settled, Watch, settle
+from equigrad.solvers.settle import settle
 from equigrad.solvers.solver import Solver
 from equigrad.solvers.torch_optimizer import TorchOptimizer
 
