@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equigrad.contraction import explained, verdict
-from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, Evaluation
 from equigrad.problems import Params, Problem
@@ -45,9 +45,29 @@ class MetaGradient:
     _meta_params: Params = field(repr=False)
 
     def assign(self) -> None:
-        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`."""
+        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.
+
+        A tensor that is a meta-parameter under several names gets the sum of their gradients.
+
+        Raises:
+            ProblemError: a meta-parameter is computed from other tensors, where no optimiser would
+                look for a gradient. None is written then.
+        """
+        for name in self.grads:
+            tensor = self._meta_params[name]
+            if not tensor.is_leaf and not tensor.retains_grad:
+                raise ProblemError(
+                    f"meta-parameter {name!r} is computed from other tensors, and a .grad written "
+                    f"to it would not reach them. To add to theirs, call torch.autograd.backward("
+                    f"[meta_params[n] for n in result.grads], list(result.grads.values())); or let "
+                    f"meta_params hold those tensors and compute {name!r} in the losses"
+                )
+        total: dict[int, Tensor] = {}
         for name, grad in self.grads.items():
-            self._meta_params[name].grad = grad.clone()
+            key = id(self._meta_params[name])
+            total[key] = total[key] + grad if key in total else grad.clone()
+        for name in self.grads:
+            self._meta_params[name].grad = total[id(self._meta_params[name])]
 
 
 def meta_gradient(
