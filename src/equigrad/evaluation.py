@@ -22,6 +22,7 @@ from equigrad.problems import (
     slope,
 )
 from equigrad.problems.held import held
+from equigrad.problems.lowered import full_precision, lower_precision, lowered
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 
@@ -35,8 +36,10 @@ FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisatio
 class Evaluation:
     """Everything that an estimator may ask of a problem while it works on one meta-gradient.
 
-    As a context manager it holds the randomness that all phases share, and puts back the global
-    generators, the modules' buffers and their training flags on leaving, also by an exception.
+    Under autocast, the problem's functions compute in the lower precision and all that surrounds
+    them in that of params. As a context manager it holds the randomness that all phases share, and
+    puts back the global generators, the modules' buffers and their training flags on leaving, also
+    by an exception.
 
     Args:
         problem: the problem.
@@ -54,6 +57,8 @@ class Evaluation:
         only_start: those of them that reach no loss in another way.
         gradient_evaluations: gradients of the inner or the outer loss taken so far; a
             Hessian-vector product counts as two, values without a gradient do not count.
+        lower: the lowest precision that the problem's functions compute in under autocast; None
+            without.
         notes: what the user should know about this meta-gradient, a sentence each.
     """
 
@@ -70,6 +75,9 @@ class Evaluation:
         if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
             raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
         self._settled, self._seed = settled, seed
+        tensors = [*params.values(), *meta_params.values()]
+        self.lower = lower_precision(tensors)
+        problem = lowered(problem, tensors)
         self._whole = problem
         self.problem = problem if settled is None else _without_lost(problem, settled)
         self.params = {name: p.detach() for name, p in params.items()}
@@ -99,6 +107,7 @@ class Evaluation:
         self._flags = [(part, part.training) for module in modules for part in module.modules()]
         self._exit.callback(self._restore_flags)
         tensors = [*self.params.values(), *self.meta_params.values()]
+        self._exit.enter_context(full_precision(tensors))
         self._buffers = self._exit.enter_context(KeptBuffers(modules))
         self._randomness = self._exit.enter_context(CommonRandomness(tensors, self._seed))
         try:

@@ -145,6 +145,8 @@ def meta_gradient(
         uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
         if free.phase.failed and not problem.symmetric and uncontrolled:
             evaluation.notes.append(verdict(evaluation, free, solver))
+        if evaluation.lower and any(s.phase.failed for s in estimate.phases):
+            evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     remedy = (
@@ -162,6 +164,15 @@ def meta_gradient(
         gradient_evaluations=evaluation.gradient_evaluations,
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
+    )
+
+
+def _rounding(dtype: torch.dtype, loss: bool) -> str:
+    what = "the losses compute" if loss else "the map computes"
+    return (
+        f"under autocast {what} in {str(dtype).removeprefix('torch.')}, to "
+        f"{100 * torch.finfo(dtype).eps:.1g} %, and may not get as near to rest as was asked for: "
+        f"ask for less, or call meta_gradient under torch.autocast(…, enabled=False)"
     )
 
 
