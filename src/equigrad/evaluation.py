@@ -32,6 +32,13 @@ ANSWERED = 1e-2
 FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
 """What to do where iterating a map diverges; to be gone on with."""
 
+NO_STEP_SIZE = (
+    "where a learner settles does not depend on the step size it gets there by, so give the solver "
+    "a number that settles fast, and learn what moves the settled params: the strength or the "
+    "centre of a regulariser, weights of losses or samples, parts of the model"
+)
+"""Why a learning rate has no meta-gradient, and what has one; to be gone on with."""
+
 
 class Evaluation:
     """Everything that an estimator may ask of a problem while it works on one meta-gradient.
@@ -562,7 +569,8 @@ class Evaluation:
                 f"out. (If it is the initialisation of params: pass params that are computed from "
                 f"meta_params, with their graph; or make it the centre of a proximal term, as in "
                 f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
-                f"forgotten where it started.)"
+                f"forgotten where it started. If it is a learning rate or another setting of the "
+                f"solver: {NO_STEP_SIZE}.)"
             )
 
     def _try_out(self) -> dict[Stream, list[str]]:

@@ -1,7 +1,8 @@
 """The one call: a problem, where to start, how to settle, how to estimate."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from equigrad.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import FOR_MAPS, Evaluation
+from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 
@@ -133,6 +134,7 @@ def meta_gradient(
         if not isinstance(thing, kind):
             what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
             raise ConfigurationError(f"{name} must be an object of {kind.__name__}, got {what}")
+    _check_settings(solver)
     with Evaluation(problem, params, meta_params) as evaluation:
         estimator.check(evaluation, solver)
         try:
@@ -165,6 +167,19 @@ def meta_gradient(
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
     )
+
+
+def _check_settings(solver: Solver) -> None:
+    """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
+    options = getattr(solver, "options", None)
+    settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
+    numbers = {f.name for f in fields(solver) if "float" in str(f.type)}
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and (value.requires_grad or name in numbers):
+            raise ConfigurationError(
+                f"{name} of {type(solver).__name__} must be a number, got a tensor (call .item() "
+                f"on it). It has no meta-gradient: {NO_STEP_SIZE}"
+            )
 
 
 def _rounding(dtype: torch.dtype, loss: bool) -> str:
