@@ -25,6 +25,7 @@ from equigrad.problems.held import held
 from equigrad.problems.lowered import full_precision, lower_precision, lowered
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
+from equigrad.vectors import tracked
 
 ANSWERED = 1e-2
 """A nudged phase under a tolerance goes on until this share of its first residual is left."""
@@ -87,8 +88,8 @@ class Evaluation:
         problem = lowered(problem, tensors)
         self._whole = problem
         self.problem = problem if settled is None else _without_lost(problem, settled)
-        self.params = {name: p.detach() for name, p in params.items()}
-        self.meta_params = {name: p.detach() for name, p in meta_params.items()}
+        self.params = {name: tracked(p).detach() for name, p in params.items()}
+        self.meta_params = {name: tracked(p).detach() for name, p in meta_params.items()}
         self._given_params, self._given_meta = params, meta_params
         reached = self._through_start(
             {n: torch.zeros_like(p) for n, p in params.items() if p.requires_grad}

@@ -71,6 +71,7 @@ class MetaGradient:
             self._meta_params[name].grad = total[id(self._meta_params[name])]
 
 
+@torch.inference_mode(False)
 def meta_gradient(
     problem: Problem,
     params: Params,
