@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def run(problem, estimator=None, seed=0, steps=40):
 def test_phases_share_the_noise_of_the_inner_loss(draw, known):
     problem = shifted(draw)
     if known:  # nothing is evaluated before the free phase then
-        reaches = {"inner": ["t"], "outer": []}
+        reaches: Any = {"inner": ["t"], "outer": []}
         problem = eg.Bilevel(problem.inner_loss, problem.outer_loss, reaches=reaches)
     exact = run(problem, eg.Unrolled()).grads["t"]
     for estimator in (eg.ForwardMode(), eg.Unrolled(segment=7)):
@@ -147,10 +148,11 @@ def test_numpy_is_not_imported_for_it():
 
 
 def test_a_generator_of_numpys_that_cannot_be_seeded_is_left_alone():
-    given = np.random.get_bit_generator()
+    numpy: Any = np.random
+    given = numpy.get_bit_generator()
     try:
-        np.random.set_bit_generator(np.random.PCG64(0))
+        numpy.set_bit_generator(np.random.PCG64(0))
         run(shifted("gauss"))
         np.random.rand()
     finally:
-        np.random.set_bit_generator(given)
+        numpy.set_bit_generator(given)
