@@ -22,8 +22,10 @@ from equigrad.problems import (
     slope,
 )
 from equigrad.problems.held import held
+from equigrad.problems.lowered import full_precision, lower_precision, lowered
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
+from equigrad.vectors import tracked
 
 ANSWERED = 1e-2
 """A nudged phase under a tolerance goes on until this share of its first residual is left."""
@@ -31,12 +33,21 @@ ANSWERED = 1e-2
 FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
 """What to do where iterating a map diverges; to be gone on with."""
 
+NO_STEP_SIZE = (
+    "where a learner settles does not depend on the step size it gets there by, so give the solver "
+    "a number that settles fast, and learn what moves the settled params: the strength or the "
+    "centre of a regulariser, weights of losses or samples, parts of the model"
+)
+"""Why a learning rate has no meta-gradient, and what has one; to be gone on with."""
+
 
 class Evaluation:
     """Everything that an estimator may ask of a problem while it works on one meta-gradient.
 
-    As a context manager it holds the randomness that all phases share, and puts back the global
-    generators, the modules' buffers and their training flags on leaving, also by an exception.
+    Under autocast, the problem's functions compute in the lower precision and all that surrounds
+    them in that of params. As a context manager it holds the randomness that all phases share, and
+    puts back the global generators, the modules' buffers and their training flags on leaving, also
+    by an exception.
 
     Args:
         problem: the problem.
@@ -54,6 +65,8 @@ class Evaluation:
         only_start: those of them that reach no loss in another way.
         gradient_evaluations: gradients of the inner or the outer loss taken so far; a
             Hessian-vector product counts as two, values without a gradient do not count.
+        lower: the lowest precision that the problem's functions compute in under autocast; None
+            without.
         notes: what the user should know about this meta-gradient, a sentence each.
     """
 
@@ -70,10 +83,13 @@ class Evaluation:
         if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
             raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
         self._settled, self._seed = settled, seed
+        tensors = [*params.values(), *meta_params.values()]
+        self.lower = lower_precision(tensors)
+        problem = lowered(problem, tensors)
         self._whole = problem
         self.problem = problem if settled is None else _without_lost(problem, settled)
-        self.params = {name: p.detach() for name, p in params.items()}
-        self.meta_params = {name: p.detach() for name, p in meta_params.items()}
+        self.params = {name: tracked(p).detach() for name, p in params.items()}
+        self.meta_params = {name: tracked(p).detach() for name, p in meta_params.items()}
         self._given_params, self._given_meta = params, meta_params
         reached = self._through_start(
             {n: torch.zeros_like(p) for n, p in params.items() if p.requires_grad}
@@ -99,6 +115,7 @@ class Evaluation:
         self._flags = [(part, part.training) for module in modules for part in module.modules()]
         self._exit.callback(self._restore_flags)
         tensors = [*self.params.values(), *self.meta_params.values()]
+        self._exit.enter_context(full_precision(tensors))
         self._buffers = self._exit.enter_context(KeptBuffers(modules))
         self._randomness = self._exit.enter_context(CommonRandomness(tensors, self._seed))
         try:
@@ -553,7 +570,8 @@ class Evaluation:
                 f"out. (If it is the initialisation of params: pass params that are computed from "
                 f"meta_params, with their graph; or make it the centre of a proximal term, as in "
                 f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
-                f"forgotten where it started.)"
+                f"forgotten where it started. If it is a learning rate or another setting of the "
+                f"solver: {NO_STEP_SIZE}.)"
             )
 
     def _try_out(self) -> dict[Stream, list[str]]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from equigrad import solvers
 from equigrad.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import FOR_MAPS, Evaluation, listed
+from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, listed
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 
@@ -91,11 +91,32 @@ class MetaGradient:
     _meta_params: Params = field(repr=False)
 
     def assign(self) -> None:
-        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`."""
+        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.
+
+        A tensor that is a meta-parameter under several names gets the sum of their gradients.
+
+        Raises:
+            ProblemError: a meta-parameter is computed from other tensors, where no optimiser would
+                look for a gradient. None is written then.
+        """
+        for name in self.grads:
+            tensor = self._meta_params[name]
+            if not tensor.is_leaf and not tensor.retains_grad:
+                raise ProblemError(
+                    f"meta-parameter {name!r} is computed from other tensors, and a .grad written "
+                    f"to it would not reach them. To add to theirs, call torch.autograd.backward("
+                    f"[meta_params[n] for n in result.grads], list(result.grads.values())); or let "
+                    f"meta_params hold those tensors and compute {name!r} in the losses"
+                )
+        total: dict[int, Tensor] = {}
         for name, grad in self.grads.items():
-            self._meta_params[name].grad = grad.clone()
+            key = id(self._meta_params[name])
+            total[key] = total[key] + grad if key in total else grad.clone()
+        for name in self.grads:
+            self._meta_params[name].grad = total[id(self._meta_params[name])]
 
 
+@torch.inference_mode(False)
 def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Solver) -> Settled:
     r"""Settle a problem without a nudge: the free phase of a meta-gradient, on its own.
 
@@ -144,6 +165,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         -2.0
     """
     _require_kinds(("problem", problem, Problem), ("solver", solver, Solver))
+    _check_settings(solver)
     with Evaluation(problem, params, meta_params) as evaluation:
         with _explaining(evaluation):
             free = evaluation.settle(solver)
@@ -160,6 +182,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         )
 
 
+@torch.inference_mode(False)
 def meta_gradient(
     problem: Problem,
     params: Params,
@@ -226,6 +249,7 @@ def meta_gradient(
         ("solver", solver, Solver),
         ("estimator", estimator, Estimator),
     )
+    _check_settings(solver)
     end = seed = None
     if settled is not None:
         _require_kinds(("settled", settled, Settled))
@@ -241,6 +265,8 @@ def meta_gradient(
             estimate = estimator.estimate(evaluation, solver)
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
+        if evaluation.lower and any(s.phase.failed for s in estimate.phases):
+            evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     remedy = (
@@ -294,6 +320,28 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _copies(tensors: Params) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _check_settings(solver: Solver) -> None:
+    """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
+    options = getattr(solver, "options", None)
+    settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
+    numbers = {f.name for f in fields(solver) if "float" in str(f.type)}
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and (value.requires_grad or name in numbers):
+            raise ConfigurationError(
+                f"{name} of {type(solver).__name__} must be a number, got a tensor (call .item() "
+                f"on it). It has no meta-gradient: {NO_STEP_SIZE}"
+            )
+
+
+def _rounding(dtype: torch.dtype, loss: bool) -> str:
+    what = "the losses compute" if loss else "the map computes"
+    return (
+        f"under autocast {what} in {str(dtype).removeprefix('torch.')}, to "
+        f"{100 * torch.finfo(dtype).eps:.1g} %, and may not get as near to rest as was asked for: "
+        f"ask for less, or call meta_gradient under torch.autocast(…, enabled=False)"
+    )
 
 
 def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:

@@ -1,8 +1,10 @@
 """The same dice in every phase."""
 
+import random
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ class CommonRandomness:
     decides everything; on leaving, also by an exception, the global generators stand where they
     would stand after that one draw.
 
+    The generators of Python's `random` and, if it has been imported, of `numpy.random` are seeded
+    and put back likewise; after the first evaluation of each loss, only where one drew from them.
+
     Args:
         tensors: whatever is computed with; their devices' generators are the ones to seed.
         base: the number, from an earlier such context; None to draw one.
@@ -32,6 +37,8 @@ class CommonRandomness:
         self._devices = sorted(devices, key=str)
         self._exit = ExitStack()
         self._given, self.base = base, 0
+        self._others: list[_Other] = []
+        self._met: set[Stream] = set()
 
     def __enter__(self) -> Self:
         self.base = int(torch.randint(2**62, ())) if self._given is None else self._given
@@ -41,6 +48,10 @@ class CommonRandomness:
         self._exit.enter_context(torch.random.fork_rng(devices=[]))
         for kind, indices in by_type.items():
             self._exit.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        self._others = _others()
+        for other in self._others:
+            self._exit.callback(other.put_back)
+        self._met.clear()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -58,3 +69,57 @@ class CommonRandomness:
             module = torch.get_device_module(device)
             with getattr(module, "device", nullcontext)(device):
                 module.manual_seed(seed)
+        first = stream not in self._met
+        self._met.add(stream)
+        for other in self._others:
+            other.seed(seed % 2**32, first)
+
+
+class _Other:
+    """A global generator that is not torch's.
+
+    To seed one takes as long as a small loss. So a twin goes along with it, from which as many
+    numbers are drawn: as long as the next ones of both agree, nobody else has drawn any.
+
+    Args:
+        generator: the global one.
+        twin: another of its kind.
+        put_back: leads the global one to where it stands now.
+    """
+
+    def __init__(self, generator: Any, twin: Any, put_back: Any) -> None:
+        self._generator, self._twin, self.put_back = generator, twin, put_back
+        self._drawn_from = self._seeded = False
+
+    def seed(self, seed: int, first: bool) -> None:
+        """Seed it if a loss has drawn from it, or for a loss that has not been evaluated yet."""
+        if self._seeded and not self._drawn_from:
+            self._drawn_from = self._generator.random() != self._twin.random()
+        if self._drawn_from:
+            self._generator.seed(seed)
+        elif first:
+            self._generator.seed(seed)
+            self._twin.seed(seed)
+            self._seeded = True
+
+
+def _others() -> list[_Other]:
+    """Python's generator, and that of numpy if it is there and can be seeded."""
+    state = random.getstate()
+    found = [_Other(random, random.Random(0), lambda: random.setstate(state))]
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        stood = numpy.get_state(legacy=False)
+        if stood["bit_generator"] == "MT19937":
+            twin = _spare.pop() if _spare else numpy.RandomState(0)
+
+            def put_back() -> None:
+                numpy.set_state(stood)
+                _spare.append(twin)
+
+            found.append(_Other(numpy, twin, put_back))
+    return found
+
+
+_spare: list[Any] = []
+"""Twins of numpy's generator that nobody uses: to make one takes 0.1 ms."""

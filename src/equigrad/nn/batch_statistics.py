@@ -1,11 +1,11 @@
 """Batch normalisation that remembers nothing."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from equigrad.nn.copies import copied
 
 
 class BatchStatistics(nn.Module):
@@ -112,12 +112,12 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
                     known[part]._modules[name] = swapped(child)
         return known[part]
 
-    return swapped(copy.deepcopy(model))
+    return swapped(copied(model))
 
 
 def with_statistics_of(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy of a module in `eval` mode, with the statistics of a batch in its normalisation."""
-    module = copy.deepcopy(model).eval()
+    module = copied(model).eval()
 
     def remember(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (batch,) = inputs

@@ -28,6 +28,7 @@ from equigrad.randomness import CommonRandomness
 from equigrad.solvers import Anderson, Phase, Settled, Solver
 from equigrad.solvers.phase import numbered
 from equigrad.solvers.rows import rows
+from equigrad.vectors import tracked
 
 State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What settles: a tensor, a tuple or list of tensors, or a dictionary."""
@@ -276,10 +277,10 @@ class _Call:
         leaves, self._tree = tree_flatten(inputs)
         # no weight can have such a name, since no module's name is empty
         self._slots = [f"input..{i}" if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
-        given = {f"input..{i}": x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        given = {f"input..{i}": tracked(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         self._weights = dict(cell.named_parameters())
         self.tensors: dict[str, Tensor] = {**self._weights, **given}
-        self.start = {name: part.detach() for name, part in _named(start).items()}
+        self.start = {name: tracked(part).detach() for name, part in _named(start).items()}
         self._form = type(start)
         self.seed: int | None = None
         self._buffers = {n: b.detach().clone() for n, b in cell.named_buffers()}

@@ -1,11 +1,11 @@
 """A module as a function of its parameters."""
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
+from equigrad.nn.copies import copied
 from equigrad.problems import Params
 
 
@@ -36,7 +36,7 @@ class Functional:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         self._initial = {
             name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
         }
@@ -61,7 +61,7 @@ class Functional:
         weights = self._initial if weights is None else weights
         parameters = {name: nn.Parameter(weights[name].detach().clone()) for name in self._initial}
         self._bind(parameters)
-        module = copy.deepcopy(self.model)
+        module = copied(self.model)
         self._bind(self._initial)
         return module
 

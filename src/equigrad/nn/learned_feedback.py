@@ -1,6 +1,5 @@
 """Layers whose backward path has weights of its own."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from equigrad.errors import ConfigurationError
+from equigrad.nn.copies import copied
 
 
 class LearnedFeedback(nn.Module):
@@ -60,7 +60,7 @@ class LearnedFeedback(nn.Module):
                 f"to learn"
             )
         self.weight, self.bias = layer.weight, layer.bias
-        twin = copy.deepcopy(layer)
+        twin = copied(layer)
         twin.reset_parameters()
         self.feedback = nn.Parameter(twin.weight.detach())
         self._convolution: tuple[Any, ...] | None = None
@@ -149,4 +149,4 @@ def with_learned_feedback(model: nn.Module) -> nn.Module:
                     part._modules[name] = swapped(child)
         return known[part]
 
-    return swapped(copy.deepcopy(model))
+    return swapped(copied(model))

@@ -246,9 +246,18 @@ class Problem(ABC):
         if randomness is not None:
             randomness.seed(stream, step)
         function, batches = self.function(stream), self.batches(stream)
-        if batches is None:
-            return function(params, meta_params)
-        return function(params, meta_params, batches[step % len(batches)])
+        try:
+            if batches is None:
+                return function(params, meta_params)
+            return function(params, meta_params, batches[step % len(batches)])
+        except RuntimeError as error:
+            if "nference tensor" not in str(error) and "inference mode" not in str(error).lower():
+                raise
+            raise ProblemError(
+                f"{self.name(stream)} uses a tensor that was made under torch.inference_mode, of "
+                f"which autograd takes none ({str(error).splitlines()[0]}). Call .clone() on it "
+                f"outside of inference_mode, or make it under torch.no_grad()"
+            ) from error
 
     def probe(
         self,

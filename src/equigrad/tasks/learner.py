@@ -19,6 +19,7 @@ from equigrad.problems import Bilevel, Params, Regularizer
 from equigrad.randomness import Stream
 from equigrad.solvers import Solver
 from equigrad.tasks.batch import TaskBatch
+from equigrad.vectors import tracked
 
 Statistics = Literal["query", "support"]
 
@@ -155,6 +156,7 @@ class FewShotLearner:
             start = {name: p.detach() for name, p in start.items()}
         return {name: p.expand(tasks, *p.shape) for name, p in start.items()}
 
+    @torch.inference_mode(False)
     def meta_gradient(self, meta_params: Params, tasks: TaskBatch) -> MetaGradient:
         """The gradient of the query loss's mean over tasks.
 
@@ -192,6 +194,7 @@ class FewShotLearner:
             gradient_evaluations=sum(counts),
         )
 
+    @torch.inference_mode(False)
     def settle(
         self, meta_params: Params, tasks: TaskBatch, *, steps: int | None = None
     ) -> dict[str, Tensor]:
@@ -252,6 +255,7 @@ class FewShotLearner:
         (x, _), (v, w) = tasks.support, tasks.query
         return (v, w, None) if statistics == "query" else (torch.cat([x, v], 1), w, x.shape[1])
 
+    @torch.inference_mode(False)
     def adapt(
         self,
         meta_params: Params,
@@ -273,7 +277,7 @@ class FewShotLearner:
             `support` its state has running statistics, also where the model kept none.
         """
         _check_statistics(statistics or self.statistics)
-        x, y = support
+        x, y = (tracked(t) for t in support)
         alone = TaskBatch((x[None], y[None]), (x[None], y[None]))
         params = {name: p[0] for name, p in self.settle(meta_params, alone).items()}
         module = self.model.module(self.model.weights(params, meta_params))
