@@ -37,7 +37,7 @@ class Command:
     def defaults(self, **chosen: str) -> Any:
         """The config that some words choose."""
         if self.verb == "search":
-            return found("search:preset")(self.kind, **chosen)
+            return found("search_trials:preset")(self.kind, **chosen)
         return self.kind.preset(**chosen)
 
 
