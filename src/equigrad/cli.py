@@ -60,6 +60,35 @@ def dispatch(arguments: Sequence[str]) -> None:
     """Find the command that the first two words name, and hand it the others."""
     from equigrad.experiments.registry import COMMANDS
 
+    parser, verbs = parsers(COMMANDS)
+    if not arguments:
+        parser.print_help()
+        return
+    verb = arguments[0]
+    refuse_unknown(parser, "command", verb, verbs)
+    named = {command.name: command for command in COMMANDS if command.verb == verb}
+    if named and len(arguments) > 1:
+        refuse_unknown(verbs[verb], "experiment or figure", arguments[1], named)
+    words = parser.parse_args(arguments[:2] if named else arguments)
+    require_extras()
+    if words.verb == "list":
+        show(COMMANDS)
+    elif words.verb == "check":
+        examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
+    elif words.verb == "report":
+        from equigrad.experiments.report import report as write_report
+
+        print(f"written to {write_report(words.folders, words.out)}")
+    elif words.verb == "predict":
+        ask(words)
+    else:
+        execute(named[words.name], arguments)
+
+
+def parsers(
+    commands: Sequence["Command"],
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """What reads the first words, and by verb what reads the words behind it."""
     parser = argparse.ArgumentParser(
         prog="equigrad",
         description="Meta-gradients through anything that settles.",
@@ -71,11 +100,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         required=True,
         metavar="{run,search,reproduce,predict,report,check,list}",
     )
-    groups: dict[str, argparse.ArgumentParser] = {}
     for verb, help_text in VERBS.items():
-        groups[verb] = verbs.add_parser(verb, help=help_text)
-        names = groups[verb].add_subparsers(dest="name", required=True, metavar="NAME")
-        for command in (c for c in COMMANDS if c.verb == verb):
+        group = verbs.add_parser(verb, help=help_text)
+        names = group.add_subparsers(dest="name", required=True, metavar="NAME")
+        for command in (c for c in commands if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
     predict = verbs.add_parser("predict", help="ask the model that a run has saved")
     predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
@@ -108,29 +136,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     report.add_argument(
         "--out", metavar="FILE.html", type=Path, help="the page; report.html in the first DIR"
     )
-
-    if not arguments:
-        parser.print_help()
-        return
-    refuse_unknown(parser, "command", arguments[0], verbs.choices)
-    named = arguments[0] in VERBS
-    if named and len(arguments) > 1:
-        same = {c.name: c for c in COMMANDS if c.verb == arguments[0]}
-        refuse_unknown(groups[arguments[0]], "such experiment or figure:", arguments[1], same)
-    words = parser.parse_args(arguments[:2] if named else arguments)
-    require_extras()
-    if words.verb == "list":
-        show(COMMANDS)
-    elif words.verb == "check":
-        examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
-    elif words.verb == "report":
-        from equigrad.experiments.report import report as write_report
-
-        print(f"written to {write_report(words.folders, words.out)}")
-    elif words.verb == "predict":
-        ask(words)
-    else:
-        execute(same[words.name], arguments)
+    return parser, verbs.choices
 
 
 def refuse_unknown(
