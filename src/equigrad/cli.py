@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import os
 import runpy
@@ -10,116 +9,30 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from equigrad import __version__
 from equigrad.errors import ConfigurationError, EquigradError, RunError
 from equigrad.freed_memory import keep_freed_memory
-
-try:
-    import tyro
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(
-        f"the command line needs the extra packages of equigrad[experiments] ({error}): "
-        f"pip install 'equigrad[experiments]'"
-    ) from error
+from equigrad.wording import meant
 
 if TYPE_CHECKING:
+    from equigrad.experiments.registry import Command
     from equigrad.training.processes import Place
-
-
-@dataclass(frozen=True)
-class Command:
-    """`equigrad VERB NAME`: a config with defaults that some words choose, and its work."""
-
-    verb: str
-    name: str
-    defaults: Callable[..., Any]
-    work: Callable[..., object]
-
-    @property
-    def summary(self) -> str:
-        """The first line of the config's documentation."""
-        return (self.defaults().__doc__ or "").splitlines()[0]
-
-
-def commands() -> list[Command]:
-    """All that can be run or reproduced."""
-    from equigrad.experiments import (
-        accuracy,
-        boston,
-        bound,
-        digits,
-        equilibrium,
-        equilibrium_table,
-        few_shot,
-        first_phase,
-        folder,
-        images,
-        matched_phases,
-        omniglot,
-        quadratic,
-        representation,
-        search,
-        sinusoid,
-        strength_learning,
-        table1,
-        table2,
-        tabular,
-    )
-    from equigrad.experiments.reproduction import reproduce
-
-    of_images = (digits.Digits, images.Mnist, images.Cifar10)
-    of_own_data = (tabular.Tabular, folder.Folder)
-    reproductions = (
-        matched_phases.MatchedPhases,
-        bound.Fig1,
-        boston.Fig2,
-        bound.FigS1,
-        bound.FigS2,
-        quadratic.FigS3,
-        quadratic.FigS4,
-        quadratic.FigS5,
-        quadratic.FigS6,
-        accuracy.Accuracy,
-        table1.Table1,
-        table2.Table2,
-        first_phase.Fig3,
-        equilibrium_table.EquilibriumTable,
-    )
-    return [
-        *(
-            Command("run", experiment.__name__.lower(), experiment.preset, strength_learning.run)
-            for experiment in (*of_images, *of_own_data)
-        ),
-        Command("run", "sinusoid", sinusoid.Sinusoid.preset, sinusoid.run),
-        Command("run", "omniglot", omniglot.Omniglot.preset, few_shot.run),
-        Command("run", "equilibrium", equilibrium.Equilibrium.preset, equilibrium.run),
-        Command("run", "representation", representation.Representation.preset, representation.run),
-        *(
-            Command(
-                "search",
-                experiment.__name__.lower(),
-                functools.partial(search.preset, experiment),
-                search.search,
-            )
-            for experiment in of_images
-        ),
-        *(Command("reproduce", figure.name, figure.preset, reproduce) for figure in reproductions),
-    ]
-
 
 VERBS = {
     "run": "run an experiment",
     "search": "search an experiment's hyperparameters",
     "reproduce": "reproduce a figure or table",
 }
+
+
+ROOMY = 100
+"""Columns of a terminal from which on a table need not spare its spaces."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         dispatch(arguments)
     except EquigradError as error:
+        from rich.console import Console
+
         complaints = Console(stderr=True)
         complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
         complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -143,12 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def dispatch(arguments: Sequence[str]) -> None:
     """Find the command that the first two words name, and hand it the others."""
-    known = commands()
+    from equigrad.experiments.registry import COMMANDS
+
+    parser, verbs = parsers(COMMANDS)
+    if not arguments:
+        parser.print_help()
+        return
+    verb = arguments[0]
+    refuse_unknown(parser, "command", verb, verbs)
+    named = {command.name: command for command in COMMANDS if command.verb == verb}
+    if named and len(arguments) > 1:
+        refuse_unknown(verbs[verb], "experiment or figure", arguments[1], named)
+    words = parser.parse_args(arguments[:2] if named else arguments)
+    require_extras()
+    if words.verb == "list":
+        show(COMMANDS)
+    elif words.verb == "check":
+        examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
+    elif words.verb == "report":
+        from equigrad.experiments.report import report as write_report
+
+        print(f"written to {write_report(words.folders, words.out)}")
+    elif words.verb == "predict":
+        ask(words)
+    else:
+        execute(named[words.name], arguments)
+
+
+def parsers(
+    commands: Sequence["Command"],
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """What reads the first words, and by verb what reads the words behind it."""
     parser = argparse.ArgumentParser(
         prog="equigrad",
         description="Meta-gradients through anything that settles.",
         epilog="`equigrad run digits --help` shows a command's options.",
     )
+    parser.add_argument("--version", action="version", version=f"equigrad {__version__}")
     verbs = parser.add_subparsers(
         dest="verb",
         required=True,
@@ -157,7 +103,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
-        for command in (c for c in known if c.verb == verb):
+        for command in (c for c in commands if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
     predict = verbs.add_parser("predict", help="ask the model that a run has saved")
     predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
@@ -190,30 +136,33 @@ def dispatch(arguments: Sequence[str]) -> None:
     report.add_argument(
         "--out", metavar="FILE.html", type=Path, help="the page; report.html in the first DIR"
     )
-
-    of_experiment = bool(arguments) and arguments[0] in VERBS
-    words = parser.parse_args(arguments[:2] if of_experiment else arguments)
-    if words.verb == "list":
-        show(known)
-        return
-    if words.verb == "check":
-        examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
-        return
-    if words.verb == "report":
-        from equigrad.experiments.report import report as write_report
-
-        print(f"written to {write_report(words.folders, words.out)}")
-        return
-    if words.verb == "predict":
-        ask(words)
-        return
-    for command in known:
-        if (command.verb, command.name) == (words.verb, words.name):
-            execute(command, arguments)
+    return parser, verbs.choices
 
 
-def show(known: Sequence[Command]) -> None:
+def refuse_unknown(
+    parser: argparse.ArgumentParser, what: str, word: str, known: Collection[str]
+) -> None:
+    """End with code 2 where a word is no option and none of those known."""
+    if not word.startswith("-") and word not in known:
+        parser.error(f"there is no {what} {word!r}.{meant(word, known)} See `equigrad list`.")
+
+
+def require_extras() -> None:
+    """End where the packages are missing that all but the help needs."""
+    missing = [package for package in ("rich", "tyro") if find_spec(package) is None]
+    if missing:
+        raise SystemExit(
+            f"the command line needs the extra packages of equigrad[experiments] "
+            f"({', '.join(missing)} not found): pip install 'equigrad[experiments]'"
+        )
+
+
+def show(known: Sequence["Command"]) -> None:
     """Print the commands and the estimators."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
     from equigrad.estimators.table import HEADINGS, LEGEND, rows
 
     console = Console()
@@ -222,10 +171,18 @@ def show(known: Sequence[Command]) -> None:
         table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
     console.print(table)
     headings = (heading[0].upper() + heading[1:] for heading in HEADINGS)
-    estimators = Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    roomy = console.width >= ROOMY
+    estimators = Table(
+        *headings,
+        box=SIMPLE_HEAD,
+        padding=(0, int(roomy), 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     estimators.columns[0].no_wrap = True
     for column, texts in zip(estimators.columns, zip(HEADINGS, *rows(), strict=True), strict=True):
-        column.min_width = max(len(word) for text in texts for word in text.split())
+        longest = max(len(word) for text in texts for word in text.split())
+        column.min_width, column.width = longest, None if roomy else longest
     for row in rows():
         estimators.add_row(*row)
     console.print(estimators)
@@ -234,6 +191,8 @@ def show(known: Sequence[Command]) -> None:
 
 def ask(words: argparse.Namespace) -> None:
     """Predictions of a saved model; notes go where they do not mix with them."""
+    from rich.console import Console
+
     from equigrad.experiments.predict import predict_images, predict_table
 
     console = Console(stderr=True)
@@ -290,8 +249,11 @@ def examine(target: str, **options: Any) -> None:
         raise SystemExit(1)
 
 
-def execute(command: Command, arguments: Sequence[str]) -> None:
+def execute(command: "Command", arguments: Sequence[str]) -> None:
     """Read the command's options and do its work; `CHOOSERS` or a file decide the defaults."""
+    import tyro
+    from rich.console import Console
+
     from equigrad.experiments.config_file import CHOOSERS, read_config
     from equigrad.experiments.run_directory import default_directory
     from equigrad.training.processes import processes

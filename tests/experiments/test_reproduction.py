@@ -10,11 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from equigrad.cli import commands
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments.bound import Fig1, FigS1, FigS2
 from equigrad.experiments.error_curves import ErrorPoint
 from equigrad.experiments.quadratic import FigS3, FigS4, FigS5, FigS6
+from equigrad.experiments.registry import COMMANDS
 from equigrad.experiments.reproduction import Reproduction, as_csv, decades, from_csv, reproduce
 
 QUIET = Console(quiet=True)
@@ -112,7 +112,7 @@ def test_decades():
 
 
 def test_every_figure_and_table_has_a_command_with_a_summary():
-    known = {c.name: c.summary for c in commands() if c.verb == "reproduce"}
+    known = {c.name: c.summary for c in COMMANDS if c.verb == "reproduce"}
     tables = ["accuracy", "table1", "table2", "fig3", "equilibrium"]
     assert list(known) == ["matched-phases", *FIGURES, *tables]
     for name in FIGURES:

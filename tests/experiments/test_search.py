@@ -14,7 +14,7 @@ import pytest
 
 from equigrad.experiments import ray_trials, search
 from equigrad.experiments.digits import Digits
-from equigrad.experiments.search import Trial
+from equigrad.experiments.search_trials import Trial, preset
 from equigrad.experiments.strength_learning import Job
 from helpers import call_main
 
@@ -84,7 +84,7 @@ def test_a_killed_search_goes_on(folder, capsys):
 
 
 def trial_of(folder, **options):
-    config = search.preset(Digits, scale="smoke").experiment
+    config = preset(Digits, scale="smoke").experiment
     (folder / "trial").mkdir()
     return Trial(number=0, point={}, config=config, folder=folder / "trial", **options)
 
@@ -180,7 +180,7 @@ def test_all_trials_failed(folder, capsys):
 
 
 def test_the_scheduler_is_told_of_trials_that_have_ended(folder):
-    config = search.preset(Digits)
+    config = preset(Digits)
     past = [trial_of(folder, status="whole", history=[(i, 50.0 + i) for i in range(101)])]
     for trials, decision in ((past, "STOP"), ([], "CONTINUE")):
         asha = ray_trials.scheduler(config, trials)

@@ -9,20 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from equigrad.data.names import places
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.tables import (
     GROUPED,
     MISSING,
     Decimal,
     Table,
-    counted,
-    listed,
-    places,
-    shortened,
     without_missing,
 )
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import DataError
+from equigrad.wording import counted, listed, shortened
 
 MOST_CATEGORIES = 50
 """A column of text with more is taken for names or free text, unless it is said to have them."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from equigrad.data.images import Images
-from equigrad.data.tables import counted, listed
 from equigrad.errors import DataError
+from equigrad.wording import counted, listed
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
 

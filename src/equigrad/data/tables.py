@@ -5,13 +5,14 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from equigrad.data.names import name_of
 from equigrad.errors import DataError
+from equigrad.wording import counted, listed, meant, shortened
 
 LONGEST_LINE = 2**20
 """Characters; a longer line is no row of a table that a network could learn from."""
@@ -65,11 +66,9 @@ class Table:
         """
         if name in self.columns:
             return self.columns[name]
-        near = get_close_matches(name, self.columns, n=1, cutoff=0.5)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
         raise DataError(
             f"{option} {name!r} is no column of {self.source}, which has {listed(self.columns)}."
-            f"{meant}"
+            f"{meant(name, self.columns)}"
         )
 
     def rows(self, chosen: Sequence[int]) -> "Table":
@@ -122,49 +121,6 @@ def as_number(text: str, decimal: Decimal = ".") -> float | None:
 def without_missing(texts: Sequence[str]) -> list[str]:
     """Texts with all that stands for a missing value made empty."""
     return ["" if text in MISSING else text for text in texts]
-
-
-def name_of(number: float) -> str:
-    """A number as a name, the same however it was written.
-
-    Example:
-        >>> name_of(1.0), name_of(0.5), name_of(-0.0)
-        ('1', '0.5', '0')
-    """
-    return repr(number + 0.0).removesuffix(".0")  # adding zero turns -0 into 0
-
-
-def places(
-    names: Sequence[str], texts: Sequence[str], numbers: Sequence[float | None]
-) -> list[int | None]:
-    """Where texts stand among names, as they are written or as numbers; None for nowhere."""
-    place = {name: i for i, name in enumerate(names)}
-    return [
-        place.get(text, None if number is None else place.get(name_of(number)))
-        for text, number in zip(texts, numbers, strict=True)
-    ]
-
-
-def counted(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    Example:
-        >>> counted(1, "row"), counted(2, "row")
-        ('1 row', '2 rows')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def listed(names: Sequence[object] | dict[str, list[str]], most: int = 20) -> str:
-    """Names in a sentence, not too many of them."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
-
-
-def shortened(text: str) -> str:
-    """A value as an error shows it."""
-    return repr(text if len(text) <= 40 else f"{text[:40]}…")
 
 
 def read(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from equigrad.data.tables import places
+from equigrad.data.names import places
 
 
 class Target(ABC):

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, get_args
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.training.device import DeviceName, DtypeName
+from equigrad.wording import meant
 
 ScaleName = Literal["smoke", "small", "paper"]
 
@@ -41,7 +42,9 @@ def one_of(known: Iterable[Name], what: str, word: str) -> Name:
     for name in names:
         if name == word:
             return name
-    raise ConfigurationError(f"{what} must be one of {', '.join(names)}, got {word!r}")
+    raise ConfigurationError(
+        f"{what} must be one of {', '.join(names)}, got {word!r}.{meant(word, names)}"
+    )
 
 
 def one_or_many(seed: int, seeds: int | None) -> None:

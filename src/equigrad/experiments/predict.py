@@ -14,11 +14,12 @@ from equigrad.data import tables
 from equigrad.data.encoding import Encoding
 from equigrad.data.folder import SUFFIXES, find, named, read_images
 from equigrad.data.images import Pixels
-from equigrad.data.tables import MISSING, Decimal, counted, listed
+from equigrad.data.tables import MISSING, Decimal
 from equigrad.data.targets import Target
 from equigrad.errors import DataError, RunError
 from equigrad.experiments.model import load_model
 from equigrad.training.files import write_whole
+from equigrad.wording import counted, listed
 
 
 def predict_table(

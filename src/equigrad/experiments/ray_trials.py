@@ -17,7 +17,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from equigrad.errors import RunError
 from equigrad.experiments.run_directory import RunDirectory
-from equigrad.experiments.search import Search, Trial
+from equigrad.experiments.search_trials import Search, Trial
 from equigrad.experiments.strength_learning import Job
 from equigrad.gradient import MetaGradient
 from equigrad.training import Callback, Checkpoint, JsonLines, OuterState

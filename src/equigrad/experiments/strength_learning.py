@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from equigrad.estimators import (
     Unrolled,
 )
 from equigrad.experiments import figures
-from equigrad.experiments.experiment import Experiment, at_least, one_or_many, positive
+from equigrad.experiments.experiment import Experiment, at_least, one_of, one_or_many, positive
 from equigrad.experiments.formats import mean_and_error, with_error
 from equigrad.experiments.model import Model
 from equigrad.experiments.run_directory import RunDirectory
@@ -155,9 +155,11 @@ class StrengthLearning(Experiment, ABC):
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `scale`, `setting` and `estimator`."""
         defaults = cls._preset(**chosen)
-        for name, kind in OTHERS.items():
-            if name == chosen.get("estimator"):
-                return replace(defaults, estimator=name, other=kind())
+        if "estimator" not in chosen:
+            return defaults
+        name = one_of(get_args(EstimatorName), "estimator", chosen["estimator"])
+        if name in OTHERS:
+            return replace(defaults, estimator=name, other=OTHERS[name]())
         return defaults
 
     @classmethod

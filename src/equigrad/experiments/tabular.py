@@ -11,11 +11,12 @@ from equigrad.data import tables
 from equigrad.data.encoding import OPTIONS, Missing, TaskName, fit, read_target, refuse_missing
 from equigrad.data.scale import mean_and_scale
 from equigrad.data.split import Split, divide
-from equigrad.data.tables import Decimal, Table, counted, listed
+from equigrad.data.tables import Decimal, Table
 from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import ConfigurationError, DataError
 from equigrad.experiments.model import Architecture
 from equigrad.experiments.own_data import OwnData
+from equigrad.wording import counted, listed
 
 
 @dataclass(frozen=True, kw_only=True)

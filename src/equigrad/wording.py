@@ -1,0 +1,37 @@
+"""Words that errors and notes are made of."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> counted(1, "row"), counted(2, "row")
+        ('1 row', '2 rows')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[object] | dict[str, list[str]], most: int = 20) -> str:
+    """Names in a sentence, not too many of them."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def shortened(text: str) -> str:
+    """A value as an error shows it."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What was meant by a word that is not known, with a space before it; empty where nobody knows.
+
+    Example:
+        >>> meant("digit", ["digits", "mnist"]), meant("?", ["digits", "mnist"])
+        (" Did you mean 'digits'?", '')
+    """
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
