@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equigrad import solvers
-from equigrad.contraction import explained, verdict
+from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, listed
