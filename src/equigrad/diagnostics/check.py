@@ -256,7 +256,7 @@ class _Resolve:
                 self.params,
                 self.meta_params,
                 solver=self.solver,
-                estimator=ExactSolve(max_size=500),
+                estimator=ExactSolve(max_size=500, products="autograd"),
             ).grads
         except (ConfigurationError, CurvatureError, DoubleBackwardError):
             return None

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError, SettlingError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.problems import Params
 from equigrad.solvers import Anderson, Phase, Solver, settle
 from equigrad.solvers.solver import require
@@ -62,7 +61,7 @@ class Adjoint(Implicit):
         )
         require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Settle x."""
         forces = dict(zip(linear.params, unflatten(pressure, linear.leaves), strict=True))
         pushes = [f.reshape(len(f) if linear.samples else 1, -1) for f in forces.values()]

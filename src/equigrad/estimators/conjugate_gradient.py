@@ -8,8 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.solvers.solver import require
 
 
@@ -56,7 +55,7 @@ class ConjugateGradient(Implicit):
             f"indefinite must be 'raise' or 'stop', got {self.indefinite!r}",
         )
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Conjugate gradients from zero."""
         x, residual = torch.zeros_like(pressure), pressure.clone()
         direction, power = residual.clone(), residual.dot(residual)
@@ -68,6 +67,13 @@ class ConjugateGradient(Implicit):
             curvature = direction.dot(image)
             if not curvature > 0:
                 rate = (curvature / direction.dot(direction)).item()
+                if iteration and linear.accuracy and abs(rate) <= linear.accuracy * linear.largest:
+                    notes.append(
+                        f"conjugate gradients stopped at iteration {iteration}: the curvature is "
+                        f"below what products by contrast can tell; residual "
+                        f"{(power.sqrt() / pressure.norm()).item():.2g} of ∂L_out/∂φ"
+                    )
+                    return x
                 met = (
                     f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
                     f"settled state is no minimum"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.solvers.solver import require
 
 
@@ -42,7 +41,7 @@ class ExactSolve(Implicit):
     def __post_init__(self) -> None:
         require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Form the matrix and factorise it."""
         if linear.size > self.max_size:
             raise ConfigurationError(

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.solvers.solver import require, require_whole
 
 
@@ -61,7 +60,7 @@ class GMRES(Implicit):
         require_whole("restart", self.restart)
         require(self.tol > 0, f"tol must be positive, got {self.tol}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Cycles from zero, each from the residual that the last one left."""
         x, left, residual = torch.zeros_like(pressure), self.max_iterations, pressure
         target = self.tol * pressure.norm().item()
@@ -79,9 +78,7 @@ class GMRES(Implicit):
         return x
 
 
-def _cycle(
-    linear: Linearisation, residual: Tensor, target: float, iterations: int
-) -> tuple[Tensor, int]:
+def _cycle(linear: Linear, residual: Tensor, target: float, iterations: int) -> tuple[Tensor, int]:
     """The correction of smallest residual in a Krylov space, and the products it took."""
     size = residual.norm()
     basis = [residual / size]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class Linearisation:
         DoubleBackwardError: from any product, where an operation of the model has no second
             derivative.
     """
+
+    accuracy: ClassVar[float] = 0.0
+    """Of a product beyond rounding; see `ContrastProducts`."""
+
+    largest: ClassVar[float] = 0.0
 
     def __init__(self, evaluation: Evaluation, at: Settled, who: str) -> None:
         self._evaluation, self._at, self._who = evaluation, at, who

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.solvers.solver import require, require_whole
 
 
@@ -55,7 +54,7 @@ class NeumannSeries(Implicit):
         )
         require(self.tol > 0, f"tol must be positive, got {self.tol}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Sum the series."""
         alpha = self.alpha or (1 / largest_curvature(linear, pressure) if linear.symmetric else 1)
         x, term = torch.zeros_like(pressure), pressure.clone()
@@ -82,7 +81,7 @@ class NeumannSeries(Implicit):
         return x
 
 
-def largest_curvature(linear: Linearisation, start: Tensor, iterations: int = 20) -> float:
+def largest_curvature(linear: Linear, start: Tensor, iterations: int = 20) -> float:
     """The Hessian's largest eigenvalue by power iteration, with a tenth to spare."""
     generator = torch.Generator(device=start.device).manual_seed(0)
     noise = torch.randn(start.shape, generator=generator, device=start.device, dtype=start.dtype)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 from equigrad.solvers.solver import require
 
 
@@ -44,7 +43,7 @@ class Nystrom(Implicit):
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
         require(self.damping > 0, f"damping must be positive, got {self.damping}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Sample columns, and apply Woodbury's identity."""
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(linear.size, generator=generator)[: self.rank].to(pressure.device)

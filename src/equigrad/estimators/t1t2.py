@@ -6,8 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,6 @@ class T1T2(Implicit):
         energy=False,
     )
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """The pressure itself."""
         return pressure

@@ -63,10 +63,11 @@ def test_memory_of_a_child_that_fails_is_not_a_number():
 def test_a_model_without_a_double_backward_is_noted():
     case = ZOO["transformer"]()
     solver = eg.LBFGS(max_steps=50)
+    estimator = eg.ConjugateGradient(max_iterations=1, products="autograd")
     with pytest.raises(eg.DoubleBackwardError):
-        accuracy.run(case, solver, eg.ConjugateGradient(max_iterations=1))
+        accuracy.run(case, solver, estimator)
     with accuracy.plain_attention():
-        accuracy.run(case, solver, eg.ConjugateGradient(max_iterations=1))
+        accuracy.run(case, solver, estimator)
 
 
 def test_tuned_settings_reach_the_accuracy():

@@ -40,8 +40,8 @@ RTOLS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 UNROLLED_STEPS = 400
 SETTLED = LBFGS(tol=1e-8, max_steps=10_000)
 OTHERS: dict[str, Estimator] = {
-    "conjugate gradient": ConjugateGradient(max_iterations=500),
-    "Neumann": NeumannSeries(),
+    "conjugate gradient": ConjugateGradient(max_iterations=500, products="autograd"),
+    "Neumann": NeumannSeries(products="autograd"),
     "T1–T2": T1T2(),
     "unrolled": Unrolled(),
 }
@@ -319,7 +319,7 @@ def settings(method: str) -> Iterator[tuple[Solver, Estimator, str]]:
         solver = replace(SETTLED, tol=tol)
         if method.startswith("conjugate"):
             for share in (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5):
-                estimator = ConjugateGradient(tol=share, max_iterations=500)
+                estimator = ConjugateGradient(tol=share, max_iterations=500, products="autograd")
                 yield solver, estimator, f"tol {tol:g}, {share:g}"
             continue
         lengths = {"3 steps": LBFGS(max_steps=3), "to tol": None}
