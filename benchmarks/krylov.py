@@ -8,6 +8,7 @@ phase, which all share. Contenders are interleaved in one process; the least of 
 """
 
 import argparse
+import itertools
 import time
 from typing import Any
 
@@ -25,7 +26,7 @@ WIDTHS, STRENGTH = (784, *[256] * 5, 10), 1e-3
 def case(images: int, dtype: torch.dtype) -> tuple[eg.Bilevel, ComplexSynapse]:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for wide, narrow in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+    for wide, narrow in itertools.pairwise(WIDTHS):
         layers += [nn.Linear(wide, narrow), nn.Tanh()]
     x, v = torch.rand(2, images, WIDTHS[0]).to(dtype)
     y, w = torch.randint(10, (2, images))
