@@ -4,7 +4,7 @@ Every variant of the contrastive rule, and T1-T2, learns strengths on splits tha
 uses (seeds 100, 101, …), with the settings of `equigrad run digits` otherwise. Test images are not
 looked at.
 
-    python benchmarks/digits_defaults.py [--splits 3] [--outer-steps 100]
+    python benchmarks/digits_defaults.py [--splits 3] [--outer-steps 100] [--only force]
 """
 
 import argparse
@@ -26,6 +26,10 @@ VARIANTS: dict[str, eg.Estimator] = {
     **{f"matched forward, β {b}": replace(RULE, beta=b) for b in (0.1, 0.3, 1.0)},
     "matched forward, β 0.1, momentum reset": replace(RULE, beta=0.1, momentum="reset"),
     **{f"symmetric, β {b}": replace(RULE, beta=b, scheme="symmetric") for b in (0.03, 0.1, 0.3)},
+    **{
+        f"symmetric, force, β {b}": replace(RULE, beta=b, scheme="symmetric", nudge="force")
+        for b in (0.01, 0.03, 0.1, 0.3)
+    },
 }
 
 
@@ -43,11 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--outer-steps", type=int, default=Digits().outer_steps)
+    parser.add_argument("--only", default="", help="rules whose names hold this")
     arguments = parser.parse_args()
     config = replace(Digits(), outer_steps=arguments.outer_steps)
     print("| rule | validation accuracy, % | by split |")
     print("| --- | ---: | --- |")
     for name, estimator in VARIANTS.items():
+        if arguments.only not in name:
+            continue
         found = [
             validation_accuracy(config, 100 + split, estimator) for split in range(arguments.splits)
         ]

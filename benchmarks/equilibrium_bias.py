@@ -65,7 +65,7 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in SCHEMES}
     for name, options in SCHEMES.items():
         for beta in BETAS:
-            estimator = eg.Contrastive(beta=beta, **options)  # pyright: ignore
+            estimator = eg.Contrastive(beta=beta, **{"nudge": "loss"} | options)  # pyright: ignore
             found[name].append(network.error(network.gradient(estimator)))
     print(f"| β | {' | '.join(f'{beta:g}' for beta in BETAS)} |")
     print("| --- |" + " ---: |" * len(BETAS))

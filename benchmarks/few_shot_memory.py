@@ -29,7 +29,7 @@ WAY, QUERIES, LR, NUDGED = 5, 15, 0.01, 10
 
 def contrastive(steps: int) -> Estimator:
     nudged = eg.GradientDescent(lr=LR, max_steps=NUDGED)
-    return eg.Contrastive(beta=0.1, scheme="symmetric", nudged_solver=nudged)
+    return eg.Contrastive(beta=0.1, nudge="loss", nudged_solver=nudged, error=False)
 
 
 def whole(steps: int) -> Estimator:

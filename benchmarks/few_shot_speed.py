@@ -282,7 +282,7 @@ def main() -> None:
             report(title, steps, names, measure(contenders, rounds, clock))
         if steps > 1 and not arguments.batchings:
             nudged = eg.GradientDescent(lr=LR, max_steps=NUDGED)
-            rule = eg.Contrastive(beta=0.1, scheme="symmetric", nudged_solver=nudged)
+            rule = eg.Contrastive(beta=0.1, nudge="loss", nudged_solver=nudged, error=False)
             contrastive = {"equigrad": job.equigrad(rule)}
             contrastive["equigrad"]()
             report(

@@ -216,7 +216,7 @@ def graphs() -> None:
                     synapse.params(),
                     synapse.meta_params(),
                     solver=solver,
-                    estimator=eg.Contrastive(beta=0.1, scheme="symmetric"),
+                    estimator=eg.Contrastive(beta=0.1, nudge="loss", error=False),
                 )
             )
         eager, graph = found
@@ -397,8 +397,8 @@ def omniglot(rounds: int) -> None:
         if nudge != "–":
             rule = eg.Contrastive(
                 beta=0.1,
-                scheme="symmetric",
                 matched=False,
+                error=False,
                 nudge=nudge,  # pyright: ignore[reportArgumentType]
                 nudged_solver=replace(solver, max_steps=min(steps, free), compile=way),
             )

@@ -83,10 +83,13 @@ def main() -> None:
             max_iterations=count, products="contrast", indefinite="stop"
         ),
         f"Contrastive, symmetric, force, β = 1e-3, {count} steps": eg.Contrastive(
-            beta=1e-3, scheme="symmetric", nudge="force", momentum="reset", nudged_solver=nudged
+            beta=1e-3, momentum="reset", nudged_solver=nudged
         ),
-        f"Contrastive as it comes, {count} steps": eg.Contrastive(
-            nudged_solver=eg.GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=count)
+        f"Contrastive, forward, loss, β = 0.1, {count} steps": eg.Contrastive(
+            beta=0.1,
+            scheme="forward",
+            nudge="loss",
+            nudged_solver=eg.GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=count),
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -53,9 +53,9 @@ ROWS: Mapping[str, eg.Estimator] = {
     "`NeumannSeries(terms=20)`": eg.NeumannSeries(terms=20, tol=10),
     "`PhantomGradient(steps=5, damping=0.5)`": eg.PhantomGradient(steps=5, damping=0.5),
     "`PhantomGradient(steps=5, damping=1)`": eg.PhantomGradient(steps=5, damping=1.0),
-    "`Contrastive(beta=0.1)`": eg.Contrastive(beta=0.1),
-    '`Contrastive(beta=0.1, scheme="symmetric")`': eg.Contrastive(beta=0.1, scheme="symmetric"),
-    '`Contrastive(beta=1e-3, scheme="symmetric")`': eg.Contrastive(beta=1e-3, scheme="symmetric"),
+    "`Contrastive()`": eg.Contrastive(),
+    '`Contrastive(nudge="loss", beta=0.1)`': eg.Contrastive(nudge="loss", beta=0.1),
+    '`Contrastive(nudge="loss", beta=1e-3)`': eg.Contrastive(nudge="loss", beta=1e-3),
 }
 
 

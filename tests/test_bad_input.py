@@ -122,7 +122,7 @@ def test_divergence_names_phase_step_and_remedy(max_steps):
 def test_a_phase_that_did_not_settle_is_named():
     result = call(solver=eg.GradientDescent(lr=1e-3, max_steps=20, tol=1e-8), params={"w": -W["w"]})
     assert result.status.startswith("not converged: residual")
-    assert "phase β=0.1 not converged" in result.status
+    assert "phase β=0.01 not converged" in result.status
 
 
 def test_a_gradient_that_is_exactly_zero_is_named():

@@ -2,9 +2,10 @@
 
 from equigrad import controllers, nn, tasks, training
 from equigrad.controllers import DynamicInversion, EnergyInversion, LinearFeedback
-from equigrad.diagnostics.check import Check, check_meta_gradient
+from equigrad.diagnostics.check import check_meta_gradient
 from equigrad.diagnostics.contraction import spectral_radius
 from equigrad.diagnostics.optimality import column_space_condition
+from equigrad.diagnostics.verdict import Check
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,

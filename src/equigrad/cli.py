@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -243,7 +244,8 @@ def examine(target: str, **options: Any) -> None:
         raise ConfigurationError(f"{target} has {sorted(unknown)}, allowed are {sorted(known)}")
     if missing := {"problem", "params", "meta_params", "solver"} - set(described):
         raise ConfigurationError(f"{target} lacks {sorted(missing)}")
-    check = check_meta_gradient(**described, **options)
+    progress = partial(print, file=sys.stderr)
+    check = check_meta_gradient(**{"progress": progress, **described}, **options)
     print(check)
     if not check.passed:
         raise SystemExit(1)

@@ -23,8 +23,16 @@ def check(quadratic, steps, estimator, **options):
     ("steps", "estimator", "advice"),
     [
         (30, eg.Contrastive(beta=1e-3), "Settle longer: the free phase"),
-        (400, eg.Contrastive(beta=0.5), "too large for the curvature"),
-        (60, eg.Contrastive(beta=1e-3, matched=False), "Use matched=True"),
+        (
+            400,
+            eg.Contrastive(beta=0.5, scheme="forward", nudge="loss"),
+            "too large for the curvature",
+        ),
+        (
+            60,
+            eg.Contrastive(beta=1e-3, matched=False, scheme="forward", nudge="loss"),
+            "Use matched=True",
+        ),
         (30, eg.Unrolled(), "Settle longer: the free phase"),
         (400, eg.T1T2(), "T1T2's own error"),
         (
@@ -123,9 +131,9 @@ def test_random_state_is_as_before(quadratic):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("options", [{"directions": 0}, {"rtol": 0.0}])
+@pytest.mark.parametrize("options", [{"directions": 0}, {"rtol": 0.0}, {"budget": 0}])
 def test_bad_options(quadratic, options):
-    with pytest.raises(eg.ConfigurationError, match="directions must be at least 1 and rtol"):
+    with pytest.raises(eg.ConfigurationError, match="directions and budget must be at least 1"):
         check(quadratic, 20, eg.Contrastive(), **options)
 
 

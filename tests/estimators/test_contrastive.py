@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -19,7 +20,7 @@ def exact_phases(quadratic: Quadratic, **options) -> torch.Tensor:
         quadratic.params(),
         quadratic.meta_params(),
         solver=EXACT,
-        estimator=eg.Contrastive(matched=False, **options),
+        estimator=eg.Contrastive(matched=False, nudge="loss", **options),
     )
     assert result.phases[0].outcome == "converged"
     return result.grads["theta"]
@@ -68,7 +69,7 @@ def test_matched_phases_cancel_the_drift_of_an_unsettled_free_phase(quadratic):
             quadratic.params(),
             quadratic.meta_params(),
             solver=quadratic.solver(max_steps=60),
-            estimator=eg.Contrastive(beta=1e-4, **options),
+            estimator=replace(eg.Contrastive(beta=1e-4, scheme="forward", nudge="loss"), **options),
         )
         return quadratic.relative_error(result.grads["theta"])
 
@@ -87,7 +88,7 @@ def test_matched_limit_is_the_truncated_neumann_series(quadratic):
         quadratic.params(),
         quadratic.meta_params(),
         solver=quadratic.solver(max_steps=steps),
-        estimator=eg.Contrastive(beta=1e-5),
+        estimator=eg.Contrastive(beta=1e-5, scheme="forward", nudge="loss"),
     )
     phi = result.params["phi"]
     contraction = 1 - eta * (quadratic._hessian + quadratic.strength)
@@ -110,7 +111,7 @@ def test_direct_term_is_in_the_estimate(quadratic):
         plain.inner_loss, lambda p, m: plain.outer_loss(p, m) + (c * m["theta"]).sum()
     )
     for scheme, points in SCHEMES:
-        estimator = eg.Contrastive(beta=0.1, scheme=scheme, points=points)
+        estimator = eg.Contrastive(beta=0.1, scheme=scheme, points=points, nudge="loss")
         with_term, without = (
             eg.meta_gradient(
                 problem,
@@ -161,7 +162,7 @@ def test_keeping_momentum_cancels_the_drift_of_momentum_too(quadratic):
             quadratic.params(),
             quadratic.meta_params(),
             solver=eg.GradientDescent(lr=0.5, momentum=0.9, max_steps=150),
-            estimator=eg.Contrastive(beta=1e-4, momentum=momentum),
+            estimator=eg.Contrastive(beta=1e-4, momentum=momentum, scheme="forward", nudge="loss"),
         )
         assert quadratic.relative_error(result.grads["theta"]) < 1e-2
 
@@ -173,7 +174,7 @@ def test_phases_with_a_tolerance_are_matched_in_length(quadratic):
         quadratic.params(),
         quadratic.meta_params(),
         solver=solver,
-        estimator=eg.Contrastive(beta=0.1, points=4),
+        estimator=eg.Contrastive(beta=0.1, points=4, scheme="forward", nudge="loss"),
     )
     free, *others = result.phases
     assert free.outcome == "converged"
@@ -188,7 +189,7 @@ def test_a_nudge_far_below_the_tolerance_is_answered_all_the_same(quadratic):
         quadratic.params(),
         quadratic.meta_params(),
         solver=eg.GradientDescent(lr=0.8, max_steps=2000, tol=1e-5),
-        estimator=eg.Contrastive(beta=1e-5),
+        estimator=eg.Contrastive(beta=1e-5, scheme="forward", nudge="loss"),
     )
     assert result.phases[-1].outcome == "converged"
     assert quadratic.relative_error(result.grads["theta"]) < 0.05
@@ -217,21 +218,25 @@ def test_nudge_below_rounding_is_named():
         quadratic.params(),
         quadratic.meta_params(),
         solver=quadratic.solver(max_steps=300),
-        estimator=eg.Contrastive(beta=1e-6),
+        estimator=eg.Contrastive(beta=1e-6, scheme="forward", nudge="loss"),
     )
     assert "too small for torch.float32" in result.status
 
 
-def test_gradient_evaluations_are_counted(quadratic):
+@pytest.mark.parametrize("error", [False, True])
+def test_gradient_evaluations_are_counted(quadratic, error):
     result = eg.meta_gradient(
         quadratic.problem,
         quadratic.params(),
         quadratic.meta_params(),
         solver=quadratic.solver(max_steps=11),
-        estimator=eg.Contrastive(nudged_solver=quadratic.solver(max_steps=5)),
+        estimator=eg.Contrastive(
+            nudged_solver=quadratic.solver(max_steps=5), scheme="forward", nudge="loss", error=error
+        ),
     )
-    # check (2) + free (11) + nudged (5 · 2) + matched (5) + ∂L_in/∂θ at both
-    assert result.gradient_evaluations == 2 + 11 + 10 + 5 + 2
+    # check (2) + free (11) + nudged (5 · 2) + matched (5) + ∂L_in/∂θ at both; the estimate takes
+    # ∂L_in/∂θ at both half-way, and ∂L_out/∂φ at the free and the nudged end
+    assert result.gradient_evaluations == 2 + 11 + 10 + 5 + 2 + (2 + 2) * error
 
 
 @pytest.mark.parametrize(
@@ -297,7 +302,8 @@ def test_a_constant_force_has_the_order_of_the_scheme_elsewhere():
         assert slope(betas, errors) == pytest.approx(order, abs=0.15)
 
 
-def test_a_constant_force_takes_one_outer_gradient():
+@pytest.mark.parametrize("error", [False, True])
+def test_a_constant_force_takes_one_outer_gradient(error):
     """T + K + K steps of one gradient each, two for the checks, one for the force."""
     quadratic = Quadratic(dim=5)
     result = eg.meta_gradient(
@@ -305,10 +311,13 @@ def test_a_constant_force_takes_one_outer_gradient():
         quadratic.params(),
         quadratic.meta_params(),
         solver=quadratic.solver(30),
-        estimator=eg.Contrastive(nudge="force", nudged_solver=quadratic.solver(20)),
+        estimator=eg.Contrastive(
+            nudge="force", nudged_solver=quadratic.solver(20), scheme="forward", error=error
+        ),
     )
     contrast = 2  # ∂L_in/∂θ at both ends
-    assert result.gradient_evaluations == 30 + 20 + 20 + 2 + 1 + contrast
+    estimate = contrast + 1  # the same half-way, and ∂L_out/∂φ at the nudged end
+    assert result.gradient_evaluations == 30 + 20 + 20 + 2 + 1 + contrast + estimate * error
 
 
 def test_a_constant_force_keeps_the_direct_term():
@@ -343,7 +352,11 @@ def test_the_plain_rule_compares_phases_at_the_same_place_of_a_pass(count):
     solver = eg.GradientDescent(lr=0.02, tol=1e-8, max_steps=20_000)
     plain, matched = (
         eg.meta_gradient(
-            problem, start, meta, solver=solver, estimator=eg.Contrastive(beta=0.01, matched=m)
+            problem,
+            start,
+            meta,
+            solver=solver,
+            estimator=eg.Contrastive(beta=0.01, matched=m, scheme="forward", nudge="loss"),
         ).grads["r"]
         for m in (False, True)
     )

@@ -400,8 +400,8 @@ def test_a_derivative_by_theta_that_is_not_finite():
         ({"rtol": 0.0}, r"rtol must be in \(0, 1\), got 0.0"),
         ({"rtol": 2.0}, "rtol must be in"),
         ({"rtol": math.nan}, "rtol must be in"),
-        ({"rtol": 1e-2, "points": 3}, "rtol chooses points"),
-        ({"rtol": 1e-2, "scheme": "symmetric"}, "rtol chooses scheme"),
+        ({"rtol": 1e-2, "points": 4}, "rtol chooses points"),
+        ({"rtol": 1e-2, "scheme": "forward"}, "rtol chooses scheme"),
         ({"rtol": 1e-2, "budget": 0}, "budget must be at least 1"),
     ],
 )

@@ -670,7 +670,7 @@ def test_what_estimators_have_to_say_is_said():
         layer(data()[0]).sum().backward()
     nudged = eg.Contrastive(nudged_solver=eg.Picard(tol=1e-12, max_steps=2), momentum="reset")
     layer = eg.nn.EquilibriumLayer(SymmetricCell(), estimator=nudged)
-    with pytest.warns(SettlingWarning, match=r"phase β=0\.1 not converged"):
+    with pytest.warns(SettlingWarning, match=r"phase β=0\.01 not converged"):
         layer(data()[0]).sum().backward()
 
 

@@ -125,7 +125,7 @@ def test_what_the_input_does_is_computed_once_for_all_phases_of_the_same_weights
         return call(meta_params, connection, activity)
 
     net.call = counting
-    estimator = eg.Contrastive(scheme="symmetric", nudged_solver=eg.Picard(max_steps=3))
+    estimator = eg.Contrastive(nudge="loss", nudged_solver=eg.Picard(max_steps=3), error=False)
     gradient(net, x, y, estimator, eg.Picard(max_steps=4))
     assert seen.count(0) == 1 + 2  # once to settle, and for ∂Φ/∂θ of two phases
 
@@ -137,7 +137,7 @@ def grown(states):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_against_differences_of_the_settled_loss(name):
     net, x, y = NETWORKS[name]()
-    result = gradient(net, x, y, eg.Contrastive(beta=1e-4, scheme="symmetric"))
+    result = gradient(net, x, y, eg.Contrastive(beta=1e-4, scheme="symmetric", nudge="loss"))
     if name.startswith("hard sigmoid that"):
         hidden = torch.cat([result.params["layer1"], result.params["layer2"]], dim=1)
         assert all((hidden == bound).double().mean() > 0.1 for bound in (0, 1))
@@ -151,17 +151,18 @@ def test_gradient_against_differences_of_the_settled_loss(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_local_rule_and_autograd_agree(name):
     net, x, y = NETWORKS[name]()
-    estimator = eg.Contrastive(beta=0.1, scheme="symmetric")
+    estimator = eg.Contrastive(beta=0.1, scheme="symmetric", nudge="loss", error=False)
     result = gradient(net, x, y, estimator)
     with Evaluation(net.problem(x, y), net.start(x), theta(net)) as evaluation:
         free = evaluation.settle(SOLVER)
-        states, steps = [], None
-        for node in estimator.nodes:
-            state = evaluation.settle_nudged(
+
+        def phase(node, steps=None):
+            return evaluation.settle_nudged(
                 free, SOLVER, node * estimator.beta, keep_momentum=True, steps=steps
             )
-            steps = state.phase.steps
-            states.append(state.params)
+
+        longest = max(phase(node).phase.steps for node in estimator.nodes)
+        states = [phase(node, longest).params for node in estimator.nodes]
     local = net.hebbian(x, states, [w.real / estimator.beta for w in estimator.weights])
     assert list(local) == net.reaches["inner"]
     for parameter, update in local.items():
@@ -225,8 +226,8 @@ def test_connections_without_a_product(connection):
 
 def test_two_roots_of_one_are_the_symmetric_scheme():
     net, x, y = linear(activation="tanh", readout="cross-entropy")
-    symmetric = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="symmetric"))
-    holomorphic = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="holomorphic"))
+    symmetric = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="symmetric", nudge="loss"))
+    holomorphic = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="holomorphic", nudge="loss"))
     for name, grad in symmetric.grads.items():
         torch.testing.assert_close(holomorphic.grads[name], grad, rtol=1e-9, atol=1e-11)
 
@@ -235,15 +236,21 @@ def test_a_random_sign_is_the_symmetric_scheme_on_average():
     net, x, y = linear(activation="tanh", readout="cross-entropy")
     first = {}
     for beta in (0.2, -0.2):
-        first[beta] = gradient(net, x, y, eg.Contrastive(beta=beta)).grads
-    symmetric = gradient(net, x, y, eg.Contrastive(beta=0.2, scheme="symmetric")).grads
+        first[beta] = gradient(
+            net, x, y, eg.Contrastive(beta=beta, scheme="forward", nudge="loss")
+        ).grads
+    symmetric = gradient(
+        net, x, y, eg.Contrastive(beta=0.2, scheme="symmetric", nudge="loss")
+    ).grads
     for name, grad in symmetric.items():
         mean = (first[0.2][name] + first[-0.2][name]) / 2
         torch.testing.assert_close(mean, grad, rtol=1e-9, atol=1e-9)
     signs = []
     for seed in range(12):
         torch.manual_seed(seed)
-        drawn = gradient(net, x, y, eg.Contrastive(beta=0.2, sign="random"))
+        drawn = gradient(
+            net, x, y, eg.Contrastive(beta=0.2, sign="random", scheme="forward", nudge="loss")
+        )
         (beta,) = {phase.beta.real for phase in drawn.phases} - {0.0}
         signs.append(beta)
         torch.testing.assert_close(drawn.grads, first[beta], rtol=1e-9, atol=1e-9)
@@ -277,7 +284,7 @@ def test_order_of_the_error_in_beta(scheme, points, order, readout):
     exact = gradient(net, x, y, eg.GMRES(tol=1e-13)).grads
     beta = {1: 2e-3, 2: 5e-3, 3: 5e-3, 4: 3e-2, 6: 0.1}[order]
     large, small = (
-        error(net, x, y, exact, eg.Contrastive(beta=b, scheme=scheme, points=points))
+        error(net, x, y, exact, eg.Contrastive(beta=b, scheme=scheme, points=points, nudge="loss"))
         for b in (beta, beta / 2)
     )
     assert small > 1e-11  # above what rounding leaves
@@ -316,7 +323,7 @@ def test_complex_cross_entropy_continues_the_real_one():
 
 def test_targets_may_be_given_in_the_shape_of_the_output():
     net, x, y = linear()
-    estimator = eg.Contrastive(scheme="symmetric")
+    estimator = eg.Contrastive(scheme="symmetric", nudge="loss")
     one = gradient(net, x, y, estimator)
     other = gradient(net, x, nn.functional.one_hot(y, 3).double(), estimator)
     torch.testing.assert_close(one.grads, other.grads)
@@ -337,7 +344,7 @@ def test_a_network_that_has_been_used_can_be_copied_pickled_and_cast():
 
 def test_frozen_parameters_are_followed():
     net, x, y = linear()
-    estimator = eg.Contrastive(scheme="symmetric")
+    estimator = eg.Contrastive(scheme="symmetric", nudge="loss")
     expected = gradient(net, x, y, estimator).grads
     frozen, _, _ = linear()
     frozen.requires_grad_(False)
@@ -350,7 +357,12 @@ def test_frozen_parameters_are_followed():
 def test_a_nudge_that_an_undamped_iteration_cannot_settle_is_noted(beta, damping, noted):
     """Linear outputs follow `s ← a - β (s - y)`, which grows by β a step."""
     net, x, y = linear((4, 8, 3))
-    estimator = eg.Contrastive(beta=beta, nudged_solver=eg.Picard(max_steps=20, damping=damping))
+    estimator = eg.Contrastive(
+        beta=beta,
+        nudged_solver=eg.Picard(max_steps=20, damping=damping),
+        scheme="forward",
+        nudge="loss",
+    )
     result = gradient(net, x, y, estimator, eg.Picard(max_steps=20))
     gone = result.phases[-1]
     assert (gone.residual > 2 * gone.start_residual) is noted

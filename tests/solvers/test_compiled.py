@@ -89,19 +89,27 @@ def assert_the_same(case, solver, estimator):
 @pytest.mark.parametrize(
     ("case", "solver", "estimator"),
     [
-        ((problem(), params(), meta_params()), SOLVER, eg.Contrastive(points=3)),
+        (
+            (problem(), params(), meta_params()),
+            SOLVER,
+            eg.Contrastive(points=3, scheme="forward", nudge="loss"),
+        ),
         # a whole number of chunks, a phase shorter than one, a tolerance, another start of momentum
         (
             (problem(), params(), meta_params()),
             dataclasses.replace(SOLVER, max_steps=9),
-            eg.Contrastive(nudged_solver=dataclasses.replace(SOLVER, max_steps=3)),
+            eg.Contrastive(
+                nudged_solver=dataclasses.replace(SOLVER, max_steps=3),
+                scheme="forward",
+                nudge="loss",
+            ),
         ),
         (
             (problem(), params(), meta_params()),
             dataclasses.replace(SOLVER, max_steps=None, tol=1e-6),
-            eg.Contrastive(momentum="reset"),
+            eg.Contrastive(momentum="reset", scheme="forward", nudge="loss"),
         ),
-        (synapse_problem(), SOLVER, eg.Contrastive(nudge="force")),
+        (synapse_problem(), SOLVER, eg.Contrastive(nudge="force", scheme="forward")),
         (relaxing_network(), eg.GradientDescent(lr=1, tol=1e-9, check_every=2), eg.GMRES()),
     ],
     ids=["nudged", "whole chunks", "tolerance", "force and synapse", "fixed point"],
@@ -127,7 +135,7 @@ def test_compiles_once_for_all_of_an_outer_loop(compilations):
     for strength, beta in ((0.1, 0.1), (0.2, -0.1), (0.3, 0.5)):
         # a new problem, new data, another θ and β: none of them is part of the code
         case = problem(Y + strength), params(), meta_params(strength)
-        assert_the_same(case, SOLVER, eg.Contrastive(beta=beta))
+        assert_the_same(case, SOLVER, eg.Contrastive(beta=beta, scheme="forward", nudge="loss"))
     assert len(compilations) == 2  # of the free phase, and of a nudged one
 
 
@@ -244,7 +252,7 @@ GRAPHED = dataclasses.replace(SOLVER, compile="graph")
 def test_steps_on_tensors_of_their_own_are_eager_ones(build, graphed):
     made = build()
     bilevel, start, meta = made if isinstance(made, tuple) else (made, params(), meta_params())
-    rule = eg.Contrastive(beta=0.1, scheme="symmetric")
+    rule = eg.Contrastive(beta=0.1, scheme="symmetric", nudge="loss")
     eager, own = (
         eg.meta_gradient(bilevel, start, meta, solver=solver, estimator=rule)
         for solver in (SOLVER, GRAPHED)
@@ -337,7 +345,7 @@ def test_a_cuda_graph_ends_where_eager_steps_do():
                 synapse.params(),
                 synapse.meta_params(),
                 solver=solver,
-                estimator=eg.Contrastive(beta=0.1),
+                estimator=eg.Contrastive(beta=0.1, scheme="forward", nudge="loss"),
             )
             for solver in (SOLVER, GRAPHED)
         )

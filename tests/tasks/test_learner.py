@@ -104,7 +104,7 @@ def test_the_meta_gradient_is_that_of_the_settled_tasks_query_loss() -> None:
 def test_synaptic_meta_gradient_is_local() -> None:
     """∂/∂ω is -λ (φ⁺ - φ⁻) / 2β of each weight (Zucchet et al., Appendix B)."""
     batch, model = tasks(2), synaptic(strength=0.5)
-    rule = eg.Contrastive(beta=0.1, scheme="symmetric")
+    rule = eg.Contrastive(beta=0.1, scheme="symmetric", nudge="loss")
     meta_params = model.meta_params()
     result = learner(model, rule).meta_gradient(meta_params, batch)
     one = learner(model, rule)

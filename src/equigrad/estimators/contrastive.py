@@ -1,13 +1,14 @@
 """The contrastive rule: run the learner again, slightly nudged, and contrast."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from equigrad.estimators.contrast_error import NAMED, contrast_error
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.holomorphic import require_holomorphic
+from equigrad.estimators.nudged_phases import NudgedPhases
 from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.solvers import Settled, Solver
@@ -48,7 +49,8 @@ class Contrastive(Estimator):
         nudge: `loss` settles `L_in + β L_out`, the rule of the paper. By `force` nudged phases
             settle `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: the outer loss is evaluated once instead of at every
             step, its minimum pulls no phase away however large β is, and it is as accurate for
-            β → 0.
+            β → 0. None takes the force, but the loss for a `BlackBox`, which may have a
+            counterpart to β of its own.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
         rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
             problem asks for, `beta` is only the first guess, and the solver's own limits do not
@@ -56,6 +58,9 @@ class Contrastive(Estimator):
             continuously differentiable where it settles. `MetaGradient.error_estimate` says what
             was reached, and `status` what stood in the way where it is not enough.
         budget: gradient evaluations to spend under `rtol`.
+        error: estimate the relative error, as `equigrad.estimators.contrast_error` says, for up to
+            three gradients of the outer loss and one of the inner loss a phase more; above a tenth,
+            `status` names it and what to change first. False spares that.
 
     Raises:
         ConfigurationError: β = 0, too few points, an odd number of symmetric points; an rtol
@@ -65,28 +70,29 @@ class Contrastive(Estimator):
     Example:
         >>> Contrastive(beta=0.1, scheme="symmetric").nodes
         (1, -1)
-        >>> Contrastive(points=3).nodes
+        >>> Contrastive(scheme="forward", points=3).nodes
         (0, 1, 2)
     """
 
     traits: ClassVar[Traits] = Traits(
         idea="contrast of free and nudged phases",
-        cost="3K, or 4K if symmetric",
+        cost="2K; 3K, or 4K if symmetric, by loss",
         error="vanishes with β and K",
         double_backward=False,
         order="p-1; p; p",
     )
 
-    beta: float = 0.1
-    scheme: Literal["forward", "symmetric", "holomorphic"] = "forward"
+    beta: float = 0.01
+    scheme: Literal["forward", "symmetric", "holomorphic"] = "symmetric"
     points: int = 2
     sign: Literal["fixed", "random"] = "fixed"
     matched: bool = True
     nudged_solver: Solver | None = None
-    nudge: Literal["loss", "force"] = "loss"
+    nudge: Literal["loss", "force"] | None = None
     momentum: Literal["keep", "reset"] = "keep"
     rtol: float | None = None
     budget: int = 100_000
+    error: bool = True
 
     def __post_init__(self) -> None:
         require(
@@ -105,11 +111,12 @@ class Contrastive(Estimator):
         require(self.points >= 2, f"points must be at least 2, got {self.points}")
         require(
             self.scheme != "symmetric" or self.points % 2 == 0,
-            f"a symmetric scheme needs an even number of points, got {self.points}",
+            f"a symmetric scheme needs an even number of points, got {self.points}; or take "
+            f'scheme="forward"',
         )
         require(
-            self.nudge in ("loss", "force"),
-            f"nudge must be 'loss' or 'force', got {self.nudge!r}",
+            self.nudge in ("loss", "force", None),
+            f"nudge must be 'loss' or 'force', or None, got {self.nudge!r}",
         )
         require(
             self.momentum in ("keep", "reset"),
@@ -176,35 +183,44 @@ class Contrastive(Estimator):
         if self.scheme == "holomorphic":
             require_holomorphic(evaluation, free)
         force = direct = None
-        if self.nudge == "force":
+        if self.nudge == "force" or (self.nudge is None and not nudged_solver.jumps):
             force, direct = evaluation.outer_gradients(free)
-        settled: dict[complex, Settled] = {}
-        steps: int | None = None
-        # nudged phases first: the first of them decides how long a matched phase runs
-        for node in sorted(self.nodes, key=lambda node: node == 0):
-            if node == 0 and not self.matched:
-                settled[node] = free
-                continue
-            settled[node] = evaluation.settle_nudged(
-                free,
-                nudged_solver,
-                node * beta,
-                keep_momentum=self.momentum == "keep",
-                steps=steps,
-                force=force,
-            )
-            # nobody goes on from here, and the state may be large
-            settled[node] = dataclasses.replace(settled[node], solver_state=None)
-            if self.matched:
-                steps = settled[node].phase.steps
-        states = [settled[node] for node in self.nodes]
+        phases = NudgedPhases(
+            evaluation, free, nudged_solver, self.momentum == "keep", force, self.error
+        )
+        states, halves = phases.run([node * beta for node in self.nodes], matched=self.matched)
         weights = [w / beta for w in self.weights]
         self._note_weak_contrast(evaluation, states, nudged_solver)
         _note_departures(evaluation, states)
+        grads = evaluation.contrast(states, weights, direct)
+        error = None
+        if self.error:
+            half = None if halves is None else evaluation.contrast(halves, weights, direct)
+            found = contrast_error(
+                evaluation,
+                free,
+                states,
+                halves,
+                full=grads,
+                half=half,
+                force=force or evaluation.outer_gradients(free)[0],
+                order=self.order,
+                symmetric=self.scheme == "symmetric",
+                adaptive=solver.adaptive,
+            )
+            error = found.total
+            if error > NAMED:
+                evaluation.notes.append(found.sentence())
         return Estimate(
-            grads=evaluation.contrast(states, weights, direct),
+            grads=grads,
             phases=(free, *(state for state in states if state is not free)),
+            error_estimate=error,
         )
+
+    @property
+    def order(self) -> int:
+        """The order of the error in β at exact equilibria."""
+        return self.points - 1 if self.scheme == "forward" else self.points
 
     def _note_weak_contrast(
         self, evaluation: Evaluation, states: list[Settled], solver: Solver

@@ -171,11 +171,15 @@ class Refinement:
             if self.obstacle == "rounding":
                 coarse, fine = self.wider(coarse, fine, finite / SAFETY)
             best = min(best, self.four_points(coarse, fine), key=lambda answer: answer.error)
+        if best.error <= self.rtol:
+            cancelled = self.cancelled(best.pairs[-1])
+            if cancelled > self.rtol:
+                self.rounds("the contrast to no digit")
+            best = dataclasses.replace(best, error=best.error + cancelled)
         if best.error > self.rtol:
             self.evaluation.notes.append(
                 f"rtol={self.rtol:g} not reached, the estimated error is {best.error:.1e}: "
-                f"{self.reason}"
-                + ("; the contrasts have nothing in common: it may be zero" * (apart > 0.5))
+                f"{self.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
             )
         phases = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
         if best.error <= self.rtol:  # however far they settled, it was enough
@@ -284,6 +288,22 @@ class Refinement:
         one, other = flatten(list(plus.params.values())), flatten(list(minus.params.values()))
         moved = (one - other).norm().item()
         return self.eps * one.norm().item() / moved if moved else math.inf
+
+    def cancelled(self, pair: Pair) -> float:
+        """What rounding is worth where the contrast is small beside those of other directions.
+
+        One of them is the response with its elements in reverse order.
+        """
+        other = {}
+        for name, plus in pair.plus.params.items():
+            response = plus - pair.minus.params[name]
+            other[name] = self.free.params[name] + response.flatten().flip(0).view_as(plus)
+        moved = self.contrast(
+            dataclasses.replace(pair.plus, params=other), self.free, 2 * pair.beta
+        )
+        grads, direct = (flatten(list(g.values())).double() for g in (pair.grads, self.direct))
+        usual = (flatten(list(moved.values())).double() - direct).norm() + direct.norm()
+        return (ROUNDING * self.eps * usual / grads.norm()).item() if usual else 0.0
 
     def wider(self, coarse: Pair, fine: Pair, curved: float) -> tuple[Pair, Pair]:
         """Two pairs at larger β and 2β, where four points have the least error.

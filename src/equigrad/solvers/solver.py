@@ -101,6 +101,11 @@ class Solver(ABC):
                 f"{type(self).__name__} are not; use GradientDescent, or compile=False"
             )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are scaled by the gradients that were seen, as Adam scales them."""
+        return False
+
     def continues(self, other: "Solver") -> bool:
         """Whether `init` can go on from a state of the other solver."""
         return type(self) is type(other)

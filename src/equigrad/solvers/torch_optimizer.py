@@ -49,6 +49,11 @@ class TorchOptimizer(Solver):
         except TypeError as error:
             self._refused(error)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are scaled by the gradients that were seen: by all but SGD."""
+        return self.optimizer is not torch.optim.SGD
+
     def continues(self, other: Solver) -> bool:
         """Only from the same class of optimiser."""
         return isinstance(other, TorchOptimizer) and other.optimizer is self.optimizer

@@ -26,6 +26,7 @@ from equigrad.experiments.few_shot.task_figures import task_sheet
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import at_least, one_of
 from equigrad.experiments.runs.formats import text
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.runs.run_folders import flat
 from equigrad.nn import conv4
@@ -57,7 +58,7 @@ PUBLISHED: dict[MethodName, dict[SettingName, tuple[float, float]]] = {
 """What the paper measured itself, of its Table 2: accuracy in percent, standard deviation."""
 
 LEARNER = GradientDescent(lr=0.4, max_steps=5)
-RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force")
+RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force", error=False)
 
 SHARES = 0.64, 0.16
 """Of the user's classes, for meta-training and validation; the others are for the test."""
@@ -198,7 +199,7 @@ class Omniglot(FewShot):
                 pooling=True,
                 held_out=0,
                 solver=GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200),
-                estimator=Contrastive(beta=0.1, scheme="symmetric", matched=False),
+                estimator=replace(PAPERS_RULE, scheme="symmetric", matched=False),
                 test_steps=None,
                 nudged_steps=50 if method == "contrastive-modulation" else 100,
                 strength=0.1,

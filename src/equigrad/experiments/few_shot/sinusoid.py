@@ -39,7 +39,7 @@ from equigrad.tasks import Sinusoids, TaskBatch
 from equigrad.training.few_shot import judge, mean_squared_error
 from equigrad.training.files import write_whole
 
-RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force")
+RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force", error=False)
 
 LEARNER = GradientDescent(lr=0.02, max_steps=10)
 

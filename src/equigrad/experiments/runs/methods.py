@@ -6,6 +6,7 @@ from equigrad.estimators import (
     GMRES,
     Adjoint,
     ConjugateGradient,
+    Contrastive,
     Estimator,
     EvolutionStrategies,
     ExactSolve,
@@ -49,6 +50,9 @@ OTHERS: dict[EstimatorName, type[Estimator]] = {
     "evolution-strategies": EvolutionStrategies,
 }
 """Estimators beside the two that the paper compares."""
+
+PAPERS_RULE = Contrastive(beta=0.1, scheme="forward", nudge="loss", error=False)
+"""The rule of the paper, nudged by the outer loss itself; its phases are matched."""
 
 LABELS = {
     "unregularised": "unregularised",

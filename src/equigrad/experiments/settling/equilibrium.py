@@ -15,11 +15,12 @@ from torch.nn import Tanh
 
 from equigrad.controllers import Controller, DynamicInversion, EnergyInversion, LinearFeedback
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl, PhantomGradient
+from equigrad.estimators import Adjoint, Estimator, LeastControl, PhantomGradient
 from equigrad.experiments.data import cifar10, mnist
 from equigrad.experiments.data.images import split
 from equigrad.experiments.runs.experiment import ScaleName, at_least, one_of
 from equigrad.experiments.runs.formats import words
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling import network_training
@@ -214,7 +215,7 @@ SETTINGS: dict[SettingName, Setting] = {
         {
             "equilibrium-propagation": Recipe(
                 "equilibrium propagation",
-                Contrastive(beta=0.1, scheme="symmetric", nudged_solver=Picard(max_steps=5)),
+                replace(PAPERS_RULE, scheme="symmetric", nudged_solver=Picard(max_steps=5)),
                 Picard(max_steps=10),
                 outer_lr=5e-4,
             ),
@@ -252,7 +253,9 @@ SETTINGS: dict[SettingName, Setting] = {
         {
             "equilibrium-propagation": Recipe(
                 "equilibrium propagation",
-                Contrastive(beta=0.5, scheme="symmetric", nudged_solver=Picard(max_steps=6)),
+                replace(
+                    PAPERS_RULE, beta=0.5, scheme="symmetric", nudged_solver=Picard(max_steps=6)
+                ),
                 Picard(max_steps=16),
                 outer_lr=2e-3,
             ),

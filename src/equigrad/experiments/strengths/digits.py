@@ -10,13 +10,13 @@ from torch.nn import Module
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.strengths.strength_learning import LearningAlike
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
 LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
-RULE = Contrastive(beta=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Digits(LearningAlike):
     solver: GradientDescent = LEARNER
     """How the network learns from the ten images: the free phase, from the same start each time."""
 
-    contrastive: Contrastive = RULE
+    contrastive: Contrastive = PAPERS_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     def __post_init__(self) -> None:

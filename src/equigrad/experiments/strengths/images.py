@@ -16,6 +16,7 @@ from equigrad.estimators import T1T2, Contrastive
 from equigrad.experiments.data import cifar10, mnist
 from equigrad.experiments.data.images import Images, split
 from equigrad.experiments.runs.experiment import at_least, positive
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.strengths.strength_learning import (
     EstimatorName,
     Published,
@@ -110,7 +111,7 @@ def contrast(
 ) -> ByContrast:
     """A column of Tables S1 to S4; the paper's phases are plain."""
     return ByContrast(
-        rule=Contrastive(beta=beta, matched=matched),
+        rule=replace(PAPERS_RULE, beta=beta, matched=matched),
         solver=nesterov(lr, steps),
         nudged_steps=nudged_steps,
         outer_lr=outer_lr,

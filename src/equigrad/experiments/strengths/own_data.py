@@ -9,6 +9,7 @@ from torch.nn import Module
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
 from equigrad.experiments.runs.experiment import at_least
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.strengths.strength_learning import LearningAlike
 from equigrad.problems import Params
@@ -16,7 +17,6 @@ from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
 LEARNER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
-RULE = Contrastive(beta=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class OwnData(LearningAlike):
     solver: GradientDescent = LEARNER
     """How the network learns: the free phase, from the same start each time."""
 
-    contrastive: Contrastive = RULE
+    contrastive: Contrastive = PAPERS_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     def __post_init__(self) -> None:

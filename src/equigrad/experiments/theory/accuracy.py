@@ -29,6 +29,7 @@ from equigrad.estimators.linearisation import Linearisation
 from equigrad.estimators.neumann_series import largest_curvature
 from equigrad.evaluation import Evaluation
 from equigrad.experiments.runs.error_curves import as_table, finish, shades
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.solvers import LBFGS, GradientDescent, Solver
@@ -325,7 +326,7 @@ def settings(method: str) -> Iterator[tuple[Solver, Estimator, str]]:
         lengths = {"3 steps": LBFGS(max_steps=3), "to tol": None}
         for beta, (length, nudged) in product((1.0, 0.1, 0.01, 1e-3), lengths.items()):
             for name, scheme in SCHEMES.items():
-                estimator = Contrastive(beta=beta, nudged_solver=nudged, **scheme)
+                estimator = replace(PAPERS_RULE, beta=beta, nudged_solver=nudged, **scheme)
                 yield solver, estimator, f"tol {tol:g}, {name} β {beta:g}, {length}"
 
 

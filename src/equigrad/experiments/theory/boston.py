@@ -12,7 +12,7 @@ from torch.nn import Linear, Sequential, Tanh
 from torch.nn.functional import mse_loss
 
 from equigrad.errors import ConfigurationError, SettlingError
-from equigrad.estimators import Contrastive, ExactSolve
+from equigrad.estimators import ExactSolve
 from equigrad.evaluation import Evaluation
 from equigrad.experiments.data import boston_housing as boston
 from equigrad.experiments.runs.error_curves import (
@@ -25,6 +25,7 @@ from equigrad.experiments.runs.error_curves import (
     finish,
     slope,
 )
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
 from equigrad.nn import ComplexSynapse
@@ -259,7 +260,8 @@ class Learner:
 
     def measure(self, points: int, free_steps: int, nudged_steps: int, beta: float) -> ErrorPoint:
         """The plain rule after so many steps of gradient descent in each phase."""
-        rule = Contrastive(
+        rule = replace(
+            PAPERS_RULE,
             beta=beta,
             points=points,
             matched=False,

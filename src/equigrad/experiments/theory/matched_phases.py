@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError, SettlingError
-from equigrad.estimators import Contrastive
 from equigrad.experiments.runs.error_curves import log_slope
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
 from equigrad.testing import Quadratic
@@ -163,7 +163,7 @@ def measure_one(
         params,
         meta_params,
         solver=quadratic.solver(max_steps=steps),
-        estimator=Contrastive(beta=beta, **RULES[rule]),
+        estimator=replace(PAPERS_RULE, beta=beta, **RULES[rule]),
     )
     remaining = quadratic.equilibrium() - result.params["phi"]
     response = -quadratic.meta_gradient / quadratic.strength  # ∇ = -λ dφ*/dβ, Appendix E

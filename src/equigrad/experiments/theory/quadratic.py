@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError
-from equigrad.estimators import Contrastive
 from equigrad.experiments.runs.error_curves import (
     EQUILIBRIUM,
     ErrorPoint,
@@ -21,6 +20,7 @@ from equigrad.experiments.runs.error_curves import (
     log_slope,
     slope,
 )
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
 from equigrad.solvers import GradientDescent
@@ -86,7 +86,9 @@ def measure(
     else:
         largest_curvature = quadratic.strength + 1 + (points - 1) * beta
         nudged_solver = GradientDescent(lr=1 / largest_curvature, max_steps=int(nudged_steps))
-        rule = Contrastive(beta=beta, points=points, matched=False, nudged_solver=nudged_solver)
+        rule = replace(
+            PAPERS_RULE, beta=beta, points=points, matched=False, nudged_solver=nudged_solver
+        )
         estimate = meta_gradient(
             quadratic.problem,
             quadratic.params(),

@@ -1,0 +1,159 @@
+"""What made a hypergradient wrong, and what to change."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from equigrad.diagnostics.references import UNSETTLED, ratio
+from equigrad.diagnostics.verdict import Check
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.solvers import Phase
+
+PARALLEL = 0.999
+"""Vectors with a larger cosine differ by a factor alone."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Hypergradients as vectors: over all of θ, or along the directions that were re-solved.
+
+    Attributes:
+        estimate: that which is checked.
+        truth: the reference.
+        direct: the part `∂L_out/∂θ` at the settled φ.
+        unseen: certain differences contradict the exact solve.
+    """
+
+    estimate: Tensor
+    truth: Tensor
+    direct: Tensor
+    unseen: bool
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of a hypergradient that did not pass.
+
+    Attributes:
+        check: the verdict, yet without advice.
+        estimator: what was checked.
+        reference: how the reference settled.
+        faults: what local tests found.
+        vectors: what was compared.
+        half_beta: relative error of the contrastive estimate at half the β; None for others.
+    """
+
+    check: Check
+    estimator: Estimator
+    reference: Phase
+    faults: tuple[str, ...]
+    vectors: Vectors
+    half_beta: float | None
+
+
+def advice(evidence: Evidence) -> list[str]:
+    """What to change, the most likely cause first."""
+    said = list(evidence.faults)
+    said += _place(evidence)
+    said += _settling(evidence)
+    said += _nudge(evidence)
+    if not said:
+        said += _form(evidence.vectors, evidence.check.rtol)
+    if not said and evidence.vectors.unseen:
+        said.append(
+            "The exact solve and the re-solved differences disagree, and the latter are certain: θ "
+            "acts by a path that autograd does not see, or φ is no minimum of the inner loss"
+        )
+    return said or [
+        f"The phases settled, so what is left is {type(evidence.estimator).__name__}'s own error "
+        f"(at equilibrium: {evidence.estimator.traits.error})"
+    ]
+
+
+def _place(evidence: Evidence) -> Iterator[str]:
+    """What is wrong with the place where φ settled."""
+    check, reference = evidence.check, evidence.reference
+    if not check.settled:
+        yield (
+            f"The reference has not settled either ({reference}): there may be no equilibrium "
+            f"near, or the solver is too slow. Regularise the inner loss, or try another solver"
+        )
+    elif not check.stable:
+        yield (
+            "φ rests at a saddle or a maximum of the inner loss: pushed a little aside, it settles "
+            "elsewhere. Start from a point without that symmetry"
+        )
+
+
+def _settling(evidence: Evidence) -> Iterator[str]:
+    """Phases of the estimate that have not settled."""
+    free = evidence.check.result.phases[0]
+    if free.residual <= UNSETTLED * free.start_residual:
+        return
+    yield (
+        f"Settle longer: the free phase ended at a residual of {free.residual:.2g}, from "
+        f"{free.start_residual:.2g}; raise max_steps, or ask for a tol"
+    )
+    if isinstance(evidence.estimator, Contrastive) and not evidence.estimator.matched:
+        yield "Use matched=True: the drift of the free phase is divided by β"
+
+
+def _nudge(evidence: Evidence) -> Iterator[str]:
+    """A β on the wrong side of its best value, and nudged phases that have not settled."""
+    check, estimator, half = evidence.check, evidence.estimator, evidence.half_beta
+    if not isinstance(estimator, Contrastive) or half is None:
+        return
+    free, *nudged = check.result.phases
+    change = f"halving it changes the error to {half:.2g}"
+    coarse = "too small for" in check.result.status
+    if coarse or half > 1.2 * check.relative_error:
+        dtype = next(iter(check.result.grads.values())).dtype
+        yield (
+            f"β = {estimator.beta:g} is too small for {dtype}, or for phases that have not "
+            f"settled: {change}. Raise beta, settle longer, or use torch.float64"
+        )
+    elif half < 0.8 * check.relative_error:
+        yield (
+            f"β = {estimator.beta:g} is too large for the curvature: {change}. Lower beta, or use "
+            f"more points or the symmetric scheme"
+        )
+    slow = [p for p in nudged if p.beta and p.residual > 0.1 * p.start_residual]
+    if slow and free.residual <= UNSETTLED * free.start_residual:
+        yield (
+            f"The nudged phases have hardly settled (residual {slow[0].start_residual:.2g} to "
+            f"{slow[0].residual:.2g} in {slow[0].steps} steps): give them more steps"
+        )
+
+
+def _form(vectors: Vectors, rtol: float) -> Iterator[str]:
+    """What the estimate looks like beside the truth and its parts."""
+    estimate, truth, direct = vectors.estimate, vectors.truth, vectors.direct
+    implicit = truth - direct
+    if truth.numel() < 2:
+        return
+    two_parts = min(direct.norm(), implicit.norm()) > rtol * truth.norm()
+    if two_parts and ratio(estimate - implicit, truth) <= rtol:
+        yield "The direct term ∂L_out/∂θ is missing: the estimate is the implicit part alone"
+    elif two_parts and abs(_cosine(estimate - direct, implicit)) > PARALLEL:
+        factor = _factor(estimate - direct, implicit)
+        yield (
+            f"The implicit part is {factor:.4g} times what it should be; the direct term "
+            f"∂L_out/∂θ is right"
+        )
+    elif abs(_cosine(estimate, truth)) > PARALLEL:
+        factor = _factor(estimate, truth)
+        if abs(factor + 1) <= rtol:
+            yield "The sign is wrong: the estimate is minus the gradient"
+        else:
+            yield f"The estimate is {factor:.4g} times the gradient, in all of θ alike"
+
+
+def _factor(one: Tensor, other: Tensor) -> float:
+    """`one` in units of `other`, to which it is parallel."""
+    return (one.dot(other) / other.dot(other)).item()
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    size = one.norm() * other.norm()
+    return (one.dot(other) / size).item() if size else 0.0

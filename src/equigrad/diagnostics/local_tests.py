@@ -1,0 +1,229 @@
+"""Are a problem's functions what the estimators take them for? Tests around one place."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from equigrad.buffers import KeptBuffers
+from equigrad.problems import Params, Problem
+from equigrad.randomness import CommonRandomness, Stream
+from equigrad.vectors import flatten
+
+MISMATCH = 0.05
+"""Relative difference of a derivative by autograd and by differences that is called one."""
+
+ROUNDING = 30
+"""A difference of so many rounding errors of the values says nothing."""
+
+
+def local_faults(
+    problem: Problem, params: Params, meta_params: Params, seed: int
+) -> tuple[str, ...]:
+    """What is wrong with a problem's functions around a place, a sentence each.
+
+    - Two evaluations with the same seeds give the same value.
+    - Derivatives by φ and by θ, by autograd, are those by central differences along a random
+      direction, at a place near by.
+    - The closed forms of a regulariser are the derivatives of its penalty.
+    - The velocity has no jump where φ settled.
+
+    Args:
+        problem: what is looked at.
+        params: φ where it settled.
+        meta_params: θ.
+        seed: of the directions, and of the functions' random numbers.
+    """
+    found: list[str] = []
+    params = {name: p.detach() for name, p in params.items()}
+    meta_params = {name: m.detach() for name, m in meta_params.items()}
+    tensors = [*params.values(), *meta_params.values()]
+    with KeptBuffers(problem.modules or ()) as buffers, CommonRandomness(tensors, seed) as draws:
+        place = _Place(problem, params, meta_params, buffers, draws, seed)
+        for stream in ("inner", "outer"):
+            if place.random(stream):
+                found.append(
+                    f"{problem.name(stream)} is random: two evaluations with the same seeds and "
+                    f"arguments differ. Draw from torch's global generator, or freeze what it draws"
+                )
+        if found:  # differences of noise say nothing more
+            return tuple(found)
+        found += place.mismatches()
+        found += place.regularizer_faults()
+        if place.jumps():
+            found.append(
+                "The velocity jumps where φ settled: there is a kink (|φ|, ReLU, a clamp) at the "
+                "solution itself, where no derivative of it is defined. Smooth the loss there"
+            )
+    return tuple(found)
+
+
+class _Place:
+    """A problem near a settled state, with the same buffers and random numbers at every look."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        params: Params,
+        meta_params: Params,
+        buffers: KeptBuffers,
+        draws: CommonRandomness,
+        seed: int,
+    ) -> None:
+        self.problem, self.settled, self.meta = problem, params, meta_params
+        self.buffers, self.draws = buffers, draws
+        self.generator = torch.Generator().manual_seed(seed)
+        self.params = {n: p + 0.1 * d for (n, p), d in self._paired(params)}
+
+    def value(self, stream: Stream, params: Params, meta: Params) -> Tensor:
+        """The function's value on the first batch; of a map, the sum of its residual's entries."""
+        self.buffers.restore(self.buffers.before)
+        return self.problem.probe(stream, params, meta, 0, self.draws)
+
+    def random(self, stream: Stream) -> bool:
+        """Whether two evaluations differ by more than rounding."""
+        with torch.no_grad():
+            one, other = (self.value(stream, self.params, self.meta).item() for _ in range(2))
+        return abs(one - other) > ROUNDING * self._eps(self.params) * max(abs(one), abs(other))
+
+    def mismatches(self) -> Iterator[str]:
+        """Derivatives by autograd that differences do not confirm."""
+        for stream in ("inner", "outer"):
+            for argument in ("params", "meta_params"):
+                if not self._confirmed(lambda p, m, s=stream: self.value(s, p, m), argument):
+                    yield (
+                        f"{self.problem.name(stream)} depends on {argument} by a path that "
+                        f"autograd does not see: its derivative is not that of its values. Look "
+                        f"for .detach(), .item(), .data, torch.no_grad() and numpy in it"
+                        + "; if the cut is meant, what settles is no minimum: use FixedPoint"
+                        * (stream == "inner" and argument == "params" and self.problem.energy)
+                    )
+
+    def regularizer_faults(self) -> Iterator[str]:
+        """Closed forms of a regulariser that are not the derivatives of its penalty."""
+        regularizer = self.problem.regularizer
+        if regularizer is None:
+            return
+        with torch.enable_grad():
+            leaves = {n: p.clone().requires_grad_() for n, p in self.params.items()}
+            grads = torch.autograd.grad(
+                regularizer.penalty(leaves, self.meta),
+                list(leaves.values()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        pull = regularizer.bind(self.meta)
+        with torch.no_grad():
+            zero = tuple(torch.zeros_like(p) for p in self.params.values())
+            velocity = pull.add_velocity(zero, self.params)
+        if _apart([-g for g in grads], velocity) > MISMATCH:
+            yield (
+                "The regulariser's velocity is not minus the derivative of its penalty by φ: one "
+                "of the two is wrong (a factor, or a sign)"
+            )
+        by_theta = [self._by_theta(place) for place in (self.params, self.settled)]
+        difference = [a - b for a, b in zip(*(g.values() for g in by_theta), strict=True)]
+        closed = pull.contrast([self.params, self.settled], [1.0, -1.0])
+        if _apart(difference, [closed[name].real for name in by_theta[0]]) > MISMATCH:
+            yield (
+                "The regulariser's contrast is not the difference of its penalty's derivatives by "
+                "θ: one of the two is wrong (a factor, or a sign)"
+            )
+
+    def jumps(self) -> bool:
+        """Whether the velocity changes across the settled place by an amount that does not shrink.
+
+        Of a smooth one it shrinks with the distance.
+        """
+        direction = {n: d for (n, _), d in self._paired(self.settled)}
+        small = self._eps(self.settled) ** (1 / 3)
+
+        def change(distance: float) -> Tensor:
+            above, below = (
+                {n: p + sign * distance * direction[n] for n, p in self.settled.items()}
+                for sign in (1, -1)
+            )
+            up, down = (flatten(list(self._velocity(p).values())).double() for p in (above, below))
+            return up - down
+
+        wide, narrow = change(16 * small), change(small)
+        # entry by entry: where a few jump, the others hide them in a norm
+        jumped = (narrow.abs() > 0.5 * wide.abs()) & (narrow.abs() > 0.01 * wide.abs().max())
+        return bool(jumped.any())
+
+    def _confirmed(self, function: Callable[[Params, Params], Tensor], argument: str) -> bool:
+        """Whether autograd's derivative along a random direction is that of differences."""
+        start = self.params if argument == "params" else self.meta
+        other = self.meta if argument == "params" else self.params
+        direction = {n: d for (n, _), d in self._paired(start)}
+
+        def at(tensors: Params) -> Tensor:
+            return function(*((tensors, other) if argument == "params" else (other, tensors)))
+
+        with torch.enable_grad():
+            leaves = {n: t.clone().requires_grad_() for n, t in start.items()}
+            value = at(leaves)
+            grads = (
+                torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+                if value.requires_grad
+                else [None] * len(leaves)
+            )
+        slope = sum(
+            (g.double() * direction[n].double()).sum().item()
+            for n, g in zip(leaves, grads, strict=True)
+            if g is not None
+        )
+
+        def difference(step: float) -> float:
+            with torch.no_grad():
+                above, below = (
+                    at({n: t + s * direction[n] for n, t in start.items()}).item()
+                    for s in (step, -step)
+                )
+            return (above - below) / (2 * step)
+
+        eps = self._eps(start)
+        step = eps ** (1 / 3)
+        coarse, fine = difference(step), difference(step / 2)
+        noise = 2 * abs(coarse - fine) + ROUNDING * eps * abs(value.item()) / step
+        return abs(fine - slope) <= MISMATCH * max(abs(fine), abs(slope)) + noise
+
+    def _by_theta(self, params: Params) -> Params:
+        regularizer = self.problem.regularizer
+        assert regularizer is not None
+        with torch.enable_grad():
+            leaves = {n: m.clone().requires_grad_() for n, m in self.meta.items()}
+            names = [n for n in leaves if n in regularizer.meta_names]
+            grads = torch.autograd.grad(
+                regularizer.penalty(params, leaves),
+                [leaves[n] for n in names],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return dict(zip(names, grads, strict=True))
+
+    def _velocity(self, params: Params) -> Params:
+        self.buffers.restore(self.buffers.before)
+        leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+        with torch.no_grad():
+            velocity, _ = self.problem.velocity_at(self.meta, 0.0, self.draws)(leaves, 0)
+        return dict(zip(params, velocity, strict=True))
+
+    def _paired(self, tensors: Params) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+        """Each tensor, and a random direction on the scale of its entries."""
+        for name, tensor in tensors.items():
+            scale = max(tensor.double().square().mean().sqrt().item(), 0.1)
+            raw = torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+            yield (name, tensor), (scale * raw).to(tensor)
+
+    @staticmethod
+    def _eps(tensors: Params) -> float:
+        return max(torch.finfo(t.dtype).eps for t in tensors.values())
+
+
+def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """`‖one - other‖ / ‖other‖`; 0 where both are zero."""
+    a, b = (flatten([t.detach() for t in tensors]).double() for tensors in (one, other))
+    apart, size = (a - b).norm().item(), b.norm().item()
+    return apart / size if size else math.inf if apart else 0.0

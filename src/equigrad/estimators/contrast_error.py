@@ -1,0 +1,173 @@
+"""How wrong a contrastive hypergradient is, from the phases that it was made of."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from equigrad.evaluation import Evaluation
+from equigrad.problems import Params
+from equigrad.solvers import Phase, Settled
+from equigrad.vectors import flatten
+
+SAFETY = 3
+"""The estimate is so many times what the differences say."""
+
+RESTLESS = 0.3
+"""With a residual above this share of the nudge, the free phase is the first thing to look at."""
+
+NAMED = 0.1
+"""An error above this is named in the status, with what to change first."""
+
+
+@dataclass(frozen=True)
+class ContrastError:
+    """The relative error of a contrast, in its parts.
+
+    Attributes:
+        finite: of finite β.
+        unsettled: of nudged phases that ended before they had answered the nudge.
+        rounding: of the number format of φ.
+        drift: the free phase's residual in units of the nudge `β ‖∂L_out/∂φ‖`; no error in itself
+            where phases are matched, but a sign that the learner is not at rest.
+        adaptive: the solver scales its steps by the gradients that it has seen, as Adam does.
+    """
+
+    finite: float = 0.0
+    unsettled: float = 0.0
+    rounding: float = 0.0
+    drift: float = 0.0
+    adaptive: bool = False
+
+    @property
+    def total(self) -> float:
+        """The estimated relative error."""
+        return SAFETY * (self.finite + self.unsettled + self.rounding)
+
+    def sentence(self) -> str:
+        """The error, and what to change first."""
+        much = f"{100 * self.total:.0f} %" if self.total < 1 else "100 % or more"
+        return f"estimated error {much}: {self._advice()}"
+
+    def _advice(self) -> str:
+        if self.rounding > self.finite + self.unsettled:
+            return "beta is too small for this number format; raise beta, or use torch.float64"
+        if self.drift > RESTLESS:
+            return (
+                f"the free phase is not at rest, its residual is {self.drift:.2g} times the nudge; "
+                f"settle longer, or raise beta"
+                + "; far from rest, the contrast of an adaptive optimiser is no gradient"
+                * self.adaptive
+            )
+        if self.finite < self.unsettled:
+            return (
+                "nudged phases have not answered the nudge; give them more steps, larger steps, or "
+                "a tolerance"
+            )
+        return (
+            "lower beta; if that does not help, the losses may have a symmetry in common, or the "
+            "solution a flat direction: try nudge='loss'"
+        )
+
+
+def contrast_error(
+    evaluation: Evaluation,
+    free: Settled,
+    ends: Sequence[Settled],
+    halves: Sequence[Settled] | None,
+    *,
+    full: Params,
+    half: Params | None,
+    force: Params,
+    order: int,
+    symmetric: bool,
+    adaptive: bool,
+) -> ContrastError:
+    """Compare the contrast with that of half the steps, and the outer force at φ_β and φ_0.
+
+    Nudged phases of half the length leave a larger share of the nudge unanswered; what the contrast
+    has gained since, by what the share has lost, is what the share that is left is worth; without
+    that knowledge, it is taken to be worth itself. The outer
+    force at a nudged solution differs from that at the free one by a share of order β, its bend;
+    the error of finite β is the bend to the power of the scheme's order. Symmetric phases also tell
+    how far the response is from a straight line, again of order β, which takes the place of every
+    other factor: where the inner loss is quadratic and the nudge a force, both are exact.
+
+    Args:
+        evaluation: evaluates, and counts a gradient of the outer loss for up to two phases.
+        free: the free solution.
+        ends: where the phases ended.
+        halves: where they stood half-way, if that is known.
+        full: the contrast.
+        half: the contrast half-way, if that is known.
+        force: `∂L_out/∂φ` at the free solution.
+        order: of the error in β.
+        symmetric: the phases are pairs at ±β.
+        adaptive: the solver scales its steps by the gradients that it has seen.
+    """
+    nudged = [state for state in ends if state.phase.beta != 0]
+    size = flatten(list(force.values())).norm().item()
+    if not size > 0:
+        return ContrastError()
+    bend = max(_bend(evaluation, state, force) for state in nudged[:2])
+    if symmetric:
+        curved = _curved(free, nudged[0], nudged[1])
+        finite = bend * curved * max(bend, curved) ** (order - 2)
+    else:
+        finite = bend**order
+    drift = free.phase.residual / (abs(nudged[0].phase.beta) * size)
+    left = max(_left(state.phase) for state in nudged)
+    if half is None or halves is None:
+        unsettled = left
+    else:
+        before = max(_left(state.phase) for state in halves if state.phase.beta != 0)
+        changed = relative(half, full)
+        unsettled = changed * left / (before - left) if before > left else max(changed, left)
+    return ContrastError(finite, unsettled, _rounding(free, nudged), drift, adaptive)
+
+
+def _bend(evaluation: Evaluation, at: Settled, force: Params) -> float:
+    """How much the outer force differs from that at the free solution, relative to itself."""
+    params = {n: p.real if p.is_complex() else p for n, p in at.params.items()}
+    there, _ = evaluation.outer_gradients(dataclasses.replace(at, params=params))
+    return relative(there, force)
+
+
+def _curved(free: Settled, plus: Settled, minus: Settled) -> float:
+    """How far the response is from a straight line: `‖φ_β + φ_-β - 2φ_0‖ / ‖φ_β - φ_-β‖`."""
+    up, center, down = (
+        flatten([state.params[name] for name in free.params]).double()
+        for state in (plus, free, minus)
+    )
+    even, odd = (up + down - 2 * center).norm().item(), (up - down).norm().item()
+    return even / odd if odd else math.inf if even else 0.0
+
+
+def _rounding(free: Settled, nudged: Sequence[Settled]) -> float:
+    """What rounding φ is worth beside the distance that the nudge moved it."""
+    start = list(free.params.values())
+    size = flatten(start).double().norm().item()
+    moved = min(
+        (flatten([state.params[name] for name in free.params]) - flatten(start)).norm().item()
+        for state in nudged
+    )
+    eps = max(torch.finfo(p.dtype).eps for p in start)
+    return eps * size / moved if moved else 0.0
+
+
+def _left(phase: Phase) -> float:
+    """The share of the nudge that a phase left unanswered."""
+    if not phase.start_residual > 0:
+        return 0.0
+    share = phase.residual / phase.start_residual
+    return share if math.isfinite(share) else 1.0
+
+
+def relative(one: Params, other: Params) -> float:
+    """`‖one - other‖ / ‖other‖` over all names; 0 where they are the same."""
+    a = flatten([one[name] for name in other]).double()
+    b = flatten(list(other.values())).double()
+    apart, size = torch.linalg.vector_norm(a - b).item(), torch.linalg.vector_norm(b).item()
+    return apart / size if size else math.inf if apart else 0.0

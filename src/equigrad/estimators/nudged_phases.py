@@ -1,0 +1,148 @@
+"""The nudged phases of a contrast, and where they stood half-way."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from equigrad.evaluation import ANSWERED, Evaluation
+from equigrad.problems import Params
+from equigrad.randomness import Stream
+from equigrad.solvers import Settled, Solver
+
+HALF_WAY = 10
+"""Under a tolerance a phase is half-way where so many times the last residual is left."""
+
+
+@dataclass(frozen=True)
+class NudgedPhases:
+    """Phases that start at the free solution and end after equally many steps.
+
+    Attributes:
+        evaluation: settles and counts.
+        free: the free solution.
+        solver: settles the phases.
+        keep_momentum: go on with the free phase's solver state, or start anew.
+        force: a constant `∂L_out/∂φ` in the place of the outer loss, or None.
+        halved: stop half-way and remember where, where that is possible.
+    """
+
+    evaluation: Evaluation
+    free: Settled
+    solver: Solver
+    keep_momentum: bool
+    force: Params | None
+    halved: bool
+
+    def run(
+        self, betas: Sequence[complex], *, matched: bool
+    ) -> tuple[list[Settled], list[Settled] | None]:
+        """Settle a phase for every nudging strength.
+
+        Args:
+            betas: the strengths; with one of zero, the phase is the free one, or a matched one.
+            matched: run all phases for equally many steps: until each nudged one has settled.
+
+        Returns:
+            Where the phases ended, and where they stood half-way, if that is known of all.
+        """
+        ends: dict[complex, Settled] = {}
+        halves: dict[complex, Settled] = {}
+        for beta in (beta for beta in betas if beta != 0):
+            half = self._first_half(beta)
+            ends[beta] = self._onward(beta, half)
+            if half is not None:
+                halves[beta] = half
+        if matched:
+            longest = max(end.phase.steps for end in ends.values())
+            for beta, end in ends.items():
+                ends[beta] = self._further(beta, end, longest - end.phase.steps)
+            if 0 in betas:
+                first = max((half.phase.steps for half in halves.values()), default=longest)
+                free = self._settle(0.0, self.free, keep=self.keep_momentum, steps=first)
+                ends[0], halves[0] = self._further(0.0, free, longest - first), free
+        else:
+            ends[0] = halves[0] = self.free
+        known = all(beta in halves for beta in betas)
+        # nobody goes on from here, and the states may be large
+        forget = [dataclasses.replace(ends[beta], solver_state=None) for beta in betas]
+        return forget, [halves[beta] for beta in betas] if known else None
+
+    def _first_half(self, beta: complex) -> Settled | None:
+        limit, tol = self.solver.max_steps, self.solver.tol
+        if not self._halved or (limit is not None and limit < 2):
+            return None
+        if tol is None:
+            assert limit is not None
+            return self._settle(beta, self.free, keep=self.keep_momentum, steps=limit // 2)
+        wide = dataclasses.replace(self.solver, tol=HALF_WAY * tol)
+        half = self._settle(
+            beta, self.free, keep=self.keep_momentum, solver=wide, share=HALF_WAY * ANSWERED
+        )
+        return half if half.phase.outcome == "converged" else None
+
+    @property
+    def _halved(self) -> bool:
+        """Whether phases are looked at half-way.
+
+        Where one converges in the middle of its passes over mini-batches, its place in the pass
+        would differ from that of the free phase.
+        """
+        streams: tuple[Stream, ...] = ("inner", "outer")
+        passes = max(len(self.evaluation.batch_steps(stream)) for stream in streams)
+        return self.halved and not self.solver.jumps and (passes == 1 or self.solver.tol is None)
+
+    def _onward(self, beta: complex, half: Settled | None) -> Settled:
+        """To the end of a phase, from half-way or from the free solution."""
+        if half is None:
+            return self._settle(beta, self.free, keep=self.keep_momentum)
+        limit, done = self.solver.max_steps, half.phase.steps
+        if self.solver.tol is None:
+            assert limit is not None
+            return self._further(beta, half, limit - done)
+        solver = self.solver
+        if limit is not None:
+            solver = dataclasses.replace(solver, max_steps=max(limit - done, 1))
+        residual = half.phase.residual
+        share = ANSWERED * half.phase.start_residual / residual if residual else 1.0
+        end = self._settle(beta, half, keep=True, solver=solver, share=share)
+        return _joined(half, end)
+
+    def _further(self, beta: complex, state: Settled, steps: int) -> Settled:
+        """So many steps more, from where the phase stands in the pass over its mini-batches."""
+        if steps < 1:
+            return state
+        paused = dataclasses.replace(state.phase, outcome="stopped")
+        end = self._settle(beta, dataclasses.replace(state, phase=paused), keep=True, steps=steps)
+        outcome = state.phase.outcome if state.phase.tol is not None else end.phase.outcome
+        phase = dataclasses.replace(end.phase, outcome=outcome, tol=state.phase.tol)
+        return _joined(state, dataclasses.replace(end, phase=phase))
+
+    def _settle(
+        self,
+        beta: complex,
+        start: Settled,
+        *,
+        keep: bool,
+        solver: Solver | None = None,
+        steps: int | None = None,
+        share: float = ANSWERED,
+    ) -> Settled:
+        return self.evaluation.settle_nudged(
+            start,
+            solver or self.solver,
+            beta,
+            keep_momentum=keep,
+            steps=steps,
+            share=share,
+            force=None if beta == 0 else self.force,
+        )
+
+
+def _joined(first: Settled, second: Settled) -> Settled:
+    """The end of two parts of a phase, reported as that of one."""
+    phase = dataclasses.replace(
+        second.phase,
+        steps=first.phase.steps + second.phase.steps,
+        start_residual=first.phase.start_residual,
+    )
+    return dataclasses.replace(second, phase=phase)
