@@ -173,7 +173,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         return Settled(
             params=free.params,
             buffers=evaluation.named_buffers(free),
-            status="; ".join([str(free.phase), *evaluation.notes]),
+            status="; ".join([str(free.phase), *evaluation.tally.notes]),
             phase=free.phase,
             _end=free,
             _seed=evaluation.seed,
@@ -266,7 +266,7 @@ def meta_gradient(
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
-            evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
+            evaluation.tally.note(_rounding(evaluation.lower, problem.symmetric))
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     remedy = (
@@ -279,9 +279,9 @@ def meta_gradient(
         params=free.params,
         buffers=buffers,
         outer_loss=outer_loss,
-        status=_status(phases, estimate.grads, evaluation.notes),
+        status=_status(phases, estimate.grads, evaluation.tally.notes),
         phases=phases,
-        gradient_evaluations=evaluation.gradient_evaluations,
+        gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
     )
@@ -310,7 +310,7 @@ def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> Non
     """Note of a map that has not settled whether it contracts."""
     uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
     if free.phase.failed and not evaluation.problem.symmetric and uncontrolled:
-        evaluation.notes.append(verdict(evaluation, free, solver))
+        evaluation.tally.note(verdict(evaluation, free, solver))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -131,7 +131,7 @@ class OutputControl:
             params = {n: p.clone().requires_grad_() for n, p in self._after.params.items()}
             steps = self._evaluation.batch_steps("outer")
             found = set[str]().union(*(self._pressure(params, step) for step in steps))
-            self._evaluation.gradient_evaluations += len(steps)
+            self._evaluation.tally.spend(len(steps))
             self._outputs = [name for name in params if name in found]
         return self._outputs
 

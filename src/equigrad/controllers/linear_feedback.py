@@ -108,7 +108,7 @@ class LinearFeedback(Controller):
             push, _ = output(leaves, integral, step)
             for name, c in self._spread(feedback, leaves, push, samples).items():
                 control[name] += c / len(steps)
-        evaluation.gradient_evaluations += len(steps)
+        evaluation.tally.spend(len(steps))
         return Controlled(dataclasses.replace(settled, params=ended, solver_state=None), control)
 
     def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:

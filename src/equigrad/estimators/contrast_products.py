@@ -166,7 +166,7 @@ class ContrastProducts:
         total: Tensor | None = None
         for step in steps:
             velocity, _ = self._velocity(leaves, step)
-            self._evaluation.gradient_evaluations += 1
+            self._evaluation.tally.spend(1)
             flat = flatten(list(velocity))
             total = flat if total is None else total + flat
         assert total is not None

@@ -118,7 +118,7 @@ class Estimator(ABC):
                 f"params=meta_params where θ is the initial φ itself"
             )
         if evaluation.start and not traits.sees_start:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"params start at a function of {listed(evaluation.start)}: the path through the "
                 f"start, which vanishes at equilibrium, is not in the gradient"
             )

@@ -82,7 +82,7 @@ class EvolutionStrategies(Estimator):
             total += sample
             squares += sample.square()
         if missed:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"free phases at perturbed meta-parameters ended {', '.join(sorted(missed))}"
             )
         mean = total / self.pairs

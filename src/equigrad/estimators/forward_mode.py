@@ -117,7 +117,7 @@ def _push_forward(
                 forward_ad.make_dual(s, m) for s, m in zip(state, state_moves, strict=True)
             ]
             after = replay(evaluation, solver, dual, dual_state, meta, range(step, step + 1))
-            evaluation.gradient_evaluations += 1
+            evaluation.tally.spend(1)
             values, tangents = _unpack([*after.params.values(), *after.solver_state])
         params = dict(zip(params, values, strict=False))
         moves = dict(zip(params, tangents, strict=False))

@@ -28,7 +28,7 @@ def require_holomorphic(evaluation: Evaluation, at: Settled) -> None:
     }
     for part in evaluation.parts(params, meta, at.end_step):
         _require(part)
-        evaluation.gradient_evaluations += 2
+        evaluation.tally.spend(2)
 
 
 def _require(part: Part) -> None:

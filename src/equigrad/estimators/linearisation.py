@@ -121,7 +121,7 @@ class Linearisation:
         steps = self._evaluation.batch_steps("inner")
         with second_derivatives(self._evaluation, self._who):
             for residual in self._residuals(steps):
-                self._evaluation.gradient_evaluations += 2
+                self._evaluation.tally.spend(2)
                 try:
                     product = pull_back(residual, direction, leaves, retain_graph=self._keeps)
                 except RuntimeError as error:

@@ -72,5 +72,5 @@ class PhantomGradient(Estimator):
                 allow_unused=True,
                 materialize_grads=True,
             )
-        evaluation.gradient_evaluations += 2 * self.steps + len(batches)
+        evaluation.tally.spend(2 * self.steps + len(batches))
         return Estimate(grads=dict(zip(meta, grads, strict=True)), phases=(free,))

@@ -42,7 +42,7 @@ class ThroughStart(Estimator):
             )
         inner = [n for n in evaluation.meta_params if n in evaluation.reached("inner")]
         if inner:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"{who} leaves out how {listed(inner)} acts through the inner loss"
             )
 

@@ -112,7 +112,7 @@ class Unrolled(Estimator):
             start = evaluation.pull_back_start(dict(zip(pressure, adjoint, strict=False)))
             grads = {name: grad + start[name] for name, grad in grads.items()}
         elif evaluation.start:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"the start is {free.end_step} steps back, out of reach of "
                 f"truncation={self.truncation}: the path through it is not in the gradient"
             )
@@ -158,7 +158,7 @@ class _Segment:
 
     def pull_back(self, adjoint: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The adjoint of φ and the solver's state before the steps, and what they add for θ."""
-        self._evaluation.gradient_evaluations += 2 * len(self._steps)
+        self._evaluation.tally.spend(2 * len(self._steps))
         after = [*self._end.params.values(), *self._end.solver_state]
         pulled = pull_back(after, adjoint, [*self._before, *self._meta.values()])
         cut = len(self._before)

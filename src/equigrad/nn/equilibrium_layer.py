@@ -213,7 +213,7 @@ class EquilibriumLayer(nn.Module):
             f"phase β={phase.beta:g} {phase}"
             for phase in (other.phase for other in estimate.phases[1:])
             if phase.failed
-        ] + evaluation.notes
+        ] + evaluation.tally.notes
         if notes:
             who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
             self._say("backward", lambda: f"{who}: {'; '.join(notes)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
 from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.evaluation.tally import Tally
 from equigrad.problems import (
     Params,
     Part,
@@ -63,11 +64,9 @@ class Evaluation:
         reaches: the meta-parameters that the inner and outer functions depend on, by stream.
         start: names of the meta-parameters that the given params were computed from.
         only_start: those of them that reach no loss in another way.
-        gradient_evaluations: gradients of the inner or the outer loss taken so far; a
-            Hessian-vector product counts as two, values without a gradient do not count.
         lower: the lowest precision that the problem's functions compute in under autocast; None
             without.
-        notes: what the user should know about this meta-gradient, a sentence each.
+        tally: is told what was spent, and what is to be noted.
     """
 
     def __init__(
@@ -96,14 +95,13 @@ class Evaluation:
         )
         self.start = [name for name, grad in reached.items() if grad is not None]
         self.only_start: list[str] = []
-        self.gradient_evaluations = 0
+        self.tally = Tally()
         self._judged: tuple[Settled | None, Tensor] = None, torch.zeros(())
-        self.notes: list[str] = []
         frozen = [
             n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad
         ]
         if frozen:
-            self.notes.append(
+            self.tally.note(
                 f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
                 f"settle all the same; leave them out of params to keep them"
             )
@@ -154,7 +152,7 @@ class Evaluation:
             batches=self._batches(solver, 0.0),
             samples=self.problem.samples,
             watch=watch,
-            count=self._counter(0.0),
+            count=self.tally.spend,
             remedy=self._remedy(0.0),
         )
         self.problem = _without_lost(self.problem, free)
@@ -247,7 +245,7 @@ class Evaluation:
             batches=batches,
             samples=self.problem.samples,
             share=share if beta != 0 else 1.0,
-            count=self._counter(beta if force is None else 0.0),
+            count=self.tally.spend_each(1 if beta == 0 or force is not None else 2),
             remedy=self._remedy(beta),
         )
         return dataclasses.replace(nudged, buffers=self.snapshot())
@@ -277,9 +275,6 @@ class Evaluation:
         self.stand_at(after)
         batches = self._batches(solver, strength)
 
-        def count(evaluations: int) -> None:
-            self.gradient_evaluations += gradients * evaluations
-
         settled = settle(
             velocity,
             loss,
@@ -290,7 +285,7 @@ class Evaluation:
             first_step=_next_step(after, batches),
             batches=batches,
             samples=self.problem.samples,
-            count=count,
+            count=self.tally.spend_each(gradients),
             remedy="Take shorter steps (GradientFlow(dt=…), Picard(damping=…))",
         )
         return dataclasses.replace(settled, buffers=self.snapshot())
@@ -340,14 +335,6 @@ class Evaluation:
                 f"this problem has mini-batches; use GradientDescent or TorchOptimizer"
             )
         return batches
-
-    def _counter(self, beta: complex) -> Callable[[int], None]:
-        """Counts the gradients of so many velocities."""
-
-        def count(evaluations: int) -> None:
-            self.gradient_evaluations += evaluations if beta == 0 else 2 * evaluations
-
-        return count
 
     def _velocity(self, beta: complex, force: Params | None = None) -> Velocity:
         meta = like(beta, self.meta_params)
@@ -486,7 +473,7 @@ class Evaluation:
             if not loss.requires_grad:  # a batch that no meta-parameter acts on
                 continue
             torch._foreach_add_(total, slope(loss, leaves), alpha=1 / len(steps))
-            self.gradient_evaluations += 1
+            self.tally.spend(1)
         return dict(zip(names, total, strict=True))
 
     def outer_gradients(self, at: Settled) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -505,7 +492,7 @@ class Evaluation:
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, grads, alpha=1 / len(steps))
             mean = mean + loss.detach() / len(steps)
-            self.gradient_evaluations += 1
+            self.tally.spend(1)
         self._judged = at, mean
         direct = {name: torch.zeros_like(m) for name, m in self.meta_params.items()}
         direct.update(zip(names, total[len(params) :], strict=True))
@@ -584,7 +571,7 @@ class Evaluation:
             loss = self._checked_probe(stream, params, meta)
             leaves = [*params.values(), *meta.values()]
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-            self.gradient_evaluations += 1
+            self.tally.spend(1)
             reached = [g is not None for g in grads]
             moves = {name for name, r in zip(params, reached, strict=False) if r}
             if not moves:
@@ -603,7 +590,7 @@ class Evaluation:
             check_scalar("the regularizer", self.problem.regularizer.penalty(params, meta))
         idle = sorted(set(params) - moved)
         if idle:
-            self.notes.append(f"no loss depends on params {listed(idle)}")
+            self.tally.note(f"no loss depends on params {listed(idle)}")
         return found_by
 
     def _reached_on(self, stream: Stream, meta: Params, step: int) -> set[str]:
@@ -611,7 +598,7 @@ class Evaluation:
         loss = self._probe(stream, self.params, meta, step)
         if not loss.requires_grad:
             return set()
-        self.gradient_evaluations += 1
+        self.tally.spend(1)
         grads = torch.autograd.grad(loss, list(meta.values()), allow_unused=True)
         return {name for name, g in zip(meta, grads, strict=True) if g is not None}
 
