@@ -51,6 +51,7 @@ class EnergyInversion(Controller):
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Minimise over φ."""
+        evaluation = evaluation.holding(after)
         batches = len(evaluation.batch_steps("inner"))
         require(
             batches == 1,

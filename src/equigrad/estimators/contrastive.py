@@ -165,7 +165,7 @@ class Contrastive(Estimator):
             ).run()
         nudged_solver, beta = self.nudged_solver or solver, self.beta
         if self.sign == "random":
-            beta *= evaluation.sign()
+            beta *= evaluation.stage.sign()
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),
             f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to "

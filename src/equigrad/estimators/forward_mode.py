@@ -100,9 +100,10 @@ def _push_forward(
     evaluation: Evaluation, solver: Solver, start: Moment, steps: int, direction: Params
 ) -> dict[str, Tensor]:
     """How φ after some steps moves when θ moves along a direction."""
+    evaluation = evaluation.holding(start)
     params, state = start.params, start.solver_state
-    moves, state_moves = evaluation.push_start(direction), [torch.zeros_like(s) for s in state]
-    evaluation.stand_at(start)
+    moves, state_moves = evaluation.start.push(direction), [torch.zeros_like(s) for s in state]
+    evaluation.stage.stand_at(start)
     for step in range(steps):
         with forward_ad.dual_level():
             meta = {

@@ -110,7 +110,7 @@ class LeastControl(Estimator):
             f"{type(evaluation.problem).__name__} is no gradient of an inner loss; use "
             f"difference=None",
         )
-        reached = sorted(evaluation.reached("outer"))
+        reached = sorted(evaluation.reaches.loss("outer"))
         if reached and not self.controller.relaxed:
             raise ConfigurationError(
                 f"{type(self.controller).__name__}(leak=0) holds ∂L_out/∂φ at 0 whatever that "

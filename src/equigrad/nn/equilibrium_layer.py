@@ -172,7 +172,7 @@ class EquilibriumLayer(nn.Module):
         who = f"EquilibriumLayer({type(self.cell).__name__})"
         theta = {name: t for name, t in call.tensors.items() if t.is_floating_point()}
         with Evaluation(call.problem(call.tensors, theta), call.start, theta) as evaluation:
-            call.seed = evaluation.seed
+            call.seed = evaluation.stage.seed
             try:
                 settled = evaluation.settle(self.solver)
             except SettlingError as error:
