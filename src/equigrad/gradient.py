@@ -13,9 +13,10 @@ from equigrad import solvers
 from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, listed
+from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
+from equigrad.wording import listed
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Settled:
     def _require(self, **given: Params) -> None:
         """Refuse parameters other than those that it settled with."""
         for what, tensors in given.items():
+            check_tensors(what, tensors)
             own = self._given[what]
             if own.keys() != tensors.keys():
                 raise ProblemError(
@@ -172,11 +174,11 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         _judge(free, evaluation, solver)
         return Settled(
             params=free.params,
-            buffers=evaluation.named_buffers(free),
-            status="; ".join([str(free.phase), *evaluation.notes]),
+            buffers=evaluation.stage.named_buffers(free),
+            status="; ".join([str(free.phase), *evaluation.tally.notes]),
             phase=free.phase,
             _end=free,
-            _seed=evaluation.seed,
+            _seed=evaluation.stage.seed,
             _solver=solver,
             _given={"params": _copies(params), "meta_params": _copies(meta_params)},
         )
@@ -253,11 +255,9 @@ def meta_gradient(
     end = seed = None
     if settled is not None:
         _require_kinds(("settled", settled, Settled))
+        settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
-    evaluation = Evaluation(problem, params, meta_params, end, seed)
-    if settled is not None:
-        settled._require(params=evaluation.params, meta_params=evaluation.meta_params)
-    with evaluation:
+    with Evaluation(problem, params, meta_params, end, seed) as evaluation:
         estimator.check(evaluation, solver)
         if settled is not None:
             estimator.check_settled(evaluation)
@@ -266,9 +266,9 @@ def meta_gradient(
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
-            evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
+            evaluation.tally.note(_rounding(evaluation.lower, problem.symmetric))
         outer_loss = evaluation.outer_loss(free).item()
-        buffers = evaluation.named_buffers(free)
+        buffers = evaluation.stage.named_buffers(free)
     remedy = (
         "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"
     )
@@ -279,9 +279,9 @@ def meta_gradient(
         params=free.params,
         buffers=buffers,
         outer_loss=outer_loss,
-        status=_status(phases, estimate.grads, evaluation.notes),
+        status=_status(phases, estimate.grads, evaluation.tally.notes),
         phases=phases,
-        gradient_evaluations=evaluation.gradient_evaluations,
+        gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
     )
@@ -310,7 +310,7 @@ def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> Non
     """Note of a map that has not settled whether it contracts."""
     uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
     if free.phase.failed and not evaluation.problem.symmetric and uncontrolled:
-        evaluation.notes.append(verdict(evaluation, free, solver))
+        evaluation.tally.note(verdict(evaluation, free, solver))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Words that errors and notes are made of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
@@ -14,7 +14,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def listed(names: Sequence[object] | dict[str, list[str]], most: int = 20) -> str:
+def listed(names: Iterable[object], most: int = 20) -> str:
     """Names in a sentence, not too many of them."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

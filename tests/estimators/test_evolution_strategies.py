@@ -111,6 +111,30 @@ def test_phases_that_did_not_settle_are_named(small):
     assert "perturbed meta-parameters ended not converged" in result.status
 
 
+def test_a_sample_that_a_perturbation_loses_is_back_at_the_next():
+    """`h = 2θ` in two samples, of which the second diverges where θ > 0 and stays at 0 there.
+
+    So `L(x) = 2x` for x > 0 and `4x` for x < 0: every pair says `(2 + 4) / 2 · ε²`.
+    """
+
+    def relax(p, m):
+        wild = torch.where(m["t"] > 0, 1e30, 0.5) * p["h"][1:] + m["t"]
+        return {"h": torch.cat([0.5 * p["h"][:1] + m["t"], wild])}
+
+    result = eg.meta_gradient(
+        eg.FixedPoint(relax, lambda p, m: p["h"].sum(), samples=True),
+        {"h": torch.zeros(2, 1, dtype=torch.float64)},
+        {"t": torch.zeros((), dtype=torch.float64)},
+        solver=eg.Picard(max_steps=80),
+        estimator=eg.EvolutionStrategies(pairs=4),
+    )
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(1, generator=generator, dtype=torch.float64).item() for _ in range(4)]
+    expected = sum(3 * n**2 for n in noise) / 4
+    assert result.grads["t"].item() == pytest.approx(expected, rel=1e-12)
+    assert "ended diverged in part" in result.status
+
+
 def test_any_solver_will_do(small):
     es = eg.EvolutionStrategies(pairs=3, sigma=0.1)
     result = eg.meta_gradient(

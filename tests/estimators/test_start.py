@@ -205,9 +205,9 @@ def test_pushing_and_pulling_are_transposes():
     direction = {"a": leaf(0.3, -1.0).detach(), "b": leaf(0.7).detach()}
     adjoint = {"w": leaf(1.5, -2.0).detach(), "v": torch.ones(3, dtype=torch.float64)}
     with Evaluation(problem, start, meta) as evaluation:
-        pushed = evaluation.push_start(direction)
-        pulled = evaluation.pull_back_start(adjoint)
-        assert evaluation.start == evaluation.only_start == ["a", "b"]
+        pushed = evaluation.start.push(direction)
+        pulled = evaluation.start.pull_back(adjoint)
+        assert evaluation.reaches.start == evaluation.reaches.only_start == ["a", "b"]
     w = start["w"].detach()
     torch.testing.assert_close(pushed["w"], w * (-0.5 * direction["a"] + 0.7 * meta["a"].detach()))
     assert not pushed["v"].any()

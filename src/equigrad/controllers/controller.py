@@ -120,18 +120,19 @@ class OutputControl:
     """
 
     def __init__(self, controller: Controller, evaluation: Evaluation, after: Moment) -> None:
-        self._controller, self._evaluation, self._after = controller, evaluation, after
+        self._controller, self._after = controller, after
+        self._evaluation = evaluation.holding(after)
         self._outputs: list[str] | None = None
 
     @property
     def outputs(self) -> list[str]:
         """Names of the parameters that the outer loss depends on: a gradient, once asked for."""
         if self._outputs is None:
-            self._evaluation.stand_at(self._after)
+            self._evaluation.stage.stand_at(self._after)
             params = {n: p.clone().requires_grad_() for n, p in self._after.params.items()}
             steps = self._evaluation.batch_steps("outer")
             found = set[str]().union(*(self._pressure(params, step) for step in steps))
-            self._evaluation.gradient_evaluations += len(steps)
+            self._evaluation.tally.spend(len(steps))
             self._outputs = [name for name in params if name in found]
         return self._outputs
 

@@ -37,6 +37,7 @@ class DynamicInversion(Controller):
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Settle φ, ψ and v."""
+        evaluation = evaluation.holding(after)
         output = OutputControl(self, evaluation, after)
         residual, scale = evaluation.residual_at(), self.scale
 

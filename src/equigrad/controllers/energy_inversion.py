@@ -51,6 +51,7 @@ class EnergyInversion(Controller):
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Minimise over φ."""
+        evaluation = evaluation.holding(after)
         batches = len(evaluation.batch_steps("inner"))
         require(
             batches == 1,
@@ -97,7 +98,7 @@ class EnergyInversion(Controller):
         ended = place(settled.params)
         with torch.enable_grad():
             rest = residual(ended, settled.end_step)
-        evaluation.gradient_evaluations += 1
+        evaluation.tally.spend(1)
         control = {name: r.detach() / strength for name, r in zip(ended, rest, strict=True)}
         params = {name: p.detach() for name, p in ended.items()}
         return Controlled(dataclasses.replace(settled, params=params, solver_state=None), control)

@@ -72,11 +72,12 @@ class LinearFeedback(Controller):
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Settle φ and v."""
+        evaluation = evaluation.holding(after)
         output = OutputControl(self, evaluation, after)
         samples, feedback = evaluation.problem.samples, self.weights(evaluation.meta_params)
         if feedback:
             _check(feedback, after.params, output.outputs, samples)
-        free, scale = evaluation.free_velocity(), self.scale
+        free, scale = evaluation.velocity(), self.scale
 
         def velocity(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             params, integral = parts(state, "φ", "v")
@@ -100,7 +101,7 @@ class LinearFeedback(Controller):
             loss=no_loss,
         )
         ended, integral = parts(settled.params, "φ", "v")
-        evaluation.stand_at(settled)
+        evaluation.stage.stand_at(settled)
         steps = evaluation.batch_steps("outer")
         control = {name: torch.zeros_like(p) for name, p in ended.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in ended.items()}
@@ -108,7 +109,7 @@ class LinearFeedback(Controller):
             push, _ = output(leaves, integral, step)
             for name, c in self._spread(feedback, leaves, push, samples).items():
                 control[name] += c / len(steps)
-        evaluation.gradient_evaluations += len(steps)
+        evaluation.tally.spend(len(steps))
         return Controlled(dataclasses.replace(settled, params=ended, solver_state=None), control)
 
     def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:
@@ -126,7 +127,7 @@ class LinearFeedback(Controller):
             gates,
             noise=self.noise,
             draws=self.draws,
-            seed=evaluation.seed,
+            seed=evaluation.stage.seed,
         )
         count = len(next(iter(gates.values()))) if samples else 1
         return {

@@ -86,7 +86,7 @@ def _settle(
     evaluation: Evaluation, solver: Solver, at: Settled, force: Params, sign: int
 ) -> dict[str, Tensor]:
     """Where φ settles under a constant force."""
-    velocity = evaluation.free_velocity()
+    velocity = evaluation.holding(at).velocity()
 
     def pushed(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         (inner,) = parts(state, "φ")

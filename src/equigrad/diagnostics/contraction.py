@@ -1,5 +1,7 @@
 """How strongly a map contracts where it has settled, or should have."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -101,8 +103,8 @@ def radius(evaluation: Evaluation, at: Settled, vectors: int = VECTORS, seed: in
 def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> SettlingError:
     """Why a map may have diverged: the error with what the map does where it started."""
     said = f"{who}: {error}" if who else f"{error}"
-    start = resting(evaluation.params, evaluation.snapshot())
-    velocity, _ = evaluation.free_velocity()(_leaves(start.params), 0)
+    start = resting(evaluation.params, evaluation.stage.snapshot())
+    velocity, _ = evaluation.velocity()(_leaves(start.params), 0)
     if all(v.isfinite().all() for v in velocity):
         _, found = _contracts(evaluation, start)
         said += f". At the start, {found}"
@@ -126,8 +128,7 @@ def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
 def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
     """Whether the map contracts at a state, None where that is not known; and its radius."""
     try:
-        with evaluation.whole():
-            found = radius(evaluation, at)
+        found = radius(evaluation, replace(at, lost=None))  # the samples that are lost as well
     except (EquigradError, RuntimeError):  # there is no derivative to be had, or it is not finite
         return None, "the spectral radius of ∂F/∂φ is not known there"
     worst = found.max().item()

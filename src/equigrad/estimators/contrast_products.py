@@ -79,8 +79,8 @@ class ContrastProducts:
     symmetric = True
 
     def __init__(self, evaluation: Evaluation, at: Settled) -> None:
-        self._evaluation, self._at = evaluation, at
-        self._velocity = evaluation.free_velocity()
+        self._evaluation, self._at = evaluation.holding(at), at
+        self._velocity = self._evaluation.velocity()
         self.leaves = [p.detach() for p in at.params.values()]
         self.params = list(at.params)
         self.size = sum(p.numel() for p in self.leaves)
@@ -160,13 +160,13 @@ class ContrastProducts:
     @torch.no_grad()
     def _gradient(self, params: dict[str, Tensor]) -> Tensor:
         """`∂L_in/∂φ`, averaged over batches, with the randomness of the phase's end."""
-        self._evaluation.stand_at(self._at)
+        self._evaluation.stage.stand_at(self._at)
         leaves = {name: p.requires_grad_() for name, p in params.items()}
         steps = self._evaluation.batch_steps("inner")
         total: Tensor | None = None
         for step in steps:
             velocity, _ = self._velocity(leaves, step)
-            self._evaluation.gradient_evaluations += 1
+            self._evaluation.tally.spend(1)
             flat = flatten(list(velocity))
             total = flat if total is None else total + flat
         assert total is not None

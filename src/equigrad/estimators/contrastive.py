@@ -172,7 +172,7 @@ class Contrastive(Estimator):
             ).run()
         nudged_solver, beta = self.nudged_solver or solver, self.beta
         if self.sign == "random":
-            beta *= evaluation.sign()
+            beta *= evaluation.stage.sign()
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),
             f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to "
@@ -235,13 +235,13 @@ class Contrastive(Estimator):
         pushed = [phase for phase in phases if phase.beta != 0 and phase.start_residual > 0]
         if moved == 0 and pushed:
             betas = " and ".join(f"β={state.phase.beta:g}" for state in states[:2])
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"the learner did not react to the nudge: it returned the same params for "
                 f"{betas}. It has to minimise the objective that it is handed, or to take "
                 f"objective.beta into its own; if it does, tighten its tolerance, or raise beta"
             )
         elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
                 f"{moved:.1e} of a norm of {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
@@ -251,7 +251,7 @@ class Contrastive(Estimator):
                 (phase.residual / phase.start_residual, phase.beta) for phase in pushed
             )
             if left > ANSWERED:
-                evaluation.notes.append(
+                evaluation.tally.note(
                     f"the learner left a residual of {left:.0%} of the nudge with β={beta:g}: "
                     f"unless it leaves the same in every phase, tighten its tolerance, or raise "
                     f"beta"
@@ -261,7 +261,7 @@ class Contrastive(Estimator):
 def _note_departures(evaluation: Evaluation, states: list[Settled]) -> None:
     """Say what helps where a nudged phase that no tolerance watched moved away from rest."""
     if any(state.phase.grew for state in states if state.phase.beta != 0):
-        evaluation.notes.append(
+        evaluation.tally.note(
             "the contrast with a phase that moves away from rest is no gradient: lower beta, or "
             "the nudged solver's step size; a map that is iterated may be damped "
             "(Picard(damping=0.5))"

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.evaluation import Evaluation, listed
+from equigrad.evaluation import Evaluation
 from equigrad.problems import EnergyBased, Problem
 from equigrad.solvers import Settled, Solver
+from equigrad.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class Traits:
         """Whether these traits fit a problem and what its θ acts on."""
         return (
             self.fit(evaluation.problem)
-            and (self.sees_start or not evaluation.only_start)
-            and (not self.needs_start or bool(evaluation.start))
+            and (self.sees_start or not evaluation.reaches.only_start)
+            and (not self.needs_start or bool(evaluation.reaches.start))
         )
 
 
@@ -92,7 +93,7 @@ class Estimator(ABC):
             ProblemError: θ is the initialisation alone and this does not see it, or θ is not the
                 initialisation and this sees nothing else.
         """
-        who, traits = type(self).__name__, self.traits
+        who, traits, reaches = type(self).__name__, self.traits, evaluation.reaches
         if not traits.fit(evaluation.problem):
             what = type(evaluation.problem).__name__
             if not evaluation.problem.energy:
@@ -102,24 +103,24 @@ class Estimator(ABC):
             else:
                 why = f"a symmetric ∂r/∂φ, a Hessian, which that of {what} is not"
             raise ConfigurationError(f"{who} needs {why}; use {serving(evaluation)}")
-        if evaluation.only_start and not traits.sees_start:
+        if reaches.only_start and not traits.sees_start:
             seeing = serving(evaluation, lambda t: t.sees_start)
             raise ProblemError(
-                f"meta-parameter {listed(evaluation.only_start)} has no path to a loss but through "
+                f"meta-parameter {listed(reaches.only_start)} has no path to a loss but through "
                 f"the initialisation of params, and its gradient at equilibrium is truly zero: "
                 f"what has settled has forgotten where it started. Make it the centre of a "
                 f"proximal term, as in equigrad.nn.ComplexSynapse(learn=('center',)), or use an "
                 f"estimator of finitely many steps that sees the start: {seeing}"
             )
-        if traits.needs_start and not evaluation.start:
+        if traits.needs_start and not reaches.start:
             raise ProblemError(
                 f"{who} sees θ through the initialisation alone, and these params do not depend on "
                 f"meta_params. Pass params made from meta_params, for example "
                 f"params=meta_params where θ is the initial φ itself"
             )
-        if evaluation.start and not traits.sees_start:
-            evaluation.notes.append(
-                f"params start at a function of {listed(evaluation.start)}: the path through the "
+        if reaches.start and not traits.sees_start:
+            evaluation.tally.note(
+                f"params start at a function of {listed(reaches.start)}: the path through the "
                 f"start, which vanishes at equilibrium, is not in the gradient"
             )
 

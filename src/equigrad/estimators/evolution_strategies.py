@@ -68,6 +68,7 @@ class EvolutionStrategies(Estimator):
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle at θ, then at every perturbed θ."""
         free = evaluation.settle(solver)
+        evaluation = evaluation.holding(free)
         meta = list(evaluation.meta_params.values())
         generator = torch.Generator().manual_seed(self.seed)
         total, squares = (torch.zeros_like(flatten(meta)) for _ in range(2))
@@ -82,7 +83,7 @@ class EvolutionStrategies(Estimator):
             total += sample
             squares += sample.square()
         if missed:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"free phases at perturbed meta-parameters ended {', '.join(sorted(missed))}"
             )
         mean = total / self.pairs
@@ -99,14 +100,14 @@ class EvolutionStrategies(Estimator):
         """The outer loss after a free phase at shifted meta-parameters."""
         shifts = unflatten(shift, list(evaluation.meta_params.values()))
         direction = dict(zip(evaluation.meta_params, shifts, strict=True))
-        start = evaluation.push_start(direction)
-        with evaluation.at(
+        start = evaluation.start.push(direction)
+        there = evaluation.at(
             {name: p + start[name] for name, p in evaluation.params.items()},
             {name: m + direction[name] for name, m in evaluation.meta_params.items()},
-        ):
-            settled = evaluation.settle(solver)
-            if settled.phase.outcome not in ("converged", "stopped"):
-                missed.add(settled.phase.outcome)
-            elif settled.phase.diverged:
-                missed.add("diverged in part")
-            return evaluation.outer_loss(settled)
+        )
+        settled = there.settle(solver)
+        if settled.phase.outcome not in ("converged", "stopped"):
+            missed.add(settled.phase.outcome)
+        elif settled.phase.diverged:
+            missed.add("diverged in part")
+        return there.outer_loss(settled)

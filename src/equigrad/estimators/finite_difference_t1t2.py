@@ -44,7 +44,7 @@ class FiniteDifferenceT1T2(Estimator):
         pressure, grads = evaluation.outer_gradients(free)
         size = torch.stack([g.norm() for g in pressure.values()]).norm().item()
         if size == 0:
-            evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
+            evaluation.tally.note("∂L_out/∂φ is zero: only the direct term is left")
             return Estimate(grads=grads, phases=(free,))
         epsilon = self.distance / size
         sides = []

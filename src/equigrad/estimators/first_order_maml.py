@@ -37,7 +37,7 @@ class FirstOrderMAML(ThroughStart):
 
     def sees(self, evaluation: Evaluation) -> set[str]:
         """The start and the direct term."""
-        return {*evaluation.start, *evaluation.reached("outer")}
+        return {*evaluation.reaches.start, *evaluation.reaches.loss("outer")}
 
     def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
         """The outer gradient where the phase ended."""

@@ -100,9 +100,10 @@ def _push_forward(
     evaluation: Evaluation, solver: Solver, start: Moment, steps: int, direction: Params
 ) -> dict[str, Tensor]:
     """How φ after some steps moves when θ moves along a direction."""
+    evaluation = evaluation.holding(start)
     params, state = start.params, start.solver_state
-    moves, state_moves = evaluation.push_start(direction), [torch.zeros_like(s) for s in state]
-    evaluation.stand_at(start)
+    moves, state_moves = evaluation.start.push(direction), [torch.zeros_like(s) for s in state]
+    evaluation.stage.stand_at(start)
     for step in range(steps):
         with forward_ad.dual_level():
             meta = {
@@ -117,7 +118,7 @@ def _push_forward(
                 forward_ad.make_dual(s, m) for s, m in zip(state, state_moves, strict=True)
             ]
             after = replay(evaluation, solver, dual, dual_state, meta, range(step, step + 1))
-            evaluation.gradient_evaluations += 1
+            evaluation.tally.spend(1)
             values, tangents = _unpack([*after.params.values(), *after.solver_state])
         params = dict(zip(params, values, strict=False))
         moves = dict(zip(params, tangents, strict=False))

@@ -21,14 +21,15 @@ def require_holomorphic(evaluation: Evaluation, at: Settled) -> None:
     Raises:
         ConfigurationError: one of them is not, or cannot compute with complex numbers.
     """
-    evaluation.stand_at(at)
+    evaluation = evaluation.holding(at)
+    evaluation.stage.stand_at(at)
     params = {name: p.clone().requires_grad_() for name, p in like(1j, at.params).items()}
     meta = {
         name: m.clone().requires_grad_() for name, m in like(1j, evaluation.meta_params).items()
     }
     for part in evaluation.parts(params, meta, at.end_step):
         _require(part)
-        evaluation.gradient_evaluations += 2
+        evaluation.tally.spend(2)
 
 
 def _require(part: Part) -> None:

@@ -86,12 +86,13 @@ class Implicit(Estimator):
                 if self.products == "autograd" or not evaluation.problem.symmetric:
                     raise
             else:
-                evaluation.notes.extend(notes)
+                evaluation.tally.note(*notes)
                 return mixed
-        contrast = ContrastProducts(evaluation, free)
-        mixed = contrast.mixed(self.solve(contrast, pressure, evaluation.notes))
-        evaluation.notes.append(
+        contrast, notes = ContrastProducts(evaluation, free), []
+        mixed = contrast.mixed(self.solve(contrast, pressure, notes))
+        evaluation.tally.note(
+            *notes,
             f"products by contrast, accurate to {contrast.accuracy:.1g} at a distance of "
-            f"{contrast.distance or 0:.1g}"
+            f"{contrast.distance or 0:.1g}",
         )
         return mixed

@@ -110,7 +110,7 @@ class LeastControl(Estimator):
             f"{type(evaluation.problem).__name__} is no gradient of an inner loss; use "
             f"difference=None",
         )
-        reached = sorted(evaluation.reached("outer"))
+        reached = sorted(evaluation.reaches.loss("outer"))
         if reached and not self.controller.relaxed:
             raise ConfigurationError(
                 f"{type(self.controller).__name__}(leak=0) holds ∂L_out/∂φ at 0 whatever that "
@@ -147,13 +147,13 @@ class LeastControl(Estimator):
         grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
         grads |= controller.lessons(evaluation, solver, free or settled)
         if settled.phase.failed:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 "learner and controller have not settled together, and the gradient may be far "
                 "off: give the controller solver=Anderson(), more steps, or less strength (gain, "
                 "proportional)"
             )
         if free is None:
-            evaluation.notes.append("params and outer_loss are those of the controlled phase")
+            evaluation.tally.note("params and outer_loss are those of the controlled phase")
             return Estimate(grads=grads, phases=(settled,))
         return Estimate(grads=grads, phases=(free, settled))
 

@@ -53,7 +53,7 @@ class Linearisation:
     largest: ClassVar[float] = 0.0
 
     def __init__(self, evaluation: Evaluation, at: Settled, who: str) -> None:
-        self._evaluation, self._at, self._who = evaluation, at, who
+        self._evaluation, self._at, self._who = evaluation.holding(at), at, who
         self._params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
         self._meta = {
             name: m.detach().requires_grad_() for name, m in evaluation.meta_params.items()
@@ -96,7 +96,7 @@ class Linearisation:
         Where θ acts through the regulariser alone, nothing else is differentiated twice.
         """
         meta = list(self._meta.values())
-        inner = self._evaluation.reaches["inner"]
+        inner = self._evaluation.reaches.functions["inner"]
         found = self._product(vector, meta) if inner else self._pulled(vector, meta)
         return dict(zip(self._meta, found, strict=True))
 
@@ -121,7 +121,7 @@ class Linearisation:
         steps = self._evaluation.batch_steps("inner")
         with second_derivatives(self._evaluation, self._who):
             for residual in self._residuals(steps):
-                self._evaluation.gradient_evaluations += 2
+                self._evaluation.tally.spend(2)
                 try:
                     product = pull_back(residual, direction, leaves, retain_graph=self._keeps)
                 except RuntimeError as error:
@@ -141,7 +141,7 @@ class Linearisation:
         if self._kept is not None:
             yield self._kept
             return
-        self._evaluation.stand_at(self._at)
+        self._evaluation.stage.stand_at(self._at)
         for step in steps:
             residual = self._evaluation.residual(self._params, self._meta, step)
             if self._keeps:

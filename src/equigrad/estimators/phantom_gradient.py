@@ -56,9 +56,10 @@ class PhantomGradient(Estimator):
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, take the steps, and differentiate the outer loss where they end."""
         free = evaluation.settle(solver)
+        evaluation = evaluation.holding(free)
         params = {name: p.detach().requires_grad_() for name, p in free.params.items()}
         meta = {name: m.detach().requires_grad_() for name, m in evaluation.meta_params.items()}
-        evaluation.stand_at(free)
+        evaluation.stage.stand_at(free)
         with second_derivatives(evaluation, type(self).__name__):
             for step in range(self.steps):
                 residual = evaluation.residual(params, meta, step)
@@ -72,5 +73,5 @@ class PhantomGradient(Estimator):
                 allow_unused=True,
                 materialize_grads=True,
             )
-        evaluation.gradient_evaluations += 2 * self.steps + len(batches)
+        evaluation.tally.spend(2 * self.steps + len(batches))
         return Estimate(grads=dict(zip(meta, grads, strict=True)), phases=(free,))

@@ -146,7 +146,7 @@ class Refinement:
         self.largest = self.free.phase.start_residual
         self.settle_free(self.beta)
         if self.force_size <= ROUNDING * self.eps * self.largest_force:
-            self.evaluation.notes.append("∂L_out/∂φ is zero: only the direct term is left")
+            self.evaluation.tally.note("∂L_out/∂φ is zero: only the direct term is left")
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         coarse, ratio = self.first_pair(), 2
@@ -177,7 +177,7 @@ class Refinement:
                 self.rounds("the contrast to no digit")
             best = dataclasses.replace(best, error=best.error + cancelled)
         if best.error > self.rtol:
-            self.evaluation.notes.append(
+            self.evaluation.tally.note(
                 f"rtol={self.rtol:g} not reached, the estimated error is {best.error:.1e}: "
                 f"{self.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
             )
@@ -338,7 +338,7 @@ class Refinement:
     @property
     def spent(self) -> bool:
         """Whether the budget is spent."""
-        return self.evaluation.gradient_evaluations >= self.budget
+        return self.evaluation.tally.gradient_evaluations >= self.budget
 
     def settle(self, state: Settled, beta: float, tol: float, limit: int | None = None) -> Settled:
         """Go on with a phase, or start one at a state, until its residual is at most `tol`.
@@ -350,7 +350,7 @@ class Refinement:
         keep, chunk = self.keep_momentum or begun is not None, FIRST_LOOK
         before = math.inf
         while True:
-            room = self.budget - self.evaluation.gradient_evaluations
+            room = self.budget - self.evaluation.tally.gradient_evaluations
             # a step with a line search takes several gradients
             most = max(1, min(chunk, room // 20, limit or chunk))
             solver = dataclasses.replace(self.solver, tol=tol, max_steps=most)

@@ -43,9 +43,6 @@ def replay(
         with torch.enable_grad():
             return tuple(-r for r in evaluation.residual(now, meta_params, step)), _NO_VALUE
 
-    def count(evaluations: int) -> None:
-        evaluation.gradient_evaluations += evaluations
-
     return settle(
         velocity,
         _NO_VALUE,
@@ -55,7 +52,7 @@ def replay(
         first_step=steps.start,
         steps=len(steps),
         batches=len(evaluation.batch_steps("inner")),
-        count=count,
+        count=evaluation.tally.spend,
         graph=True,
     )
 

@@ -40,7 +40,7 @@ class Reptile(ThroughStart):
 
     def sees(self, evaluation: Evaluation) -> set[str]:
         """The start alone."""
-        return set(evaluation.start)
+        return set(evaluation.reaches.start)
 
     def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
         """The way from the end back to the start."""

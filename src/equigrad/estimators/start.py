@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from equigrad.errors import ProblemError
 from equigrad.estimators.estimator import Estimate, Estimator, serving
-from equigrad.evaluation import Evaluation, listed
+from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
+from equigrad.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,9 @@ class ThroughStart(Estimator):
                 f"{who} does not see what meta-parameter {listed(unseen)} acts on, a loss along "
                 f"the way, and would call its gradient zero; use {others}"
             )
-        inner = [n for n in evaluation.meta_params if n in evaluation.reached("inner")]
+        inner = [n for n in evaluation.meta_params if n in evaluation.reaches.loss("inner")]
         if inner:
-            evaluation.notes.append(
+            evaluation.tally.note(
                 f"{who} leaves out how {listed(inner)} acts through the inner loss"
             )
 
@@ -50,5 +51,5 @@ class ThroughStart(Estimator):
         """Settle, and pull the adjoint back to θ."""
         free = evaluation.settle(solver)
         adjoint, direct = self.adjoint(evaluation, free)
-        start = evaluation.pull_back_start(adjoint)
+        start = evaluation.start.pull_back(adjoint)
         return Estimate(grads={n: start[n] + direct[n] for n in start}, phases=(free,))

@@ -109,10 +109,10 @@ class Unrolled(Estimator):
                 grads[name] = grads[name] + grad
             end = stop
         if first == 0:
-            start = evaluation.pull_back_start(dict(zip(pressure, adjoint, strict=False)))
+            start = evaluation.start.pull_back(dict(zip(pressure, adjoint, strict=False)))
             grads = {name: grad + start[name] for name, grad in grads.items()}
-        elif evaluation.start:
-            evaluation.notes.append(
+        elif evaluation.reaches.start:
+            evaluation.tally.note(
                 f"the start is {free.end_step} steps back, out of reach of "
                 f"truncation={self.truncation}: the path through it is not in the gradient"
             )
@@ -138,14 +138,15 @@ class _Segment:
     """Some steps of the free phase, with their graph."""
 
     def __init__(self, evaluation: Evaluation, solver: Solver, begin: Moment, steps: range) -> None:
+        evaluation = evaluation.holding(begin)
         self._evaluation, self._steps = evaluation, steps
         params = {name: p.clone().requires_grad_() for name, p in begin.params.items()}
         state = [s.clone().requires_grad_() for s in begin.solver_state]
         self._before = [*params.values(), *state]
         self._meta = {n: m.clone().requires_grad_() for n, m in evaluation.meta_params.items()}
-        evaluation.stand_at(begin)
+        evaluation.stage.stand_at(begin)
         self._end = replay(evaluation, solver, params, state, self._meta, steps)
-        self._buffers = evaluation.snapshot()
+        self._buffers = evaluation.stage.snapshot()
 
     def settled(self) -> Settled:
         """Where the steps ended, without their graph."""
@@ -158,7 +159,7 @@ class _Segment:
 
     def pull_back(self, adjoint: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The adjoint of φ and the solver's state before the steps, and what they add for θ."""
-        self._evaluation.gradient_evaluations += 2 * len(self._steps)
+        self._evaluation.tally.spend(2 * len(self._steps))
         after = [*self._end.params.values(), *self._end.solver_state]
         pulled = pull_back(after, adjoint, [*self._before, *self._meta.values()])
         cut = len(self._before)

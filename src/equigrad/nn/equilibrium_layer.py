@@ -172,7 +172,7 @@ class EquilibriumLayer(nn.Module):
         who = f"EquilibriumLayer({type(self.cell).__name__})"
         theta = {name: t for name, t in call.tensors.items() if t.is_floating_point()}
         with Evaluation(call.problem(call.tensors, theta), call.start, theta) as evaluation:
-            call.seed = evaluation.seed
+            call.seed = evaluation.stage.seed
             try:
                 settled = evaluation.settle(self.solver)
             except SettlingError as error:
@@ -213,7 +213,7 @@ class EquilibriumLayer(nn.Module):
             f"phase β={phase.beta:g} {phase}"
             for phase in (other.phase for other in estimate.phases[1:])
             if phase.failed
-        ] + evaluation.notes
+        ] + evaluation.tally.notes
         if notes:
             who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
             self._say("backward", lambda: f"{who}: {'; '.join(notes)}")

@@ -6,7 +6,7 @@ from equigrad.solvers.broyden import Broyden
 from equigrad.solvers.gradient_descent import GradientDescent
 from equigrad.solvers.gradient_flow import GradientFlow
 from equigrad.solvers.lbfgs import LBFGS
-from equigrad.solvers.phase import Moment, Phase, Settled, Watch
+from equigrad.solvers.phase import Lost, Moment, Phase, Settled, Watch
 from equigrad.solvers.picard import Picard
 from equigrad.solvers.settle import settle
 from equigrad.solvers.solver import Solver
@@ -20,6 +20,7 @@ __all__ = [
     "FlatObjective",
     "GradientDescent",
     "GradientFlow",
+    "Lost",
     "Moment",
     "Phase",
     "Picard",

@@ -73,6 +73,19 @@ class Phase:
         return said
 
 
+@dataclass(frozen=True)
+class Lost:
+    """The samples that have diverged on the way.
+
+    Attributes:
+        samples: their numbers.
+        params: in whose rows they are held from then on.
+    """
+
+    samples: tuple[int, ...]
+    params: Params
+
+
 Watch = Callable[[int, Params, Any], None]
 """`(step, params, solver state)`: is shown both as they are before a step; not to change them."""
 
@@ -86,12 +99,14 @@ class Moment:
         solver_state: the solver's state (momentum, for example).
         end_step: number of the step that comes next.
         buffers: the modules' buffers, as `KeptBuffers.snapshot` takes them.
+        lost: the samples that are held in whatever goes on from there; None where all settle.
     """
 
     params: dict[str, Tensor]
     solver_state: Any
     end_step: int
     buffers: tuple[Tensor, ...] = ()
+    lost: Lost | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,7 @@ class FewShotLearner:
         if self._reaches is None:  # the same for all tasks: found out and checked once
             first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
             with Evaluation(first, start, meta_params) as evaluation:
-                object.__setattr__(self, "_reaches", evaluation.reaches)
+                object.__setattr__(self, "_reaches", evaluation.reaches.functions)
         results = [
             meta_gradient(
                 self.problem(chunk),

@@ -150,7 +150,9 @@ class StrengthLearner:
         with Evaluation(self.problem(synapse), synapse.params(), meta_params) as evaluation:
             settled = evaluation.settle(solver)
         metrics = self.metrics(synapse, settled.params, *parts)
-        return Network(settled.params, metrics, evaluation.gradient_evaluations, settled.phase)
+        return Network(
+            settled.params, metrics, evaluation.tally.gradient_evaluations, settled.phase
+        )
 
     def best_single(
         self, solver: Solver, strengths: Sequence[float] = SINGLE_STRENGTHS

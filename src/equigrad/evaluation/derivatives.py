@@ -1,0 +1,128 @@
+"""The losses and their derivatives where phases have ended."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from equigrad.evaluation.scene import Scene
+from equigrad.evaluation.tensors import like
+from equigrad.problems import Params, slope
+from equigrad.randomness import Stream
+from equigrad.solvers import Settled
+
+
+@torch.no_grad()
+def outer_loss(scene: Scene, at: Settled) -> Tensor:
+    """The outer loss where a phase ended, averaged over its batches."""
+    if at is scene.judged.at and scene.judged.loss is not None:
+        return scene.judged.loss
+    scene = scene.holding(at)
+    scene.stage.stand_at(at)
+    steps = scene.batch_steps("outer")
+    total = sum(scene.evaluate("outer", at.params, scene.meta_params, step) for step in steps)
+    return torch.as_tensor(total) / len(steps)
+
+
+def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`∂L_out/∂φ` and `∂L_out/∂θ` where a phase ended, averaged over batches."""
+    scene = scene.holding(at)
+    scene.stage.stand_at(at)
+    names = scene.reaches.functions["outer"]
+    params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
+    reached = {name: scene.meta_params[name].detach().requires_grad_() for name in names}
+    meta = {**scene.meta_params, **reached}
+    leaves = [*params.values(), *reached.values()]
+    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    steps = scene.batch_steps("outer")
+    mean = torch.zeros(())
+    for step in steps:
+        loss = scene.evaluate("outer", params, meta, step)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(total, grads, alpha=1 / len(steps))
+        mean = mean + loss.detach() / len(steps)
+        scene.tally.spend(1)
+    scene.judged.at, scene.judged.loss = at, mean
+    direct = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
+    direct.update(zip(names, total[len(params) :], strict=True))
+    return dict(zip(params, total, strict=False)), direct
+
+
+def meta_partial(scene: Scene, stream: Stream, at: Settled) -> dict[str, Tensor]:
+    """`∂L/∂θ` of the inner or outer data loss where a phase ended, averaged over its batches.
+
+    Only those meta-parameters appear that the loss depends on; where it depends on none, it is
+    not evaluated.
+    """
+    names = scene.reaches.functions[stream]
+    if not names:
+        return {}
+    scene = scene.holding(at)
+    scene.stage.stand_at(at)
+    meta = {
+        name: m.clone().requires_grad_() if name in names else m
+        for name, m in like(at.phase.beta, scene.meta_params).items()
+    }
+    leaves = [meta[name] for name in names]
+    total = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    steps = scene.batch_steps(stream)
+    for step in steps:
+        loss = scene.evaluate(stream, at.params, meta, step)
+        if not loss.requires_grad:  # a batch that no meta-parameter acts on
+            continue
+        torch._foreach_add_(total, slope(loss, leaves), alpha=1 / len(steps))
+        scene.tally.spend(1)
+    return dict(zip(names, total, strict=True))
+
+
+def contrast(
+    scene: Scene,
+    states: Sequence[Settled],
+    weights: Sequence[complex],
+    direct: Params | None = None,
+) -> dict[str, Tensor]:
+    """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero; its real part.
+
+    Differences to the first state are formed before anything is weighted, and the regulariser's
+    part in factored form.
+
+    Args:
+        scene: the problem at its θ.
+        states: where the phases ended.
+        weights: w_i.
+        direct: `∂L_out/∂θ`, which takes the place of what the outer loss contributes where the
+            phases were nudged by a constant force.
+    """
+    total = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
+    for name, grad, weight in _terms(scene, states, weights, nudged_by_loss=direct is None):
+        _add(total[name], grad, weight)
+    for name, grad in (direct or {}).items():
+        total[name].add_(grad)
+    if scene.problem.regularizer is not None:
+        pull = scene.problem.regularizer.bind(scene.meta_params)
+        part = pull.contrast([state.params for state in states], weights)
+        for name, grad in part.items():
+            total[name].add_(grad.real)
+    return total
+
+
+def _terms(
+    scene: Scene, states: Sequence[Settled], weights: Sequence[complex], nudged_by_loss: bool
+) -> Iterator[tuple[str, Tensor, complex]]:
+    """What a contrast of the data losses adds up: a name, a derivative by it, and its weight."""
+    reference = meta_partial(scene, "inner", states[0])
+    for state, weight in zip(states, weights, strict=True):
+        if reference and state is not states[0]:
+            for name, grad in meta_partial(scene, "inner", state).items():
+                yield name, grad - reference[name], weight
+        if state.phase.beta != 0 and nudged_by_loss:
+            for name, grad in meta_partial(scene, "outer", state).items():
+                yield name, grad, weight * state.phase.beta
+
+
+def _add(total: Tensor, grad: Tensor, weight: complex) -> None:
+    """Add the real part of `weight grad`."""
+    if isinstance(weight, complex):
+        total.add_((weight * grad).real)
+    else:
+        total.add_(grad, alpha=weight)

@@ -1,0 +1,101 @@
+"""One meta-gradient's workplace: evaluates a problem at fixed meta-parameters, and counts."""
+
+from contextlib import ExitStack
+from typing import Self
+
+from torch import nn
+
+from equigrad.errors import ProblemError
+from equigrad.evaluation import derivatives, phases
+from equigrad.evaluation.reaches import find_reaches
+from equigrad.evaluation.scene import Judged, Scene
+from equigrad.evaluation.stage import Stage
+from equigrad.evaluation.start import Start
+from equigrad.evaluation.tally import Tally
+from equigrad.evaluation.tensors import check_tensors
+from equigrad.problems import Params, Problem
+from equigrad.problems.lowered import lower_precision, lowered
+from equigrad.solvers import Settled
+from equigrad.vectors import tracked
+from equigrad.wording import listed
+
+
+class Evaluation(Scene):
+    """Everything that an estimator may ask of a problem while it works on one meta-gradient.
+
+    It is open from the moment that it is made, as a file is, and to be used in a `with` statement:
+    leaving that, also by an exception, puts everything back that the phases have changed.
+
+    What it holds is documented in `Scene`, what it does in `phases` and `derivatives`, whose
+    functions it has as methods.
+
+    Args:
+        problem: the problem.
+        params: φ where the free phase starts.
+        meta_params: θ.
+        settled: where the free phase has ended already, if it has.
+        seed: of the random numbers that it drew, in that case.
+
+    Raises:
+        ProblemError: losses or parameters are not what they have to be.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        params: Params,
+        meta_params: Params,
+        settled: Settled | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_tensors("params", params)
+        check_tensors("meta_params", meta_params)
+        if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
+            raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
+        given = [*params.values(), *meta_params.values()]
+        lower, problem = lower_precision(given), lowered(problem, given)
+        start, tally = Start(params, meta_params), Tally()
+        frozen = [
+            n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad
+        ]
+        if frozen:
+            tally.note(
+                f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
+                f"settle all the same; leave them out of params to keep them"
+            )
+        detached = {name: tracked(p).detach() for name, p in params.items()}
+        constants = {name: tracked(m).detach() for name, m in meta_params.items()}
+        tensors = [*detached.values(), *constants.values()]
+        stage = Stage(problem.modules or (), tensors, seed)
+        with ExitStack() as opened:
+            opened.enter_context(stage)
+            reaches = find_reaches(problem, detached, constants, start, stage.randomness, tally)
+            opened.pop_all()
+        super().__init__(
+            problem=problem,
+            params=detached,
+            meta_params=constants,
+            lower=lower,
+            start=start,
+            reaches=reaches,
+            stage=stage,
+            tally=tally,
+            judged=Judged(),
+            settled=settled,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stage.__exit__(*exception)
+
+    settle = phases.settle
+    settle_recorded = phases.settle_recorded
+    settle_nudged = phases.settle_nudged
+    settle_controlled = phases.settle_controlled
+    beginning = phases.beginning
+    outer_loss = derivatives.outer_loss
+    outer_gradients = derivatives.outer_gradients
+    meta_partial = derivatives.meta_partial
+    contrast = derivatives.contrast

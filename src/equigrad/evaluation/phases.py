@@ -1,0 +1,248 @@
+"""The phases: free, nudged, and controlled."""
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.evaluation.scene import Scene
+from equigrad.evaluation.tensors import like
+from equigrad.problems import Params, Velocity, inner_product
+from equigrad.solvers import Lost, Moment, Settled, Solver, Watch
+from equigrad.solvers import settle as settle_phase
+
+ANSWERED = 1e-2
+"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
+
+FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
+"""What to do where iterating a map diverges; to be gone on with."""
+
+
+def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:
+    """The free phase: settle from the given parameters, without nudge.
+
+    Args:
+        scene: what settles.
+        solver: settles this phase.
+        watch: sees every step, as in `equigrad.solvers.settle`.
+    """
+    if scene.settled is not None:
+        return scene.settled
+    scene.stage.stand_at_start()
+    free = settle_phase(
+        scene.velocity(),
+        _loss(scene, 0.0),
+        scene.params,
+        solver,
+        meta_params=scene.meta_params,
+        batches=_batches(scene, solver, 0.0),
+        samples=scene.problem.samples,
+        watch=watch,
+        count=scene.tally.spend,
+        remedy=_remedy(scene, 0.0),
+    )
+    lost = free.phase.diverged
+    return dataclasses.replace(
+        free,
+        buffers=scene.stage.snapshot(),
+        lost=Lost(lost, free.params) if lost else scene.lost,
+    )
+
+
+def settle_recorded(
+    scene: Scene, solver: Solver, every: int | None = None, keep: int | None = None
+) -> tuple[Settled, list[Moment]]:
+    """The free phase, and moments of it from which it can be replayed.
+
+    Args:
+        scene: what settles.
+        solver: settles this phase.
+        every: steps between two moments; None for the start alone.
+        keep: how many of the latest moments to keep; None for all.
+    """
+    moments: deque[Moment] = deque(maxlen=keep)
+
+    def watch(step: int, params: Params, state: Any) -> None:
+        if step == 0 or (every is not None and step % every == 0):
+            copies = {name: p.detach().clone() for name, p in params.items()}
+            moments.append(
+                Moment(
+                    params=copies,
+                    solver_state=[s.clone() for s in state],
+                    end_step=step,
+                    buffers=scene.stage.snapshot(),
+                )
+            )
+
+    free = settle(scene, solver, watch)
+    # what is lost in the end has never settled: it is held all the way
+    return free, [dataclasses.replace(moment, lost=free.lost) for moment in moments]
+
+
+def settle_nudged(
+    scene: Scene,
+    free: Moment,
+    solver: Solver,
+    beta: complex,
+    *,
+    keep_momentum: bool,
+    steps: int | None = None,
+    share: float = ANSWERED,
+    force: Params | None = None,
+) -> Settled:
+    """A phase from the free solution, with any β: settle `L_in + β L_out`.
+
+    All such phases start with the same buffers, batches and randomness. A nudged phase starts
+    almost at rest: under a tolerance it has settled when the nudge is answered, too.
+
+    Args:
+        scene: what settles.
+        free: the free phase's end.
+        solver: settles this phase.
+        beta: nudging strength, of either sign, or zero for a matched phase. A complex number
+            makes φ, θ and the losses complex, which have to be holomorphic.
+        keep_momentum: go on with the free phase's solver state, or start a new one.
+        steps: run exactly so many steps.
+        share: of its first residual, which a nudged phase has to reach under a tolerance.
+        force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss: settle
+            `L_in + β force·φ`.
+    """
+    scene = scene.holding(free)
+    scene.stage.stand_at(free)
+    by_loss = beta if force is None else 0.0
+    batches = _batches(scene, solver, by_loss)
+    nudged = settle_phase(
+        scene.velocity(beta, force),
+        _loss(scene, beta, force),
+        like(beta, free.params),
+        solver,
+        beta=beta,
+        meta_params=scene.meta_params,
+        previous=_previous(free.solver_state, beta) if keep_momentum else None,
+        first_step=_next_step(free, batches),
+        steps=steps,
+        batches=batches,
+        samples=scene.problem.samples,
+        share=share if beta != 0 else 1.0,
+        count=scene.tally.spend_each(1 if by_loss == 0 else 2),
+        remedy=_remedy(scene, beta),
+    )
+    return dataclasses.replace(nudged, buffers=scene.stage.snapshot(), lost=free.lost)
+
+
+def settle_controlled(
+    scene: Scene,
+    velocity: Velocity,
+    start: Params,
+    solver: Solver,
+    strength: float,
+    *,
+    after: Moment,
+    gradients: int,
+    loss: Callable[[Params, int], Tensor],
+) -> Settled:
+    """A phase in which more than φ moves: learner and controller together.
+
+    Args:
+        scene: what the velocity was made of.
+        velocity: of all that moves.
+        start: where it begins.
+        solver: settles this phase.
+        strength: of the control, which the phase reports as its β.
+        after: the moment whose buffers it begins with.
+        gradients: that one velocity takes.
+        loss: what the phase minimises, for solvers that compare values; `no_loss` if nothing.
+    """
+    scene.stage.stand_at(after)
+    batches = _batches(scene, solver, strength)
+    settled = settle_phase(
+        velocity,
+        loss,
+        start,
+        solver,
+        beta=strength,
+        meta_params=scene.meta_params,
+        first_step=_next_step(after, batches),
+        batches=batches,
+        samples=scene.problem.samples,
+        count=scene.tally.spend_each(gradients),
+        remedy="Take shorter steps (GradientFlow(dt=…), Picard(damping=…))",
+    )
+    return dataclasses.replace(settled, buffers=scene.stage.snapshot(), lost=after.lost)
+
+
+def beginning(scene: Scene, solver: Solver) -> Moment:
+    """Where the free phase starts."""
+    return Moment(
+        params=scene.params,
+        solver_state=solver.init(list(scene.params.values())),
+        end_step=0,
+        buffers=scene.stage.first_buffers,
+    )
+
+
+def no_loss(*asked: Any) -> Any:
+    """What dynamics of a learner and a controller have in the place of a loss.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        "this solver compares values of a loss, and dynamics of a learner and a controller have "
+        "none; use Picard(), Anderson() or GradientFlow(), or EnergyInversion()"
+    )
+
+
+def _loss(
+    scene: Scene, beta: complex, force: Params | None = None
+) -> Callable[[Params, int], Tensor]:
+    """What a phase minimises, for solvers that compare values."""
+    problem, randomness, meta_params = scene.problem, scene.stage.randomness, scene.meta_params
+
+    def loss(params: Params, step: int) -> Tensor:
+        value = problem.total_inner_loss(params, meta_params, step, randomness)
+        if beta == 0:
+            return value
+        if force is not None:
+            return value + beta * inner_product(tuple(force.values()), params)
+        return value + beta * scene.evaluate("outer", params, meta_params, step)
+
+    return loss
+
+
+def _batches(scene: Scene, solver: Solver, beta: complex) -> int:
+    """How many steps make a pass over the data of a phase."""
+    inner = len(scene.batch_steps("inner"))
+    batches = math.lcm(inner, len(scene.batch_steps("outer"))) if beta != 0 else inner
+    if batches > 1 and solver.fixed_loss:
+        raise ConfigurationError(
+            f"{type(solver).__name__} needs a loss that is the same at every evaluation, and "
+            f"this problem has mini-batches; use GradientDescent or TorchOptimizer"
+        )
+    return batches
+
+
+def _next_step(after: Moment, batches: int) -> int:
+    """The number of the step with which a phase goes on from another."""
+    if isinstance(after, Settled) and after.phase.outcome == "converged":
+        # it came to rest at the end of a pass, and left out its last step
+        return batches * math.ceil(after.end_step / batches)
+    return after.end_step
+
+
+def _previous(state: Any, beta: complex) -> Any:
+    """A solver's state to go on from, complex where β is; none where it cannot be."""
+    if not isinstance(beta, complex):
+        return state
+    return [s.to(s.dtype.to_complex()) for s in state] if isinstance(state, list) else None
+
+
+def _remedy(scene: Scene, beta: complex) -> str | None:
+    """What to do where a phase diverges; None for what does for any learner."""
+    if scene.problem.symmetric:
+        return None
+    return f"{FOR_MAPS}, or {'lower the nudging strength beta' if beta else 'start elsewhere'}"

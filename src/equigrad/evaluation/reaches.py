@@ -1,0 +1,184 @@
+"""What each meta-parameter acts on, found by evaluating the problem's functions once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ProblemError
+from equigrad.evaluation.start import Start
+from equigrad.evaluation.tally import Tally
+from equigrad.problems import Params, Problem, check_scalar
+from equigrad.randomness import CommonRandomness, Stream
+from equigrad.wording import listed
+
+NO_STEP_SIZE = (
+    "where a learner settles does not depend on the step size it gets there by, so give the solver "
+    "a number that settles fast, and learn what moves the settled params: the strength or the "
+    "centre of a regulariser, weights of losses or samples, parts of the model"
+)
+"""Why a learning rate has no meta-gradient, and what has one; to be gone on with."""
+
+
+@dataclass(frozen=True)
+class Reaches:
+    """Names of the meta-parameters that each part of a problem depends on.
+
+    Attributes:
+        functions: what the inner and the outer function depend on.
+        regularizer: what the regulariser of the inner loss depends on.
+        start: what the given params were computed from.
+    """
+
+    functions: Mapping[Stream, list[str]]
+    regularizer: frozenset[str]
+    start: list[str]
+
+    def loss(self, stream: Stream) -> frozenset[str]:
+        """What a loss depends on, the inner one with its regulariser."""
+        own = frozenset(self.functions[stream])
+        return own | self.regularizer if stream == "inner" else own
+
+    @property
+    def only_start(self) -> list[str]:
+        """What reaches no loss but through the start."""
+        seen = self.loss("inner") | self.loss("outer")
+        return [name for name in self.start if name not in seen]
+
+
+def find_reaches(
+    problem: Problem,
+    params: Params,
+    meta_params: Params,
+    start: Start,
+    randomness: CommonRandomness,
+    tally: Tally,
+) -> Reaches:
+    """See that the losses are what they have to be, and what θ reaches in them.
+
+    Where the problem does not say what reaches what, its functions are evaluated: on one batch, and
+    on further ones until all of θ is found.
+
+    Args:
+        problem: the problem.
+        params: φ, detached.
+        meta_params: θ, detached.
+        start: both as they were given.
+        randomness: seeds the functions.
+        tally: is told of the gradients, and of params that no loss depends on.
+
+    Raises:
+        ProblemError: a function returns what it must not, none depends on φ, or a meta-parameter
+            reaches nothing.
+    """
+    functions: dict[Stream, list[str]]
+    if problem.reaches is None:
+        functions = _Trial(problem, meta_params, randomness, tally).run(params)
+    else:
+        functions = {stream: [*names] for stream, names in problem.reaches.items()}
+    regularizer = problem.regularizer
+    pulling = frozenset[str]() if regularizer is None else regularizer.meta_names
+    found = Reaches(functions, pulling, start.names)
+    _check_seen(found, problem, start)
+    return found
+
+
+def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
+    """Refuse meta-parameters that reach nothing."""
+    seen = found.loss("inner") | found.loss("outer") | {*found.start}
+    unseen = sorted(set(start.meta_params) - seen)
+    given = {id(p) for p in start.params.values()}
+    same = [name for name in unseen if id(start.meta_params[name]) in given]
+    if same:
+        raise ProblemError(
+            f"meta-parameter {listed(same)} is what params start from, but does not require a "
+            f"gradient: call requires_grad_() on it to have its derivative through the start"
+        )
+    if unseen:
+        raise ProblemError(
+            f"meta-parameter {listed(unseen)} has no path to {problem.name('inner')} or "
+            f"outer_loss, so its meta-gradient cannot be told from zero. Use it, or leave it "
+            f"out. (If it is the initialisation of params: pass params that are computed from "
+            f"meta_params, with their graph; or make it the centre of a proximal term, as in "
+            f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
+            f"forgotten where it started. If it is a learning rate or another setting of the "
+            f"solver: {NO_STEP_SIZE}.)"
+        )
+
+
+class _Trial:
+    """Evaluates a problem's functions to see what they depend on."""
+
+    def __init__(
+        self, problem: Problem, meta_params: Params, randomness: CommonRandomness, tally: Tally
+    ) -> None:
+        self._problem, self._randomness, self._tally = problem, randomness, tally
+        self._meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
+
+    def run(self, params: Params) -> dict[Stream, list[str]]:
+        """The meta-parameters that each function depends on."""
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        found: dict[Stream, list[str]] = {}
+        moved: set[str] = set()
+        streams: tuple[Stream, ...] = ("inner", "outer")
+        for stream in streams:
+            moves, reached = self._first_batch(stream, leaves)
+            moved |= moves
+            for step in range(1, len(self._problem.batches(stream) or [None])):
+                if len(reached) < len(self._meta):
+                    reached |= self._later_batch(stream, params, step)
+            found[stream] = [name for name in self._meta if name in reached]
+        if self._problem.regularizer is not None:
+            penalty = self._problem.regularizer.penalty(leaves, self._meta)
+            check_scalar("the regularizer", penalty)
+        idle = sorted(set(params) - moved)
+        if idle:
+            self._tally.note(f"no loss depends on params {listed(idle)}")
+        return found
+
+    def _first_batch(self, stream: Stream, params: Params) -> tuple[set[str], set[str]]:
+        """The params and the meta-parameters that a function depends on."""
+        loss = self._checked(stream, params)
+        leaves = [*params.values(), *self._meta.values()]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self._tally.spend(1)
+        reached = [g is not None for g in grads]
+        moves = {name for name, r in zip(params, reached, strict=False) if r}
+        if not moves:
+            raise ProblemError(
+                f"{self._problem.name(stream)} does not depend on params: no gradient reaches "
+                f"any of {listed(params)}. Compute it from the params that it is handed, "
+                f"for example with torch.func.functional_call"
+            )
+        there = zip(self._meta, reached[len(params) :], strict=True)
+        return moves, {name for name, r in there if r}
+
+    def _later_batch(self, stream: Stream, params: Params, step: int) -> set[str]:
+        """The meta-parameters that a function depends on there."""
+        loss = self._probe(stream, params, step)
+        if not loss.requires_grad:
+            return set()
+        self._tally.spend(1)
+        grads = torch.autograd.grad(loss, list(self._meta.values()), allow_unused=True)
+        return {name for name, g in zip(self._meta, grads, strict=True) if g is not None}
+
+    def _checked(self, stream: Stream, params: Params) -> Tensor:
+        """What a function says of its first batch, which has to have a gradient."""
+        name = self._problem.name(stream)
+        try:
+            probe = self._probe(stream, params, 0)
+        except KeyError as error:
+            raise ProblemError(
+                f"{name} asked for {error}, which is not there: params has "
+                f"{listed(params)}, meta_params has {listed(self._meta)}"
+            ) from error
+        if not probe.requires_grad:
+            raise ProblemError(
+                f"{name} returned a value without a gradient: it does not depend on params, "
+                f"or detaches them (.item(), .detach(), torch.no_grad())"
+            )
+        return probe
+
+    def _probe(self, stream: Stream, params: Params, step: int) -> Tensor:
+        return self._problem.probe(stream, params, self._meta, step, self._randomness)

@@ -1,0 +1,45 @@
+"""Named tensors: what may be given, and how they become complex."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ProblemError
+from equigrad.problems import Params
+
+
+def check_tensors(what: str, tensors: object) -> None:
+    """See that named tensors can be settled or learned.
+
+    Args:
+        what: they are, for the message.
+        tensors: what was given for them.
+
+    Raises:
+        ProblemError: no mapping from names to finite tensors of floating-point numbers, or none.
+    """
+    if not isinstance(tensors, Mapping):
+        raise ProblemError(
+            f"{what} must map names to tensors, as dict(module.named_parameters()) does, "
+            f"got {type(tensors).__name__}"
+        )
+    if not tensors:
+        raise ProblemError(f"{what} is empty: there is nothing to settle or to learn")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{what}[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ProblemError(
+                f"{what}[{name!r}] has dtype {tensor.dtype}, which has no gradient; "
+                f"use a floating-point tensor"
+            )
+        if not torch.isfinite(tensor.detach()).all():
+            raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
+
+
+def like(beta: complex, tensors: Params) -> dict[str, Tensor]:
+    """The tensors, complex where β is."""
+    if not isinstance(beta, complex):
+        return dict(tensors)
+    return {name: t.to(t.dtype.to_complex()) for name, t in tensors.items()}
