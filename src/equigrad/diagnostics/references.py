@@ -157,7 +157,7 @@ class References:
         """`∂L_out/∂θ` at the settled φ, which the outer loss has without settling anything."""
         torch.manual_seed(self.seed)
         with Evaluation(self.problem, self.result.params, self.meta_params) as evaluation:
-            at = resting(self.result.params, evaluation.snapshot())
+            at = resting(self.result.params, evaluation.stage.snapshot())
             return evaluation.outer_gradients(at)[1]
 
     def halved(self, estimator: Estimator, solver: Solver, params: Params) -> Params | None:

@@ -53,7 +53,7 @@ class Contrastive(Estimator):
             counterpart to β of its own.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
         rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
-            problem asks for, `beta` is only the first guess, and the solver's own limits do not
+            problem asks for, ten times `beta` is the first guess, and the solver's own limits do not
             apply; see docs/accuracy.md. The inner loss has to be the same at every step, and twice
             continuously differentiable where it settles. `MetaGradient.error_estimate` says what
             was reached, and `status` what stood in the way where it is not enough.
@@ -166,7 +166,7 @@ class Contrastive(Estimator):
                 evaluation,
                 solver,
                 rtol=self.rtol,
-                beta=self.beta,
+                beta=10 * self.beta,  # where the error of finite β can be seen, and is looked at
                 budget=self.budget,
                 keep_momentum=self.momentum == "keep",
             ).run()
@@ -210,7 +210,7 @@ class Contrastive(Estimator):
             )
             error = found.total
             if error > NAMED:
-                evaluation.notes.append(found.sentence())
+                evaluation.tally.note(found.sentence())
         return Estimate(
             grads=grads,
             phases=(free, *(state for state in states if state is not free)),
