@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Tanh
 
@@ -19,11 +18,10 @@ from equigrad.estimators import Adjoint, Contrastive, Estimator, LeastControl, P
 from equigrad.experiments.data import cifar10, mnist
 from equigrad.experiments.data.images import split
 from equigrad.experiments.runs.experiment import ScaleName, at_least, one_of
-from equigrad.experiments.runs.formats import words
+from equigrad.experiments.runs.formats import as_rich, words
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.settling import network_training
-from equigrad.experiments.settling.network_training import NetworkTraining
+from equigrad.experiments.settling.network_training import NetworkTrainer, NetworkTraining
 from equigrad.nn.settling_networks import (
     Feedback,
     convolutional_equilibrium_network,
@@ -89,7 +87,7 @@ AT_EASE = Anderson(tol=0.3, max_steps=20)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingMethod:
     """How a network is trained by a method.
 
     Attributes:
@@ -149,7 +147,7 @@ class Setting:
     label: str
     hidden: tuple[int, ...]
     network: Callable[..., Any]
-    methods: Mapping[MethodName, Recipe]
+    methods: Mapping[MethodName, TrainingMethod]
     source: Source = MNIST
     batch: int = 100
     epochs: float = 10
@@ -166,10 +164,10 @@ SETTINGS: dict[SettingName, Setting] = {
         (256, 256),
         relaxing_tanh_network,
         {
-            "exact": Recipe("backpropagation", Adjoint(solver=SWEEPS), SWEEPS),
-            "dynamic-inversion": Recipe("dynamic inversion", _under(INVERSION), SWEEPS),
-            "energy-inversion": Recipe("energy-based inversion", BY_ENERGY, SWEEPS),
-            "kolen-pollack": Recipe(
+            "exact": TrainingMethod("backpropagation", Adjoint(solver=SWEEPS), SWEEPS),
+            "dynamic-inversion": TrainingMethod("dynamic inversion", _under(INVERSION), SWEEPS),
+            "energy-inversion": TrainingMethod("energy-based inversion", BY_ENERGY, SWEEPS),
+            "kolen-pollack": TrainingMethod(
                 "dynamic inversion with learned feedback",
                 BY_LEARNED_FEEDBACK,
                 SWEEPS,
@@ -179,7 +177,7 @@ SETTINGS: dict[SettingName, Setting] = {
                 weight_decay=0.1,
                 feedback="layerwise",
             ),
-            "linear-feedback": Recipe(
+            "linear-feedback": TrainingMethod(
                 "linear feedback, learned from noise",
                 BY_LINEAR_FEEDBACK,
                 SWEEPS,
@@ -192,14 +190,14 @@ SETTINGS: dict[SettingName, Setting] = {
         (256,),
         recurrent_tanh_network,
         {
-            "exact": Recipe("recurrent backpropagation", Adjoint(solver=REST), REST),
-            "dynamic-inversion": Recipe(
+            "exact": TrainingMethod("recurrent backpropagation", Adjoint(solver=REST), REST),
+            "dynamic-inversion": TrainingMethod(
                 # from rest, and more gently: otherwise some samples of a batch did not settle
                 "dynamic inversion",
                 LeastControl(controller=replace(INVERSION, gain=0.03), start="free"),
                 REST,
             ),
-            "energy-inversion": Recipe(
+            "energy-inversion": TrainingMethod(
                 # as gently
                 "energy-based inversion",
                 replace(BY_ENERGY, controller=replace(BY_ENERGY.controller, gain=0.03)),
@@ -212,13 +210,15 @@ SETTINGS: dict[SettingName, Setting] = {
         (1024,),
         hopfield_network,
         {
-            "equilibrium-propagation": Recipe(
+            "equilibrium-propagation": TrainingMethod(
                 "equilibrium propagation",
                 Contrastive(beta=0.1, scheme="symmetric", nudged_solver=Picard(max_steps=5)),
                 Picard(max_steps=10),
                 outer_lr=5e-4,
             ),
-            "exact": Recipe("recurrent backpropagation", Adjoint(solver=REST), REST, outer_lr=5e-4),
+            "exact": TrainingMethod(
+                "recurrent backpropagation", Adjoint(solver=REST), REST, outer_lr=5e-4
+            ),
         },
     ),
     "cifar-implicit": Setting(
@@ -226,15 +226,15 @@ SETTINGS: dict[SettingName, Setting] = {
         (32,),
         convolutional_equilibrium_network,
         {
-            "exact": Recipe(
+            "exact": TrainingMethod(
                 "recurrent backpropagation",
                 Adjoint(solver=Anderson(tol=0.03, max_steps=15)),
                 AT_EASE,
             ),
-            "phantom-gradient": Recipe(
+            "phantom-gradient": TrainingMethod(
                 "phantom gradient", PhantomGradient(steps=4, damping=0.8), AT_EASE
             ),
-            "dynamic-inversion": Recipe(
+            "dynamic-inversion": TrainingMethod(
                 "dynamic inversion",
                 LeastControl(controller=INVERSION, start="free"),
                 AT_EASE,
@@ -250,7 +250,7 @@ SETTINGS: dict[SettingName, Setting] = {
         (16, 32),
         convolutional_hopfield_network,
         {
-            "equilibrium-propagation": Recipe(
+            "equilibrium-propagation": TrainingMethod(
                 "equilibrium propagation",
                 Contrastive(beta=0.5, scheme="symmetric", nudged_solver=Picard(max_steps=6)),
                 Picard(max_steps=16),
@@ -281,7 +281,7 @@ class Equilibrium(NetworkTraining):
     """The network, and with it the images."""
 
     method: MethodName = "exact"
-    """How its gradient is had."""
+    """The estimator of its gradient."""
 
     scale: ScaleName = "small"
     """`smoke` presets a few steps on few images, to see that all works; `paper` many epochs."""
@@ -353,7 +353,7 @@ class Equilibrium(NetworkTraining):
         return small
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainingMethod:
         """How the method trains the network."""
         known = SETTINGS[one_of(SETTINGS, "setting", self.setting)].methods
         return known[one_of(known, f"the method of setting {self.setting!r}", self.method)]
@@ -402,8 +402,8 @@ class Equilibrium(NetworkTraining):
         return replace(parts, test=test, target=Classes(files.CLASSES), note=note)
 
 
-class Job(network_training.Job[Equilibrium, Any]):
-    """An experiment's images and network.
+class ImageTrainer(NetworkTrainer[Equilibrium, Any]):
+    """Trains a settling network to tell images apart, and tests it.
 
     Attributes:
         data: the images.
@@ -434,34 +434,30 @@ class Job(network_training.Job[Equilibrium, Any]):
         found = classify(self.network, part[0], solver=self.config.solver)
         return 100 * (found == part[1]).double().mean().item()
 
-    def model(self) -> Mapping[str, Any]:
-        """What `equigrad predict` asks."""
+    def finish(self, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Save what `equigrad predict` asks; accuracies on validation and test."""
         config, data = self.config, self.data
         weights = dict(self.network.named_parameters())
         model = Model(config.architecture(), weights, data.target, data.encoding, config.solver)
-        return model.plain()
-
-    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
-        """Accuracies on validation and test."""
+        model.save(folder)
         metrics = self.measured("validation", "test")
         return {"setting": self.config.setting, "metrics": metrics}
 
 
-def run(config: Equilibrium, out: Path, *, resume: bool, console: Console) -> dict[str, float]:
+def train_on_images(
+    config: Equilibrium, out: Path, *, resume: bool, console: Console
+) -> dict[str, float]:
     """Train and test in `out`, and print what was reached.
 
     Returns:
         The metrics by name.
     """
     torch.set_num_threads(config.threads)
-    job = Job(config)
+    trainer = ImageTrainer(config)
     directory = RunDirectory(out, config, resume=resume)
-    console.print(job.data.note, highlight=False, soft_wrap=True)
-    metrics = job.learned(directory, resume=resume, console=console)
-    table = Table(title=f"{config.label}, seed {config.seed}, scale {config.scale}")
-    table.add_column("")
-    table.add_column("reached", justify="right")
-    for name, value in metrics.items():
-        table.add_row(words(name), f"{value:.2f}")
-    console.print(table)
+    console.print(trainer.data.note, highlight=False, soft_wrap=True)
+    metrics = trainer.learned(directory, resume=resume, console=console)
+    title = f"{config.label}, seed {config.seed}, scale {config.scale}"
+    rows = ([words(name), f"{value:.2f}"] for name, value in metrics.items())
+    console.print(as_rich(title, ["reached"], rows))
     return metrics

@@ -6,23 +6,25 @@ from statistics import fmean
 from typing import Any, ClassVar, Self
 
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import mean_and_error, with_error
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.equilibrium import (
     SETTINGS,
     Equilibrium,
-    Job,
+    ImageTrainer,
     MethodName,
     SettingName,
 )
 
 
 @dataclass(frozen=True)
-class Reached:
+class NetworkResult:
     """What one network reached by one method with one seed, in percent."""
 
     setting: str
@@ -45,7 +47,7 @@ class EquilibriumTable(ByRuns):
     """
 
     name: ClassVar[str] = "equilibrium"
-    row: ClassVar[type] = Reached
+    row: ClassVar[type] = NetworkResult
 
     only: tuple[SettingName, ...] = tuple(SETTINGS)
     """Which networks."""
@@ -101,14 +103,14 @@ class EquilibriumTable(ByRuns):
         changes = {} if self.epochs is None else {"epochs": self.epochs}
         return self.placed(preset, seed=seed, **changes)
 
-    def job(self, config: Equilibrium) -> Job:
-        """A network and its images."""
-        return Job(config)
+    def run(self, config: Equilibrium, directory: RunDirectory, console: Console) -> None:
+        """Train and test."""
+        ImageTrainer(config).learned(directory, resume=True, console=console)
 
-    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Reached:
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> NetworkResult:
         """What it reached, and what it took."""
         metrics = result["metrics"]
-        return Reached(
+        return NetworkResult(
             setting,
             method,
             seed,
@@ -119,7 +121,7 @@ class EquilibriumTable(ByRuns):
             result["seconds"],
         )
 
-    def text(self, rows: Sequence[Reached]) -> str:
+    def text(self, rows: Sequence[NetworkResult]) -> str:
         """A line a network and method."""
         lines = []
         for setting, method in self._places():
@@ -148,7 +150,7 @@ class EquilibriumTable(ByRuns):
             f"The papers' own numbers are not at hand.\n"
         )
 
-    def draw(self, rows: Sequence[Reached]) -> Figure:
+    def draw(self, rows: Sequence[NetworkResult]) -> Figure:
         """Test accuracy of every seed, a panel a data set."""
         places = self._places()
         sources = list(dict.fromkeys(SETTINGS[setting].source.name for setting, _ in places))

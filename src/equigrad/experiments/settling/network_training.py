@@ -1,8 +1,9 @@
-"""What the experiments share that train one settling network on examples of their own."""
+"""Training of a network whose neurons settle: settings and trainer that experiments share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Training, at_least, positive
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.runs.watching import watching
+from equigrad.experiments.runs.training import run_to_end
 from equigrad.solvers import Solver
 from equigrad.training import Callback, OuterState
-from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.relaxation import SettlingNetwork, train_network
 
 
@@ -59,8 +59,8 @@ Config = TypeVar("Config", bound=NetworkTraining)
 Network = TypeVar("Network", bound=SettlingNetwork)
 
 
-class Job(ABC, Generic[Config, Network]):
-    """An experiment's examples and network.
+class NetworkTrainer(ABC, Generic[Config, Network]):
+    """Trains a network whose neurons settle, and tests it.
 
     Args:
         config: of the experiment.
@@ -93,12 +93,8 @@ class Job(ABC, Generic[Config, Network]):
         """The score on `training`, `validation` and `test`, of those that there are, by name."""
 
     @abstractmethod
-    def model(self) -> Mapping[str, Any]:
-        """What is saved of the network."""
-
-    @abstractmethod
-    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
-        """Measure what was learned, draw it, and say the results, `metrics` among them."""
+    def finish(self, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Save the network, measure and draw it; return the results, `metrics` among them."""
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
         """Train the network in place."""
@@ -124,25 +120,32 @@ class Job(ABC, Generic[Config, Network]):
         self, directory: RunDirectory, *, resume: bool, console: Console
     ) -> dict[str, float]:
         """Train and test, and leave the run in its directory."""
-        directory.keep_to_data(self.digest)
-        if (ended := directory.result) is not None:
-            return ended["metrics"]
-        config = self.config
-        callbacks = watching(directory, config, config.label, resume=resume, console=console)
-        state = self.learn(callbacks)
-        write_whole(directory.path / "model.pt", as_bytes(self.model()))
-        found = self.finish(directory, console)
-        curves = figures.learning_curves(state.history, config.score)
-        figures.save(curves, directory.path / "learning.png")
-        directory.end(
-            config,
-            estimator=type(config.estimator).__name__,
-            method=config.method,
-            paper=None,
-            epochs=state.step * config.batch / len(self.examples[0]),
-            outer_steps=state.step,
-            gradient_evaluations=state.gradient_evaluations,
-            seconds=state.seconds,
-            **found,
+        result = run_to_end(
+            directory,
+            self.config,
+            self.config.label,
+            lambda callbacks: self.learn_and_test(directory.path, callbacks, console),
+            digest=self.digest,
+            resume=resume,
+            console=console,
         )
-        return found["metrics"]
+        return result["metrics"]
+
+    def learn_and_test(
+        self, folder: Path, callbacks: Sequence[Callback], console: Console
+    ) -> dict[str, Any]:
+        """Train and test; save the network and figures, and return the results by name."""
+        config, state = self.config, self.learn(callbacks)
+        found = self.finish(folder, console)
+        curves = figures.learning_curves(state.history, config.score)
+        figures.save(curves, folder / "learning.png")
+        return {
+            "estimator": type(config.estimator).__name__,
+            "method": config.method,
+            "paper": None,
+            "epochs": state.step * config.batch / len(self.examples[0]),
+            "outer_steps": state.step,
+            "gradient_evaluations": state.gradient_evaluations,
+            "seconds": state.seconds,
+            **found,
+        }

@@ -15,8 +15,8 @@ from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
-LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
-RULE = Contrastive(beta=0.1)
+DIGITS_SOLVER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
+DIGITS_RULE = Contrastive(beta=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Digits(LearningAlike):
     hidden: tuple[int, ...] = (64, 64, 64)
     """Widths of the hidden layers."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = DIGITS_SOLVER
     """How the network learns from the ten images: the free phase, from the same start each time."""
 
-    contrastive: Contrastive = RULE
+    contrastive: Contrastive = DIGITS_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Digits(LearningAlike):
         return cls(
             scale="smoke",
             outer_steps=3,
-            solver=replace(LEARNER, max_steps=20),
+            solver=replace(DIGITS_SOLVER, max_steps=20),
             nudged_steps=5,
         )
 

@@ -16,7 +16,7 @@ from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split, divide
 from equigrad.training.targets import Classes
 
-LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200)
+FOLDER_SOLVER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Folder(OwnData):
     outer_steps: int = 30
     """Steps of Adam on the strengths."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = FOLDER_SOLVER
     """How the network learns: the free phase, from the same start each time."""
 
     nudged_steps: int = 50

@@ -15,8 +15,8 @@ from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
-LEARNER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
-RULE = Contrastive(beta=0.1)
+OWN_DATA_SOLVER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
+OWN_DATA_RULE = Contrastive(beta=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class OwnData(LearningAlike):
     outer_lr: float = 0.001
     """Adam's step size."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = OWN_DATA_SOLVER
     """How the network learns: the free phase, from the same start each time."""
 
-    contrastive: Contrastive = RULE
+    contrastive: Contrastive = OWN_DATA_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     def __post_init__(self) -> None:
