@@ -190,7 +190,7 @@ def values(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open() as file:
             yield from flat(list(csv.DictReader(file)))
     elif path.suffix == ".md":
-        yield "", hashlib.sha256(path.read_bytes()).hexdigest()
+        yield "", hashlib.sha256(" ".join(path.read_text().split()).encode()).hexdigest()
     elif path.suffix == ".png":
         yield "", hashlib.sha256(Image.open(path).tobytes()).hexdigest()
 
