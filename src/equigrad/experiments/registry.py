@@ -1,4 +1,4 @@
-"""What can be run, searched and reproduced, by name: a module is imported when it is asked for."""
+"""The commands of `equigrad`: name, class, function and summary; modules are imported lazily."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

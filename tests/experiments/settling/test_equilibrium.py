@@ -13,15 +13,18 @@ from equigrad.estimators import GMRES
 from equigrad.experiments.runs.model import Model, load_model
 from equigrad.experiments.runs.reproduction import from_csv
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.settling.equilibrium import SETTINGS, Equilibrium, ImageTrainer
+from equigrad.experiments.settling.equilibrium import Equilibrium, ImageTrainer
 from equigrad.experiments.settling.equilibrium_table import EquilibriumTable, NetworkResult
+from equigrad.experiments.settling.image_networks import IMAGE_NETWORKS
 from equigrad.solvers import Anderson
 from equigrad.training.relaxation import classify, settled_logits
 from helpers import call_main
 
 pytestmark = pytest.mark.usefixtures("made_up_images")
 
-PLACES = [(setting, method) for setting, known in SETTINGS.items() for method in known.methods]
+PLACES = [
+    (setting, method) for setting, known in IMAGE_NETWORKS.items() for method in known.methods
+]
 
 
 @pytest.mark.parametrize(("setting", "method"), PLACES)
@@ -31,7 +34,7 @@ def test_every_method_lowers_the_loss_it_descends(setting, method):
     config = replace(
         preset, samples=150, held_out=100, batch=10, epochs=10, outer_lr=3e-3, threads=1
     )
-    if SETTINGS[setting].source.name == "CIFAR-10":  # larger, and learned in fewer steps
+    if IMAGE_NETWORKS[setting].source.name == "CIFAR-10":  # larger, and learned in fewer steps
         config = replace(config, epochs=6, hidden=tuple(8 for _ in config.hidden))
     history = ImageTrainer(config).learn().history
     losses = [float(row["outer_loss"]) for row in history]
@@ -78,7 +81,7 @@ def test_what_a_run_has_left_is_asked_about_files(setting, tmp_path, capsys):
     words = ("--setting", setting, "--scale", "smoke", "--threads", "1", "--out")
     code, said = call_main("run", "equilibrium", *words, tmp_path / "run", capsys=capsys)
     assert code == 0, said
-    files = SETTINGS[setting].source.files
+    files = IMAGE_NETWORKS[setting].source.files
     test = files.load(files.TEST)
     mode = "RGB" if files.SHAPE[0] == 3 else "L"
     for i in range(100):

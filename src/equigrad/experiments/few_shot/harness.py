@@ -1,4 +1,4 @@
-"""The settings that all few-shot experiments share, and the learner that they describe."""
+"""Settings shared by the few-shot experiments, and the learner made of them."""
 
 import math
 from abc import abstractmethod
@@ -49,7 +49,7 @@ class Tasks:
         train: of meta-training.
         validation: that models are chosen by; None where there are none.
         test: that neither has seen.
-        note: how they were had, for whoever reads the numbers.
+        note: where they come from, printed beside the results.
         digest: a checksum of the examples, where they are not drawn from a formula.
     """
 

@@ -1,4 +1,4 @@
-"""Meta-training: a few-shot learner meets many tasks, and is tested on tasks of its own."""
+"""Meta-training and meta-test of a few-shot learner."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,10 @@ from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from equigrad.experiments.few_shot.harness import TASK_LEARNER, FewShot
-from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.formats import as_rich, words
 from equigrad.experiments.runs.model import save_model
 from equigrad.experiments.runs.run_directory import RunDirectory, describe
-from equigrad.experiments.runs.training import run_to_end
+from equigrad.experiments.runs.training import Trainer
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.problems import Params
 from equigrad.tasks import TaskSampler
@@ -24,7 +23,7 @@ from equigrad.training import Callback, OuterState, pick_device, pick_dtype
 from equigrad.training.few_shot import Score, chosen, judge, learn_tasks
 
 
-class MetaTrainer:
+class MetaTrainer(Trainer[FewShot]):
     """Meta-trains a few-shot learner, and tests it.
 
     Args:
@@ -40,7 +39,9 @@ class MetaTrainer:
     def __init__(self, config: FewShot) -> None:
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
         self.config = config
+        self.score = config.score
         self.tasks = config.sources(device, dtype)
+        self.digest = self.tasks.digest
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = config.network()
@@ -94,24 +95,9 @@ class MetaTrainer:
         metric = self.config.metric
         return judge(self.tested, meta_params, sampler, metric, tasks=tasks, statistics=statistics)
 
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Meta-train and test, and leave the run in its directory."""
-        result = run_to_end(
-            directory,
-            self.config,
-            self.config.label,
-            lambda callbacks: self.learn_and_test(directory.path, callbacks),
-            digest=self.tasks.digest,
-            resume=resume,
-            console=console,
-        )
-        return result["metrics"]
-
-    def learn_and_test(self, folder: Path, callbacks: Sequence[Callback]) -> dict[str, Any]:
-        """Meta-train and test; save the learner and figures, and return the results by name."""
-        config, state = self.config, self.learn(callbacks)
+    def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
+        """Save the learner, test it, and draw what the experiment draws."""
+        config = self.config
         meta_params = chosen(state)
         save_model(
             folder,
@@ -124,20 +110,12 @@ class MetaTrainer:
         began = time.perf_counter()
         metrics = self.metrics(state, self.test(meta_params))
         test_seconds = time.perf_counter() - began
-        if state.history:
-            figure = figures.learning_curves(state.history, config.score)
-            figures.save(figure, folder / "learning.png")
         config.draw(self, meta_params, folder)
         return {
-            "estimator": type(config.estimator).__name__,
-            "method": config.method,
             "metrics": metrics,
             "paper": config.published(),
             "tasks": self.tasks.note,
             "notes": list(config.notes()),
-            "outer_steps": state.step,
-            "gradient_evaluations": state.gradient_evaluations,
-            "seconds": state.seconds,
             "test_seconds": test_seconds,
         }
 

@@ -1,4 +1,4 @@
-"""The few-shot learners by name: what tasks share, and the estimator of its meta-gradient."""
+"""Few-shot methods: which parameters tasks share, and the estimator of their meta-gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Few-shot learning of images: Omniglot's characters, or classes that the user brings."""
+"""The Omniglot experiment: few-shot classification of characters, or of users' images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

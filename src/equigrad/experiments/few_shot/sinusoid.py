@@ -1,4 +1,4 @@
-"""Sinusoids, each from ten of its points, by a learner that has seen many (Finn et al. 2017)."""
+"""The sinusoid experiment: few-shot regression of sine curves (Finn et al. 2017)."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Table 2: few-shot learning of Omniglot's characters, by every learner in one harness."""
+"""Table 2: few-shot accuracy on Omniglot, by method, way, shot and seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What every experiment is told, and how it says what is wrong with that."""
+"""Settings that all experiments share, and checks of their values."""
 
 import math
 from abc import ABC, abstractmethod

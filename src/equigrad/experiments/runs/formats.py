@@ -1,4 +1,4 @@
-"""Numbers and names as a page has them."""
+"""Formatting of numbers, names and tables as text."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Saved models: one reader and writer of `model.pt`, and the model that `equigrad predict` asks."""
+"""Saved models: reading and writing of `model.pt`, and the model of `equigrad predict`."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -77,7 +77,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A network that has learned, what it predicts, and how its inputs are had.
+    """A trained network, its target, and the encoding of its inputs.
 
     Attributes:
         architecture: of the network.
@@ -102,7 +102,7 @@ class Model:
         return network.eval()
 
     def outputs(self, x: Tensor) -> Tensor:
-        """What the network says of inputs, in the type it has learned in.
+        """The outputs for some inputs, in the floating-point type of the weights.
 
         Warns:
             SettlingWarning: it has not settled for some of them.
@@ -118,7 +118,7 @@ class Model:
         return found
 
     def ask(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """What the network says, and the numbers of the inputs for which it has not settled."""
+        """The outputs, and the indices of the inputs for which the network has not settled."""
         network = self.network()
         x = x.to(next(iter(self.params.values())))
         if self.solver is not None:

@@ -1,4 +1,4 @@
-"""What all reproductions share: cells that are measured once, a table, a text and a figure."""
+"""Reproductions of figures and tables: measured row by row, saved, resumed, drawn."""
 
 import csv
 import functools

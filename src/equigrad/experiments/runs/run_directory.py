@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it is found again."""
+"""The directory of a run: its settings, results, and the checks before it is resumed."""
 
 import dataclasses
 import json

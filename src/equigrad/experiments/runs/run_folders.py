@@ -1,4 +1,4 @@
-"""Reads what runs have left in their folders, whatever became of them."""
+"""Reading of run directories for the report, unfinished and damaged ones included."""
 
 import io
 import json

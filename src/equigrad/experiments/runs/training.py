@@ -1,13 +1,16 @@
-"""One run from its start, or from where it was stopped, to its result: `run_to_end`."""
+"""Training of a network in a run's directory, from its start or its checkpoint to its result."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
-from equigrad.experiments.runs.experiment import Experiment
+from equigrad.experiments.runs import figures
+from equigrad.experiments.runs.experiment import Experiment, Training
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.training import Callback, Checkpoint, JsonLines, TensorBoard
+from equigrad.training import Callback, Checkpoint, JsonLines, OuterState, TensorBoard
 from equigrad.training.decay import LinearDecay
 from equigrad.training.progress import ProgressBar
 
@@ -22,23 +25,17 @@ def run_to_end(
     resume: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Train and test in a run's directory, unless it has a result already.
+    """Train and test, unless the run has a result, and return what `result.json` says.
 
     Args:
         directory: of the run.
         config: of the run.
         label: of its progress.
-        train_and_test: called with the callbacks of the outer loop, which keep checkpoints, log and
-            show progress; returns what `result.json` is to say, `metrics` among it.
-        digest: a checksum of data that may change between a run and its resumption.
+        train_and_test: called with the callbacks of the outer loop; returns the results, `metrics`
+            among them.
+        digest: a checksum of data that may change before the run is resumed.
         resume: go on from the checkpoint that is there.
         console: shows the progress.
-
-    Returns:
-        What `result.json` says.
-
-    Raises:
-        RunError: the data, or the files of the run, are not those that it began with.
     """
     if digest is not None:
         directory.keep_to_data(digest)
@@ -58,3 +55,57 @@ def run_to_end(
         ProgressBar(label, console),
     ]
     return directory.end(config, **train_and_test(callbacks))
+
+
+Config = TypeVar("Config", bound=Training)
+
+
+class Trainer(ABC, Generic[Config]):
+    """Trains by mini-batches, and tests.
+
+    Attributes:
+        config: the settings.
+        digest: a checksum of the data; None where a formula draws them.
+        score: the metric of the learning curves.
+    """
+
+    config: Config
+    digest: str | None
+    score: str
+
+    @abstractmethod
+    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
+        """Train."""
+
+    @abstractmethod
+    def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
+        """Save what was learned, test and draw it; return the results, `metrics` among them."""
+
+    def learned(
+        self, directory: RunDirectory, *, resume: bool, console: Console
+    ) -> dict[str, float]:
+        """Train and test, leave the run in its directory, and return the metrics by name."""
+        config, folder = self.config, directory.path
+
+        def train_and_test(callbacks: Sequence[Callback]) -> dict[str, Any]:
+            state = self.learn(callbacks)
+            found = self.finish(state, folder, console)
+            if state.history:
+                curves = figures.learning_curves(state.history, self.score)
+                figures.save(curves, folder / "learning.png")
+            return {
+                "estimator": type(config.estimator).__name__,
+                "method": config.method,
+                "paper": None,
+                "outer_steps": state.step,
+                "gradient_evaluations": state.gradient_evaluations,
+                "seconds": state.seconds,
+                **found,
+            }
+
+        return run_to_end(
+            *(directory, config, config.label, train_and_test),
+            digest=self.digest,
+            resume=resume,
+            console=console,
+        )["metrics"]

@@ -1,19 +1,15 @@
-"""Training of a network whose neurons settle: settings and trainer that experiments share."""
+"""Settings and trainer shared by the experiments on networks that settle."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Training, at_least, positive
-from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.runs.training import run_to_end
+from equigrad.experiments.runs.training import Trainer
 from equigrad.solvers import Solver
 from equigrad.training import Callback, OuterState
 from equigrad.training.relaxation import SettlingNetwork, train_network
@@ -59,7 +55,7 @@ Config = TypeVar("Config", bound=NetworkTraining)
 Network = TypeVar("Network", bound=SettlingNetwork)
 
 
-class NetworkTrainer(ABC, Generic[Config, Network]):
+class NetworkTrainer(Trainer[Config], Generic[Config, Network]):
     """Trains a network whose neurons settle, and tests it.
 
     Args:
@@ -83,6 +79,7 @@ class NetworkTrainer(ABC, Generic[Config, Network]):
         self.network = network
         self.examples = examples
         self.digest = digest
+        self.score = config.score
 
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
@@ -92,9 +89,9 @@ class NetworkTrainer(ABC, Generic[Config, Network]):
     def measured(self, *parts: str) -> dict[str, float]:
         """The score on `training`, `validation` and `test`, of those that there are, by name."""
 
-    @abstractmethod
-    def finish(self, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Save the network, measure and draw it; return the results, `metrics` among them."""
+    def epochs(self, state: OuterState) -> float:
+        """Passes over the examples."""
+        return state.step * self.config.batch / len(self.examples[0])
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
         """Train the network in place."""
@@ -115,37 +112,3 @@ class NetworkTrainer(ABC, Generic[Config, Network]):
                 validate=lambda: self.measured("validation"),
                 callbacks=callbacks,
             )
-
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Train and test, and leave the run in its directory."""
-        result = run_to_end(
-            directory,
-            self.config,
-            self.config.label,
-            lambda callbacks: self.learn_and_test(directory.path, callbacks, console),
-            digest=self.digest,
-            resume=resume,
-            console=console,
-        )
-        return result["metrics"]
-
-    def learn_and_test(
-        self, folder: Path, callbacks: Sequence[Callback], console: Console
-    ) -> dict[str, Any]:
-        """Train and test; save the network and figures, and return the results by name."""
-        config, state = self.config, self.learn(callbacks)
-        found = self.finish(folder, console)
-        curves = figures.learning_curves(state.history, config.score)
-        figures.save(curves, folder / "learning.png")
-        return {
-            "estimator": type(config.estimator).__name__,
-            "method": config.method,
-            "paper": None,
-            "epochs": state.step * config.batch / len(self.examples[0]),
-            "outer_steps": state.step,
-            "gradient_evaluations": state.gradient_evaluations,
-            "seconds": state.seconds,
-            **found,
-        }

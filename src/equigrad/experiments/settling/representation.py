@@ -1,4 +1,4 @@
-"""A picture as a network at rest, from place to colour: an implicit neural representation."""
+"""The representation experiment: a picture learned by an equilibrium RNN."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from equigrad.experiments.settling.network_training import NetworkTrainer, Netwo
 from equigrad.nn import EquilibriumRNN, FourierFeatures
 from equigrad.nn.batches import summed_squares
 from equigrad.solvers import Anderson, Solver
-from equigrad.training import pick_device, pick_dtype
+from equigrad.training import OuterState, pick_device, pick_dtype
 from equigrad.training.relaxation import settled_logits
 
 PICTURE = "equigrad representation 1"
@@ -89,7 +89,7 @@ class Representation(NetworkTraining):
     """Of the other pixels, for validation; the rest is for the test."""
 
     features: int = 128
-    """Frequencies that the network is told of a place in; a sine and a cosine of each."""
+    """Frequencies of the Fourier features of a place; a sine and a cosine of each."""
 
     frequency: float = 6.0
     """Their standard deviation, in cycles over the picture."""
@@ -171,7 +171,7 @@ class Painter:
     """The colours that a network says of places.
 
     Attributes:
-        encode: what it is told of a place.
+        encode: Fourier features of a place.
         network: settles, and says its colour.
         solver: settles it.
     """
@@ -280,7 +280,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
                 found[f"{part}_psnr"] = psnr(colors, self.colors[rows])
         return found
 
-    def finish(self, folder: Path, console: Console) -> Mapping[str, Any]:
+    def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
         """Save and draw the picture; the PSNR of its parts, the number of unsettled pixels."""
         config = self.config
         save_model(
@@ -303,6 +303,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
             "metrics": self.measured("training", "validation", "test"),
             "pixels": {name: len(rows) for name, rows in self.parts.items()},
             "pixels_unsettled": len(unsettled),
+            "epochs": self.epochs(state),
         }
 
 

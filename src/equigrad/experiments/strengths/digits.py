@@ -1,4 +1,4 @@
-"""The main job: a regularisation strength for every weight, learned from ten images."""
+"""The digits experiment: a strength for every weight, with ten training images."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -23,8 +23,8 @@ DIGITS_RULE = Contrastive(beta=0.1)
 class Digits(LearningAlike):
     """Learn a regularisation strength for every weight of a network that sees ten images.
 
-    A tanh network learns from ten 8×8 digits, one a class; 890 validation images judge what it
-    learned, and every weight's strength follows their gradient. Beside it: no regularisation, the
+    A tanh network learns from ten 8×8 digits, one a class, and every weight's strength follows the
+    hypergradient of the loss on 890 validation images. Beside it: no regularisation, the
     best of 13 single strengths, and the other estimator, all on the same split and start.
     """
 

@@ -1,4 +1,4 @@
-"""What the experiments share that learn from data that the user brings."""
+"""Settings shared by the experiments on users' data, CSV files and folders of images."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class OwnData(LearningAlike):
     """Share of the rows that is held back and used for the test column alone."""
 
     training_share: float = 0.5
-    """Share of the others that the network learns from; the rest judges it."""
+    """Share of the others that is the training set; the rest is the validation set."""
 
     samples: int | None = None
     """Rows for training and validation together; all that are not for testing by default."""

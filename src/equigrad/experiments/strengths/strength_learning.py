@@ -1,4 +1,4 @@
-"""What the experiments share that learn a regularisation strength for every weight."""
+"""Learning a regularisation strength for every weight: settings, trainer and table of results."""
 
 import time
 from abc import ABC, abstractmethod
@@ -231,7 +231,7 @@ class StrengthTrainer(StrengthLearner):
     def learn(
         self, name: EstimatorName, callbacks: Sequence[Callback] = (), *, watched: bool = True
     ) -> tuple[Learned, ScoreAndCost]:
-        """Learn a strength for every weight, as the experiment has it for an estimator."""
+        """Learn a strength for every weight by an estimator, with the experiment's settings."""
         learned = self.learn_by(
             self.config.recipe(name),
             outer_steps=self.config.outer_steps,
