@@ -20,7 +20,7 @@ from torch import Tensor
 
 import equigrad as eg
 from equigrad.experiments.runs.model import load_model
-from equigrad.experiments.settling.equilibrium import Equilibrium, Job
+from equigrad.experiments.settling.equilibrium import Equilibrium, ImageTrainer
 from equigrad.problems import Params
 
 SIZE, BATCHES = 100, 2
@@ -54,7 +54,11 @@ SOLVERS: dict[str, tuple[eg.Solver, Sequence[Start]]] = {
 
 
 def gradient(
-    job: Job, x: Tensor, y: Tensor, estimator: eg.Estimator, dtype: torch.dtype = torch.float32
+    job: ImageTrainer,
+    x: Tensor,
+    y: Tensor,
+    estimator: eg.Estimator,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[eg.MetaGradient, Tensor]:
     """The result, and its gradients as a vector."""
     network = job.network
@@ -70,7 +74,7 @@ def controlled(controller: eg.controllers.Controller, start: Start = "free") -> 
     return eg.LeastControl(controller=controller, start=start)
 
 
-def curvature(job: Job, x: Tensor, y: Tensor, at: Params, strength: float) -> Tensor:
+def curvature(job: ImageTrainer, x: Tensor, y: Tensor, at: Params, strength: float) -> Tensor:
     """The largest curvature of the energy for every sample, where it settled.
 
     The spectral radius of a gradient step is that less 1, where it is above 2.
@@ -92,7 +96,10 @@ def curvature(job: Job, x: Tensor, y: Tensor, at: Params, strength: float) -> Te
 
 
 def row(
-    job: Job, batches: list[tuple[Tensor, Tensor]], exact: list[Tensor], estimator: eg.LeastControl
+    job: ImageTrainer,
+    batches: list[tuple[Tensor, Tensor]],
+    exact: list[Tensor],
+    estimator: eg.LeastControl,
 ) -> str:
     """Settled samples, steps, milliseconds, and the error of the gradient."""
     settled, steps, seconds, errors = 0, [], [], []
@@ -118,7 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
-    job = Job(Equilibrium.preset(setting="feed-forward", method="energy-inversion"))
+    job = ImageTrainer(Equilibrium.preset(setting="feed-forward", method="energy-inversion"))
     job.network.load_state_dict(load_model(words.run).params)
     x, y = (part[: SIZE * BATCHES] for part in job.data.validation)
     batches = list(zip(x.split(SIZE), y.split(SIZE), strict=True))

@@ -14,7 +14,7 @@ import numpy as np
 
 import equigrad as eg
 from equigrad.experiments.strengths.digits import Digits
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.training.strengths import Recipe
 
 RULE = replace(
@@ -34,7 +34,7 @@ VARIANTS: dict[str, eg.Estimator] = {
 
 
 def validation_accuracy(config: Digits, seed: int, estimator: eg.Estimator) -> float:
-    job = Job(config, seed)
+    job = StrengthTrainer(config, seed)
     learned = job.learn_by(
         Recipe(estimator, config.solver, config.outer_lr),
         outer_steps=config.outer_steps,

@@ -21,7 +21,7 @@ from sklearn.datasets import (
     make_regression,
 )
 
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.tabular import Tabular
 
 TABLES = {
@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write(Path(folder))
         baselines = {
-            (name, seed): Job(replace(DEFAULT, csv=path), seed).baselines()["rows"]
+            (name, seed): StrengthTrainer(replace(DEFAULT, csv=path), seed).baselines()["rows"]
             for name, path in paths.items()
             for seed in range(arguments.seeds)
         }
@@ -87,7 +87,7 @@ def main() -> None:
             config = VARIANTS[variant]
 
             def score(name: str, seed: int, config: Tabular = config) -> float:
-                job = Job(replace(config, csv=paths[name]), seed)
+                job = StrengthTrainer(replace(config, csv=paths[name]), seed)
                 return job.learn("contrastive")[1].test
 
             show(variant, score)

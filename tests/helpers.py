@@ -1,5 +1,7 @@
 """References that owe nothing to the estimators under test, and the command line in-process."""
 
+import io
+import zipfile
 from typing import Any
 
 import torch
@@ -90,3 +92,16 @@ def made_up(count: int, channels: int, side: int, seed: int) -> Images:
     labels = torch.randint(10, (count,), generator=generator)
     noise = torch.rand(count, channels, side, side, generator=generator)
     return Images((255 * (0.25 * patterns[labels] + 0.75 * noise)).to(torch.uint8), labels)
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    """The content of a file with one bit flipped."""
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def content_of_tensors(saved: bytes) -> list[int]:
+    """A place in each of the tensors and in the structure that `torch.save` has written."""
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        parts = [part for part in archive.infolist() if part.filename.endswith("data.pkl")]
+        parts += [part for part in archive.infolist() if "/data/" in part.filename][:3]
+        return [saved.index(archive.read(part)) + part.file_size // 2 for part in parts]

@@ -8,6 +8,7 @@ import torch
 import equigrad as eg
 from equigrad.training import Callback, Checkpoint, JsonLines, TensorBoard, learn
 from equigrad.training.checkpoint import load_checkpoint
+from helpers import content_of_tensors, flipped
 
 
 def ridge():
@@ -199,6 +200,17 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(tmp_path, harm, me
     with pytest.raises(eg.RunError, match=message):
         go(callbacks=[Checkpoint(path, resume=True)])
     assert path.read_bytes() == before
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_by_name(tmp_path):
+    """A checksum per tensor is in the file; torch.load would take the other number."""
+    path = tmp_path / "checkpoint.pt"
+    go(steps=1, callbacks=[Checkpoint(path)])
+    whole = path.read_bytes()
+    for at in content_of_tensors(whole):
+        path.write_bytes(flipped(whole, at))
+        with pytest.raises(eg.RunError, match=r"checkpoint\.pt cannot be read .*checksum"):
+            go(callbacks=[Checkpoint(path, resume=True)])
 
 
 def test_checkpoint_of_another_optimiser(tmp_path):

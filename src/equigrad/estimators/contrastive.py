@@ -53,10 +53,10 @@ class Contrastive(Estimator):
             counterpart to β of its own.
         momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
         rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
-            problem asks for, ten times `beta` is the first guess, and the solver's own limits do not
-            apply; see docs/accuracy.md. The inner loss has to be the same at every step, and twice
-            continuously differentiable where it settles. `MetaGradient.error_estimate` says what
-            was reached, and `status` what stood in the way where it is not enough.
+            problem asks for, ten times `beta` is the first guess, and the solver's own limits do
+            not apply; see docs/accuracy.md. The inner loss has to be the same at every step, and
+            twice continuously differentiable where it settles. `MetaGradient.error_estimate` says
+            what was reached, and `status` what stood in the way where it is not enough.
         budget: gradient evaluations to spend under `rtol`.
         error: estimate the relative error, as `equigrad.estimators.contrast_error` says, for up to
             three gradients of the outer loss and one of the inner loss a phase more; above a tenth,

@@ -1,4 +1,4 @@
-"""What can be run, searched and reproduced, by name: a module is imported when it is asked for."""
+"""The commands of `equigrad`: name, class, function and summary; modules are imported lazily."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,14 +63,14 @@ COMMANDS = (
         "run",
         "digits",
         "strengths.digits:Digits",
-        "strengths.strength_learning:run",
+        "strengths.strength_learning:learn_strengths",
         "Learn a regularisation strength for every weight of a network that sees ten images.",
     ),
     Command(
         "run",
         "mnist",
         "strengths.images:Mnist",
-        "strengths.strength_learning:run",
+        "strengths.strength_learning:learn_strengths",
         "Learn a strength for every weight of a tanh network that sees 1, 10 or 30,000 "
         "MNIST digits.",
     ),
@@ -78,14 +78,14 @@ COMMANDS = (
         "run",
         "cifar10",
         "strengths.images:Cifar10",
-        "strengths.strength_learning:run",
+        "strengths.strength_learning:learn_strengths",
         "Learn a strength for every weight of a LeNet-5 that sees 50 photographs of CIFAR-10.",
     ),
     Command(
         "run",
         "tabular",
         "strengths.tabular:Tabular",
-        "strengths.strength_learning:run",
+        "strengths.strength_learning:learn_strengths",
         "Learn a regularisation strength for every weight of a network that reads your "
         "own CSV file.",
     ),
@@ -93,35 +93,35 @@ COMMANDS = (
         "run",
         "folder",
         "strengths.folder:Folder",
-        "strengths.strength_learning:run",
+        "strengths.strength_learning:learn_strengths",
         "Learn a regularisation strength for every weight of a LeNet-5 that sees your own images.",
     ),
     Command(
         "run",
         "sinusoid",
         "few_shot.sinusoid:Sinusoid",
-        "few_shot.sinusoid:run",
+        "few_shot.sinusoid:compare_learners",
         "Learn from many sinusoids how to learn the next one from ten of its points.",
     ),
     Command(
         "run",
         "omniglot",
         "few_shot.omniglot:Omniglot",
-        "few_shot.harness:run",
+        "few_shot.meta_training:meta_train",
         "Learn to tell new characters apart, from one or a few drawings of each.",
     ),
     Command(
         "run",
         "equilibrium",
         "settling.equilibrium:Equilibrium",
-        "settling.equilibrium:run",
+        "settling.equilibrium:train_on_images",
         "Train a network whose neurons settle to tell images apart.",
     ),
     Command(
         "run",
         "representation",
         "settling.representation:Representation",
-        "settling.representation:run",
+        "settling.representation:learn_picture",
         "Learn a picture, from place to colour, by a recurrent network at rest.",
     ),
     searched("digits", "strengths.digits:Digits"),

@@ -1,18 +1,15 @@
 """A network whose state rests under its input, with a readout that settles with it."""
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.nn.batches import draws, first_line, reading, summed_cross_entropy
-from equigrad.nn.parts import Parts
-from equigrad.nn.relaxing import OuterLoss
-from equigrad.problems import FixedPoint, Params
+from equigrad.nn.relaxing import Map, OuterLoss, SettlingByMap, refuse_buffers
+from equigrad.problems import Params
 
 
-class EquilibriumNetwork(nn.Module):
+class EquilibriumNetwork(SettlingByMap):
     r"""A network that is shown one input until it rests: a deep equilibrium model as a problem.
 
         h = f(h, e(x)),    y = r(h)
@@ -52,18 +49,13 @@ class EquilibriumNetwork(nn.Module):
         *,
         outer_loss: OuterLoss = summed_cross_entropy,
     ) -> None:
-        super().__init__()
+        super().__init__(outer_loss)
         for name, part in (("input", input), ("recurrent", recurrent), ("readout", readout)):
             if not isinstance(part, nn.Module):
                 raise ConfigurationError(f"{name} must be a torch.nn.Module, got {part!r}")
-            if any(True for _ in part.buffers()):
-                raise ConfigurationError(
-                    f"{name} has buffers, as batch normalisation has, whose samples depend on each "
-                    f"other; take nn.GroupNorm or nn.LayerNorm, or leave it out"
-                )
+            refuse_buffers(name, part)
         self.input, self.recurrent, self.readout = input, recurrent, readout
-        self.outer_loss = outer_loss
-        self._parts = Parts(self, ["input", "recurrent", "readout"])
+        self._settles({name: name for name in ("input", "recurrent", "readout")}, output="y")
         self._fits: torch.Size | None = None
 
     @torch.no_grad()
@@ -98,42 +90,13 @@ class EquilibriumNetwork(nn.Module):
             )
         self._fits = h.shape[1:]
 
-    def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
-        """The network on a batch, judged by its targets."""
-        return FixedPoint(
-            _Map(self, x),
-            lambda params, meta: self.outer_loss(params["y"], y),
-            modules=(),
-            reaches={"inner": [name for name, _ in self.named_parameters()], "outer": []},
-            samples=True,
-        )
-
-    def logits(self, params: Params, meta_params: Params) -> Tensor:
-        """The readout."""
-        return params["y"]
-
-    def bind(self, part: str, meta_params: Params) -> Callable[..., Tensor]:
-        """`input`, `recurrent` or `readout` with the weights that `meta_params` holds."""
-        return self._parts.bind(self, part, meta_params)
-
-
-class _Map:
-    """The map of a network on a batch."""
-
-    def __init__(self, net: EquilibriumNetwork, x: Tensor) -> None:
-        self._net, self._x = net, x
-
-    def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
-        return self.at(meta_params)(params)
-
-    def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
+    def map_on(self, x: Tensor, meta_params: Params) -> Map:
         """What is made of the input is computed once, unless it draws random numbers."""
-        parts = ("input", "recurrent", "readout")
-        encode, relax, read = (self._net.bind(part, meta_params) for part in parts)
-        once = None if draws(self._net.input) else encode(self._x)
+        encode, relax, read = (self.bind(part, meta_params) for part in self._paths)
+        once = None if draws(self.input) else encode(x)
 
         def step(params: Params) -> dict[str, Tensor]:
-            drive = encode(self._x) if once is None else once
+            drive = encode(x) if once is None else once
             return {"h": relax(params["h"], drive), "y": read(params["h"])}
 
         return step

@@ -1,4 +1,4 @@
-"""Networks whose layers relax."""
+"""Feed-forward networks whose layers relax, and the base of all networks that settle by a map."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,8 +13,72 @@ from equigrad.problems import FixedPoint, Params
 OuterLoss = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scalar`, summed over samples."""
 
+Map = Callable[[Params], Mapping[str, Tensor]]
+"""Of the states, by name, to the states."""
 
-class Relaxing(nn.Module):
+
+class SettlingByMap(nn.Module):
+    """A network whose states settle at the fixed point of a map made of some of its parts.
+
+    Args:
+        outer_loss: of the outputs and the targets, summed over samples.
+    """
+
+    def __init__(self, outer_loss: OuterLoss) -> None:
+        super().__init__()
+        self.outer_loss = outer_loss
+
+    def _settles(self, paths: Mapping[str, str], output: str) -> None:
+        """Say what `bind` knows the parts by, and which state is the output."""
+        self._paths, self._output = paths, output
+        self._parts = Parts(self, list(paths.values()))
+
+    def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
+        """The network on a batch, judged by its targets."""
+        return FixedPoint(
+            _OnBatch(self, x),
+            lambda params, meta: self.outer_loss(params[self._output], y),
+            modules=(),
+            reaches={"inner": [name for name, _ in self.named_parameters()], "outer": []},
+            samples=True,
+        )
+
+    def logits(self, params: Params, meta_params: Params) -> Tensor:
+        """The state that is the network's output."""
+        return params[self._output]
+
+    def bind(self, part: str, meta_params: Params) -> Callable[..., Tensor]:
+        """A part, by its name, with the weights that `meta_params` holds."""
+        return self._parts.bind(self, self._paths[part], meta_params)
+
+    def map_on(self, x: Tensor, meta_params: Params) -> Map:
+        """The map of the states on a batch, with the weights that `meta_params` holds."""
+        raise NotImplementedError
+
+
+class _OnBatch:
+    """The map of a network on a batch, for any weights."""
+
+    def __init__(self, net: SettlingByMap, x: Tensor) -> None:
+        self._net, self._x = net, x
+
+    def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
+        return self.at(meta_params)(params)
+
+    def at(self, meta_params: Params) -> Map:
+        return self._net.map_on(self._x, meta_params)
+
+
+def refuse_buffers(name: str, part: nn.Module) -> None:
+    """Raise a `ConfigurationError` for a part in which samples depend on each other."""
+    if any(True for _ in part.buffers()):
+        raise ConfigurationError(
+            f"{name} has buffers, as batch normalisation has, whose samples depend on each other; "
+            f"take nn.LayerNorm or nn.GroupNorm, or leave it out"
+        )
+
+
+class Relaxing(SettlingByMap):
     r"""A feed-forward network as a system that settles: a state for every layer of weights.
 
         φ_1 = f_1(x),    φ_l = f_l(φ_{l-1}),    logits = φ_L
@@ -57,17 +121,13 @@ class Relaxing(nn.Module):
         outer_loss: OuterLoss = summed_cross_entropy,
         feedback: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(outer_loss)
         if not isinstance(model, nn.Sequential):
             raise ConfigurationError(
                 f"model must be a torch.nn.Sequential, got {type(model).__name__}; its layers "
                 f"relax one by one"
             )
-        if any(True for _ in model.buffers()):
-            raise ConfigurationError(
-                "model has buffers, as batch normalisation has, whose samples depend on each "
-                "other; take nn.LayerNorm or nn.GroupNorm, or leave it out"
-            )
+        refuse_buffers("model", model)
         blocks: list[nn.Sequential] = []
         layers: list[nn.Module] = []
         for layer in model:
@@ -79,14 +139,12 @@ class Relaxing(nn.Module):
             raise ConfigurationError("model has no layer with weights, and nothing to learn")
         blocks[-1].extend(layers)
         self.blocks = nn.ModuleList(blocks)
-        self.outer_loss = outer_loss
-        self._names = {str(i): f"blocks.{i}" for i in range(len(blocks))}
-        self._parts = Parts(self, list(self._names.values()))
+        self._settles({str(i): f"blocks.{i}" for i in range(len(blocks))}, str(len(blocks) - 1))
         for name in feedback or {}:
-            if name not in self._names:
+            if name not in self._paths:
                 raise ConfigurationError(
                     f"feedback is given for {name!r}, and the states are "
-                    f"{', '.join(map(repr, self._names))}"
+                    f"{', '.join(map(repr, self._paths))}"
                 )
         if feedback:
             self.feedback = nn.ParameterDict(dict(feedback))
@@ -107,48 +165,19 @@ class Relaxing(nn.Module):
         states = {}
         sample = x[:1]
         with reading(self, x):
-            for name, block in zip(self._names, self.blocks, strict=True):
+            for name, block in zip(self._paths, self.blocks, strict=True):
                 sample = block(sample)
                 states[name] = x.new_zeros(len(x), *sample.shape[1:])
         return states
 
-    def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
-        """The network on a batch, judged by its targets."""
-        last = str(len(self.blocks) - 1)
-        return FixedPoint(
-            _Sweep(self, x),
-            lambda params, meta: self.outer_loss(params[last], y),
-            modules=(),
-            reaches={"inner": [name for name, _ in self.named_parameters()], "outer": []},
-            samples=True,
-        )
-
-    def logits(self, params: Params, meta_params: Params) -> Tensor:
-        """The last state."""
-        return params[str(len(self.blocks) - 1)]
-
-    def bind(self, name: str, meta_params: Params) -> Callable[..., Tensor]:
-        """A block, by the name of its state, with the weights that `meta_params` holds."""
-        return self._parts.bind(self, self._names[name], meta_params)
-
-
-class _Sweep:
-    """The map of a network on a batch: every block at once."""
-
-    def __init__(self, net: Relaxing, x: Tensor) -> None:
-        self._net, self._x = net, x
-
-    def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
-        return self.at(meta_params)(params)
-
-    def at(self, meta_params: Params) -> Callable[[Params], Mapping[str, Tensor]]:
-        """The first block, which sees x alone, is computed once, unless it draws numbers."""
-        names = [str(i) for i in range(len(self._net.blocks))]
-        first, *others = (self._net.bind(name, meta_params) for name in names)
-        once = None if draws(self._net.blocks[0]) else first(self._x)
+    def map_on(self, x: Tensor, meta_params: Params) -> Map:
+        """Every block at once; the first, which sees x alone, is computed once, unless it draws."""
+        names = list(self._paths)
+        first, *others = (self.bind(name, meta_params) for name in names)
+        once = None if draws(self.blocks[0]) else first(x)
 
         def sweep(params: Params) -> dict[str, Tensor]:
-            image = {"0": first(self._x) if once is None else once}
+            image = {"0": first(x) if once is None else once}
             for below, name, block in zip(names, names[1:], others, strict=False):
                 image[name] = block(params[below])
             return image

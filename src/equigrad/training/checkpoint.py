@@ -4,14 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.gradient import MetaGradient
-from equigrad.training.files import as_bytes, write_whole
+from equigrad.training.files import load_tensors, save_tensors
 from equigrad.training.loop import Callback, OuterState
 
-FORMAT = "equigrad checkpoint 1"
+CHECKPOINT = "equigrad checkpoint 1"
+"""The format of the file."""
 
 
 class Checkpoint(Callback):
@@ -77,8 +76,8 @@ class Checkpoint(Callback):
         assert self._whole is not None
         if self._whole["step"] == self._saved_step:
             return
-        content = {"format": FORMAT, "identity": self.identity, "state": self._whole}
-        write_whole(self.path, as_bytes(content))
+        content = {"format": CHECKPOINT, "identity": self.identity, "state": self._whole}
+        save_tensors(self.path, content)
         self._saved_step = self._whole["step"]
 
 
@@ -90,12 +89,12 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
     """
     remedy = "Start anew with another --out, or without --resume"
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        reason = f"damaged, or not one: {type(error).__name__}"
+        loaded = load_tensors(path)
+    except Exception as error:  # a damaged file raises one of half a dozen kinds
+        reason = f"damaged, or not one: {type(error).__name__}: {error}"
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
-    if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-        raise RunError(f"{path} is not a checkpoint of equigrad ('{FORMAT}'). {remedy}")
+    if not isinstance(loaded, dict) or loaded.get("format") != CHECKPOINT:
+        raise RunError(f"{path} is not a checkpoint of equigrad ('{CHECKPOINT}'). {remedy}")
     if loaded["identity"] != identity:
         raise RunError(
             f"{path} belongs to a run with other settings.\n  there: {loaded['identity']}\n"

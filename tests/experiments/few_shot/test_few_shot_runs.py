@@ -14,16 +14,14 @@ import equigrad as eg
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import Estimator
 from equigrad.experiments.few_shot.harness import (
-    FORMAT,
-    METHODS,
+    TASK_LEARNER,
     TEST,
     VALIDATION,
     FewShot,
-    Job,
-    MethodName,
     Tasks,
-    run,
 )
+from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import Sinusoids
 from equigrad.training import Callback
@@ -75,10 +73,10 @@ class Curves(FewShot):
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW_SHOT_METHODS)
 def test_every_method_leaves_a_whole_run(method, tmp_path):
     config = Curves.preset(method=method)
-    metrics = run(config, tmp_path, resume=False, console=QUIET)
+    metrics = meta_train(config, tmp_path, resume=False, console=QUIET)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == metrics
     assert (result["method"], result["seed"], result["tasks"]) == (method, 0, "sinusoids")
@@ -98,11 +96,13 @@ def test_every_method_leaves_a_whole_run(method, tmp_path):
 
 def test_what_is_kept_is_the_best_of_validation(tmp_path):
     config = replace(Curves.preset(), outer_lr=0.3, validate_every=1)
-    metrics = run(config, tmp_path, resume=False, console=QUIET)
+    metrics = meta_train(config, tmp_path, resume=False, console=QUIET)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics["validation_error"] == min(row["validation_error"] for row in rows)
     _, meta_params = Curves.load_learner(tmp_path)
-    assert Job(config).validate(meta_params)["validation_error"] == metrics["validation_error"]
+    assert (
+        MetaTrainer(config).validate(meta_params)["validation_error"] == metrics["validation_error"]
+    )
 
 
 class Stop(Callback):
@@ -116,14 +116,16 @@ class Stop(Callback):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     config = replace(Curves.preset(), decay=True, average_from=2, outer_lr=0.05)
-    whole = run(config, tmp_path / "whole", resume=False, console=QUIET)
-    learn = Job.learn
-    monkeypatch.setattr(Job, "learn", lambda job, calls: learn(job, [*calls, Stop(4)]))
+    whole = meta_train(config, tmp_path / "whole", resume=False, console=QUIET)
+    learn = MetaTrainer.learn
+    monkeypatch.setattr(MetaTrainer, "learn", lambda job, calls: learn(job, [*calls, Stop(4)]))
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "one", resume=False, console=QUIET)
-    monkeypatch.setattr(Job, "learn", learn)
-    assert run(config, tmp_path / "one", resume=True, console=QUIET) == whole
-    assert run(config, tmp_path / "one", resume=True, console=QUIET) == whole  # nothing to do
+        meta_train(config, tmp_path / "one", resume=False, console=QUIET)
+    monkeypatch.setattr(MetaTrainer, "learn", learn)
+    assert meta_train(config, tmp_path / "one", resume=True, console=QUIET) == whole
+    assert (
+        meta_train(config, tmp_path / "one", resume=True, console=QUIET) == whole
+    )  # nothing to do
     one, other = (Curves.load_learner(tmp_path / name)[1] for name in ("one", "whole"))
     assert all(one[name].equal(value) for name, value in other.items())
 
@@ -141,12 +143,14 @@ def test_the_clock_ends_meta_training_and_survives_a_stop(tmp_path, monkeypatch)
         def on_step(self, state, result) -> None:
             rates.append(state.optimizer.param_groups[0]["lr"])
 
-    learn = Job.learn
-    monkeypatch.setattr(Job, "learn", lambda job, calls: learn(job, [*calls, Rates(), Stop(2)]))
+    learn = MetaTrainer.learn
+    monkeypatch.setattr(
+        MetaTrainer, "learn", lambda job, calls: learn(job, [*calls, Rates(), Stop(2)])
+    )
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, resume=False, console=QUIET)
-    monkeypatch.setattr(Job, "learn", lambda job, calls: learn(job, [*calls, Rates()]))
-    run(config, tmp_path, resume=True, console=QUIET)
+        meta_train(config, tmp_path, resume=False, console=QUIET)
+    monkeypatch.setattr(MetaTrainer, "learn", lambda job, calls: learn(job, [*calls, Rates()]))
+    meta_train(config, tmp_path, resume=True, console=QUIET)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["seconds"] for row in rows] == [20, 40, 60, 80, 100]
     assert ["validation_error" in row for row in rows] == [False] * 4 + [True]
@@ -180,6 +184,6 @@ def test_files_that_are_no_learner(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"nothing")
     with pytest.raises(RunError, match="cannot be read as a few-shot learner"):
         Curves.load_learner(tmp_path)
-    torch.save({"format": FORMAT, "experiment": "omniglot"}, tmp_path / "model.pt")
+    torch.save({"format": TASK_LEARNER, "experiment": "omniglot"}, tmp_path / "model.pt")
     with pytest.raises(RunError, match="it is of 'omniglot', expected 'curves'"):
         Curves.load_learner(tmp_path)

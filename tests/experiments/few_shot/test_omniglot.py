@@ -15,9 +15,10 @@ from rich.console import Console
 import equigrad as eg
 from equigrad.errors import ConfigurationError, DataError, RunError
 from equigrad.experiments.few_shot import omniglot as experiment
-from equigrad.experiments.few_shot.harness import METHODS, Job, run
+from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS
 from equigrad.experiments.few_shot.omniglot import Omniglot
-from equigrad.experiments.few_shot.table2 import COLUMNS, QUOTED, Reached, Table2
+from equigrad.experiments.few_shot.table2 import COLUMNS, QUOTED, FewShotResult, Table2
 from equigrad.experiments.runs.reproduction import from_csv, reproduce
 from equigrad.nn import ComplexSynapse, Modulation
 from equigrad.tasks import ClassCollection, split_classes
@@ -116,10 +117,10 @@ def test_what_is_scaled_down_is_said():
 
 
 @pytest.mark.usefixtures("strokes")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW_SHOT_METHODS)
 def test_every_method_learns_images(method):
     config = replace(Omniglot.preset(scale="smoke", method=method), threads=1)
-    job = Job(config)
+    job = MetaTrainer(config)
     start = job.learner.model.meta_params()
     state = job.learn()
     moved = {n for n, m in state.meta_params.items() if not m.equal(start[n])}
@@ -140,7 +141,7 @@ def test_a_run_learns_says_and_saves(strokes, tmp_path, monkeypatch, capsys):
     metrics = json.loads(Path("one/result.json").read_text())["metrics"]
     learner, meta_params = Omniglot.load_learner("one")
     config = smoke(outer_steps=20, filters=8)
-    batch = Job(config).tasks.test.sample(6, 0)
+    batch = MetaTrainer(config).tasks.test.sample(6, 0)
     params = learner.settle(meta_params, batch)
     for kind in get_args(Statistics):
         name = "test" if kind == "query" else "test_support_statistics"
@@ -169,7 +170,7 @@ def test_a_run_learns_says_and_saves(strokes, tmp_path, monkeypatch, capsys):
 )
 def test_tasks_that_cannot_be(changes, kind, message):
     with pytest.raises(kind, match=message):
-        Job(smoke(**changes))
+        MetaTrainer(smoke(**changes))
 
 
 def test_words_that_name_nothing(capsys, tmp_path):
@@ -196,7 +197,7 @@ def test_own_images_are_learned_from_and_adapted_to(own_images, tmp_path):
     config = smoke(
         images=own_images, way=2, queries=3, test_queries=4, outer_steps=15, filters=8, tasks=4
     )
-    metrics = run(config, tmp_path / "run", resume=False, console=Console(quiet=True))
+    metrics = meta_train(config, tmp_path / "run", resume=False, console=Console(quiet=True))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert "8 classes for meta-training, 2 for validation, 2 for the meta-test" in result["tasks"]
     assert result["paper"] is None
@@ -224,24 +225,24 @@ def test_own_images_are_learned_from_and_adapted_to(own_images, tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images(own_images, tmp_path):
     config = smoke(images=own_images, way=2, queries=3, test_queries=4)
-    run(config, tmp_path / "run", resume=False, console=Console(quiet=True))
+    meta_train(config, tmp_path / "run", resume=False, console=Console(quiet=True))
     (tmp_path / "run" / "result.json").unlink()
     Image.new("L", (40, 40), 128).save(own_images / "bar 03" / "2.png")
     with pytest.raises(RunError, match="the data have changed since the run"):
-        run(config, tmp_path / "run", resume=True, console=Console(quiet=True))
+        meta_train(config, tmp_path / "run", resume=True, console=Console(quiet=True))
 
 
 def test_a_part_with_too_few_classes_is_named(own_images):
     config = smoke(images=own_images, way=3, queries=3, test_queries=4)
     with pytest.raises(ConfigurationError, match=r"needs 3 classes, .*2 are for validation"):
-        Job(config)
+        MetaTrainer(config)
 
 
 @pytest.mark.usefixtures("strokes")
 def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monkeypatch):
     table = Table2(scale="smoke", methods=("contrastive-modulation", "reptile"), seeds=2, threads=1)
     began: list[str] = []
-    learned = Job.learned
+    learned = MetaTrainer.learned
 
     def once(job, directory, **options):
         began.append(directory.path.name)
@@ -249,14 +250,14 @@ def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monk
             raise KeyboardInterrupt
         return learned(job, directory, **options)
 
-    monkeypatch.setattr(Job, "learned", once)
+    monkeypatch.setattr(MetaTrainer, "learned", once)
     monkeypatch.setattr(Omniglot, "draw", lambda *_: None)  # a second a cell
     with pytest.raises(KeyboardInterrupt):
         reproduce(table, tmp_path, resume=False, console=Console(quiet=True))
     rows = reproduce(table, tmp_path, resume=True, console=Console(quiet=True))
     cells = [f"5way1shot-{m}-{seed}" for seed in (0, 1) for m in table.methods]
     assert began == [cells[0], cells[1], cells[2], cells[2], cells[3]]
-    assert rows == from_csv(Reached, (tmp_path / "table2.csv").read_text())
+    assert rows == from_csv(FewShotResult, (tmp_path / "table2.csv").read_text())
     measured, quoted = (tmp_path / "table2.md").read_text().split("Quoted by the paper")
     mean = sum(row.test for row in rows if row.method == "reptile") / 2
     (line,) = (line for line in measured.splitlines() if line.startswith("| 5way1shot | Reptile"))

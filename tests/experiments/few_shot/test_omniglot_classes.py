@@ -26,7 +26,7 @@ def made_up_characters(monkeypatch):
         pixels = torch.full((count, 20, side, side), 255, dtype=torch.uint8)
         pixels[..., 0, 0] = 0
         names = tuple(f"character{c:03}" for c in range(count))
-        return drawings.Omniglot(pixels, (part,) * count, names)
+        return drawings.Drawings(pixels, (part,) * count, names)
 
     monkeypatch.setattr(drawings, "load", load)
 

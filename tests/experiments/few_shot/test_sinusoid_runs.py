@@ -10,8 +10,9 @@ from rich.console import Console
 
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import MAML
-from equigrad.experiments.few_shot.harness import Job, MethodName
-from equigrad.experiments.few_shot.sinusoid import LOOKS, OWN, Sinusoid, run
+from equigrad.experiments.few_shot.meta_training import MetaTrainer
+from equigrad.experiments.few_shot.methods import MethodName
+from equigrad.experiments.few_shot.sinusoid import LOOKS, OWN, Sinusoid, compare_learners
 
 QUIET = Console(quiet=True)
 
@@ -25,7 +26,7 @@ def test_methods_beside_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "equigrad.experiments.few_shot.sinusoid.OWN", {name: OWN[name] for name in few}
     )
-    rows = run(smoke(), tmp_path, resume=False, console=QUIET)
+    rows = compare_learners(smoke(), tmp_path, resume=False, console=QUIET)
     assert list(rows) == few
     for method, (row,) in rows.items():
         result = json.loads((tmp_path / method / "result.json").read_text())
@@ -41,28 +42,30 @@ def test_methods_beside_each_other(tmp_path, monkeypatch):
 
 def test_seeds_stopped_and_resumed(tmp_path, monkeypatch):
     config = smoke(method="maml", estimator=MAML(), compare=False, seeds=2)
-    learn = Job.learn
+    learn = MetaTrainer.learn
 
     def fail_at_the_second(job, calls):
         if job.config.seed == 1:
             raise KeyboardInterrupt
         return learn(job, calls)
 
-    monkeypatch.setattr(Job, "learn", fail_at_the_second)
+    monkeypatch.setattr(MetaTrainer, "learn", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, resume=False, console=QUIET)
+        compare_learners(config, tmp_path, resume=False, console=QUIET)
     begun = []
-    monkeypatch.setattr(Job, "learn", lambda job, calls: begun.append(job) or learn(job, calls))
-    (one, other) = run(config, tmp_path, resume=True, console=QUIET)["maml"]
+    monkeypatch.setattr(
+        MetaTrainer, "learn", lambda job, calls: begun.append(job) or learn(job, calls)
+    )
+    (one, other) = compare_learners(config, tmp_path, resume=True, console=QUIET)["maml"]
     assert [job.config.seed for job in begun] == [1]  # seed 0 had ended
     assert one.test != other.test
     with pytest.raises(RunError, match="seeds: there 2, here 3"):
-        run(replace(config, seeds=3), tmp_path, resume=True, console=QUIET)
+        compare_learners(replace(config, seeds=3), tmp_path, resume=True, console=QUIET)
 
 
 def test_all_methods_have_one_network_one_stream_of_tasks_and_their_own_settings():
     config = smoke(outer_steps=7, tasks=5, strength=0.5, hidden=(8,))
-    jobs = {method: Job(config.of(method, seed=3)) for method in OWN}
+    jobs = {method: MetaTrainer(config.of(method, seed=3)) for method in OWN}
     for method, job in jobs.items():
         assert (job.config.outer_steps, job.config.tasks, job.config.seed) == (7, 5, 3)
         for name, weight in jobs["maml"].learner.model.module().state_dict().items():
@@ -73,7 +76,7 @@ def test_all_methods_have_one_network_one_stream_of_tasks_and_their_own_settings
 
 
 def test_tasks_of_training_validation_and_test_differ():
-    tasks = Job(smoke()).tasks
+    tasks = MetaTrainer(smoke()).tasks
     assert tasks.validation is not None
     drawn = [s.sample(1, 0).support[0] for s in (tasks.train, tasks.validation, tasks.test)]
     for one, other in combinations(drawn, 2):
@@ -81,13 +84,15 @@ def test_tasks_of_training_validation_and_test_differ():
 
 
 def test_the_test_is_taken_after_the_steps_it_says(tmp_path):
-    rows = run(smoke(compare=False, test_steps=5), tmp_path, resume=False, console=QUIET)
+    rows = compare_learners(
+        smoke(compare=False, test_steps=5), tmp_path, resume=False, console=QUIET
+    )
     (row,) = rows["contrastive-synaptic"]
     looks = dict(row.adaptation)
     assert list(looks) == list(LOOKS)
     assert looks[5] == pytest.approx(row.test, rel=1e-6)
     # without adaptation, θ itself answers
-    job = Job(smoke())
+    job = MetaTrainer(smoke())
     learner, meta_params = Sinusoid.load_learner(tmp_path)
     batch = job.tasks.test.sample(job.config.test_tasks, 0)
     network = learner.model.module({n.removeprefix("center."): m for n, m in meta_params.items()})
@@ -98,7 +103,7 @@ def test_the_test_is_taken_after_the_steps_it_says(tmp_path):
 
 def test_contrast_learns_to_learn():
     config = replace(Sinusoid.preset(), test_tasks=60, test_steps=10)
-    job = Job(replace(config, outer_steps=30, average_from=None, validation_tasks=2))
+    job = MetaTrainer(replace(config, outer_steps=30, average_from=None, validation_tasks=2))
     start = job.learner.model.meta_params()
     before, after = (
         job.judge(meta_params, job.tasks.test, 60).mean

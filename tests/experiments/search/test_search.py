@@ -15,7 +15,7 @@ import pytest
 from equigrad.experiments.search import ray_trials, search
 from equigrad.experiments.search.trials import Trial, preset
 from equigrad.experiments.strengths.digits import Digits
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from helpers import call_main
 
 COMMAND = ["search", "digits", "--scale", "smoke", "--device", "cpu", "--out", "mine"]
@@ -106,7 +106,7 @@ def test_a_trial_goes_on_where_it_was_stopped(folder, monkeypatch):
     ray_trials.attempt({"number": 0}, {0: trial})
     assert [row["outer_step"] for row in told] == [0, 1, 2, 3]
     assert told[0] == before[0]  # what is known is told, not computed again
-    whole, end = Job(trial.config, trial.config.seed).learn("contrastive")
+    whole, end = StrengthTrainer(trial.config, trial.config.seed).learn("contrastive")
     accuracies = [row["validation_accuracy"] for row in whole.state.history]
     assert [row["validation_accuracy"] for row in told] == [*accuracies, end.validation]
 

@@ -13,15 +13,18 @@ from equigrad.estimators import GMRES
 from equigrad.experiments.runs.model import Model, load_model
 from equigrad.experiments.runs.reproduction import from_csv
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.settling.equilibrium import SETTINGS, Equilibrium, Job
-from equigrad.experiments.settling.equilibrium_table import EquilibriumTable, Reached
+from equigrad.experiments.settling.equilibrium import Equilibrium, ImageTrainer
+from equigrad.experiments.settling.equilibrium_table import EquilibriumTable, NetworkResult
+from equigrad.experiments.settling.image_networks import IMAGE_NETWORKS
 from equigrad.solvers import Anderson
 from equigrad.training.relaxation import classify, settled_logits
 from helpers import call_main
 
 pytestmark = pytest.mark.usefixtures("made_up_images")
 
-PLACES = [(setting, method) for setting, known in SETTINGS.items() for method in known.methods]
+PLACES = [
+    (setting, method) for setting, known in IMAGE_NETWORKS.items() for method in known.methods
+]
 
 
 @pytest.mark.parametrize(("setting", "method"), PLACES)
@@ -31,9 +34,9 @@ def test_every_method_lowers_the_loss_it_descends(setting, method):
     config = replace(
         preset, samples=150, held_out=100, batch=10, epochs=10, outer_lr=3e-3, threads=1
     )
-    if SETTINGS[setting].source.name == "CIFAR-10":  # larger, and learned in fewer steps
+    if IMAGE_NETWORKS[setting].source.name == "CIFAR-10":  # larger, and learned in fewer steps
         config = replace(config, epochs=6, hidden=tuple(8 for _ in config.hidden))
-    history = Job(config).learn().history
+    history = ImageTrainer(config).learn().history
     losses = [float(row["outer_loss"]) for row in history]
     first, last = losses[:5], losses[-5:]
     assert sum(last) < 0.8 * sum(first)
@@ -62,7 +65,7 @@ def test_the_table_has_a_line_a_network_and_method(tmp_path, capsys):
     code, said = call_main(*words, tmp_path / "table", *options, capsys=capsys)
     assert code == 0, said
     assert "equilibrium RNN" in said
-    rows = from_csv(Reached, (tmp_path / "table" / "equilibrium.csv").read_text())
+    rows = from_csv(NetworkResult, (tmp_path / "table" / "equilibrium.csv").read_text())
     assert [(row.setting, row.method) for row in rows] == [
         ("recurrent", "exact"),
         ("cifar-implicit", "exact"),
@@ -78,7 +81,7 @@ def test_what_a_run_has_left_is_asked_about_files(setting, tmp_path, capsys):
     words = ("--setting", setting, "--scale", "smoke", "--threads", "1", "--out")
     code, said = call_main("run", "equilibrium", *words, tmp_path / "run", capsys=capsys)
     assert code == 0, said
-    files = SETTINGS[setting].source.files
+    files = IMAGE_NETWORKS[setting].source.files
     test = files.load(files.TEST)
     mode = "RGB" if files.SHAPE[0] == 3 else "L"
     for i in range(100):
@@ -109,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys):
 
 def test_a_saved_network_is_loaded_as_it_was(tmp_path):
     config = Equilibrium.preset(setting="recurrent", scale="smoke")
-    job = Job(replace(config, threads=1, epochs=0.5))
+    job = ImageTrainer(replace(config, threads=1, epochs=0.5))
     quiet = Console(quiet=True)
     directory = RunDirectory(tmp_path / "run", job.config)
     job.learned(directory, resume=False, console=quiet)
@@ -127,12 +130,12 @@ def test_a_saved_network_is_loaded_as_it_was(tmp_path):
 
 
 def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
-    job = Job(replace(Equilibrium.preset(setting="recurrent", scale="smoke"), threads=1))
+    job = ImageTrainer(replace(Equilibrium.preset(setting="recurrent", scale="smoke"), threads=1))
     never = Anderson(tol=1e-12, max_steps=1)
     weights = dict(job.network.named_parameters())
     architecture, data = job.config.architecture(), job.data
     model = Model(architecture, weights, data.target, data.encoding, never)
-    torch.save(model.plain(), tmp_path / "model.pt")
+    model.save(tmp_path)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "black.png")
     code, said = call_main("predict", tmp_path, "--images", tmp_path / "images", capsys=capsys)
@@ -148,7 +151,7 @@ def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
 
 def test_linear_feedback_has_weights_for_every_hidden_layer_and_they_learn():
     preset = Equilibrium.preset(setting="feed-forward", method="linear-feedback", scale="smoke")
-    job = Job(replace(preset, hidden=(16, 12, 8), threads=1))
+    job = ImageTrainer(replace(preset, hidden=(16, 12, 8), threads=1))
     found = {n: q for n, q in job.network.named_parameters() if n.startswith("feedback")}
     assert {n: tuple(q.shape) for n, q in found.items()} == {
         "feedback.0": (16, 10),

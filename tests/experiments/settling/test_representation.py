@@ -10,7 +10,12 @@ from PIL import Image
 import equigrad as eg
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.experiments.data.picture import psnr
-from equigrad.experiments.settling.representation import METHODS, Job, Painter, Representation
+from equigrad.experiments.settling.representation import (
+    PICTURE_METHODS,
+    Painter,
+    PictureTrainer,
+    Representation,
+)
 from equigrad.solvers import Anderson
 from helpers import call_main
 
@@ -24,9 +29,9 @@ def small(method="exact", **changes):
     return replace(preset, frequency=2.0, threads=1, **changes)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(PICTURE_METHODS))
 def test_pixels_that_were_not_learned_are_found_better_than_by_their_neighbours(method):
-    job = Job(small(method))
+    job = PictureTrainer(small(method))
     history = job.learn().history
     assert job.measured("test")["test_psnr"] > job.nearest() + 0.5
     settled = [str(row["status"]).startswith("converged") for row in history]
@@ -35,7 +40,7 @@ def test_pixels_that_were_not_learned_are_found_better_than_by_their_neighbours(
 
 def test_the_gradient_under_control_is_nearly_the_exact_one():
     """After the network has learned for a while; by the cosine, for each of the weights."""
-    job = Job(small("exact", epochs=20))
+    job = PictureTrainer(small("exact", epochs=20))
     job.learn()
     rows = job.parts["training"][:64]
     inputs = job.painter.encode(job.places[rows])
@@ -50,7 +55,7 @@ def test_the_gradient_under_control_is_nearly_the_exact_one():
 
     tight = Anderson(tol=1e-5, max_steps=200)
     exact = gradient(eg.Adjoint(solver=tight), tight)
-    under = gradient(METHODS["dynamic-inversion"][1], tight)
+    under = gradient(PICTURE_METHODS["dynamic-inversion"][1], tight)
     assert under.status.startswith("converged")
     for name, g in exact.grads.items():
         cosine = torch.cosine_similarity(g.flatten(), under.grads[name].flatten(), dim=0)
@@ -104,7 +109,7 @@ def test_a_picture_of_ones_own_is_painted_at_any_size(tmp_path, capsys):
 
 def test_the_simplest_guess():
     """Stripes about columns 0, 3 and 6, which are learned: the nearest such pixel is right."""
-    job = Job(small(side=9, stride=3, held_out=10, batch=9))
+    job = PictureTrainer(small(side=9, stride=3, held_out=10, batch=9))
     columns = ((torch.arange(9) + 1) // 3).clamp(max=2) / 3
     job.picture = replace(job.picture, colors=columns[None, :, None].expand(9, 9, 3).clone())
     assert job.nearest() == pytest.approx(100)

@@ -8,8 +8,8 @@ import pytest
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import T1T2, Contrastive
 from equigrad.experiments.runs.reproduction import as_csv, from_csv
-from equigrad.experiments.strengths.first_phase import NO_NUDGE, Fig3, Reached
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.first_phase import NO_NUDGE, Fig3, PhaseResult
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.solvers import GradientDescent
 
 SMOKE = replace(Fig3.preset(scale="smoke"), threads=1)
@@ -25,7 +25,7 @@ def made_rows(figure):
         else:
             best = {50: 10.0, 450: 1.0}[steps]
             accuracy = 80 - 10 * abs(math.log10(beta / best))
-        rows.append(Reached(panel, method, steps, beta, seed, accuracy, accuracy - 5, 7, 0.5))
+        rows.append(PhaseResult(panel, method, steps, beta, seed, accuracy, accuracy - 5, 7, 0.5))
     return rows
 
 
@@ -54,8 +54,8 @@ def test_a_phase_that_diverged_is_said_and_is_never_best(monkeypatch):
     def diverge(self, name, callbacks=(), *, watched=True):
         raise SettlingError("the nudged phase diverged")
 
-    monkeypatch.setattr(Job, "__init__", lambda self, config, seed: None)
-    monkeypatch.setattr(Job, "learn", diverge)
+    monkeypatch.setattr(StrengthTrainer, "__init__", lambda self, config, seed: None)
+    monkeypatch.setattr(StrengthTrainer, "learn", diverge)
     lost = FIGURE.measure("B", "contrastive", 50, 10.0, 0)
     assert math.isnan(lost.validation)
     there = made_rows(FIGURE)
@@ -64,7 +64,7 @@ def test_a_phase_that_diverged_is_said_and_is_never_best(monkeypatch):
     assert FIGURE.best_betas(rows) == {50: 3.0, 450: 1.0}
     assert "| 50 | 30.00 | 25.23 | diverged | 3 |" in FIGURE.text(rows)
     FIGURE.draw(rows)
-    again = from_csv(Reached, as_csv(rows))
+    again = from_csv(PhaseResult, as_csv(rows))
     assert [vars(row) for row in again if row.validation == row.validation] == [
         vars(row) for row in rows if row.validation == row.validation
     ]
@@ -102,7 +102,7 @@ def test_cell_is_the_run_that_it_stands_for(cell):
     row = SMOKE.measure(*cell)
     panel, method, steps, beta, seed = cell
     experiment = SMOKE.mnist(steps) if panel == "A" else SMOKE.cifar(steps, beta)
-    learned, watched = Job(experiment, seed).learn(method)
+    learned, watched = StrengthTrainer(experiment, seed).learn(method)
     assert len(learned.state.history) == SMOKE.outer_steps
     assert (row.validation, row.test) == (watched.validation, watched.test)
     assert row.gradient_evaluations == watched.gradient_evaluations

@@ -14,7 +14,7 @@ from equigrad.experiments.data import mnist
 from equigrad.experiments.runs.methods import OTHERS, EstimatorName
 from equigrad.experiments.runs.reproduction import fill, from_csv
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.table1 import Accuracies, Table1
 from equigrad.nn import ComplexSynapse
 from helpers import call_main, made_up
@@ -54,7 +54,7 @@ def tiny(**changes):
 
 
 def gradients(config, estimator):
-    job = Job(config, 0)
+    job = StrengthTrainer(config, 0)
     synapse = ComplexSynapse(job.network, strength=0.01)
     recipe = config.recipe(estimator)
     return meta_gradient(
@@ -80,7 +80,7 @@ def test_strengths_make_ten_images_enough():
     solver = replace(config.contrastive.solver, lr=0.05, max_steps=100)
     contrastive = replace(config.contrastive, solver=solver, nudged_steps=30, outer_lr=0.02)
     t1t2 = replace(config.t1t2, solver=solver, outer_lr=0.02)
-    job = Job(replace(config, contrastive=contrastive, t1t2=t1t2), 0)
+    job = StrengthTrainer(replace(config, contrastive=contrastive, t1t2=t1t2), 0)
     plain, _ = job.single([0.0])
     for method in ("contrastive", "t1t2"):
         _, row = job.learn(method)
@@ -185,7 +185,7 @@ def test_table_is_gone_on_with_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_cell_of_the_table_is_the_run_of_its_seed():
     row = TABLE.measure("cifar-50", "t1t2", 1)
-    _, again = Job(replace(Cifar10.preset(scale="smoke"), threads=1), 1).learn("t1t2")
+    _, again = StrengthTrainer(replace(Cifar10.preset(scale="smoke"), threads=1), 1).learn("t1t2")
     assert (row.validation, row.test) == (again.validation, again.test)
 
 

@@ -10,13 +10,13 @@ import torch
 
 from equigrad.errors import DataError
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.model import FORMAT, load_model
+from equigrad.experiments.runs.model import PREDICTOR, load_model
 from equigrad.experiments.runs.report import report
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.tabular import Tabular
 from equigrad.nn import ComplexSynapse
 from equigrad.training.targets import Classes
-from helpers import call_main
+from helpers import call_main, content_of_tensors, flipped
 
 SMOKE = ["--scale", "smoke", "--hidden", "8", "--device", "cpu"]
 
@@ -83,7 +83,7 @@ def test_numbers_are_scored_in_their_own_units(run_folder):
     """R² and RMSE of the table, from the predictions and the prices as they were written."""
     config = replace(Tabular.preset(scale="smoke"), csv=run_folder / "fruit.csv", target="price")
     config = replace(config, hidden=(8,), solver=replace(config.solver, max_steps=60))
-    split = Job(config, 0).split
+    split = StrengthTrainer(config, 0).split
     assert split.test is not None
     model = load_model(run_folder / "prices")
     predicted = torch.tensor(model.target.answers(model.outputs(split.test[0]))["prediction"])
@@ -100,7 +100,7 @@ def test_predictions_are_the_runs_own(run_folder):
     config = replace(
         Tabular.preset(scale="smoke"), csv=run_folder / "fruit.csv", target="kind", hidden=(8,)
     )
-    job = Job(config, 0)
+    job = StrengthTrainer(config, 0)
     params = torch.load(run_folder / "kinds" / "learned.pt", weights_only=True)["params"]
     model = load_model(run_folder / "kinds")
     for x, _ in (job.split.train, *job.split.judges.values()):
@@ -178,8 +178,8 @@ def test_numbers_are_read_with_the_models_decimal_mark(tmp_path, capsys):
     path.write_text("a;y\n" + "".join(f"{i}.{i}34,5;{1000 * i},5\n" for i in range(1, 10)))
     config = Tabular(csv=path, target="y", task="regression", decimal=",", hidden=(2,))
     split = config.load(torch.device("cpu"), torch.float32)
-    plain = config.model(split, dict(config.network(split).named_parameters())).plain()
-    torch.save(plain, tmp_path / "model.pt")
+    config.model(split, dict(config.network(split).named_parameters())).save(tmp_path)
+    plain = torch.load(tmp_path / "model.pt", weights_only=True)
     del plain["encoding"]["decimal"]
     torch.save(plain, tmp_path / "old.pt")
 
@@ -236,10 +236,14 @@ def test_models_that_cannot_be_asked(run_folder, tmp_path, capsys):
         broken.write_bytes(content)
         code, said = said_of(broken)
         assert (code, "cannot be read as a model" in said) == (2, True)
+    for at in content_of_tensors(whole):
+        broken.write_bytes(flipped(whole, at))
+        code, said = said_of(broken)
+        assert (code, f"{broken} cannot be read" in said, "checksum" in said) == (2, True, True)
     later = torch.load(run_folder / "kinds" / "model.pt", weights_only=True)
     torch.save({**later, "format": "equigrad model 9"}, broken)
     code, said = said_of(broken)
-    assert (code, FORMAT in said) == (2, True)
+    assert (code, PREDICTOR in said) == (2, True)
 
 
 def test_test_rows_have_no_say(tmp_path):
@@ -248,13 +252,13 @@ def test_test_rows_have_no_say(tmp_path):
     config = replace(
         Tabular.preset(scale="smoke"), csv=path, target="price", hidden=(8,), compare=False
     )
-    job = Job(config, 0)
+    job = StrengthTrainer(config, 0)
     rows = divided(config, path)
     lines = path.read_text().splitlines()
     for i in rows.test.tolist():
         lines[1 + i] = f"99,purple,5,{77777 + i},pear"
     path.write_text("\n".join(lines))
-    other = Job(config, 0)
+    other = StrengthTrainer(config, 0)
     assert other.split.test is not None
     assert job.split.test is not None
     assert not torch.equal(job.split.test[0], other.split.test[0])

@@ -65,9 +65,9 @@ def test_a_model_without_a_double_backward_is_noted():
     solver = eg.LBFGS(max_steps=50)
     estimator = eg.ConjugateGradient(max_iterations=1, products="autograd")
     with pytest.raises(eg.DoubleBackwardError):
-        accuracy.run(case, solver, estimator)
+        accuracy.estimated(case, solver, estimator)
     with accuracy.plain_attention():
-        accuracy.run(case, solver, estimator)
+        accuracy.estimated(case, solver, estimator)
 
 
 def test_tuned_settings_reach_the_accuracy():

@@ -6,7 +6,7 @@ from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.theory.matched_phases import (
     SETTLING_DISTANCE,
     MatchedPhases,
-    Point,
+    MatchedPoint,
     fitted_slope,
 )
 from helpers import slope
@@ -53,7 +53,7 @@ def test_csv_holds_every_point(points):
     lines = as_csv(points).splitlines()
     assert lines[0] == "rule,steps,distance,alignment,error,beta"
     assert len(lines) == 1 + len(points)
-    assert from_csv(Point, as_csv(points)) == points
+    assert from_csv(MatchedPoint, as_csv(points)) == points
 
 
 def test_points_that_are_there_are_not_measured_again(points, tmp_path, monkeypatch):

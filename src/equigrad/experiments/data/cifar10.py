@@ -70,7 +70,7 @@ def read_batch(file: DataFile) -> Images:
         pixels = array.as_bytes().reshape(-1, *SHAPE)
         if labels.shape != (len(pixels),) or not ((labels >= 0) & (labels < 10)).all():
             raise ValueError(f"{len(pixels)} images, and labels that are not so many from 0 to 9")
-    except Exception as error:  # what a damaged pickle raises is anybody's guess
+    except Exception as error:  # a damaged pickle may raise anything
         raise file.damaged(path, error) from error
     return Images(pixels, labels)
 

@@ -1,4 +1,4 @@
-"""Where the file of a data set is: in the user's folder, or fetched once from its public home."""
+"""Data files: found in the user's folder, or downloaded once from a public address."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Folders of images that users bring: DIR/CLASS/*.png, read with mistrust, and made one size."""
+"""Folders of images, DIR/CLASS/*.png: reading, checking, and resizing to one size."""
 
 import warnings
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", 
 
 
 @dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """What a folder holds.
 
     Attributes:
@@ -55,7 +55,7 @@ def read_classes(
     channels: int,
     skip_broken: bool = False,
     classes: tuple[str, ...] = (),
-) -> Folder:
+) -> ImageFolder:
     """Read a folder that has a subfolder for every class.
 
     Args:
@@ -97,7 +97,7 @@ def read_classes(
     if not kept:
         raise DataError(f"{folder} has no image that can be read")
     labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in kept])
-    return Folder(Images(pixels, labels), names, kept, notes)
+    return ImageFolder(Images(pixels, labels), names, kept, notes)
 
 
 def named(broken: list[str], count: int) -> str:

@@ -1,4 +1,4 @@
-"""Labelled images, and how they are divided between a learner, its judge and the last word."""
+"""Labelled images, and their division into training, validation and test sets."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -42,7 +42,7 @@ FILES: dict[str, DataFile] = {
 
 
 @dataclass(frozen=True)
-class Omniglot:
+class Drawings:
     """Characters and their drawings.
 
     Attributes:
@@ -56,7 +56,7 @@ class Omniglot:
     characters: tuple[str, ...]
 
 
-def load(part: Part, *, side: int = SIDE, file: DataFile | None = None) -> Omniglot:
+def load(part: Part, *, side: int = SIDE, file: DataFile | None = None) -> Drawings:
     """The background or the evaluation characters, in the order of their names.
 
     Args:
@@ -80,10 +80,10 @@ def load(part: Part, *, side: int = SIDE, file: DataFile | None = None) -> Omnig
         with zipfile.ZipFile(path) as archive:
             names = _paths(archive, part)
             drawings = [_drawing(image, archive, name, side) for name in names]
-    except Exception as error:  # what a damaged zip or PNG raises is anybody's guess
+    except Exception as error:  # a damaged zip or PNG may raise anything
         raise file.damaged(path, error) from error
     folders = [Path(name).parent for name in names[::DRAWINGS]]
-    return Omniglot(
+    return Drawings(
         drawings=torch.stack(drawings).reshape(-1, DRAWINGS, side, side),
         alphabets=tuple(folder.parent.name for folder in folders),
         characters=tuple(folder.name for folder in folders),

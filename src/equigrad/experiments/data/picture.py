@@ -1,4 +1,4 @@
-"""One picture as examples: places and their colours."""
+"""One picture as a data set: pixel positions are inputs, colours are targets."""
 
 import hashlib
 from dataclasses import dataclass

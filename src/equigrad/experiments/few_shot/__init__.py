@@ -1,1 +1,1 @@
-"""Few-shot learning: sinusoids, Omniglot, or classes of your own."""
+"""Few-shot learning: sine curves, Omniglot, or users' own classes of images."""

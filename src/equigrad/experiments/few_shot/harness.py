@@ -1,113 +1,44 @@
-"""What the few-shot experiments share: every learner of tasks in one harness."""
+"""Settings shared by the few-shot experiments, and the learner made of them."""
 
 import math
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
-import equigrad
 from equigrad.controllers import DynamicInversion
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
-    IMAML,
-    MAML,
-    Contrastive,
     Estimator,
-    FirstOrderMAML,
     LeastControl,
-    Reptile,
 )
-from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.config_file import CHOOSERS, overlay
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.runs.experiment import Training, at_least, one_of
-from equigrad.experiments.runs.formats import words
-from equigrad.experiments.runs.model import reading
-from equigrad.experiments.runs.run_directory import RunDirectory, describe
-from equigrad.experiments.runs.watching import watching
-from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
-from equigrad.nn.batch_statistics import BatchStatistics
+from equigrad.experiments.runs.model import restored, saved_model
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.tasks import FewShotLearner, TaskSampler
-from equigrad.tasks.learner import MetaModel, Statistics
+from equigrad.tasks.learner import Statistics
 from equigrad.training import (
-    Callback,
-    OuterState,
-    pick_device,
     pick_dtype,
 )
-from equigrad.training.few_shot import Metric, Score, chosen, judge, learn_tasks
-from equigrad.training.files import as_bytes, write_whole
+from equigrad.training.few_shot import Metric
 from equigrad.training.strengths import with_nudged
 
-MethodName = Literal[
-    "contrastive-modulation",
-    "contrastive-synaptic",
-    "least-control-modulation",
-    "least-control-synaptic",
-    "imaml",
-    "maml",
-    "first-order-maml",
-    "reptile",
-    "scratch",
-]
+if TYPE_CHECKING:
+    from equigrad.experiments.few_shot.meta_training import MetaTrainer
 
-FORMAT = "equigrad few-shot learner 1"
+TASK_LEARNER = "equigrad few-shot learner 1"
+"""The format of a saved learner."""
 
 VALIDATION, TEST = -1, -2
 """Seeds of the tasks that judge: the same for all methods and runs, whose own seeds are not < 0."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to learn from tasks.
-
-    Attributes:
-        label: its name in words.
-        division: of a network, with a strength λ, into what a task learns and what tasks share.
-        estimator: of the meta-gradient.
-    """
-
-    label: str
-    division: Callable[[Module, float], MetaModel]
-    estimator: type[Estimator]
-
-
-def _synapse(network: Module, strength: float) -> ComplexSynapse:
-    return ComplexSynapse(network, strength, center="init", learn=("center",))
-
-
-def _modulation(network: Module, strength: float) -> Modulation:
-    return Modulation(network)
-
-
-def _start(network: Module, strength: float) -> LearnedStart:
-    return LearnedStart(network)
-
-
-METHODS: dict[MethodName, Method] = {
-    "contrastive-modulation": Method("contrastive, modulation", _modulation, Contrastive),
-    "contrastive-synaptic": Method("contrastive, synaptic", _synapse, Contrastive),
-    "least-control-modulation": Method("least control, modulation", _modulation, LeastControl),
-    "least-control-synaptic": Method("least control, synaptic", _synapse, LeastControl),
-    "imaml": Method("iMAML", _synapse, IMAML),
-    "maml": Method("MAML", _start, MAML),
-    "first-order-maml": Method("first-order MAML", _start, FirstOrderMAML),
-    "reptile": Method("Reptile", _start, Reptile),
-    "scratch": Method("from scratch", _start, FirstOrderMAML),
-}
-"""The learners; the last one learns each task from a random start, and shares nothing."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +49,7 @@ class Tasks:
         train: of meta-training.
         validation: that models are chosen by; None where there are none.
         test: that neither has seen.
-        note: how they were had, for whoever reads the numbers.
+        note: where they come from, printed beside the results.
         digest: a checksum of the examples, where they are not drawn from a formula.
     """
 
@@ -229,19 +160,19 @@ class FewShot(Training):
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return METHODS[one_of(METHODS, "method", self.method)].estimator
+        return FEW_SHOT_METHODS[one_of(FEW_SHOT_METHODS, "method", self.method)].estimator
 
     @property
     def label(self) -> str:
         """The method, in words."""
-        return METHODS[self.method].label
+        return FEW_SHOT_METHODS[self.method].label
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
-        method = one_of(METHODS, "method", chosen.pop("method", "contrastive-modulation"))
+        method = one_of(FEW_SHOT_METHODS, "method", chosen.pop("method", "contrastive-modulation"))
         defaults = cls._preset(method, **chosen)
-        kind = METHODS[method].estimator
+        kind = FEW_SHOT_METHODS[method].estimator
         own = {type(rule): rule for rule in (cls.control, defaults.estimator)}
         return replace(defaults, method=method, estimator=own.get(kind) or kind())
 
@@ -274,14 +205,14 @@ class FewShot(Training):
         """What the paper reports of this, by name of the metric."""
         return None
 
-    def draw(self, job: "Job", meta_params: Params, folder: Path) -> None:
+    def draw(self, trainer: "MetaTrainer", meta_params: Params, folder: Path) -> None:
         """Leave figures of what was learned."""
         return
 
     def learner(self, network: Module) -> FewShotLearner:
         """What learns tasks."""
         return FewShotLearner(
-            model=METHODS[self.method].division(network, self.strength),
+            model=FEW_SHOT_METHODS[self.method].division(network, self.strength),
             loss=self.loss,
             solver=self.solver,
             estimator=with_nudged(self.estimator, self.solver, self.nudged_steps),
@@ -289,6 +220,12 @@ class FewShot(Training):
             statistics=self.statistics,
             batching=self.batching,
         )
+
+    def as_tested(self, learner: FewShotLearner) -> FewShotLearner:
+        """The learner with as many steps as in validation and test."""
+        if self.test_steps is None:
+            return learner
+        return replace(learner, solver=replace(self.solver, max_steps=self.test_steps))
 
     @classmethod
     def load_learner(cls, folder: Path | str) -> tuple[FewShotLearner, dict[str, Tensor]]:
@@ -305,187 +242,12 @@ class FewShot(Training):
                 executed.
         """
         saved = "a run of few-shot learning saves it at its end"
-        with reading(folder, "a few-shot learner", FORMAT, saved) as loaded:
+        with saved_model(folder, TASK_LEARNER, what="a few-shot learner", saved=saved) as loaded:
             name = cls.__name__.lower()
             if loaded["experiment"] != name:
                 raise ValueError(f"it is of {loaded['experiment']!r}, expected {name!r}")
-            written = loaded["config"]
-            words = {name: written[name] for name in CHOOSERS if isinstance(written.get(name), str)}
-            config = overlay(cls.preset(**words), written)
+            config = restored(cls, loaded["config"])
             with torch.random.fork_rng(devices=[]):
                 network = config.network().to(pick_dtype(config.dtype))
             network.load_state_dict(loaded["network"])
-            return _as_tested(config.learner(network), config), loaded["meta_params"]
-
-
-def _as_tested(learner: FewShotLearner, config: FewShot) -> FewShotLearner:
-    """A learner that takes as many steps as in validation and test."""
-    if config.test_steps is None:
-        return learner
-    return replace(learner, solver=replace(config.solver, max_steps=config.test_steps))
-
-
-class Job:
-    """An experiment's tasks and learner.
-
-    Args:
-        config: of the experiment.
-
-    Attributes:
-        config: likewise.
-        tasks: where tasks come from.
-        learner: of tasks, in meta-training.
-        tested: of tasks, in validation and test.
-    """
-
-    def __init__(self, config: FewShot) -> None:
-        device, dtype = pick_device(config.device), pick_dtype(config.dtype)
-        self.config = config
-        self.tasks = config.sources(device, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            network = config.network()
-        self.learner = config.learner(network.to(device, dtype))
-        self.tested = _as_tested(self.learner, config)
-
-    def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
-        """Meta-train; from scratch, nothing is learned."""
-        config = self.config
-        meta_params = self.learner.model.meta_params()
-        watched = self.tasks.validation is not None
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            return learn_tasks(
-                self.learner,
-                meta_params,
-                self.tasks.train,
-                tasks=config.tasks,
-                optimizer=torch.optim.Adam(meta_params.values(), lr=config.outer_lr),
-                steps=0 if config.method == "scratch" else config.unless_timed(config.outer_steps),
-                limit=config.limit,
-                average_from=config.average_from,
-                validate=self.validate if watched else None,
-                validate_every=config.validate_every,
-                keep_best=config.best if watched else None,
-                callbacks=callbacks,
-            )
-
-    def validate(self, meta_params: Params) -> dict[str, float]:
-        """The score on tasks of validation."""
-        assert self.tasks.validation is not None
-        score = self.judge(meta_params, self.tasks.validation, self.config.validation_tasks)
-        return {f"validation_{self.config.score}": score.mean}
-
-    def test(self, meta_params: Params) -> dict[str, Score]:
-        """The score on tasks of the test, by each kind of statistics that makes a difference."""
-        modules = self.tested.model.module().modules()
-        normalised = any(isinstance(m, _BatchNorm | BatchStatistics) for m in modules)
-        kinds: tuple[Statistics, ...] = ("query", "support") if normalised else ("query",)
-        count = self.config.test_tasks
-        return {kind: self.judge(meta_params, self.tasks.test, count, kind) for kind in kinds}
-
-    def judge(
-        self,
-        meta_params: Params,
-        sampler: TaskSampler,
-        tasks: int,
-        statistics: Statistics | None = None,
-    ) -> Score:
-        """The score on tasks of a sampler."""
-        metric = self.config.metric
-        return judge(self.tested, meta_params, sampler, metric, tasks=tasks, statistics=statistics)
-
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Meta-train and test, and leave the run in its directory."""
-        if self.tasks.digest is not None:
-            directory.keep_to_data(self.tasks.digest)
-        if (ended := directory.result) is not None:
-            return ended["metrics"]
-        config = self.config
-        callbacks = watching(directory, config, config.label, resume=resume, console=console)
-        state = self.learn(callbacks)
-        meta_params = chosen(state)
-        content = {
-            "format": FORMAT,
-            "equigrad": equigrad.__version__,
-            "experiment": type(config).__name__.lower(),
-            "config": describe(config),
-            "network": self.learner.model.module().state_dict(),
-            "meta_params": meta_params,
-        }
-        write_whole(directory.path / "model.pt", as_bytes(content))
-        began = time.perf_counter()
-        metrics = self.metrics(state, self.test(meta_params))
-        test_seconds = time.perf_counter() - began
-        if state.history:
-            figure = figures.learning_curves(state.history, config.score)
-            figures.save(figure, directory.path / "learning.png")
-        config.draw(self, meta_params, directory.path)
-        directory.end(
-            config,
-            estimator=type(config.estimator).__name__,
-            method=config.method,
-            metrics=metrics,
-            paper=config.published(),
-            tasks=self.tasks.note,
-            notes=list(config.notes()),
-            outer_steps=state.step,
-            gradient_evaluations=state.gradient_evaluations,
-            seconds=state.seconds,
-            test_seconds=test_seconds,
-        )
-        return metrics
-
-    def metrics(self, state: OuterState, scores: Mapping[str, Score]) -> dict[str, float]:
-        """The best validation and all tests, by name; a test with the half of its interval."""
-        name = self.config.score
-        watched = [
-            float(row[f"validation_{name}"]) for row in state.history if f"validation_{name}" in row
-        ]
-        pick = max if self.config.best == "highest" else min
-        found = {f"validation_{name}": pick(watched)} if watched else {}
-        for statistics, score in scores.items():
-            test = "test" if statistics == "query" else f"test_{statistics}_statistics"
-            found |= {f"{test}_{name}": score.mean, f"{test}_{name}_interval": score.interval}
-        return found
-
-
-def run(config: FewShot, out: Path, *, resume: bool, console: Console) -> dict[str, float]:
-    """Meta-train and test in `out`, and print what was reached.
-
-    Returns:
-        The metrics by name.
-    """
-    torch.set_num_threads(config.threads)
-    job = Job(config)
-    directory = RunDirectory(out, config, resume=resume)
-    for line in (job.tasks.note, *config.notes()):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    metrics = job.learned(directory, resume=resume, console=console)
-    console.print(make_table(config, metrics))
-    return metrics
-
-
-def make_table(config: FewShot, metrics: Mapping[str, float]) -> Table:
-    """Every metric, a test's with its interval, the paper's beside."""
-    table = Table(title=f"{config.name}, {config.label}, seed {config.seed}, scale {config.scale}")
-    table.add_column("")
-    table.add_column("reached", justify="right")
-    published = config.published()
-    if published is not None:
-        table.add_column("in the paper", justify="right")
-    for name, value in metrics.items():
-        if name.endswith("_interval"):
-            continue
-        said = f"{value:.4g}"
-        if (interval := metrics.get(f"{name}_interval")) is not None:
-            said += f" ± {interval:.2g} ({config.test_tasks} tasks)"
-        cells = [words(name), said]
-        if published is not None:
-            paper = published.get(name)
-            spread = published.get(f"{name}_standard_deviation")
-            cells.append("" if paper is None else f"{paper} ± {spread}")
-        table.add_row(*cells)
-    return table
+            return config.as_tested(config.learner(network)), loaded["meta_params"]

@@ -1,4 +1,4 @@
-"""Classes that users bring: a folder with a subfolder of images for each."""
+"""Classes of images from a folder with a subfolder for each class."""
 
 from pathlib import Path
 

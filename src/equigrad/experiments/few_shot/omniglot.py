@@ -1,4 +1,4 @@
-"""Few-shot learning of images: Omniglot's characters, or classes that the user brings."""
+"""The Omniglot experiment: few-shot classification of characters, or of users' images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,15 +12,14 @@ from torch.nn.functional import cross_entropy
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.experiments.few_shot.harness import (
-    METHODS,
     TEST,
     VALIDATION,
     FewShot,
-    Job,
-    MethodName,
     Tasks,
 )
 from equigrad.experiments.few_shot.image_classes import image_folder
+from equigrad.experiments.few_shot.meta_training import MetaTrainer
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
 from equigrad.experiments.few_shot.task_figures import task_sheet
 from equigrad.experiments.runs import figures
@@ -57,8 +56,8 @@ PUBLISHED: dict[MethodName, dict[SettingName, tuple[float, float]]] = {
 }
 """What the paper measured itself, of its Table 2: accuracy in percent, standard deviation."""
 
-LEARNER = GradientDescent(lr=0.4, max_steps=5)
-RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force", error=False)
+CHARACTER_SOLVER = GradientDescent(lr=0.4, max_steps=5)
+CHARACTER_RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force", error=False)
 
 SHARES = 0.64, 0.16
 """Of the user's classes, for meta-training and validation; the others are for the test."""
@@ -123,10 +122,10 @@ class Omniglot(FewShot):
     pooling: bool = False
     """Halve images by max-pooling, as the paper does; by convolutions of stride 2 otherwise."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = CHARACTER_SOLVER
     """How a task is learned: the free phase."""
 
-    estimator: Estimator = RULE
+    estimator: Estimator = CHARACTER_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
     nudged_steps: int = 3
@@ -176,7 +175,7 @@ class Omniglot(FewShot):
             train_shot=(5 if shot == 1 else 10) if method == "reptile" else None,
             tasks=16 if way == 5 else 4,
         )
-        if METHODS[method].estimator is LeastControl:
+        if FEW_SHOT_METHODS[method].estimator is LeastControl:
             # second derivatives make a task dearer: rather more steps than more tasks in each
             small = replace(small, tasks=small.tasks // 4, nudged_steps=2)
         scale = chosen.get("scale", "small")
@@ -319,10 +318,10 @@ class Omniglot(FewShot):
         mean, deviation = columns[self.setting]
         return {"test_accuracy": mean, "test_accuracy_standard_deviation": deviation}
 
-    def draw(self, job: Job, meta_params: Params, folder: Path) -> None:
+    def draw(self, trainer: MetaTrainer, meta_params: Params, folder: Path) -> None:
         """The first tasks of the test, and what was said of their queries."""
         like = next(iter(meta_params.values()))
-        batch = job.tasks.test.sample(4, 0).to(like.device, like.dtype)
-        params = job.tested.settle(meta_params, batch)
-        said = job.tested.predict(params, meta_params, batch).argmax(-1)
+        batch = trainer.tasks.test.sample(4, 0).to(like.device, like.dtype)
+        params = trainer.tested.settle(meta_params, batch)
+        said = trainer.tested.predict(params, meta_params, batch).argmax(-1)
         figures.save(task_sheet(batch, said, inverted=self.images is None), folder / "tasks.png")

@@ -1,4 +1,4 @@
-"""Omniglot's characters, divided as the field divides them.
+"""Omniglot's characters, divided into those of meta-training, validation and meta-test.
 
 Rotations are made by the sampler out of what a part holds, so that all turns of a character are on
 its side: `NWayKShot(split.train, rotations=True)`.

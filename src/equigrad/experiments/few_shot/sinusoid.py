@@ -1,4 +1,4 @@
-"""Sinusoids, each from ten of its points, by a learner that has seen many (Finn et al. 2017)."""
+"""The sinusoid experiment: few-shot regression of sine curves (Finn et al. 2017)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,18 @@ from torch.nn.functional import mse_loss
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.experiments.few_shot import harness as few_shot
 from equigrad.experiments.few_shot.harness import (
-    METHODS,
     TEST,
     VALIDATION,
     FewShot,
-    Job,
-    MethodName,
     Tasks,
 )
+from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.task_figures import adaptation_curves, sinusoid_fits
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import at_least, one_or_many
-from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.formats import as_rich, mean_and_error, with_error
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.nn import tanh_network
 from equigrad.nn.side_by_side import Batching
@@ -39,15 +37,15 @@ from equigrad.tasks import Sinusoids, TaskBatch
 from equigrad.training.few_shot import judge, mean_squared_error
 from equigrad.training.files import write_whole
 
-RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force", error=False)
+CURVE_RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force", error=False)
 
-LEARNER = GradientDescent(lr=0.02, max_steps=10)
+CURVE_SOLVER = GradientDescent(lr=0.02, max_steps=10)
 
 OWN: dict[MethodName, dict[str, Any]] = {
     "contrastive-synaptic": {},
     "imaml": {"strength": 1.0},
-    "maml": {"solver": replace(LEARNER, max_steps=5)},
-    "first-order-maml": {"solver": replace(LEARNER, max_steps=5)},
+    "maml": {"solver": replace(CURVE_SOLVER, max_steps=5)},
+    "first-order-maml": {"solver": replace(CURVE_SOLVER, max_steps=5)},
     "reptile": {},
     "scratch": {},
 }
@@ -87,10 +85,10 @@ class Sinusoid(FewShot):
     hidden: tuple[int, ...] = (40, 40)
     """Widths of the hidden layers."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = CURVE_SOLVER
     """How a task is learned: the free phase."""
 
-    estimator: Estimator = RULE
+    estimator: Estimator = CURVE_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
     nudged_steps: int = 20
@@ -212,25 +210,25 @@ class Sinusoid(FewShot):
             ),
         )
 
-    def draw(self, job: Job, meta_params: Params, folder: Path) -> None:
+    def draw(self, trainer: MetaTrainer, meta_params: Params, folder: Path) -> None:
         """Four curves of the test before and after adaptation, and the error step by step."""
         like = next(iter(meta_params.values()))
-        batch = job.tasks.test.sample(4, 0).to(like.device, like.dtype)
+        batch = trainer.tasks.test.sample(4, 0).to(like.device, like.dtype)
         grid = torch.linspace(-5, 5, 201).to(batch.support[0])
         points = grid.reshape(1, -1, 1).expand(len(batch), -1, -1)
         asked = TaskBatch(batch.support, (points, points))
         before, after = (
-            job.tested.predict(
-                job.tested.settle(meta_params, asked, steps=steps), meta_params, asked
+            trainer.tested.predict(
+                trainer.tested.settle(meta_params, asked, steps=steps), meta_params, asked
             )
             for steps in (0, None)
         )
         figures.save(sinusoid_fits(batch, before, after, grid), folder / "fits.png")
         looks = {
             steps: judge(
-                job.learner,
+                trainer.learner,
                 meta_params,
-                job.tasks.test,
+                trainer.tasks.test,
                 self.metric,
                 tasks=self.test_tasks,
                 steps=steps,
@@ -242,7 +240,7 @@ class Sinusoid(FewShot):
 
 
 @dataclass(frozen=True)
-class Row:
+class SinusoidResult:
     """A line of the table.
 
     Attributes:
@@ -277,31 +275,31 @@ class Row:
         )
 
 
-def run(
+def compare_learners(
     config: Sinusoid, out: Path, *, resume: bool, console: Console
-) -> dict[MethodName, list[Row]]:
+) -> dict[MethodName, list[SinusoidResult]]:
     """Run one method in `out`, or all and any number of seeds below it, and print the table.
 
     Returns:
         The rows of the table by method, one a seed.
     """
     if not config.compare and config.seeds is None:
-        few_shot.run(config, out, resume=resume, console=console)
-        return {config.method: [Row.of(out)]}
+        meta_train(config, out, resume=resume, console=console)
+        return {config.method: [SinusoidResult.of(out)]}
     torch.set_num_threads(config.threads)
     whole = RunDirectory(out, config, resume=resume)
-    rows: dict[MethodName, list[Row]] = {}
+    rows: dict[MethodName, list[SinusoidResult]] = {}
     runs: dict[str, Path] = {}
     for seed in [config.seed] if config.seeds is None else range(config.seeds):
         for method in OWN if config.compare else (config.method,):
             folder = (out if config.seeds is None else out / f"seed-{seed}") / method
-            job = Job(config.of(method, seed))
-            directory = RunDirectory(folder, job.config, resume=resume)
-            job.learned(directory, resume=resume, console=console)
-            rows.setdefault(method, []).append(Row.of(folder))
-            runs.setdefault(METHODS[method].label, folder)
-    console.print(make_table(config, rows))
-    console.print(step_table(rows))
+            trainer = MetaTrainer(config.of(method, seed))
+            directory = RunDirectory(folder, trainer.config, resume=resume)
+            trainer.learned(directory, resume=resume, console=console)
+            rows.setdefault(method, []).append(SinusoidResult.of(folder))
+            runs.setdefault(FEW_SHOT_METHODS[method].label, folder)
+    console.print(errors_table(config, rows))
+    console.print(adaptation_table(rows))
     whole.write_json(
         "table.json", {name: [vars(row) for row in each] for name, each in rows.items()}
     )
@@ -309,47 +307,45 @@ def run(
     return rows
 
 
-def make_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[Row]]) -> Table:
+def errors_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[SinusoidResult]]) -> Table:
     """Mean ± standard error over seeds; of one seed, the test's 95 % interval."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
-    table = Table(
-        title=f"{config.name}, {seeds}, scale {config.scale}: mean squared error after "
-        f"{config.test_steps or config.solver.max_steps} steps, {config.test_tasks} test tasks"
-    )
-    table.add_column("")
-    for name in ("validation", "test", "gradients", "seconds"):
-        table.add_column(name, justify="right")
+    lines = []
     for method, each in rows.items():
         test, error = mean_and_error([row.test for row in each])
         watched = [row.validation for row in each if row.validation is not None]
-        table.add_row(
-            METHODS[method].label,
-            with_error(*mean_and_error(watched), ".4f") if watched else "",
-            with_error(test, each[0].interval if error is None else error, ".4f"),
-            format(round(fmean(row.gradient_evaluations for row in each)), ","),
-            format(fmean(row.seconds for row in each), ".1f"),
+        lines.append(
+            [
+                FEW_SHOT_METHODS[method].label,
+                with_error(*mean_and_error(watched), ".4f") if watched else "",
+                with_error(test, each[0].interval if error is None else error, ".4f"),
+                format(round(fmean(row.gradient_evaluations for row in each)), ","),
+                format(fmean(row.seconds for row in each), ".1f"),
+            ]
         )
-    return table
+    title = (
+        f"{config.name}, {seeds}, scale {config.scale}: mean squared error after "
+        f"{config.test_steps or config.solver.max_steps} steps, {config.test_tasks} test tasks"
+    )
+    return as_rich(title, ["validation", "test", "gradients", "seconds"], lines)
 
 
-def step_table(rows: Mapping[MethodName, Sequence[Row]]) -> Table:
+def adaptation_table(rows: Mapping[MethodName, Sequence[SinusoidResult]]) -> Table:
     """The error on tasks of the test while they are learned, as a mean over seeds."""
-    table = Table(title="test: mean squared error after so many steps of adaptation")
-    table.add_column("")
-    for steps in LOOKS:
-        table.add_column(str(steps), justify="right")
+    lines = []
     for method, each in rows.items():
         means = [fmean(row.adaptation[i][1] for row in each) for i in range(len(LOOKS))]
-        table.add_row(METHODS[method].label, *(f"{mean:.3g}" for mean in means))
-    return table
+        lines.append([FEW_SHOT_METHODS[method].label, *(f"{mean:.3g}" for mean in means)])
+    title = "test: mean squared error after so many steps of adaptation"
+    return as_rich(title, [str(steps) for steps in LOOKS], lines)
 
 
 def compared(runs: Mapping[str, Path]) -> Figure:
     """Learning and adaptation of several methods, by label: a run of each."""
     learning, adaptation = {}, {}
     for label, folder in runs.items():
-        adaptation[label] = Row.of(folder).adaptation
+        adaptation[label] = SinusoidResult.of(folder).adaptation
         log = folder / "metrics.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         learning[label] = [

@@ -1,4 +1,4 @@
-"""Table 2: few-shot learning of Omniglot's characters, by every learner in one harness."""
+"""Table 2: few-shot accuracy on Omniglot, by method, way, shot and seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,15 @@ from typing import Any, ClassVar, Self
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from equigrad.experiments.few_shot.harness import METHODS, Job, MethodName
+from equigrad.experiments.few_shot.meta_training import MetaTrainer
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.omniglot import PUBLISHED, Omniglot, SettingName
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.run_directory import RunDirectory
 
 Spread = tuple[float, float]
 
@@ -29,7 +32,7 @@ COLUMNS: tuple[SettingName, ...] = ("5way1shot", "5way5shot", "20way1shot", "20w
 
 
 @dataclass(frozen=True)
-class Reached:
+class FewShotResult:
     """What one method reached with one seed, in percent."""
 
     setting: str
@@ -54,7 +57,7 @@ class Table2(ByRuns):
     """
 
     name: ClassVar[str] = "table2"
-    row: ClassVar[type] = Reached
+    row: ClassVar[type] = FewShotResult
 
     only: tuple[SettingName, ...] = ("5way1shot",)
     """Which columns of the table."""
@@ -101,14 +104,14 @@ class Table2(ByRuns):
         preset = Omniglot.preset(scale=self.scale, setting=setting, method=method)
         return self.placed(preset, seed=seed, minutes=self.minutes)
 
-    def job(self, config: Omniglot) -> Job:
-        """A learner of tasks."""
-        return Job(config)
+    def run(self, config: Omniglot, directory: RunDirectory, console: Console) -> None:
+        """Meta-train and test."""
+        MetaTrainer(config).learned(directory, resume=True, console=console)
 
-    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Reached:
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> FewShotResult:
         """What it reached in the test, and what it took."""
         metrics = result["metrics"]
-        return Reached(
+        return FewShotResult(
             setting,
             method,
             seed,
@@ -120,7 +123,7 @@ class Table2(ByRuns):
             result["seconds"],
         )
 
-    def text(self, rows: Sequence[Reached]) -> str:
+    def text(self, rows: Sequence[FewShotResult]) -> str:
         """Ours, a line a column and method; then what is quoted."""
         lines = []
         for setting, method in self._places():
@@ -129,7 +132,7 @@ class Table2(ByRuns):
             lines.append(
                 [
                     setting,
-                    METHODS[method].label,
+                    FEW_SHOT_METHODS[method].label,
                     _with_deviation([row.test for row in own]),
                     _with_deviation([row.support_statistics for row in own]),
                     "" if paper is None else f"{paper[0]:.2f} ± {paper[1]:.2f}",
@@ -163,7 +166,7 @@ class Table2(ByRuns):
     def _notes(self) -> list[str]:
         """In what each cell differs from the paper, where it does."""
         return [
-            f"{setting}, {METHODS[method].label}: {note}"
+            f"{setting}, {FEW_SHOT_METHODS[method].label}: {note}"
             for setting, method in self._places()
             for note in self.experiment(setting, method, 0).notes()
         ]
@@ -171,7 +174,7 @@ class Table2(ByRuns):
     def _places(self) -> list[tuple[SettingName, MethodName]]:
         return [(setting, method) for setting in self.only for method in self.methods]
 
-    def draw(self, rows: Sequence[Reached]) -> Figure:
+    def draw(self, rows: Sequence[FewShotResult]) -> Figure:
         """Every seed, with the interval of its tasks; the paper's own means."""
         figure = Figure(figsize=(1.5 + 2.2 * len(self._places()) ** 0.9, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -191,7 +194,9 @@ class Table2(ByRuns):
                 axes.hlines(
                     paper[0], place - 0.3, place + 0.3, color="tab:orange", label="the paper's mean"
                 )
-        names = [f"{METHODS[method].label}\n{setting}" for setting, method in self._places()]
+        names = [
+            f"{FEW_SHOT_METHODS[method].label}\n{setting}" for setting, method in self._places()
+        ]
         axes.set_xticks(range(len(names)), names, fontsize=8)
         axes.set(ylabel="test accuracy (%)", xlim=(-0.6, len(names) - 0.4))
         axes.grid(alpha=0.3, axis="y")

@@ -1,4 +1,4 @@
-"""What few-shot learning looks like: sheets of images, sinusoids through points, and its course."""
+"""Figures of few-shot learning: episodes of images, sine curves, learning curves."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,1 +1,1 @@
-"""What all experiments share: settings, run folders, saved models, figures, reports."""
+"""Shared by all experiments: settings, run directories, saved models, figures, reports."""

@@ -1,4 +1,4 @@
-"""A configuration from what `run_directory.describe` made of one, or from a part of that."""
+"""Settings read from JSON: a run's `config.json`, a search's `best.json`, or a part of one."""
 
 import dataclasses
 import json

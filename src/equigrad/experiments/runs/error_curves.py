@@ -1,12 +1,14 @@
-"""Errors of a meta-gradient over nudging strengths and lengths of phases, as rows and curves."""
+"""Tables and figures of the reproductions: Markdown tables, panels of curves, fitted slopes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 EQUILIBRIUM = math.inf
 """The number of steps that stands for a phase settled exactly."""
@@ -86,20 +88,72 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else math.nan
 
 
+AXES = {
+    "beta": ("nudging strength β", "log", "β"),
+    "free_steps": ("steps in each phase", "linear", "steps"),
+    "free_share": ("free phase's share of the steps", "linear", "share"),
+    "free_error": ("distance to equilibrium δ = δ'", "log", "δ = δ'"),
+    "error": ("normalised error", "log", "error"),
+    "bound": ("bound on the error", "log", "bound"),
+}
+"""Of a field of a row: its label and scale on an axis, and its name above a legend."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a figure: a curve for every value of a field, from dark to light.
+
+    Attributes:
+        title: above the panel.
+        rows: of the table, those that the curves go through.
+        x: field of a row, the horizontal axis.
+        by: likewise; a curve for each of its values.
+        y: likewise, the vertical axis.
+        legend: heading of the legend; None for no legend.
+        axes: arguments of `Axes.set`, where they are not those of `AXES`.
+    """
+
+    title: str
+    rows: Iterable[Any]
+    x: str
+    by: str
+    y: str = "error"
+    legend: str | None = ""
+    axes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draw_panels(panels: Sequence[Panel], *, figsize: tuple[float, float], **options: Any) -> Figure:
+    """A figure of panels side by side; options are those of `Figure.subplots`."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False, **options)[0]
+    for axes, panel in zip(places, panels, strict=True):
+        draw_curves(axes, panel.rows, panel.x, panel.by, y=panel.y)
+        (xlabel, xscale, _), (ylabel, yscale, _) = AXES[panel.x], AXES[panel.y]
+        axes.set(xlabel=xlabel, xscale=xscale, yscale=yscale)
+        if axes is places[0]:
+            axes.set(ylabel=ylabel)
+        axes.set(**panel.axes)
+        finish(axes, panel.title, AXES[panel.by][2] if panel.legend == "" else panel.legend)
+    return figure
+
+
 def draw_curves(
     axes: Axes,
-    rows: Sequence[ErrorPoint],
+    rows: Iterable[Any],
+    x: str,
+    by: str,
     *,
-    x: Callable[[ErrorPoint], float],
-    by: Callable[[ErrorPoint], float],
-    label: Callable[[float], str],
+    y: str = "error",
+    label: str = "{:g}",
+    colors: Sequence[Any] | None = None,
 ) -> None:
-    """A curve of the error for every value of `by`, from dark to light."""
-    values = sorted({by(row) for row in rows})
-    for value, color in zip(values, shades(len(values)), strict=True):
-        own = sorted((row for row in rows if by(row) == value), key=x)
-        errors = [row.error for row in own]
-        axes.plot([x(row) for row in own], errors, color=color, label=label(value))
+    """A curve of `y` against `x` for every value of `by`, from dark to light."""
+    curves: dict[float, list[Any]] = {}
+    for row in rows:
+        curves.setdefault(getattr(row, by), []).append(row)
+    for value, color in zip(sorted(curves), colors or shades(len(curves)), strict=True):
+        points = sorted((getattr(row, x), getattr(row, y)) for row in curves[value])
+        axes.plot(*zip(*points, strict=True), color=color, label=label.format(value))
 
 
 def shades(count: int) -> list[tuple[float, ...]]:

@@ -1,10 +1,10 @@
-"""What every experiment is told, and how it says what is wrong with that."""
+"""Settings that all experiments share, and checks of their values."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Self, TypeVar, get_args
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
@@ -124,6 +124,11 @@ class Training(Experiment, ABC):
                 f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
                 f"{self.method!r}) has the right one"
             )
+
+    @classmethod
+    @abstractmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Figures of the experiments."""
+"""Figures of single runs: learned strengths, learning curves, curves of the report."""
 
 import io
 import math

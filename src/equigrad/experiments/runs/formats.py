@@ -1,11 +1,12 @@
-"""Numbers and names as a page has them."""
+"""Formatting of numbers, names and tables as text."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from equigrad.experiments.runs.run_folders import is_number
 
@@ -70,6 +71,23 @@ def with_error(mean: float, error: float | None, form: str | None = None) -> str
     else:
         places = 2 if abs(mean) >= 1 or error == 0 else max(2, 1 - math.floor(math.log10(error)))
     return f"{mean:,.{places}f} ± {error:,.{places}f}"
+
+
+def as_rich(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal: rows of a name and of numbers, which are set to the right.
+
+    Args:
+        title: of the table.
+        heads: of the columns of numbers.
+        rows: a name, then a text for each of the columns, or for the first of them.
+    """
+    table = Table(title=title)
+    table.add_column("")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def is_numeric(entry: str) -> bool:

@@ -1,4 +1,4 @@
-"""Estimators by the names that runs know them by, and what tables and reports call them."""
+"""Estimators by name, and their labels in tables and reports."""
 
 from typing import Literal
 

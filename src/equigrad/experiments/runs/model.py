@@ -1,11 +1,11 @@
-"""A network that has learned, with all it takes to ask it: what `equigrad predict` reads."""
+"""Saved models: reading and writing of `model.pt`, and the model of `equigrad predict`."""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +14,22 @@ import equigrad
 from equigrad import solvers
 from equigrad.errors import RunError, SettlingWarning
 from equigrad.experiments.data.images import Pixels
+from equigrad.experiments.runs.config_file import CHOOSERS, overlay
+from equigrad.experiments.runs.experiment import Training
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.tables.encoding import Categorical, Encoding, Numeric
 from equigrad.nn import lenet5, settling_networks, tanh_network
 from equigrad.solvers import Solver
 from equigrad.solvers.phase import numbered
+from equigrad.training.files import load_tensors, save_tensors
 from equigrad.training.relaxation import settled_logits
 from equigrad.training.targets import Classes, Numbers, Target
 
-FORMAT = "equigrad model 1"
+Configured = TypeVar("Configured", bound=Training)
+
+PREDICTOR = "equigrad model 1"
+"""The format of a model that predicts."""
+
 NETWORKS = {
     made.__name__: made
     for made in (
@@ -70,7 +77,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A network that has learned, what it predicts, and how its inputs are had.
+    """A trained network, its target, and the encoding of its inputs.
 
     Attributes:
         architecture: of the network.
@@ -95,7 +102,7 @@ class Model:
         return network.eval()
 
     def outputs(self, x: Tensor) -> Tensor:
-        """What the network says of inputs, in the type it has learned in.
+        """The outputs for some inputs, in the floating-point type of the weights.
 
         Warns:
             SettlingWarning: it has not settled for some of them.
@@ -111,7 +118,7 @@ class Model:
         return found
 
     def ask(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """What the network says, and the numbers of the inputs for which it has not settled."""
+        """The outputs, and the indices of the inputs for which the network has not settled."""
         network = self.network()
         x = x.to(next(iter(self.params.values())))
         if self.solver is not None:
@@ -119,31 +126,34 @@ class Model:
         with torch.no_grad():
             return network(x), []
 
-    def plain(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that it loads with `weights_only=True`."""
-        return {
-            "format": FORMAT,
-            "equigrad": equigrad.__version__,
-            "params": {name: p.detach().cpu() for name, p in self.params.items()},
-            **{part: describe(getattr(self, part)) for part in PARTS},
-        }
+    def save(self, folder: Path) -> None:
+        """Write it to `model.pt` in a folder."""
+        parts = {part: describe(getattr(self, part)) for part in PARTS}
+        params = {name: p.detach().cpu() for name, p in self.params.items()}
+        save_model(folder, PREDICTOR, params=params, **parts)
 
 
 PARTS = ("architecture", "target", "encoding", "solver")
 
 
+def save_model(folder: Path, form: str, **content: Any) -> None:
+    """Write `model.pt` in a folder: tensors and plain values, under the name of their format."""
+    save_tensors(folder / "model.pt", {"format": form, "equigrad": equigrad.__version__, **content})
+
+
 @contextmanager
-def reading(path: Path | str, what: str, form: str, saved: str) -> Iterator[dict[str, Any]]:
-    """What a run has left in `model.pt`, for a body that makes something of it.
+def saved_model(path: Path | str, form: str, *, what: str, saved: str) -> Iterator[dict[str, Any]]:
+    """Read `model.pt` for the body of a `with` statement, which makes an object of the content.
 
     Args:
         path: a run's folder, or the file itself.
-        what: is made of it, in words.
-        form: its format, by name.
-        saved: when and by what, in words.
+        form: the name of its format.
+        what: the object, in words, for errors.
+        saved: when and by what it is saved, in words, for errors.
 
     Raises:
-        RunError: there is none, it has another format, or the body fails. Nothing is executed.
+        RunError: there is no file, it is damaged or of another format, or the body fails. Nothing
+            of it is executed.
     """
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
@@ -152,11 +162,11 @@ def reading(path: Path | str, what: str, form: str, saved: str) -> Iterator[dict
         where = f"; there is one in {beside[0].parent}" if beside else ""
         raise RunError(f"{file} is not there: {saved}{where}")
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = load_tensors(file)
         if loaded["format"] != form:
             raise ValueError(f"its format is {loaded['format']!r}, expected {form!r}")
         yield loaded
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+    except Exception as error:  # a damaged file raises one of half a dozen kinds
         raise RunError(
             f"{file} cannot be read as {what} of equigrad ({type(error).__name__}: {error})"
         ) from error
@@ -171,8 +181,18 @@ def load_model(path: Path | str) -> Model:
     saved = (
         "a model is saved at the end of `equigrad run tabular`, `run folder` and `run equilibrium`"
     )
-    with reading(path, "a model", FORMAT, saved) as loaded:
+    with saved_model(path, PREDICTOR, what="a model", saved=saved) as loaded:
         return Model(params=loaded["params"], **{part: _made(loaded.get(part)) for part in PARTS})
+
+
+def restored(kind: type[Configured], written: Mapping[str, Any]) -> Configured:
+    """An experiment's settings from what `describe` made of them: a preset, and what differs.
+
+    Raises:
+        ConfigurationError: a setting that is not there, or a value that does not fit.
+    """
+    words = {name: written[name] for name in CHOOSERS if isinstance(written.get(name), str)}
+    return overlay(kind.preset(**words), written)
 
 
 def _made(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ask a model that a run has saved."""
+"""Predictions of a saved model for a CSV file or a folder of images."""
 
 import csv
 import io

@@ -56,7 +56,7 @@ FEW_ROWS = 24
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """Text in rows and columns; the first column names the row."""
 
     headings: Sequence[str]
@@ -77,7 +77,7 @@ class Panel:
     """Something of a run: a table, a picture or a text, under a title."""
 
     title: str
-    table: Table | None = None
+    table: HtmlTable | None = None
     picture: str = ""
     text: str = ""
     folded: bool = False
@@ -100,7 +100,7 @@ class Section:
     title: str
     groups: Sequence[Group]
     curves: Sequence[Panel]
-    differences: Table | None
+    differences: HtmlTable | None
     runs: Sequence[Run]
 
 
@@ -159,7 +159,7 @@ def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) ->
     names = dict.fromkeys(name for each in settings for name in each)
     differing = [n for n in names if any(each.get(n) != settings[0].get(n) for each in settings)]
     name_groups(groups, settings, differing)
-    table = Table(
+    table = HtmlTable(
         ["setting", *(group.label for group in groups)],
         [[name, *(text(each.get(name, "")) for each in settings)] for name in differing],
     )
@@ -286,10 +286,10 @@ def is_rows(value: Any) -> bool:
     )
 
 
-def by_name(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def by_name(rows: Mapping[str, Mapping[str, Any]]) -> HtmlTable:
     """A table of named rows."""
     columns = list(next(iter(rows.values()), {}))
-    return Table(
+    return HtmlTable(
         ["", *map(words, columns)],
         [
             [LABELS.get(name, name), *(text(row.get(column, ""), brief=True) for column in columns)]
@@ -298,9 +298,9 @@ def by_name(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     )
 
 
-def listing(content: Mapping[str, Any]) -> Table:
+def listing(content: Mapping[str, Any]) -> HtmlTable:
     """All that a JSON object says, a line each."""
-    return Table(["name", "value"], [[name, text(value)] for name, value in flat(content)])
+    return HtmlTable(["name", "value"], [[name, text(value)] for name, value in flat(content)])
 
 
 def csv_panel(content: bytes) -> dict[str, Any]:
@@ -309,11 +309,11 @@ def csv_panel(content: bytes) -> dict[str, Any]:
     if any(len(row) != len(headings) for row in rows):
         raise ValueError("a row with more or fewer entries than the header")
     note = f"The first {MOST_ROWS} of {len(rows):,} rows." if len(rows) > MOST_ROWS else ""
-    table = Table(headings, [[short(entry) for entry in row] for row in rows[:MOST_ROWS]], note)
+    table = HtmlTable(headings, [[short(entry) for entry in row] for row in rows[:MOST_ROWS]], note)
     return {"table": table, "folded": len(rows) > FEW_ROWS}
 
 
-def strengths_table(content: bytes) -> Table:
+def strengths_table(content: bytes) -> HtmlTable:
     """How the learned strengths, or whatever was learned, are distributed in each layer."""
     rows = []
     for name, tensor in tensors(content).items():
@@ -324,7 +324,9 @@ def strengths_table(content: bytes) -> Table:
         rows.append(
             [name, shape, f"{values.size:,}", f"{share:.1f}", f"{median:.3g}", f"{high:.3g}"]
         )
-    return Table(["learned", "shape", "number", "at zero, %", "median", "90th percentile"], rows)
+    return HtmlTable(
+        ["learned", "shape", "number", "at zero, %", "median", "90th percentile"], rows
+    )
 
 
 def markdown(source: str) -> Markup:

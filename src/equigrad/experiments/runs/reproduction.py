@@ -1,4 +1,4 @@
-"""What all reproductions share: cells that are measured once, a table, a text and a figure."""
+"""Reproductions of figures and tables: measured row by row, saved, resumed, drawn."""
 
 import csv
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import torch
 from matplotlib.figure import Figure
@@ -69,14 +69,6 @@ class Reproduction(ABC):
         """The figure."""
 
 
-class Job(Protocol):
-    """An experiment with all that it takes to run it."""
-
-    def learned(self, directory: RunDirectory, *, resume: bool, console: Console) -> Any:
-        """Run, and leave the run in its directory."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ByExperiments(Reproduction):
     """A table or figure whose cells are runs of an experiment, with some settings changed."""
@@ -116,8 +108,8 @@ class ByRuns(ByExperiments):
         """The settings of a cell."""
 
     @abstractmethod
-    def job(self, config: Any) -> Job:
-        """What runs with such settings."""
+    def run(self, config: Any, directory: RunDirectory, console: Console) -> None:
+        """Run with such settings in a directory, or go on with the run that is there."""
 
     @abstractmethod
     def read(self, result: dict[str, Any], *cell: Any, **named: Any) -> Any:
@@ -141,7 +133,7 @@ class ByRuns(ByExperiments):
         if directory.result is None:
             # plain lines: the terminal has one bar, that of the table
             console = Console(force_terminal=False, markup=False)
-            self.job(config).learned(directory, resume=True, console=console)
+            self.run(config, directory, console)
         return self.read(directory.result or {}, *cell)
 
 

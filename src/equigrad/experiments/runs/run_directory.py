@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it is found again."""
+"""The directory of a run: its settings, results, and the checks before it is resumed."""
 
 import dataclasses
 import json
@@ -62,15 +62,17 @@ class RunDirectory:
         """Write a file of JSON, whole or not at all."""
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def end(self, config: Experiment, **found: Any) -> None:
-        """Write `result.json`: what was found, and whose it is."""
+    def end(self, config: Experiment, **found: Any) -> dict[str, Any]:
+        """Write `result.json`: what was found, and of which experiment."""
         whose = {
             "experiment": type(config).__name__.lower(),
             "seed": config.seed,
             "scale": config.scale,
         }
         where = {"device": str(pick_device(config.device)), "versions": versions()}
-        self.write_json("result.json", {**whose, **found, **where})
+        result = {**whose, **found, **where}
+        self.write_json("result.json", result)
+        return result
 
     def keep_to_data(self, digest: str) -> None:
         """Note a checksum of the data where the run begins, and refuse others later.

@@ -1,4 +1,4 @@
-"""Reads what runs have left in their folders, whatever became of them."""
+"""Reading of run directories for the report, unfinished and damaged ones included."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from equigrad.errors import RunError
+from equigrad.training.files import load_tensors
 
 T = TypeVar("T")
 
@@ -218,7 +219,7 @@ def json_lines(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
 
 def tensors(content: bytes) -> dict[str, torch.Tensor]:
     """The meta-parameters of `learned.pt`; only tensors and plain values are loaded."""
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    loaded = load_tensors(io.BytesIO(content))
     return {name: tensor.detach() for name, tensor in loaded["meta_params"].items()}
 
 

@@ -1,4 +1,4 @@
-"""Runs with the same settings but for the seed, and what they reached together."""
+"""Groups of runs that differ by the seed alone, with means and standard errors."""
 
 import json
 from collections.abc import Callable, Sequence

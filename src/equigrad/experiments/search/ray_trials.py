@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler
 from equigrad.errors import RunError
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.search.trials import Search, Trial
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.gradient import MetaGradient
 from equigrad.training import Callback, Checkpoint, JsonLines, OuterState
 
@@ -42,7 +42,7 @@ def run_trials(
 
     Args:
         config: how many at once, where, and when one is stopped.
-        trials: all of them: the scheduler is told of those that have ended, as if it had seen them.
+        trials: all of them; the scheduler is given the results of those that have ended.
         out: folder of the search; all machines of a cluster must see it.
         changed: called with a trial after each outer step, and when it has ended.
 
@@ -148,7 +148,7 @@ def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
 
 
 def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
-    """A trial, in a process of Ray's: a run in its folder, gone on with where it was stopped."""
+    """A trial, in a process of Ray's: a run in its folder, resumed where it was stopped."""
     trial = trials[words["number"]]
     config = trial.config
     torch.set_num_threads(config.threads)
@@ -161,8 +161,8 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
             identity=directory.identity,
         )
         log = JsonLines(trial.folder / "metrics.jsonl")
-        job, watchers = Job(config, config.seed), [checkpoint, log, Report()]
-        _, row = job.learn(config.estimator, watchers)
+        trainer, watchers = StrengthTrainer(config, config.seed), [checkpoint, log, Report()]
+        _, row = trainer.learn(config.estimator, watchers)
     except Exception as error:
         (trial.folder / "error.txt").write_text(traceback.format_exc())
         # a disk that is full, say, is no fault of the point: such a trial has not ended
@@ -177,7 +177,7 @@ class Report(Callback):
     """Tells Ray the accuracy after every outer step, those before a resume included."""
 
     def on_start(self, state: OuterState) -> None:
-        """Tell what is known, so that the scheduler judges it again."""
+        """Report the known results to the scheduler."""
         for row in state.history:
             self._tell(row)
 

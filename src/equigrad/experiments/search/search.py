@@ -1,4 +1,4 @@
-"""Hyperparameters of an experiment, searched with Ray Tune."""
+"""Hyperparameter search of an experiment with Ray Tune, and its results."""
 
 import csv
 import importlib

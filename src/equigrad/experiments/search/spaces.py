@@ -1,4 +1,4 @@
-"""What a search varies: the spaces of the paper's Tables S1 to S4, and a user's own."""
+"""Search spaces of hyperparameters: the paper's Tables S1 to S4, and those in users' files."""
 
 import itertools
 import math
@@ -100,14 +100,14 @@ BETAS = Choice((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 
 
 def one_of(*values: Any) -> Choice:
-    """A cell of the tables in braces; a single value is one without."""
+    """A hyperparameter that is one of some values, or fixed where there is a single one."""
     return Choice(values)
 
 
 def contrastive(
     lr: Choice | LogUniform, steps: Choice, nudged_steps: Choice, outer_lr: Choice | LogUniform
 ) -> dict[str, Choice | LogUniform]:
-    """The left column of a table."""
+    """The hyperparameters of the contrastive rule, as a table of the paper varies them."""
     return {
         "contrastive.rule.beta": BETAS,
         "contrastive.solver.lr": lr,
@@ -120,7 +120,7 @@ def contrastive(
 def t1t2(
     lr: Choice | LogUniform, steps: Choice, outer_lr: Choice | LogUniform
 ) -> dict[str, Choice | LogUniform]:
-    """The right column."""
+    """The hyperparameters of T1–T2, likewise."""
     return {"t1t2.solver.lr": lr, "t1t2.outer_lr": outer_lr, "t1t2.solver.max_steps": steps}
 
 

@@ -1,4 +1,4 @@
-"""What a search is told, and its trials: what the search and Ray's side of it share."""
+"""Settings and trials of a hyperparameter search."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,7 +95,7 @@ def preset(kind: type[StrengthLearning], **chosen: str) -> Search:
 
 @dataclass(kw_only=True)
 class Trial:
-    """A point, and what became of it.
+    """A point of the search space, and the result of its run.
 
     Attributes:
         number: in the order of the points.

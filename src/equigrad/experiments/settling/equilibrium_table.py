@@ -1,4 +1,4 @@
-"""Networks that settle, each trained by every method that serves it, in one table."""
+"""Table of networks that settle: test accuracy by network, estimator and seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,23 +6,23 @@ from statistics import fmean
 from typing import Any, ClassVar, Self
 
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import mean_and_error, with_error
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.equilibrium import (
-    SETTINGS,
     Equilibrium,
-    Job,
-    MethodName,
-    SettingName,
+    ImageTrainer,
 )
+from equigrad.experiments.settling.image_networks import IMAGE_NETWORKS, MethodName, SettingName
 
 
 @dataclass(frozen=True)
-class Reached:
+class NetworkResult:
     """What one network reached by one method with one seed, in percent."""
 
     setting: str
@@ -45,9 +45,9 @@ class EquilibriumTable(ByRuns):
     """
 
     name: ClassVar[str] = "equilibrium"
-    row: ClassVar[type] = Reached
+    row: ClassVar[type] = NetworkResult
 
-    only: tuple[SettingName, ...] = tuple(SETTINGS)
+    only: tuple[SettingName, ...] = tuple(IMAGE_NETWORKS)
     """Which networks."""
 
     methods: tuple[MethodName, ...] = ()
@@ -63,7 +63,7 @@ class EquilibriumTable(ByRuns):
         super().__post_init__()
         at_least(1, "seeds", self.seeds)
         differ("only", self.only)
-        known = {method for setting in SETTINGS.values() for method in setting.methods}
+        known = {method for setting in IMAGE_NETWORKS.values() for method in setting.methods}
         if unknown := set(self.methods) - known:
             raise ConfigurationError(
                 f"methods must be of {', '.join(sorted(known))}, got {sorted(unknown)[0]!r}"
@@ -91,7 +91,7 @@ class EquilibriumTable(ByRuns):
         return [
             (line, method)
             for line in self.only
-            for method in SETTINGS[line].methods
+            for method in IMAGE_NETWORKS[line].methods
             if not self.methods or method in self.methods
         ]
 
@@ -101,14 +101,14 @@ class EquilibriumTable(ByRuns):
         changes = {} if self.epochs is None else {"epochs": self.epochs}
         return self.placed(preset, seed=seed, **changes)
 
-    def job(self, config: Equilibrium) -> Job:
-        """A network and its images."""
-        return Job(config)
+    def run(self, config: Equilibrium, directory: RunDirectory, console: Console) -> None:
+        """Train and test."""
+        ImageTrainer(config).learned(directory, resume=True, console=console)
 
-    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Reached:
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> NetworkResult:
         """What it reached, and what it took."""
         metrics = result["metrics"]
-        return Reached(
+        return NetworkResult(
             setting,
             method,
             seed,
@@ -119,16 +119,16 @@ class EquilibriumTable(ByRuns):
             result["seconds"],
         )
 
-    def text(self, rows: Sequence[Reached]) -> str:
+    def text(self, rows: Sequence[NetworkResult]) -> str:
         """A line a network and method."""
         lines = []
         for setting, method in self._places():
             own = [row for row in rows if (row.setting, row.method) == (setting, method)]
             lines.append(
                 [
-                    SETTINGS[setting].label,
-                    SETTINGS[setting].source.name,
-                    SETTINGS[setting].methods[method].label,
+                    IMAGE_NETWORKS[setting].label,
+                    IMAGE_NETWORKS[setting].source.name,
+                    IMAGE_NETWORKS[setting].methods[method].label,
                     with_error(*mean_and_error([row.validation for row in own]), ".2f"),
                     with_error(*mean_and_error([row.test for row in own]), ".2f"),
                     f"{fmean(row.epochs for row in own):.3g}",
@@ -148,11 +148,13 @@ class EquilibriumTable(ByRuns):
             f"The papers' own numbers are not at hand.\n"
         )
 
-    def draw(self, rows: Sequence[Reached]) -> Figure:
+    def draw(self, rows: Sequence[NetworkResult]) -> Figure:
         """Test accuracy of every seed, a panel a data set."""
         places = self._places()
-        sources = list(dict.fromkeys(SETTINGS[setting].source.name for setting, _ in places))
-        panels = [[p for p in places if SETTINGS[p[0]].source.name == name] for name in sources]
+        sources = list(dict.fromkeys(IMAGE_NETWORKS[setting].source.name for setting, _ in places))
+        panels = [
+            [p for p in places if IMAGE_NETWORKS[p[0]].source.name == name] for name in sources
+        ]
         figure = Figure(figsize=(8, 0.9 * len(panels) + 0.38 * len(places)), layout="constrained")
         sizes = [len(panel) for panel in panels]
         every = figure.subplots(len(panels), squeeze=False, height_ratios=sizes)[:, 0]
@@ -162,7 +164,9 @@ class EquilibriumTable(ByRuns):
                 own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
                 axes.plot(own, [at] * len(own), "o", color=f"C{self.only.index(setting)}")
                 reached += own
-            names = [f"{SETTINGS[s].label}: {SETTINGS[s].methods[m].label}" for s, m in panel]
+            names = [
+                f"{IMAGE_NETWORKS[s].label}: {IMAGE_NETWORKS[s].methods[m].label}" for s, m in panel
+            ]
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.set(xlim=(min(reached) - 0.5, max(reached) + 0.5), ylim=(len(names) - 0.5, -0.5))
             axes.set_xlabel(f"test accuracy on {name} (%)")

@@ -1,21 +1,17 @@
-"""What the experiments share that train one settling network on examples of their own."""
+"""Settings and trainer shared by the experiments on networks that settle."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Training, at_least, positive
-from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.runs.watching import watching
+from equigrad.experiments.runs.training import Trainer
 from equigrad.solvers import Solver
 from equigrad.training import Callback, OuterState
-from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.relaxation import SettlingNetwork, train_network
 
 
@@ -59,8 +55,8 @@ Config = TypeVar("Config", bound=NetworkTraining)
 Network = TypeVar("Network", bound=SettlingNetwork)
 
 
-class Job(ABC, Generic[Config, Network]):
-    """An experiment's examples and network.
+class NetworkTrainer(Trainer[Config], Generic[Config, Network]):
+    """Trains a network whose neurons settle, and tests it.
 
     Args:
         config: of the experiment.
@@ -83,6 +79,7 @@ class Job(ABC, Generic[Config, Network]):
         self.network = network
         self.examples = examples
         self.digest = digest
+        self.score = config.score
 
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
@@ -92,13 +89,9 @@ class Job(ABC, Generic[Config, Network]):
     def measured(self, *parts: str) -> dict[str, float]:
         """The score on `training`, `validation` and `test`, of those that there are, by name."""
 
-    @abstractmethod
-    def model(self) -> Mapping[str, Any]:
-        """What is saved of the network."""
-
-    @abstractmethod
-    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
-        """Measure what was learned, draw it, and say the results, `metrics` among them."""
+    def epochs(self, state: OuterState) -> float:
+        """Passes over the examples."""
+        return state.step * self.config.batch / len(self.examples[0])
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
         """Train the network in place."""
@@ -119,30 +112,3 @@ class Job(ABC, Generic[Config, Network]):
                 validate=lambda: self.measured("validation"),
                 callbacks=callbacks,
             )
-
-    def learned(
-        self, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> dict[str, float]:
-        """Train and test, and leave the run in its directory."""
-        directory.keep_to_data(self.digest)
-        if (ended := directory.result) is not None:
-            return ended["metrics"]
-        config = self.config
-        callbacks = watching(directory, config, config.label, resume=resume, console=console)
-        state = self.learn(callbacks)
-        write_whole(directory.path / "model.pt", as_bytes(self.model()))
-        found = self.finish(directory, console)
-        curves = figures.learning_curves(state.history, config.score)
-        figures.save(curves, directory.path / "learning.png")
-        directory.end(
-            config,
-            estimator=type(config.estimator).__name__,
-            method=config.method,
-            paper=None,
-            epochs=state.step * config.batch / len(self.examples[0]),
-            outer_steps=state.step,
-            gradient_evaluations=state.gradient_evaluations,
-            seconds=state.seconds,
-            **found,
-        )
-        return found["metrics"]

@@ -1,4 +1,4 @@
-"""A picture as a network at rest, from place to colour: an implicit neural representation."""
+"""The representation experiment: a picture learned by an equilibrium RNN."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,35 +8,32 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-import equigrad
 from equigrad.controllers import DynamicInversion
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Adjoint, Estimator, LeastControl
 from equigrad.experiments.data.picture import Picture, places, psnr, read_picture
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.config_file import overlay
 from equigrad.experiments.runs.experiment import ScaleName, at_least, one_of, positive
-from equigrad.experiments.runs.formats import words
-from equigrad.experiments.runs.model import reading
+from equigrad.experiments.runs.formats import as_rich, words
+from equigrad.experiments.runs.model import restored, save_model, saved_model
 from equigrad.experiments.runs.run_directory import RunDirectory, describe
-from equigrad.experiments.settling import network_training
-from equigrad.experiments.settling.network_training import NetworkTraining
+from equigrad.experiments.settling.network_training import NetworkTrainer, NetworkTraining
 from equigrad.nn import EquilibriumRNN, FourierFeatures
 from equigrad.nn.batches import summed_squares
 from equigrad.solvers import Anderson, Solver
-from equigrad.training import pick_device, pick_dtype
+from equigrad.training import OuterState, pick_device, pick_dtype
 from equigrad.training.relaxation import settled_logits
 
-FORMAT = "equigrad representation 1"
+PICTURE = "equigrad representation 1"
+"""The format of a saved representation."""
 
 MethodName = Literal["exact", "dynamic-inversion"]
 
 REST = Anderson(tol=1e-3, max_steps=60)
 
-METHODS: dict[MethodName, tuple[str, Estimator]] = {
+PICTURE_METHODS: dict[MethodName, tuple[str, Estimator]] = {
     "exact": ("recurrent backpropagation", Adjoint(solver=REST)),
     "dynamic-inversion": (
         "least control, dynamic inversion",
@@ -50,7 +47,7 @@ METHODS: dict[MethodName, tuple[str, Estimator]] = {
         ),
     ),
 }
-"""How the network can be trained: in words, and the estimator of its gradient."""
+"""The ways to train the network: a label, and the estimator of its gradient."""
 
 HELD_OUT = 0
 """Draws which pixels are for validation: the same for all runs."""
@@ -68,7 +65,7 @@ class Representation(NetworkTraining):
     score: ClassVar[str] = "psnr"
 
     method: MethodName = "exact"
-    """How the gradient is had; the other one runs too, with `compare`."""
+    """The estimator of the gradient; the other one runs too, with `compare`."""
 
     compare: bool = True
     """Run the other method too, from the same start."""
@@ -92,7 +89,7 @@ class Representation(NetworkTraining):
     """Of the other pixels, for validation; the rest is for the test."""
 
     features: int = 128
-    """Frequencies that the network is told of a place in; a sine and a cosine of each."""
+    """Frequencies of the Fourier features of a place; a sine and a cosine of each."""
 
     frequency: float = 6.0
     """Their standard deviation, in cycles over the picture."""
@@ -133,8 +130,8 @@ class Representation(NetworkTraining):
     @classmethod
     def preset(cls, **chosen: str) -> Self:
         """The defaults that some words choose: `method` and `scale`."""
-        method = one_of(METHODS, "method", chosen.get("method", "exact"))
-        small = cls(method=method, estimator=METHODS[method][1])
+        method = one_of(PICTURE_METHODS, "method", chosen.get("method", "exact"))
+        small = cls(method=method, estimator=PICTURE_METHODS[method][1])
         scale = chosen.get("scale", "small")
         if scale == "paper":  # as large as the photograph allows; the paper's own is not published
             return replace(
@@ -156,17 +153,17 @@ class Representation(NetworkTraining):
 
     def of(self, method: MethodName) -> Self:
         """A run beside this one: the same but for the method."""
-        return replace(self, compare=False, method=method, estimator=METHODS[method][1])
+        return replace(self, compare=False, method=method, estimator=PICTURE_METHODS[method][1])
 
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return type(METHODS[one_of(METHODS, "method", self.method)][1])
+        return type(PICTURE_METHODS[one_of(PICTURE_METHODS, "method", self.method)][1])
 
     @property
     def label(self) -> str:
         """The method, in words."""
-        return METHODS[self.method][0]
+        return PICTURE_METHODS[self.method][0]
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class Painter:
     """The colours that a network says of places.
 
     Attributes:
-        encode: what it is told of a place.
+        encode: Fourier features of a place.
         network: settles, and says its colour.
         solver: settles it.
     """
@@ -206,10 +203,8 @@ class Painter:
             RunError: there is none, or it is damaged. Nothing of it is executed.
         """
         saved = "a run saves it at its end"
-        with reading(folder, "a representation", FORMAT, saved) as loaded:
-            written = loaded["config"]
-            preset = Representation.preset(method=written["method"], scale=written["scale"])
-            painter = cls.new(replace(overlay(preset, written), device="cpu"))
+        with saved_model(folder, PICTURE, what="a representation", saved=saved) as loaded:
+            painter = cls.new(replace(restored(Representation, loaded["config"]), device="cpu"))
             painter.network.load_state_dict(loaded["network"])
             painter.encode.load_state_dict(loaded["encode"])
             return painter
@@ -225,8 +220,8 @@ class Painter:
         return found.view(side, side, 3).clamp(0, 1).cpu()
 
 
-class Job(network_training.Job[Representation, EquilibriumRNN]):
-    """A picture, and a network that learns it.
+class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
+    """Trains a network to represent a picture, and tests it.
 
     Attributes:
         picture: that is learned.
@@ -285,19 +280,16 @@ class Job(network_training.Job[Representation, EquilibriumRNN]):
                 found[f"{part}_psnr"] = psnr(colors, self.colors[rows])
         return found
 
-    def model(self) -> Mapping[str, Any]:
-        """What `Painter.load` reads."""
-        return {
-            "format": FORMAT,
-            "equigrad": equigrad.__version__,
-            "config": describe(self.config),
-            "network": self.network.state_dict(),
-            "encode": self.painter.encode.state_dict(),
-        }
-
-    def finish(self, directory: RunDirectory, console: Console) -> Mapping[str, Any]:
-        """The PSNR of each part, and how many pixels are not at rest; the picture, drawn."""
+    def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
+        """Save and draw the picture; the PSNR of its parts, the number of unsettled pixels."""
         config = self.config
+        save_model(
+            folder,
+            PICTURE,
+            config=describe(config),
+            network=self.network.state_dict(),
+            encode=self.painter.encode.state_dict(),
+        )
         _, unsettled = self.painter.colors(self.places)
         if unsettled:
             console.print(
@@ -306,17 +298,16 @@ class Job(network_training.Job[Representation, EquilibriumRNN]):
                 highlight=False,
                 soft_wrap=True,
             )
-        figures.save(
-            pictures(self.picture, {config.label: directory.path}), directory.path / "picture.png"
-        )
+        figures.save(pictures(self.picture, {config.label: folder}), folder / "picture.png")
         return {
             "metrics": self.measured("training", "validation", "test"),
             "pixels": {name: len(rows) for name, rows in self.parts.items()},
             "pixels_unsettled": len(unsettled),
+            "epochs": self.epochs(state),
         }
 
 
-def run(
+def learn_picture(
     config: Representation, out: Path, *, resume: bool, console: Console
 ) -> dict[MethodName, dict[str, float]]:
     """Learn the picture in `out`, by the other method below it, and print what was reached.
@@ -325,36 +316,34 @@ def run(
         The metrics by method.
     """
     torch.set_num_threads(config.threads)
-    job = Job(config)
+    trainer = PictureTrainer(config)
     directory = RunDirectory(out, config, resume=resume)
-    console.print(job.note, markup=False, highlight=False, soft_wrap=True)
+    console.print(trainer.note, markup=False, highlight=False, soft_wrap=True)
     found: dict[MethodName, dict[str, float]] = {}
     folders: dict[str, Path] = {}
-    for method, (label, _) in METHODS.items():
+    for method, (label, _) in PICTURE_METHODS.items():
         if method == config.method:
-            found[method] = job.learned(directory, resume=resume, console=console)
+            found[method] = trainer.learned(directory, resume=resume, console=console)
             folders[label] = out
         elif config.compare:
-            other = Job(config.of(method))
+            other = PictureTrainer(config.of(method))
             beside = RunDirectory(out / method, other.config, resume=resume)
             found[method] = other.learned(beside, resume=resume, console=console)
             folders[label] = out / method
-    console.print(make_table(config, found))
+    console.print(
+        as_rich(
+            f"a picture as a network, seed {config.seed}, scale {config.scale}",
+            [words(name) for name in found[config.method]],
+            (
+                [PICTURE_METHODS[method][0], *(f"{v:.2f}" for v in metrics.values())]
+                for method, metrics in found.items()
+            ),
+        )
+    )
     if config.compare:
         directory.write_json("table.json", found)
-        figures.save(pictures(job.picture, folders), out / "comparison.png")
+        figures.save(pictures(trainer.picture, folders), out / "comparison.png")
     return found
-
-
-def make_table(config: Representation, found: Mapping[MethodName, Mapping[str, float]]) -> Table:
-    """A line a method."""
-    table = Table(title=f"a picture as a network, seed {config.seed}, scale {config.scale}")
-    table.add_column("")
-    for name in next(iter(found.values())):
-        table.add_column(words(name), justify="right")
-    for method, metrics in found.items():
-        table.add_row(METHODS[method][0], *(f"{v:.2f}" for v in metrics.values()))
-    return table
 
 
 def pictures(true: Picture, folders: Mapping[str, Path]) -> Figure:

@@ -1,1 +1,1 @@
-"""Regularisation strengths learned for every weight, on images and on data of your own."""
+"""Regularisation strengths learned for every weight, on known data sets and on users' data."""

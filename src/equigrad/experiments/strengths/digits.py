@@ -1,4 +1,4 @@
-"""The main job: a regularisation strength for every weight, learned from ten images."""
+"""The digits experiment: a strength for every weight, with ten training images."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -16,15 +16,15 @@ from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
-LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
+DIGITS_SOLVER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(LearningAlike):
     """Learn a regularisation strength for every weight of a network that sees ten images.
 
-    A tanh network learns from ten 8×8 digits, one a class; 890 validation images judge what it
-    learned, and every weight's strength follows their gradient. Beside it: no regularisation, the
+    A tanh network learns from ten 8×8 digits, one a class, and every weight's strength follows the
+    hypergradient of the loss on 890 validation images. Beside it: no regularisation, the
     best of 13 single strengths, and the other estimator, all on the same split and start.
     """
 
@@ -37,7 +37,7 @@ class Digits(LearningAlike):
     hidden: tuple[int, ...] = (64, 64, 64)
     """Widths of the hidden layers."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = DIGITS_SOLVER
     """How the network learns from the ten images: the free phase, from the same start each time."""
 
     contrastive: Contrastive = PAPERS_RULE
@@ -56,7 +56,7 @@ class Digits(LearningAlike):
         return cls(
             scale="smoke",
             outer_steps=3,
-            solver=replace(LEARNER, max_steps=20),
+            solver=replace(DIGITS_SOLVER, max_steps=20),
             nudged_steps=5,
         )
 

@@ -1,4 +1,4 @@
-"""Figure 3: what a longer first phase is worth to either method, and to which nudging strength."""
+"""Figure 3: validation accuracy against the steps of the free phase, and against β."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from equigrad.experiments.runs.formats import mean_and_error, with_error
 from equigrad.experiments.runs.methods import EstimatorName
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
-from equigrad.experiments.strengths.strength_learning import Job
-from equigrad.experiments.strengths.table1 import METHODS
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
+from equigrad.experiments.strengths.table1 import METHOD_LABELS
 
 PanelName = Literal["A", "B"]
 NO_NUDGE = 0.0
@@ -24,7 +24,7 @@ NO_NUDGE = 0.0
 
 
 @dataclass(frozen=True)
-class Reached:
+class PhaseResult:
     """What a method reached after a first phase of so many steps, in percent.
 
     Where a phase diverged, nothing was learned, and the accuracies are not numbers.
@@ -52,7 +52,7 @@ class Fig3(ByExperiments):
     """
 
     name: ClassVar[str] = "fig3"
-    row: ClassVar[type] = Reached
+    row: ClassVar[type] = PhaseResult
 
     only: tuple[PanelName, ...] = ("A", "B")
     """Which panels."""
@@ -131,7 +131,7 @@ class Fig3(ByExperiments):
             ("A", method, steps, beta if method == "contrastive" else NO_NUDGE, seed)
             for seed in range(self.seeds)
             for steps in self.steps
-            for method in METHODS
+            for method in METHOD_LABELS
         ]
         right = [
             ("B", "contrastive", steps, beta, seed)
@@ -143,15 +143,15 @@ class Fig3(ByExperiments):
 
     def measure(
         self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float, seed: int
-    ) -> Reached:
+    ) -> PhaseResult:
         """Learn strengths, and then with them."""
         experiment = self.mnist(steps) if panel == "A" else self.cifar(steps, beta)
         try:
-            _, row = Job(experiment, seed).learn(estimator, watched=False)
+            _, row = StrengthTrainer(experiment, seed).learn(estimator, watched=False)
             reached = (row.validation, row.test, row.gradient_evaluations, row.seconds)
         except SettlingError:
             reached = (float("nan"), float("nan"), 0, float("nan"))
-        return Reached(panel, estimator, steps, beta, seed, *reached)
+        return PhaseResult(panel, estimator, steps, beta, seed, *reached)
 
     def mnist(self, steps: int) -> OnImages:
         """Ten digits, learned by both methods in so many steps of the same size."""
@@ -173,30 +173,30 @@ class Fig3(ByExperiments):
         rule = contrast(beta, ours.solver.lr, steps, ours.nudged_steps, self.cifar_outer_lr)
         return self.placed(preset, outer_steps=self.cifar_outer_steps, contrastive=rule)
 
-    def text(self, rows: Sequence[Reached]) -> str:
+    def text(self, rows: Sequence[PhaseResult]) -> str:
         """Accuracy by steps and method, and error by steps and β."""
         panels = {"A": self._by_steps, "B": self._by_beta}
         return "\n".join(said(rows) for panel, said in panels.items() if panel in self.only)
 
-    def _by_steps(self, rows: Sequence[Reached]) -> str:
+    def _by_steps(self, rows: Sequence[PhaseResult]) -> str:
         curves = self.accuracies(rows)
         lines = [
             [f"{steps:,}", *(_said(curve[steps]) for curve in curves.values())]
             for steps in self.steps
         ]
         best = "; ".join(
-            f"{METHODS[method]} is best after {_or_dash(steps)}"
+            f"{METHOD_LABELS[method]} is best after {_or_dash(steps)}"
             for method, steps in self.best_steps(rows).items()
         )
         lr = self.mnist(1).recipe("t1t2").solver.lr
         return (
             "A. MNIST, 10 training images: validation accuracy in percent.\n\n"
-            + as_table(["steps of the first phase", *(METHODS[m] for m in curves)], lines)
+            + as_table(["steps of the first phase", *(METHOD_LABELS[m] for m in curves)], lines)
             + f"\nOf these numbers of steps, {best}. Steps of {lr:g} and outer steps of "
             f"{self.outer_lr:g} for both.\n{self._how(self.seeds, self.outer_steps)}"
         )
 
-    def _by_beta(self, rows: Sequence[Reached]) -> str:
+    def _by_beta(self, rows: Sequence[PhaseResult]) -> str:
         best = self.best_betas(rows)
         lines = [
             [f"{steps:,}", *(_said(error) for error in curve.values()), _or_dash(best[steps])]
@@ -217,7 +217,9 @@ class Fig3(ByExperiments):
         over = "seed 0" if seeds == 1 else f"mean ± standard error over {seeds} seeds"
         return f"Scale {self.scale}; {outer_steps} outer steps; {over}.\n"
 
-    def accuracies(self, rows: Sequence[Reached]) -> dict[EstimatorName, dict[int, list[float]]]:
+    def accuracies(
+        self, rows: Sequence[PhaseResult]
+    ) -> dict[EstimatorName, dict[int, list[float]]]:
         """Of A, in percent, a number a seed: by method, then by steps of the first phase."""
         return {
             method: {
@@ -228,10 +230,10 @@ class Fig3(ByExperiments):
                 ]
                 for steps in sorted(self.steps)
             }
-            for method in METHODS
+            for method in METHOD_LABELS
         }
 
-    def errors(self, rows: Sequence[Reached]) -> dict[int, dict[float, list[float]]]:
+    def errors(self, rows: Sequence[PhaseResult]) -> dict[int, dict[float, list[float]]]:
         """Of B, in percent, a number a seed: by steps of the first phase, then by β."""
         return {
             steps: {
@@ -245,15 +247,15 @@ class Fig3(ByExperiments):
             for steps in sorted(self.cifar_steps)
         }
 
-    def best_steps(self, rows: Sequence[Reached]) -> dict[EstimatorName, int | None]:
+    def best_steps(self, rows: Sequence[PhaseResult]) -> dict[EstimatorName, int | None]:
         """The number of steps in A after which a method's mean accuracy is highest."""
         return {method: _least(curve, sign=-1) for method, curve in self.accuracies(rows).items()}
 
-    def best_betas(self, rows: Sequence[Reached]) -> dict[int, float | None]:
+    def best_betas(self, rows: Sequence[PhaseResult]) -> dict[int, float | None]:
         """The β in B with the least mean error, by steps of the first phase."""
         return {steps: _least(curve) for steps, curve in self.errors(rows).items()}
 
-    def draw(self, rows: Sequence[Reached]) -> Figure:
+    def draw(self, rows: Sequence[PhaseResult]) -> Figure:
         """A curve a method, and a curve a number of steps with its best β."""
         figure = Figure(figsize=(4.5 * len(self.only), 3.8), layout="constrained")
         panels = {"A": self._draw_steps, "B": self._draw_betas}
@@ -262,17 +264,17 @@ class Fig3(ByExperiments):
             panels[panel](axes, rows)
         return figure
 
-    def _draw_steps(self, axes: Axes, rows: Sequence[Reached]) -> None:
+    def _draw_steps(self, axes: Axes, rows: Sequence[PhaseResult]) -> None:
         for (method, curve), color in zip(
             self.accuracies(rows).items(), ("tab:blue", "tab:orange"), strict=True
         ):
-            _with_bars(axes, curve, label=METHODS[method], color=color, marker="o")
+            _with_bars(axes, curve, label=METHOD_LABELS[method], color=color, marker="o")
         axes.set(xscale="log", xlabel="steps of the first phase", ylabel="validation accuracy (%)")
         axes.set_xticks(sorted(self.steps), [f"{steps:,}" for steps in sorted(self.steps)])
         axes.minorticks_off()
         finish(axes, "A  MNIST, 10 images", "strengths by")
 
-    def _draw_betas(self, axes: Axes, rows: Sequence[Reached]) -> None:
+    def _draw_betas(self, axes: Axes, rows: Sequence[PhaseResult]) -> None:
         best, curves = self.best_betas(rows), self.errors(rows)
         for (steps, curve), color in zip(curves.items(), shades(len(curves)), strict=True):
             _with_bars(axes, curve, label=f"{steps:,}", color=color)

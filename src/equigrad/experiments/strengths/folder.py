@@ -1,4 +1,4 @@
-"""The user's own images: a regularisation strength for every weight of a network that sees them."""
+"""The folder experiment: a strength for every weight of a network trained on users' images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split, divide
 from equigrad.training.targets import Classes
 
-LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200)
+FOLDER_SOLVER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Folder(OwnData):
     """Learn a regularisation strength for every weight of a LeNet-5 that sees your own images.
 
     The folder has a subfolder for every class, DIR/CLASS/*.png; or DIR/train and DIR/test have
-    them. Part of the images is learned from, part judges what was learned, and every weight's
-    strength follows the judges' gradient. Beside it: no regularisation, the best of 13 single
-    strengths, and the other estimator. The run leaves a model for `equigrad predict`.
+    them. They are divided into a training, a validation and a test set, and every weight's strength
+    follows the hypergradient of the validation loss. Beside it: no regularisation, the best of 13
+    single strengths, and the other estimator. The run leaves a model for `equigrad predict`.
     """
 
     images: Path
@@ -44,7 +44,7 @@ class Folder(OwnData):
     outer_steps: int = 30
     """Steps of Adam on the strengths."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = FOLDER_SOLVER
     """How the network learns: the free phase, from the same start each time."""
 
     nudged_steps: int = 50

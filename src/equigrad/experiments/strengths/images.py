@@ -1,4 +1,4 @@
-"""Table 1: a regularisation strength for every weight, on MNIST and CIFAR-10 with few images.
+"""The MNIST and CIFAR-10 experiments of Table 1: a strength for every weight, few images.
 
 The hyperparameters of scale `paper` are the best found of Tables S1 to S4, in bold there.
 """
@@ -109,7 +109,7 @@ def contrast(
     *,
     matched: bool = False,
 ) -> ByContrast:
-    """A column of Tables S1 to S4; the paper's phases are plain."""
+    """Hyperparameters of the contrastive rule, as in Tables S1 to S4, whose phases are plain."""
     return ByContrast(
         rule=replace(PAPERS_RULE, beta=beta, matched=matched),
         solver=nesterov(lr, steps),
@@ -119,7 +119,7 @@ def contrast(
 
 
 def t1t2(lr: float, steps: int, outer_lr: float) -> ByT1T2:
-    """The other column."""
+    """Hyperparameters of T1–T2, as in Tables S1 to S4."""
     return ByT1T2(solver=nesterov(lr, steps), outer_lr=outer_lr)
 
 
@@ -208,7 +208,7 @@ class OnImages(StrengthLearning):
     """Images for training and validation together, drawn from the training images."""
 
     training: int
-    """How many of them the network learns from; the others judge it."""
+    """How many of them the network learns from; the others are the validation set."""
 
     batch: int | None
     """Images of a training mini-batch; None for all at once."""
@@ -220,7 +220,7 @@ class OnImages(StrengthLearning):
     """How the contrastive rule learns strengths."""
 
     t1t2: ByT1T2
-    """How T1–T2 does."""
+    """How T1–T2 learns strengths."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,9 +324,9 @@ class OnImages(StrengthLearning):
 class Mnist(OnImages):
     """Learn a strength for every weight of a tanh network that sees 1, 10 or 30,000 MNIST digits.
 
-    The validation images judge what it learned, and the strengths of its 466,698 weights and biases
-    follow their gradient. Beside it: no regularisation, the best of 13 single strengths, the other
-    estimator, and the numbers of the paper's Table 1.
+    The strengths of its 466,698 weights and biases follow the hypergradient of the validation loss.
+    Beside it: no regularisation, the best of 13 single strengths, the other estimator, and the
+    numbers of the paper's Table 1.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("mnist-10", "mnist-1", "mnist-30000")

@@ -1,4 +1,4 @@
-"""What the experiments share that learn from data that the user brings."""
+"""Settings shared by the experiments on users' data, CSV files and folders of images."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
 
-LEARNER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
+OWN_DATA_SOLVER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class OwnData(LearningAlike):
     """Share of the rows that is held back and used for the test column alone."""
 
     training_share: float = 0.5
-    """Share of the others that the network learns from; the rest judges it."""
+    """Share of the others that is the training set; the rest is the validation set."""
 
     samples: int | None = None
     """Rows for training and validation together; all that are not for testing by default."""
@@ -47,7 +47,7 @@ class OwnData(LearningAlike):
     outer_lr: float = 0.001
     """Adam's step size."""
 
-    solver: GradientDescent = LEARNER
+    solver: GradientDescent = OWN_DATA_SOLVER
     """How the network learns: the free phase, from the same start each time."""
 
     contrastive: Contrastive = PAPERS_RULE

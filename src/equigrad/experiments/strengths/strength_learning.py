@@ -1,8 +1,8 @@
-"""What the experiments share that learn a regularisation strength for every weight."""
+"""Learning a regularisation strength for every weight: settings, trainer and table of results."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,11 +21,11 @@ from equigrad.estimators import (
 )
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, at_least, one_of, one_or_many, positive
-from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.formats import as_rich, mean_and_error, with_error
 from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
 from equigrad.experiments.runs.model import Model
 from equigrad.experiments.runs.run_directory import RunDirectory
-from equigrad.experiments.runs.watching import watching
+from equigrad.experiments.runs.training import run_to_end
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import (
@@ -33,7 +33,7 @@ from equigrad.training import (
     pick_device,
     pick_dtype,
 )
-from equigrad.training.files import as_bytes, write_whole
+from equigrad.training.files import save_tensors
 from equigrad.training.split import Split
 from equigrad.training.strengths import (
     SINGLE_STRENGTHS,
@@ -184,7 +184,7 @@ class LearningAlike(StrengthLearning):
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreAndCost:
     """A line of the table: the score on validation and test data, and what it cost."""
 
     validation: float
@@ -193,7 +193,7 @@ class Row:
     seconds: float
 
 
-class Job(StrengthLearner):
+class StrengthTrainer(StrengthLearner):
     """One seed's data, network and losses, shared by all rows of the table."""
 
     def __init__(self, config: StrengthLearning, seed: int) -> None:
@@ -205,14 +205,16 @@ class Job(StrengthLearner):
             network = self.config.network(split).to(device, dtype)
         super().__init__(network, split, seed=seed, batch_sizes=self.config.batch_sizes())
 
-    def row(self, metrics: Mapping[str, float], gradient_evaluations: int, seconds: float) -> Row:
+    def row(
+        self, metrics: Mapping[str, float], gradient_evaluations: int, seconds: float
+    ) -> ScoreAndCost:
         """What stands in the table of these metrics."""
         score = self.split.target.score
-        return Row(
+        return ScoreAndCost(
             metrics[f"validation_{score}"], metrics[f"test_{score}"], gradient_evaluations, seconds
         )
 
-    def single(self, strengths: Sequence[float]) -> tuple[Row, float]:
+    def single(self, strengths: Sequence[float]) -> tuple[ScoreAndCost, float]:
         """The best of some single strengths, chosen by the validation data."""
         began = time.perf_counter()
         best, strength = self.best_single(self.config.recipe("contrastive").solver, strengths)
@@ -228,8 +230,8 @@ class Job(StrengthLearner):
 
     def learn(
         self, name: EstimatorName, callbacks: Sequence[Callback] = (), *, watched: bool = True
-    ) -> tuple[Learned, Row]:
-        """Learn a strength for every weight, as the experiment has it for an estimator."""
+    ) -> tuple[Learned, ScoreAndCost]:
+        """Learn a strength for every weight by an estimator, with the experiment's settings."""
         learned = self.learn_by(
             self.config.recipe(name),
             outer_steps=self.config.outer_steps,
@@ -242,54 +244,51 @@ class Job(StrengthLearner):
 
     def learned(
         self, name: EstimatorName, directory: RunDirectory, *, resume: bool, console: Console
-    ) -> Row:
+    ) -> ScoreAndCost:
         """Learn a strength for every weight, and leave the run in its directory."""
-        if (ended := directory.result) is not None:
-            return self.row(ended["metrics"], ended["gradient_evaluations"], ended["seconds"])
-        learned, row = self.learn(
-            name,
-            watching(
-                directory,
-                self.config,
-                f"seed {self.seed} {name}",
-                resume=resume,
-                console=console,
-            ),
+        label = f"seed {self.seed} {name}"
+        result = run_to_end(
+            directory,
+            self.config,
+            label,
+            lambda callbacks: self.learn_and_save(name, directory.path, callbacks),
+            resume=resume,
+            console=console,
         )
+        return self.row(result["metrics"], result["gradient_evaluations"], result["seconds"])
+
+    def learn_and_save(
+        self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback]
+    ) -> dict[str, Any]:
+        """Learn strengths; save them, the model and a figure, and return the results by name."""
+        learned, row = self.learn(name, callbacks)
         state, network = learned.state, learned.network
-        console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
         meta_params = {n: m.detach() for n, m in state.meta_params.items()}
-        content = {"params": network.params, "meta_params": meta_params}
-        write_whole(directory.path / "learned.pt", as_bytes(content))
+        save_tensors(folder / "learned.pt", {"params": network.params, "meta_params": meta_params})
         if (model := self.config.model(self.split, network.params)) is not None:
-            write_whole(directory.path / "model.pt", as_bytes(model.plain()))
+            model.save(folder)
         figures.strength_learning(
-            directory.path / "strengths.png",
-            history=[
-                *state.history,
-                {"outer_step": self.config.outer_steps, **network.metrics},
-            ],
+            folder / "strengths.png",
+            history=[*state.history, {"outer_step": self.config.outer_steps, **network.metrics}],
             strengths={n: s.cpu() for n, s in learned.strengths.items()},
             title=f"{LABELS[name]}, seed {self.seed}",
             target=self.split.target,
             inputs=self.split.inputs,
         )
         published = self.config.published(name)
-        directory.end(
-            self.config,
-            estimator=name,
-            metrics=network.metrics,
-            paper=None if published is None else published.numbers(),
-            outer_steps=state.step,
-            gradient_evaluations=row.gradient_evaluations,
-            seconds=row.seconds,
-        )
-        return row
+        return {
+            "estimator": name,
+            "metrics": network.metrics,
+            "paper": None if published is None else published.numbers(),
+            "outer_steps": state.step,
+            "gradient_evaluations": row.gradient_evaluations,
+            "seconds": row.seconds,
+        }
 
 
-def run(
+def learn_strengths(
     config: StrengthLearning, out: Path, *, resume: bool, console: Console
-) -> dict[str, list[Row]]:
+) -> dict[str, list[ScoreAndCost]]:
     """Run one seed in `out`, or several in `out/seed-N`, and print the table.
 
     Returns:
@@ -298,16 +297,16 @@ def run(
     torch.set_num_threads(config.threads)
     seeds = [config.seed] if config.seeds is None else list(range(config.seeds))
     whole = None if config.seeds is None else RunDirectory(out, config, resume=resume)
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[ScoreAndCost]] = {}
     target: Target = Classes()
     for seed in seeds:
-        job = Job(config, seed)
-        target = job.split.target
+        trainer = StrengthTrainer(config, seed)
+        target = trainer.split.target
         folder = out if whole is None else out / f"seed-{seed}"
-        directory = RunDirectory(folder, job.config, resume=resume)
-        for name, row in run_seed(job, directory, resume=resume, console=console).items():
+        directory = RunDirectory(folder, trainer.config, resume=resume)
+        for name, row in run_seed(trainer, directory, resume=resume, console=console).items():
             rows.setdefault(name, []).append(row)
-    console.print(make_table(config, rows, target))
+    console.print(scores_table(config, rows, target))
     if whole is not None:
         summary = {name: [vars(row) for row in each] for name, each in rows.items()}
         whole.write_json("summary.json", summary)
@@ -315,30 +314,30 @@ def run(
 
 
 def run_seed(
-    job: Job, directory: RunDirectory, *, resume: bool, console: Console
-) -> dict[str, Row]:
+    trainer: StrengthTrainer, directory: RunDirectory, *, resume: bool, console: Console
+) -> dict[str, ScoreAndCost]:
     """All rows of the table for one seed."""
-    config = job.config
-    if job.split.note:
-        said = f"seed {config.seed}: {config.outer_steps} outer steps; {job.split.note}"
+    config = trainer.config
+    if trainer.split.note:
+        said = f"seed {config.seed}: {config.outer_steps} outer steps; {trainer.split.note}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-    if job.split.encoding is not None:  # of files that may change under a run
-        directory.keep_to_data(job.split.digest)
-    rows: dict[str, Row] = {}
+    if trainer.split.encoding is not None:  # of files that may change under a run
+        directory.keep_to_data(trainer.split.digest)
+    rows: dict[str, ScoreAndCost] = {}
     if config.compare:
         baselines = directory.read_json("baselines.json")
         if baselines is None:
-            baselines = job.baselines()
+            baselines = trainer.baselines()
             directory.write_json("baselines.json", baselines)
-        rows |= {name: Row(**row) for name, row in baselines["rows"].items()}
+        rows |= {name: ScoreAndCost(**row) for name, row in baselines["rows"].items()}
         strength = baselines["best_single_strength"]
         console.print(f"seed {config.seed} best single strength {strength:.3g}", highlight=False)
         second: EstimatorName = "t1t2" if config.estimator == "contrastive" else "contrastive"
         beside = RunDirectory(
             directory.path / second, replace(config, estimator=second, other=None), resume=resume
         )
-        rows[second] = job.learned(second, beside, resume=resume, console=console)
-    rows[config.estimator] = job.learned(
+        rows[second] = trainer.learned(second, beside, resume=resume, console=console)
+    rows[config.estimator] = trainer.learned(
         config.estimator, directory, resume=resume, console=console
     )
     if config.compare:
@@ -346,30 +345,28 @@ def run_seed(
     return {name: rows[name] for name in LABELS if name in rows}
 
 
-def make_table(config: StrengthLearning, rows: dict[str, list[Row]], target: Target) -> Table:
+def scores_table(
+    config: StrengthLearning, rows: Mapping[str, Sequence[ScoreAndCost]], target: Target
+) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
-    table = Table(title=f"{config.name}, {seeds}, scale {config.scale}: {target.axis} and cost")
-    table.add_column("")
-    for name in (f"validation {target.unit}", f"test {target.unit}", "gradients", "seconds"):
-        table.add_column(name, justify="right")
+    lines = []
     for name, each in rows.items():
-
-        def column(read: Callable[[Row], float], each: list[Row] = each) -> str:
-            return with_error(*mean_and_error([read(row) for row in each]), target.form)
-
-        table.add_row(
-            LABELS[name],
-            column(lambda row: row.validation),
-            column(lambda row: row.test),
-            format(round(fmean(row.gradient_evaluations for row in each)), ","),
-            format(fmean(row.seconds for row in each), ".1f"),
+        scores = ([row.validation for row in each], [row.test for row in each])
+        lines.append(
+            [
+                LABELS[name],
+                *(with_error(*mean_and_error(values), target.form) for values in scores),
+                format(round(fmean(row.gradient_evaluations for row in each)), ","),
+                format(fmean(row.seconds for row in each), ".1f"),
+            ]
         )
         if (paper := config.published(name)) is not None:
-            table.add_row(
-                "  in the paper",
-                with_error(*paper.validation, ".2f"),
-                with_error(*paper.test, ".2f"),
-            )
-    return table
+            published = (with_error(*part, ".2f") for part in (paper.validation, paper.test))
+            lines.append(["  in the paper", *published])
+    return as_rich(
+        f"{config.name}, {seeds}, scale {config.scale}: {target.axis} and cost",
+        [f"validation {target.unit}", f"test {target.unit}", "gradients", "seconds"],
+        lines,
+    )

@@ -1,4 +1,4 @@
-"""Table 1: strengths learned by either method on MNIST and CIFAR-10, over seeds."""
+"""Table 1: accuracy with learned strengths on MNIST and CIFAR-10, by method and seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from equigrad.experiments.runs.formats import mean_and_error, with_error
 from equigrad.experiments.runs.methods import EstimatorName
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages
-from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 
 SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
-METHODS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
+METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ class Table1(ByExperiments):
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""
         seeds = range(self.seeds)
-        return [(line, method, seed) for seed in seeds for line in self.only for method in METHODS]
+        return [
+            (line, method, seed) for seed in seeds for line in self.only for method in METHOD_LABELS
+        ]
 
     def measure(self, setting: str, estimator: EstimatorName, seed: int) -> Accuracies:
         """Learn strengths, and then with them."""
-        _, row = Job(self.experiment(setting), seed).learn(estimator)
+        _, row = StrengthTrainer(self.experiment(setting), seed).learn(estimator)
         return Accuracies(setting, estimator, seed, **vars(row))
 
     def experiment(self, setting: str) -> OnImages:
@@ -73,7 +75,7 @@ class Table1(ByExperiments):
         lines = []
         for setting in self.only:
             experiment = self.experiment(setting)
-            for method, label in METHODS.items():
+            for method, label in METHOD_LABELS.items():
                 each = [r for r in rows if (r.setting, r.estimator) == (setting, method)]
                 paper = SETTINGS[setting].published[method]
                 lines.append(
@@ -117,7 +119,7 @@ class Table1(ByExperiments):
                 own = [row for row in rows if row.estimator == method]
                 places = [place[row.setting] + shift for row in own]
                 values = [getattr(row, part) for row in own]
-                axes.plot(places, values, "o", color=color, label=METHODS[method])
+                axes.plot(places, values, "o", color=color, label=METHOD_LABELS[method])
                 paper = [getattr(SETTINGS[line].published[method], part)[0] for line in self.only]
                 axes.plot(
                     [i + shift for i in place.values()],
@@ -125,7 +127,7 @@ class Table1(ByExperiments):
                     "_",
                     color=color,
                     markersize=16,
-                    label=f"{METHODS[method]}, paper",
+                    label=f"{METHOD_LABELS[method]}, paper",
                 )
             axes.set(ylabel=f"{part} accuracy (%)", xticks=range(len(self.only)))
             axes.set_xticklabels(self.only)

@@ -1,4 +1,4 @@
-"""The user's own table: a regularisation strength for every weight of a network that reads it."""
+"""The tabular experiment: a strength for every weight of a network trained on a CSV file."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +30,10 @@ from equigrad.wording import counted, listed
 class Tabular(OwnData):
     """Learn a regularisation strength for every weight of a network that reads your own CSV file.
 
-    Part of the rows is learned from, part judges what was learned, and every weight's strength
-    follows the judges' gradient; the rest has the last word. Beside it: no regularisation, the best
-    of 13 single strengths, and the other estimator, all on the same rows and start. The run leaves
-    a model for `equigrad predict`.
+    The rows are divided into a training, a validation and a test set. Every weight's strength
+    follows the hypergradient of the validation loss. Beside it: no regularisation, the best of 13
+    single strengths, and the other estimator, all on the same rows and start. The run leaves a
+    model for `equigrad predict`.
     """
 
     csv: Path
@@ -83,7 +83,7 @@ class Tabular(OwnData):
         return f"{self.target} of {Path(self.csv).name}"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """Rows drawn by the seed, encoded as those for training and validation have it."""
+        """Rows drawn by the seed; the encoding is fitted to those for training and validation."""
         table, notes = self._table()
         target, values, how = read_target(table, self.target, self.task)
         classes = isinstance(target, Classes)

@@ -1,1 +1,1 @@
-"""Tables of your own, read from CSV and encoded for a network."""
+"""Tables that users bring: read from CSV, and encoded for a network."""

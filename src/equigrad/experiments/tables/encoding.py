@@ -1,4 +1,4 @@
-"""What a network sees of a table: numbers standardised, categories as one input each."""
+"""Encoding of tables: standardised numbers, and an input for each category."""
 
 from collections import Counter
 from collections.abc import Sequence

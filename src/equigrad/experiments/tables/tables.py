@@ -1,4 +1,4 @@
-"""Tables that users bring as CSV: read as text, with the line of every row, and mistrusted."""
+"""CSV files of users: reading and checking, with the line number of every row."""
 
 import codecs
 import csv

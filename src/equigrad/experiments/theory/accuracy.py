@@ -1,4 +1,4 @@
-"""Accuracy on request: what `Contrastive(rtol=…)` delivers, and what others cost, on the zoo."""
+"""Error and cost of `Contrastive(rtol=…)` and of other estimators on the zoo of problems."""
 
 import ctypes
 import gc
@@ -40,7 +40,7 @@ from equigrad.vectors import flatten
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 UNROLLED_STEPS = 400
 SETTLED = LBFGS(tol=1e-8, max_steps=10_000)
-OTHERS: dict[str, Estimator] = {
+BASELINES: dict[str, Estimator] = {
     "conjugate gradient": ConjugateGradient(max_iterations=500, products="autograd"),
     "Neumann": NeumannSeries(products="autograd"),
     "T1–T2": T1T2(),
@@ -119,7 +119,7 @@ class Accuracy(Reproduction):
 
     def cells(self) -> Sequence[Cell]:
         """Every method on every problem."""
-        methods = [asked(rtol) for rtol in self.rtols] + list(OTHERS)
+        methods = [asked(rtol) for rtol in self.rtols] + list(BASELINES)
         methods += list(TUNED) if self.tuned else []
         return [(problem, method) for problem in self.problems for method in methods]
 
@@ -139,7 +139,7 @@ class Accuracy(Reproduction):
         return measure
 
     def text(self, rows: Sequence[AccuracyRow]) -> str:
-        """What was asked for and what came; costs; the comparison at equal accuracy."""
+        """Requested and true errors; costs; the comparison at equal accuracy."""
         by_cell = {(row.problem, row.method): row for row in rows}
         parts = [self._asked(by_cell), self._costs(by_cell)]
         return "\n".join([*parts, self._equal(by_cell)] if self.tuned else parts)
@@ -172,7 +172,7 @@ class Accuracy(Reproduction):
         )
 
     def _costs(self, rows: dict[Cell, AccuracyRow]) -> str:
-        methods = [asked(r) for r in (1e-2, 1e-5) if r in self.rtols] + list(OTHERS)
+        methods = [asked(r) for r in (1e-2, 1e-5) if r in self.rtols] + list(BASELINES)
 
         def cell(row: AccuracyRow) -> str:
             if not math.isfinite(row.error):
@@ -186,7 +186,9 @@ class Accuracy(Reproduction):
         body = [[p, *(cell(rows[p, m]) for m in methods)] for p in self.problems]
         text = "Error, gradient evaluations, time, and memory beyond that of the free phase:\n\n"
         text += as_table(["problem", *methods], body)
-        if any(rows[p, m].note and math.isfinite(rows[p, m].error) for p, m in rows if m in OTHERS):
+        if any(
+            rows[p, m].note and math.isfinite(rows[p, m].error) for p, m in rows if m in BASELINES
+        ):
             text += (
                 "\n\\* the model has no second derivative with fused attention, and the method was "
                 "given the slower one without\n"
@@ -252,7 +254,7 @@ def asked(rtol: float) -> str:
 def measure_one(problem: str, method: str, case: Case, repeats: int) -> AccuracyRow:
     """A method with its own settings."""
     solver: Solver = SETTLED
-    estimator = OTHERS.get(method) or Contrastive(rtol=float(method.split()[-1]))
+    estimator = BASELINES.get(method) or Contrastive(rtol=float(method.split()[-1]))
     if isinstance(estimator, Unrolled):
         rate = 1 / curvature(case)
         solver = GradientDescent(lr=rate, momentum=0.9, nesterov=True, max_steps=UNROLLED_STEPS)
@@ -271,7 +273,7 @@ def measure_one(problem: str, method: str, case: Case, repeats: int) -> Accuracy
 
     def work() -> None:
         with context():
-            run(case, solver, estimator)
+            estimated(case, solver, estimator)
 
     def settle() -> None:
         with Evaluation(case.problem, case.params, case.meta_params) as evaluation:
@@ -330,7 +332,7 @@ def settings(method: str) -> Iterator[tuple[Solver, Estimator, str]]:
                 yield solver, estimator, f"tol {tol:g}, {name} β {beta:g}, {length}"
 
 
-def run(case: Case, solver: Solver, estimator: Estimator) -> MetaGradient:
+def estimated(case: Case, solver: Solver, estimator: Estimator) -> MetaGradient:
     """One meta-gradient."""
     return meta_gradient(
         case.problem, case.params, case.meta_params, solver=solver, estimator=estimator
@@ -342,11 +344,11 @@ def timed(
 ) -> tuple[MetaGradient, float]:
     """A meta-gradient, and the seconds of the fastest run; one run where it takes seconds."""
     began = time.perf_counter()
-    result = run(case, solver, estimator)
+    result = estimated(case, solver, estimator)
     least = time.perf_counter() - began
     for _ in range(repeats - 1 if least < 1 else 0):
         began = time.perf_counter()
-        run(case, solver, estimator)
+        estimated(case, solver, estimator)
         least = min(least, time.perf_counter() - began)
     return result, least
 

@@ -1,4 +1,4 @@
-"""Figure 2: the plain contrastive rule on a small network, and what its error depends on."""
+"""Figure 2: error of the contrastive rule on Boston housing, by β and by numbers of steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from equigrad.evaluation import Evaluation
 from equigrad.experiments.data import boston_housing as boston
 from equigrad.experiments.runs.error_curves import (
     ErrorPoint,
+    Panel,
     as_table,
     best_by,
     division_table,
-    draw_curves,
+    draw_panels,
     error_and_beta,
-    finish,
     slope,
 )
 from equigrad.experiments.runs.methods import PAPERS_RULE
@@ -41,8 +41,8 @@ class Fig2(Reproduction):
 
     A network with 20 tanh units learns home prices from 70 % of the rows, with a strength λ of its
     own for every weight, and is judged on the others; both losses are mean squared errors. Gradient
-    descent takes a number of steps in each phase. The meta-gradient that errors are taken from is
-    had by solving with the whole Hessian at the minimum that gradient descent tends to.
+    descent takes a number of steps in each phase. The reference for the errors is an exact solve
+    with the whole Hessian at the minimum that gradient descent tends to.
     """
 
     name: ClassVar[str] = "fig2"
@@ -158,39 +158,14 @@ class Fig2(Reproduction):
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
         """Against β, against steps, against the free phase's share."""
-        figure = Figure(figsize=(13, 4), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
         alike, marked = self._alike(rows), [r for r in rows if r.beta in self.betas]
-        draw_curves(
-            left,
-            alike,
-            x=lambda row: row.beta,
-            by=lambda row: row.free_steps,
-            label=lambda t: f"{t:g}",
-        )
-        draw_curves(
-            middle,
-            self._alike(marked),
-            x=lambda row: row.free_steps,
-            by=lambda row: row.beta,
-            label=lambda beta: f"{beta:g}",
-        )
-        draw_curves(
-            right,
-            self._divisions(marked),
-            x=lambda row: row.free_share,
-            by=lambda row: row.beta,
-            label=lambda beta: f"{beta:g}",
-        )
-        left.set(xscale="log", xlabel="nudging strength β", ylabel="normalised error")
-        middle.set(xlabel="steps in each phase")
-        right.set(xlabel=f"free phase's share of {self.total_steps} steps")
-        for axes in (left, middle, right):
-            axes.set(yscale="log")
-        finish(left, "A", "steps")
-        finish(middle, "B", "β")
-        finish(right, "C", "β")
-        return figure
+        share = {"xlabel": f"free phase's share of {self.total_steps} steps"}
+        panels = [
+            Panel("A", alike, "beta", "free_steps"),
+            Panel("B", self._alike(marked), "free_steps", "beta"),
+            Panel("C", self._divisions(marked), "free_share", "beta", axes=share),
+        ]
+        return draw_panels(panels, figsize=(13, 4))
 
     def _alike(self, rows: Sequence[ErrorPoint]) -> list[ErrorPoint]:
         return [row for row in rows if row.settled_alike and row.free_steps in self.steps]

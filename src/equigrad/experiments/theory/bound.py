@@ -1,21 +1,26 @@
-"""Figures 1, S1 and S2: the bound of Theorem 2, and the best that Corollary 1 makes of it."""
+"""Figures 1, S1 and S2: the bound of Theorem 2 on the error, and its minimum over β."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError
-from equigrad.experiments.runs.error_curves import as_table, finish, log_slope, shades
+from equigrad.experiments.runs.error_curves import (
+    AXES,
+    Panel,
+    as_table,
+    draw_curves,
+    draw_panels,
+    finish,
+    log_slope,
+)
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.theory import best_beta, best_bound, error_bound
 
-BETA = "nudging strength β"
-BOUND = "bound on the error"
-ERROR = "distance to equilibrium δ = δ'"
+ERROR = AXES["free_error"][0]
 
 
 @dataclass(frozen=True)
@@ -69,21 +74,8 @@ def check_positive(**values: Sequence[float]) -> None:
             raise ConfigurationError(f"{name} must be positive and finite, got {numbers}")
 
 
-def draw_bounds(
-    axes: Axes, rows: Sequence[BoundPoint], x: str, by: str, colors: Sequence[object] | None = None
-) -> None:
-    """A curve of the bound against one field for every value of another."""
-    values = sorted({getattr(row, by) for row in rows})
-    for value, color in zip(values, colors or shades(len(values)), strict=True):
-        own = sorted(
-            (row for row in rows if getattr(row, by) == value), key=lambda row: getattr(row, x)
-        )
-        places, bounds = [getattr(row, x) for row in own], [row.bound for row in own]
-        axes.loglog(places, bounds, color=color, label=f"{value:g}")
-
-
 def least_table(rows: Sequence[BoundPoint], corollary: Callable[[float], float]) -> str:
-    """For every δ the least bound of its curve, where it is, and where Corollary 1 has it."""
+    """For every δ the least bound of its curve, where it is, and β* of Corollary 1."""
     body = []
     for error in sorted({row.free_error for row in rows}):
         own = [row for row in rows if row.free_error == error]
@@ -142,15 +134,13 @@ class Fig1(Reproduction):
 
     def draw(self, rows: Sequence[BoundPoint]) -> Figure:
         """Against β, and against δ = δ'."""
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        draw_bounds(left, [r for r in rows if r.free_error in self.errors], "beta", "free_error")
-        draw_bounds(right, [r for r in rows if r.beta in self.betas], "free_error", "beta")
-        left.set(xlabel=BETA, ylabel=BOUND, ylim=(5e-4, 1e2))
-        right.set(xlabel=ERROR)
-        finish(left, "A", "δ = δ'")
-        finish(right, "B", "β")
-        return figure
+        against_beta = [row for row in rows if row.free_error in self.errors]
+        against_error = [row for row in rows if row.beta in self.betas]
+        panels = [
+            Panel("A", against_beta, "beta", "free_error", "bound", axes={"ylim": (5e-4, 1e2)}),
+            Panel("B", against_error, "free_error", "beta", "bound"),
+        ]
+        return draw_panels(panels, figsize=(10, 4), sharey=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +179,9 @@ class FigS1(Reproduction):
 
     def draw(self, rows: Sequence[BoundPoint]) -> Figure:
         """A curve a δ."""
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.subplots()
-        draw_bounds(axes, rows, "beta", "free_error")
-        axes.set(xlabel=BETA, ylabel=BOUND)
-        finish(axes, f"δ' = {self.nudged_error:g}", "δ")
-        return figure
+        title = f"δ' = {self.nudged_error:g}"
+        panel = Panel(title, rows, "beta", "free_error", "bound", legend="δ")
+        return draw_panels([panel], figsize=(5.5, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +225,10 @@ class FigS2(Reproduction):
         left, right = figure.subplots(1, 2)
         errors = [row.error for row in rows]
         grey = [bound_point(error, error, beta) for beta in self.betas for error in errors]
-        draw_bounds(left, grey, "free_error", "beta", ["0.75"] * len(self.betas))
+        draw_curves(left, grey, "free_error", "beta", y="bound", colors=["0.75"] * len(self.betas))
         left.loglog(errors, [row.bound for row in rows], color="tab:blue", lw=2)
         right.loglog(errors, [row.beta for row in rows], color="tab:blue", lw=2)
-        left.set(xlabel=ERROR, ylabel=BOUND, ylim=(5e-4, 1e2))
+        left.set(xlabel=ERROR, ylabel=AXES["bound"][0], ylim=(5e-4, 1e2))
         right.set(xlabel=ERROR, ylabel="β of the least bound")
         finish(left, "A")
         finish(right, "B")

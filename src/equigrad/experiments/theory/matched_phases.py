@@ -1,4 +1,4 @@
-"""Matched phases: how the error of the contrastive rule follows the distance to equilibrium."""
+"""Matched phases: error of the contrastive rule against the distance to equilibrium."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError, SettlingError
-from equigrad.experiments.runs.error_curves import log_slope
+from equigrad.experiments.runs.error_curves import as_table, log_slope
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.gradient import meta_gradient
@@ -27,7 +27,7 @@ SETTLING_DISTANCE = 0.5
 
 
 @dataclass(frozen=True)
-class Point:
+class MatchedPoint:
     """Best error of a rule at one number of steps.
 
     Attributes:
@@ -58,7 +58,7 @@ class MatchedPhases(Reproduction):
     """
 
     name: ClassVar[str] = "matched-phases"
-    row: ClassVar[type] = Point
+    row: ClassVar[type] = MatchedPoint
 
     seeds: int = 5
     """Draws of the quadratic; errors are geometric means over them."""
@@ -100,23 +100,25 @@ class MatchedPhases(Reproduction):
         """The grid."""
         return decades(self.smallest_exponent, 1, 10)
 
-    def prepare(self) -> Callable[[str, int], Point]:
+    def prepare(self) -> Callable[[str, int], MatchedPoint]:
         """Draw the quadratics."""
         quadratics = [
             Quadratic(dim=self.dim, strength=self.strength, seed=seed) for seed in range(self.seeds)
         ]
         return partial(best_point, self, quadratics)
 
-    def text(self, rows: Sequence[Point]) -> str:
+    def text(self, rows: Sequence[MatchedPoint]) -> str:
         """The table, a row a number of steps."""
-        return as_markdown(rows, fitted_slopes(rows))
+        return slopes_table(rows, fitted_slopes(rows))
 
-    def draw(self, rows: Sequence[Point]) -> Figure:
+    def draw(self, rows: Sequence[MatchedPoint]) -> Figure:
         """Error against distance; best β against distance."""
         return drawn(rows, fitted_slopes(rows))
 
 
-def best_point(config: MatchedPhases, quadratics: list[Quadratic], rule: str, steps: int) -> Point:
+def best_point(
+    config: MatchedPhases, quadratics: list[Quadratic], rule: str, steps: int
+) -> MatchedPoint:
     """Geometric means over the quadratics, at the β of the grid with the smallest error."""
 
     def measured(beta: float) -> list[Measurement]:
@@ -133,7 +135,7 @@ def best_point(config: MatchedPhases, quadratics: list[Quadratic], rule: str, st
     coarse = min(betas[::5], key=log_error)
     best = min((b for b in betas if 0.3 < b / coarse < 3.2), key=log_error)
     found = measured(best)
-    return Point(
+    return MatchedPoint(
         rule=rule,
         steps=steps,
         distance=math.exp(np.mean([math.log(m.distance) for m in found])),
@@ -145,7 +147,7 @@ def best_point(config: MatchedPhases, quadratics: list[Quadratic], rule: str, st
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a `Point` averages, for one draw."""
+    """What a `MatchedPoint` averages, for one draw."""
 
     error: float
     distance: float
@@ -174,33 +176,30 @@ def measure_one(
     )
 
 
-def fitted_slope(points: Sequence[Point], rule: str) -> float:
+def fitted_slope(points: Sequence[MatchedPoint], rule: str) -> float:
     """Least-squares slope of log error against log δ, where the free phase was settling."""
     near = [p for p in points if p.rule == rule and p.distance < SETTLING_DISTANCE]
     return log_slope([p.distance for p in near], [p.error for p in near])
 
 
-def fitted_slopes(points: Sequence[Point]) -> dict[str, float]:
+def fitted_slopes(points: Sequence[MatchedPoint]) -> dict[str, float]:
     """The slope of every rule."""
     return {rule: fitted_slope(points, rule) for rule in RULES}
 
 
-def as_markdown(points: Sequence[Point], slopes: dict[str, float]) -> str:
-    """The table, a row a number of steps."""
-    lines = [
-        "| T | distance δ | alignment | " + " | ".join(f"{rule}, best β" for rule in RULES) + " |",
-        "| ---: | ---: | ---: |" + " ---: |" * len(RULES),
-    ]
+def slopes_table(points: Sequence[MatchedPoint], slopes: dict[str, float]) -> str:
+    """Error and best β of every rule, a line a number of steps; the slopes in the last line."""
+    lines = []
     for steps in dict.fromkeys(p.steps for p in points):
         row = [p for p in points if p.steps == steps]
-        cells = " | ".join(f"{p.error:.1e} (β {p.beta:.1g})" for p in row)
-        lines.append(f"| {steps} | {row[0].distance:.1e} | {row[0].alignment:.2f} | {cells} |")
-    cells = " | ".join(f"**{slopes[rule]:.2f}**" for rule in RULES)
-    lines.append(f"| slope of log error against log δ, δ < {SETTLING_DISTANCE} | | | {cells} |")
-    return "\n".join(lines) + "\n"
+        cells = (f"{p.error:.1e} (β {p.beta:.1g})" for p in row)
+        lines.append([str(steps), f"{row[0].distance:.1e}", f"{row[0].alignment:.2f}", *cells])
+    last = f"slope of log error against log δ, δ < {SETTLING_DISTANCE}"
+    lines.append([last, "", "", *(f"**{slopes[rule]:.2f}**" for rule in RULES)])
+    return as_table(["T", "distance δ", "alignment", *(f"{rule}, best β" for rule in RULES)], lines)
 
 
-def drawn(points: Sequence[Point], slopes: dict[str, float]) -> Figure:
+def drawn(points: Sequence[MatchedPoint], slopes: dict[str, float]) -> Figure:
     """Error against distance; best β against distance."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Figures S3 to S6: the plain contrastive rule on the quadratic of Appendix E."""
+"""Figures S3 to S6: error of the contrastive rule on the quadratic of Appendix E."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import (
+    AXES,
     EQUILIBRIUM,
     ErrorPoint,
+    Panel,
     as_table,
     division_table,
     draw_curves,
+    draw_panels,
     error_and_beta,
     finish,
     log_slope,
@@ -26,9 +29,9 @@ from equigrad.gradient import meta_gradient
 from equigrad.solvers import GradientDescent
 from equigrad.testing import Quadratic
 
-ERROR = "normalised error"
-BETA = "nudging strength β"
-STEPS = "steps in each phase"
+ERROR, BETA, STEPS = (AXES[name][0] for name in ("error", "beta", "free_steps"))
+LETTERS = "ABCDEFGH"
+"""Of panels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +135,7 @@ class FigS3(OnQuadratic):
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
         """Best β by p and steps; slopes and plateaus at equilibrium; the bound of Eq. (8)."""
-        table = as_table(
-            [STEPS, *(f"p = {p}: least error (its β)" for p in self.points)],
-            [
-                [str(t), *(error_and_beta(_best(rows, p, t)) for p in self.points)]
-                for t in self.steps
-            ],
-        )
+        table = best_table(rows, self.points, self.steps)
         lines = [table, "At exact equilibrium:\n"]
         for p in self.points:
             settled = _settled(rows, p)
@@ -164,35 +161,24 @@ class FigS3(OnQuadratic):
         figure = Figure(figsize=(10, 7.5), layout="constrained")
         columns = math.ceil((len(self.points) + 1) / 2)
         panels = list(figure.subplots(2, columns, squeeze=False).flat)
-        for axes, p, letter in zip(panels, self.points, "ABCDEFGH", strict=False):
+        for axes, p, letter in zip(panels, self.points, LETTERS, strict=False):
             settled = _settled(rows, p)
             betas = [row.beta for row in settled]
             if p == 2:
                 bounds = [self.model().contrast_error_bounds(beta) for beta in betas]
                 lower, upper = zip(*bounds, strict=True)
                 axes.fill_between(betas, lower, upper, color="0.9", label="Eq. (8)")
-            draw_curves(
-                axes,
-                [row for row in rows if row.points == p and row.free_steps < EQUILIBRIUM],
-                x=lambda row: row.beta,
-                by=lambda row: row.free_steps,
-                label=lambda t: f"{t:g}",
-            )
+            draw_curves(axes, _unsettled(rows, p), "beta", "free_steps")
             axes.plot(betas, [row.error for row in settled], "k--", lw=1, label="equilibrium")
             axes.set(xscale="log", yscale="log", xlabel=BETA, ylabel=ERROR)
             axes.set_ylim(1e-7, 1e2)
             finish(axes, f"{letter}   p = {p}", STEPS)
         last = panels[len(self.points)]
-        draw_curves(
-            last,
-            [row for row in rows if row.free_steps == EQUILIBRIUM],
-            x=lambda row: row.beta,
-            by=lambda row: row.points,
-            label=lambda p: f"p = {p:g}",
-        )
+        settled = (row for row in rows if row.free_steps == EQUILIBRIUM)
+        draw_curves(last, settled, "beta", "points", label="p = {:g}")
         last.set(xscale="log", yscale="log", xlabel=BETA, ylabel="finite difference error")
         last.set_ylim(1e-12, 2)
-        finish(last, f"{'ABCDEFGH'[len(self.points)]}   exact equilibrium", "")
+        finish(last, f"{LETTERS[len(self.points)]}   exact equilibrium", "")
         for axes in panels[len(self.points) + 1 :]:
             axes.set_axis_off()
         return figure
@@ -236,20 +222,16 @@ class FigS4(OnQuadratic):
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
         """A panel a number of points."""
-        figure = Figure(figsize=(4.2 * len(self.points), 4), layout="constrained")
-        panels = figure.subplots(1, len(self.points), squeeze=False, sharey=True)[0]
-        for axes, p, letter in zip(panels, self.points, "ABCDEFGH", strict=False):
-            draw_curves(
-                axes,
-                [row for row in rows if row.points == p and row.free_steps < EQUILIBRIUM],
-                x=lambda row: row.free_steps,
-                by=lambda row: row.beta,
-                label=lambda beta: f"{beta:g}",
+        panels = [
+            Panel(
+                f"{letter}   p = {p}",
+                _unsettled(rows, p),
+                *("free_steps", "beta"),
+                legend="" if letter == "A" else None,
             )
-            axes.set(yscale="log", xlabel=STEPS)
-            finish(axes, f"{letter}   p = {p}", "β" if axes is panels[0] else None)
-        panels[0].set(ylabel=ERROR)
-        return figure
+            for p, letter in zip(self.points, LETTERS, strict=False)
+        ]
+        return draw_panels(panels, figsize=(4.2 * len(panels), 4), sharey=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,16 +282,9 @@ class FigS5(OnQuadratic):
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
         """The curves, and their rates beside what the balance of the two errors lets expect."""
-        table = as_table(
-            [STEPS, *(f"p = {p}: least error (its β)" for p in self.points)],
-            [
-                [str(t), *(error_and_beta(_best(rows, p, t)) for p in self.points)]
-                for t in self.steps
-            ],
-        )
         rate = self.expected_rate()
         lines = [
-            table,
+            best_table(rows, self.points, self.steps),
             f"The distance δ to equilibrium falls by exp(-{rate:.3f}) a step. An error of "
             f"δ/β + β^(p-1) is least at β ∝ δ^(1/p), where it is ∝ δ^((p-1)/p). Measured from "
             f"{self.fit_from} steps on:\n",
@@ -366,20 +341,16 @@ class FigS6(OnQuadratic):
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
         """A curve a β."""
-        figure = Figure(figsize=(6, 4.2), layout="constrained")
-        axes = figure.subplots()
-        draw_curves(
-            axes,
-            rows,
-            x=lambda row: row.free_steps,
-            by=lambda row: row.beta,
-            label=lambda beta: f"{beta:g}",
-        )
-        axes.set(
-            yscale="log", xlabel=f"steps of the free phase, of {self.total_steps}", ylabel=ERROR
-        )
-        finish(axes, "", "β")
-        return figure
+        steps = {"xlabel": f"steps of the free phase, of {self.total_steps}"}
+        return draw_panels([Panel("", rows, "free_steps", "beta", axes=steps)], figsize=(6, 4.2))
+
+
+def best_table(rows: Sequence[ErrorPoint], points: Sequence[int], steps: Sequence[int]) -> str:
+    """The least error and its β, by the number of steps and the number of points p."""
+    return as_table(
+        [STEPS, *(f"p = {p}: least error (its β)" for p in points)],
+        [[str(t), *(error_and_beta(_best(rows, p, t)) for p in points)] for t in steps],
+    )
 
 
 def initial_slope(settled: Sequence[ErrorPoint]) -> float:
@@ -399,6 +370,10 @@ def _check_grid(smallest: int, largest: int, per_decade: int) -> None:
 def _best(rows: Sequence[ErrorPoint], points: int, steps: float) -> ErrorPoint:
     own = [row for row in rows if (row.points, row.free_steps) == (points, steps)]
     return min(own, key=lambda row: row.error)
+
+
+def _unsettled(rows: Sequence[ErrorPoint], points: int) -> list[ErrorPoint]:
+    return [row for row in rows if row.points == points and row.free_steps < EQUILIBRIUM]
 
 
 def _settled(rows: Sequence[ErrorPoint], points: int) -> list[ErrorPoint]:
