@@ -156,8 +156,9 @@ class Refinement:
             fine = self.pair(beta, *coarse.starts(self.free, beta))
             apart = relative(coarse.grads, fine.grads)
             finite = SAFETY * apart / (ratio**ORDER - 1)
-            if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5:  # on both sides of a kink
-                finite = max(finite, fine.lopsided)
+            # on both sides of a kink, or of a ridge between two solutions
+            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5 else 0.0
+            finite = max(finite, sides)
             error = finite + fine.unsettled
             if error < best.error and self.obstacle != "budget":  # a pair cut short proves nothing
                 best = Answer(error, fine.grads, (fine,))
@@ -170,7 +171,9 @@ class Refinement:
         if best.error > self.rtol and self.obstacle != "budget":
             if self.obstacle == "rounding":
                 coarse, fine = self.wider(coarse, fine, finite / SAFETY)
-            best = min(best, self.four_points(coarse, fine), key=lambda answer: answer.error)
+            wider = self.four_points(coarse, fine)
+            wider = dataclasses.replace(wider, error=max(wider.error, sides))
+            best = min(best, wider, key=lambda answer: answer.error)
         if best.error <= self.rtol:
             cancelled = self.cancelled(best.pairs[-1])
             if cancelled > self.rtol:
