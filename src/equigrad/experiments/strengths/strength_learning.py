@@ -21,7 +21,7 @@ from equigrad.estimators import (
 )
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, at_least, one_of, one_or_many, positive
-from equigrad.experiments.runs.formats import as_rich, mean_and_error, with_error
+from equigrad.experiments.runs.formats import as_rich, spread, with_error
 from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
 from equigrad.experiments.runs.model import Model
 from equigrad.experiments.runs.run_directory import RunDirectory
@@ -357,7 +357,7 @@ def scores_table(
         lines.append(
             [
                 LABELS[name],
-                *(with_error(*mean_and_error(values), target.form) for values in scores),
+                *(spread(values, target.form) for values in scores),
                 format(round(fmean(row.gradient_evaluations for row in each)), ","),
                 format(fmean(row.seconds for row in each), ".1f"),
             ]
