@@ -251,18 +251,19 @@ class StrengthTrainer(StrengthLearner):
             directory,
             self.config,
             label,
-            lambda callbacks: self.learn_and_save(name, directory.path, callbacks),
+            lambda callbacks: self.learn_and_save(name, directory.path, callbacks, console),
             resume=resume,
             console=console,
         )
         return self.row(result["metrics"], result["gradient_evaluations"], result["seconds"])
 
     def learn_and_save(
-        self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback]
+        self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback], console: Console
     ) -> dict[str, Any]:
         """Learn strengths; save them, the model and a figure, and return the results by name."""
         learned, row = self.learn(name, callbacks)
         state, network = learned.state, learned.network
+        console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
         meta_params = {n: m.detach() for n, m in state.meta_params.items()}
         save_tensors(folder / "learned.pt", {"params": network.params, "meta_params": meta_params})
         if (model := self.config.model(self.split, network.params)) is not None:
