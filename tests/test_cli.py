@@ -60,7 +60,14 @@ def test_help_and_list_read_well(tmp_path):
 
 def test_run_leaves_everything_that_reproduces_it(tmp_path):
     done = equigrad(*SMOKE, "--out", "run", "--solver.lr", "0.02", cwd=tmp_path)
-    for words in ("unregularised", "best single strength", "T1–T2", "contrastive", "saved in run"):
+    for words in (
+        "seed 0 contrastive: ",
+        "unregularised",
+        "best single strength",
+        "T1–T2",
+        "contrastive",
+        "saved in run",
+    ):
         assert words in done.stdout
     run = tmp_path / "run"
     config = json.loads((run / "config.json").read_text())

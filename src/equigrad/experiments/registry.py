@@ -1,9 +1,14 @@
 """The commands of `equigrad`: name, class, function and summary; modules are imported lazily."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+SEARCHED = "search.trials:Search"
+"""The settings of a search."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +20,20 @@ class Command:
         name: of what is run.
         place: of the experiment's or reproduction's class, `MODULE:CLASS` in this package.
         worker: of the function that does the work, `MODULE:FUNCTION`.
-        summary: the first line of the config's documentation.
     """
 
     verb: str
     name: str
     place: str
     worker: str
-    summary: str
+
+    @property
+    def summary(self) -> str:
+        """The first line of the config's documentation, read from the file: imports take long."""
+        module, _, name = (SEARCHED if self.verb == "search" else self.place).partition(":")
+        source = (Path(__file__).parent / f"{module.replace('.', '/')}.py").read_text("utf-8")
+        said = re.search(rf'^class {name}\b.*?"""(.*?)("""|\n)', source, re.M | re.S)
+        return said[1] if said else ""
 
     @property
     def kind(self) -> type[Any]:
@@ -47,157 +58,46 @@ def found(place: str) -> Any:
     return getattr(import_module(f"{__package__}.{module}"), name)
 
 
-def reproduced(name: str, place: str, summary: str) -> Command:
+def reproduced(name: str, place: str) -> Command:
     """The command of a figure or table."""
-    return Command("reproduce", name, place, "runs.reproduction:reproduce", summary)
+    return Command("reproduce", name, place, "runs.reproduction:reproduce")
 
 
-def searched(name: str, place: str) -> Command:
-    """The command that searches an experiment's hyperparameters."""
-    summary = "Search an experiment's hyperparameters with Ray Tune, by validation accuracy."
-    return Command("search", name, place, "search.search:search", summary)
-
+LEARN_STRENGTHS = "strengths.strength_learning:learn_strengths"
+SEARCH = "search.search:search"
 
 COMMANDS = (
+    Command("run", "digits", "strengths.digits:Digits", LEARN_STRENGTHS),
+    Command("run", "mnist", "strengths.images:Mnist", LEARN_STRENGTHS),
+    Command("run", "cifar10", "strengths.images:Cifar10", LEARN_STRENGTHS),
+    Command("run", "tabular", "strengths.tabular:Tabular", LEARN_STRENGTHS),
+    Command("run", "folder", "strengths.folder:Folder", LEARN_STRENGTHS),
+    Command("run", "sinusoid", "few_shot.sinusoid:Sinusoid", "few_shot.sinusoid:compare_learners"),
+    Command("run", "omniglot", "few_shot.omniglot:Omniglot", "few_shot.meta_training:meta_train"),
     Command(
-        "run",
-        "digits",
-        "strengths.digits:Digits",
-        "strengths.strength_learning:learn_strengths",
-        "Learn a regularisation strength for every weight of a network that sees ten images.",
-    ),
-    Command(
-        "run",
-        "mnist",
-        "strengths.images:Mnist",
-        "strengths.strength_learning:learn_strengths",
-        "Learn a strength for every weight of a tanh network that sees 1, 10 or 30,000 "
-        "MNIST digits.",
+        *("run", "equilibrium", "settling.equilibrium:Equilibrium"),
+        worker="settling.equilibrium:train_on_images",
     ),
     Command(
-        "run",
-        "cifar10",
-        "strengths.images:Cifar10",
-        "strengths.strength_learning:learn_strengths",
-        "Learn a strength for every weight of a LeNet-5 that sees 50 photographs of CIFAR-10.",
+        *("run", "representation", "settling.representation:Representation"),
+        worker="settling.representation:learn_picture",
     ),
-    Command(
-        "run",
-        "tabular",
-        "strengths.tabular:Tabular",
-        "strengths.strength_learning:learn_strengths",
-        "Learn a regularisation strength for every weight of a network that reads your "
-        "own CSV file.",
-    ),
-    Command(
-        "run",
-        "folder",
-        "strengths.folder:Folder",
-        "strengths.strength_learning:learn_strengths",
-        "Learn a regularisation strength for every weight of a LeNet-5 that sees your own images.",
-    ),
-    Command(
-        "run",
-        "sinusoid",
-        "few_shot.sinusoid:Sinusoid",
-        "few_shot.sinusoid:compare_learners",
-        "Learn from many sinusoids how to learn the next one from ten of its points.",
-    ),
-    Command(
-        "run",
-        "omniglot",
-        "few_shot.omniglot:Omniglot",
-        "few_shot.meta_training:meta_train",
-        "Learn to tell new characters apart, from one or a few drawings of each.",
-    ),
-    Command(
-        "run",
-        "equilibrium",
-        "settling.equilibrium:Equilibrium",
-        "settling.equilibrium:train_on_images",
-        "Train a network whose neurons settle to tell images apart.",
-    ),
-    Command(
-        "run",
-        "representation",
-        "settling.representation:Representation",
-        "settling.representation:learn_picture",
-        "Learn a picture, from place to colour, by a recurrent network at rest.",
-    ),
-    searched("digits", "strengths.digits:Digits"),
-    searched("mnist", "strengths.images:Mnist"),
-    searched("cifar10", "strengths.images:Cifar10"),
-    reproduced(
-        "matched-phases",
-        "theory.matched_phases:MatchedPhases",
-        "Error of the contrastive rule on the quadratic of Appendix E against the length "
-        "of phases.",
-    ),
-    reproduced(
-        "fig1",
-        "theory.bound:Fig1",
-        "Fig. 1: the bound of Theorem 2 against β, and against the distance to equilibrium.",
-    ),
-    reproduced(
-        "fig2",
-        "theory.boston:Fig2",
-        "Fig. 2: error on Boston housing against β, steps, and how they are divided.",
-    ),
-    reproduced(
-        "figS1",
-        "theory.bound:FigS1",
-        "Fig. S1: the bound of Theorem 2 against β, the nudged phase's precision fixed.",
-    ),
-    reproduced(
-        "figS2",
-        "theory.bound:FigS2",
-        "Fig. S2: the least bound and its β, as Corollary 1 has them, against the distance δ = δ'.",
-    ),
-    reproduced(
-        "figS3",
-        "theory.quadratic:FigS3",
-        "Fig. S3: error on the quadratic against β, for p = 2, 3, 4, and at exact equilibrium.",
-    ),
-    reproduced(
-        "figS4",
-        "theory.quadratic:FigS4",
-        "Fig. S4: error on the quadratic against the number of steps, for several β.",
-    ),
-    reproduced(
-        "figS5",
-        "theory.quadratic:FigS5",
-        "Fig. S5: least error on the quadratic over β, and that β, against the number of steps.",
-    ),
-    reproduced(
-        "figS6",
-        "theory.quadratic:FigS6",
-        "Fig. S6: error on the quadratic against the free phase's part of a fixed number of steps.",
-    ),
-    reproduced(
-        "accuracy",
-        "theory.accuracy:Accuracy",
-        "The error that was asked for, the estimated and the true one, and what others cost.",
-    ),
-    reproduced(
-        "table1",
-        "strengths.table1:Table1",
-        "Table 1: accuracy after strengths were learned, on MNIST and CIFAR-10 with few images.",
-    ),
-    reproduced(
-        "table2",
-        "few_shot.table2:Table2",
-        "Table 2: accuracy on characters never seen, after few-shot learning by several methods.",
-    ),
-    reproduced(
-        "fig3",
-        "strengths.first_phase:Fig3",
-        "Fig. 3: validation accuracy against the steps of the first phase, and against β.",
-    ),
-    reproduced(
-        "equilibrium",
-        "settling.equilibrium_table:EquilibriumTable",
-        "Test accuracy of networks that settle, by equilibrium propagation, least "
-        "control and exactly.",
-    ),
+    Command("search", "digits", "strengths.digits:Digits", SEARCH),
+    Command("search", "mnist", "strengths.images:Mnist", SEARCH),
+    Command("search", "cifar10", "strengths.images:Cifar10", SEARCH),
+    reproduced("matched-phases", "theory.matched_phases:MatchedPhases"),
+    reproduced("fig1", "theory.bound:Fig1"),
+    reproduced("fig2", "theory.boston:Fig2"),
+    reproduced("figS1", "theory.bound:FigS1"),
+    reproduced("figS2", "theory.bound:FigS2"),
+    reproduced("figS3", "theory.quadratic:FigS3"),
+    reproduced("figS4", "theory.quadratic:FigS4"),
+    reproduced("figS5", "theory.quadratic:FigS5"),
+    reproduced("figS6", "theory.quadratic:FigS6"),
+    reproduced("accuracy", "theory.accuracy:Accuracy"),
+    reproduced("table1", "strengths.table1:Table1"),
+    reproduced("table2", "few_shot.table2:Table2"),
+    reproduced("fig3", "strengths.first_phase:Fig3"),
+    reproduced("equilibrium", "settling.equilibrium_table:EquilibriumTable"),
 )
 """All that there are, in the order of `equigrad list`."""

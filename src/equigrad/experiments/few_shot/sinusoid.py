@@ -27,7 +27,7 @@ from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.task_figures import adaptation_curves, sinusoid_fits
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import at_least, one_or_many
-from equigrad.experiments.runs.formats import as_rich, mean_and_error, with_error
+from equigrad.experiments.runs.formats import as_rich, mean_and_error, spread, with_error
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.nn import tanh_network
 from equigrad.nn.side_by_side import Batching
@@ -318,7 +318,7 @@ def errors_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[SinusoidRe
         lines.append(
             [
                 FEW_SHOT_METHODS[method].label,
-                with_error(*mean_and_error(watched), ".4f") if watched else "",
+                spread(watched, ".4f") if watched else "",
                 with_error(test, each[0].interval if error is None else error, ".4f"),
                 format(round(fmean(row.gradient_evaluations for row in each)), ","),
                 format(fmean(row.seconds for row in each), ".1f"),

@@ -1,9 +1,9 @@
 """Table 2: few-shot accuracy on Omniglot, by method, way, shot and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.omniglot import PUBLISHED, Omniglot, SettingName
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
 
 Spread = tuple[float, float]
@@ -58,6 +58,14 @@ class Table2(ByRuns):
 
     name: ClassVar[str] = "table2"
     row: ClassVar[type] = FewShotResult
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"seeds": 1},
+        "paper": {
+            "only": COLUMNS,
+            "methods": ("contrastive-synaptic", "contrastive-modulation"),
+            "seeds": 5,
+        },
+    }
 
     only: tuple[SettingName, ...] = ("5way1shot",)
     """Which columns of the table."""
@@ -82,15 +90,6 @@ class Table2(ByRuns):
         differ("only", self.only)
         differ("methods", self.methods)
         self.experiment(self.only[0], self.methods[0], 0)
-
-    @classmethod
-    def preset(cls, **chosen: str) -> Self:
-        """The defaults of a scale."""
-        scale = chosen.get("scale", "small")
-        if scale == "paper":
-            contrastive = ("contrastive-synaptic", "contrastive-modulation")
-            return cls(scale="paper", only=COLUMNS, methods=contrastive, seeds=5)
-        return cls(scale="smoke", seeds=1) if scale == "smoke" else cls()
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""
@@ -145,9 +144,7 @@ class Table2(ByRuns):
             *("the paper's own, %", "meta-steps", "minutes"),
         )
         config = self.experiment(self.only[0], self.methods[0], 0)
-        seeds = (
-            "seed 0" if self.seeds == 1 else f"mean ± standard deviation over {self.seeds} seeds"
-        )
+        seeds = over_seeds(self.seeds, "standard deviation")
         widest = max(row.interval for row in rows)
         quoted = [
             [name, *(f"{mean:g} ± {spread:g}" for mean, spread in numbers)]

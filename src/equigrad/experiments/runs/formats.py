@@ -73,6 +73,11 @@ def with_error(mean: float, error: float | None, form: str | None = None) -> str
     return f"{mean:,.{places}f} ± {error:,.{places}f}"
 
 
+def spread(values: Sequence[float], form: str | None = None) -> str:
+    """Mean ± standard error of some values; the mean alone where there is one value."""
+    return with_error(*mean_and_error(values), form)
+
+
 def as_rich(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for the terminal: rows of a name and of numbers, which are set to the right.
 

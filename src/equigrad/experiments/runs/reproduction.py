@@ -5,7 +5,7 @@ import functools
 import io
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +85,15 @@ class ByExperiments(Reproduction):
     def __post_init__(self) -> None:
         at_least(1, "threads", self.threads)
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By scale, the settings that are not the defaults."""
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The settings of a scale."""
+        scale: Any = chosen.get("scale")
+        return cls(scale=scale, **cls.presets[scale]) if scale in cls.presets else cls()
+
     @abstractmethod
     def measure(self, *cell: Any, **named: Any) -> Any:
         """The row of a cell."""
@@ -135,6 +144,11 @@ class ByRuns(ByExperiments):
             console = Console(force_terminal=False, markup=False)
             self.run(config, directory, console)
         return self.read(directory.result or {}, *cell)
+
+
+def over_seeds(seeds: int, spread: str = "standard error") -> str:
+    """What the numbers of a table are: of seed 0, or means over some seeds."""
+    return "seed 0" if seeds == 1 else f"mean ± {spread} over {seeds} seeds"
 
 
 def differ(name: str, values: Sequence[Any]) -> None:

@@ -1,9 +1,9 @@
 """Table of networks that settle: test accuracy by network, estimator and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -11,8 +11,8 @@ from rich.console import Console
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
-from equigrad.experiments.runs.formats import mean_and_error, with_error
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.formats import spread
+from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.equilibrium import (
     Equilibrium,
@@ -46,6 +46,7 @@ class EquilibriumTable(ByRuns):
 
     name: ClassVar[str] = "equilibrium"
     row: ClassVar[type] = NetworkResult
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 5}}
 
     only: tuple[SettingName, ...] = tuple(IMAGE_NETWORKS)
     """Which networks."""
@@ -73,14 +74,6 @@ class EquilibriumTable(ByRuns):
                 f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}"
             )
         self.experiment(*self.cells()[0])
-
-    @classmethod
-    def preset(cls, **chosen: str) -> Self:
-        """The defaults of a scale."""
-        scale = chosen.get("scale", "small")
-        if scale == "paper":
-            return cls(scale="paper", seeds=5)
-        return cls(scale="smoke") if scale == "smoke" else cls()
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""
@@ -129,8 +122,8 @@ class EquilibriumTable(ByRuns):
                     IMAGE_NETWORKS[setting].label,
                     IMAGE_NETWORKS[setting].source.name,
                     IMAGE_NETWORKS[setting].methods[method].label,
-                    with_error(*mean_and_error([row.validation for row in own]), ".2f"),
-                    with_error(*mean_and_error([row.test for row in own]), ".2f"),
+                    spread([row.validation for row in own], ".2f"),
+                    spread([row.test for row in own], ".2f"),
                     f"{fmean(row.epochs for row in own):.3g}",
                     f"{fmean(row.gradient_evaluations for row in own):,.0f}",
                     f"{fmean(row.seconds for row in own) / 60:.1f}",
@@ -141,7 +134,7 @@ class EquilibriumTable(ByRuns):
             *("epochs", "gradients of batches", "minutes"),
         )
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        seeds = "Seed 0" if self.seeds == 1 else f"Mean ± standard error over {self.seeds} seeds"
+        seeds = over_seeds(self.seeds).capitalize()
         return (
             as_table(heads, lines) + f"\n{seeds}, scale {self.scale}, {threads}. "
             f"Validation images are held out of the training ones; nothing was chosen by the test. "

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.experiments.runs.error_curves import as_table, finish, shades
 from equigrad.experiments.runs.experiment import at_least
-from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.formats import mean_and_error, spread
 from equigrad.experiments.runs.methods import EstimatorName
-from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ
+from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ, over_seeds
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.table1 import METHOD_LABELS
@@ -53,6 +53,27 @@ class Fig3(ByExperiments):
 
     name: ClassVar[str] = "fig3"
     row: ClassVar[type] = PhaseResult
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {
+            "seeds": 1,
+            "steps": (5, 10),
+            "outer_steps": 2,
+            "cifar_steps": (5, 10),
+            "betas": (1.0, 3.0),
+            "cifar_outer_steps": 2,
+        },
+        "paper": {
+            "seeds": 12,
+            "cifar_seeds": 3,
+            "steps": (100, 200, 500, 1000, 2000, 5000),
+            "outer_steps": 100,
+            "outer_lr": 0.001,
+            "cifar_steps": (500, 1000, 2000, 5000),
+            "betas": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+            "cifar_outer_steps": 100,
+            "cifar_outer_lr": 0.001,
+        },
+    }
 
     only: tuple[PanelName, ...] = ("A", "B")
     """Which panels."""
@@ -94,35 +115,6 @@ class Fig3(ByExperiments):
             raise ConfigurationError("steps and cifar_steps must be at least 1")
         if not min(self.betas) > 0:
             raise ConfigurationError(f"betas must be positive, got {self.betas}")
-
-    @classmethod
-    def preset(cls, **chosen: str) -> Self:
-        """The defaults of a scale."""
-        scale = chosen.get("scale", "small")
-        if scale == "paper":
-            return cls(
-                scale="paper",
-                seeds=12,
-                cifar_seeds=3,
-                steps=(100, 200, 500, 1000, 2000, 5000),
-                outer_steps=100,
-                outer_lr=0.001,
-                cifar_steps=(500, 1000, 2000, 5000),
-                betas=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-                cifar_outer_steps=100,
-                cifar_outer_lr=0.001,
-            )
-        if scale == "smoke":
-            return cls(
-                scale="smoke",
-                seeds=1,
-                steps=(5, 10),
-                outer_steps=2,
-                cifar_steps=(5, 10),
-                betas=(1.0, 3.0),
-                cifar_outer_steps=2,
-            )
-        return cls()
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a figure that was stopped has some of everything."""
@@ -214,8 +206,7 @@ class Fig3(ByExperiments):
         )
 
     def _how(self, seeds: int, outer_steps: int) -> str:
-        over = "seed 0" if seeds == 1 else f"mean ± standard error over {seeds} seeds"
-        return f"Scale {self.scale}; {outer_steps} outer steps; {over}.\n"
+        return f"Scale {self.scale}; {outer_steps} outer steps; {over_seeds(seeds)}.\n"
 
     def accuracies(
         self, rows: Sequence[PhaseResult]
@@ -302,7 +293,7 @@ def _or_dash(value: float | None) -> str:
 
 
 def _said(values: Sequence[float]) -> str:
-    return with_error(*mean_and_error(values), ".2f") if np.isfinite(values).all() else "diverged"
+    return spread(values, ".2f") if np.isfinite(values).all() else "diverged"
 
 
 def _with_bars(axes: Axes, curve: Mapping[Any, Sequence[float]], **style: Any) -> None:

@@ -21,7 +21,7 @@ from equigrad.estimators import (
 )
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, at_least, one_of, one_or_many, positive
-from equigrad.experiments.runs.formats import as_rich, mean_and_error, with_error
+from equigrad.experiments.runs.formats import as_rich, spread, with_error
 from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
 from equigrad.experiments.runs.model import Model
 from equigrad.experiments.runs.run_directory import RunDirectory
@@ -251,18 +251,19 @@ class StrengthTrainer(StrengthLearner):
             directory,
             self.config,
             label,
-            lambda callbacks: self.learn_and_save(name, directory.path, callbacks),
+            lambda callbacks: self.learn_and_save(name, directory.path, callbacks, console),
             resume=resume,
             console=console,
         )
         return self.row(result["metrics"], result["gradient_evaluations"], result["seconds"])
 
     def learn_and_save(
-        self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback]
+        self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback], console: Console
     ) -> dict[str, Any]:
         """Learn strengths; save them, the model and a figure, and return the results by name."""
         learned, row = self.learn(name, callbacks)
         state, network = learned.state, learned.network
+        console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)
         meta_params = {n: m.detach() for n, m in state.meta_params.items()}
         save_tensors(folder / "learned.pt", {"params": network.params, "meta_params": meta_params})
         if (model := self.config.model(self.split, network.params)) is not None:
@@ -357,7 +358,7 @@ def scores_table(
         lines.append(
             [
                 LABELS[name],
-                *(with_error(*mean_and_error(values), target.form) for values in scores),
+                *(spread(values, target.form) for values in scores),
                 format(round(fmean(row.gradient_evaluations for row in each)), ","),
                 format(fmean(row.seconds for row in each), ".1f"),
             ]

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar, Literal
 
 from matplotlib.figure import Figure
 
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.experiment import at_least
-from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.formats import spread, with_error
 from equigrad.experiments.runs.methods import EstimatorName
-from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ
+from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ, over_seeds
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 
@@ -82,30 +83,21 @@ class Table1(ByExperiments):
                     [
                         setting,
                         label,
-                        with_error(*mean_and_error([row.validation for row in each]), ".2f"),
-                        with_error(*mean_and_error([row.test for row in each]), ".2f"),
+                        spread([row.validation for row in each], ".2f"),
+                        spread([row.test for row in each], ".2f"),
                         with_error(*paper.validation, ".2f"),
                         with_error(*paper.test, ".2f"),
                         str(experiment.outer_steps),
-                        f"{mean_and_error([row.seconds for row in each])[0]:.0f}",
+                        f"{fmean(row.seconds for row in each):.0f}",
                     ]
                 )
-        seeds = "seed 0" if self.seeds == 1 else f"mean ± standard error over {self.seeds} seeds"
+        heads = (
+            *("setting", "strengths by", "validation, %", "test, %"),
+            *("paper: validation, %", "test, %", "outer steps", "seconds"),
+        )
         return (
-            as_table(
-                [
-                    "setting",
-                    "strengths by",
-                    "validation, %",
-                    "test, %",
-                    "paper: validation, %",
-                    "test, %",
-                    "outer steps",
-                    "seconds",
-                ],
-                lines,
-            )
-            + f"\nScale {self.scale}; {seeds}. The strengths are fitted to "
+            as_table(heads, lines)
+            + f"\nScale {self.scale}; {over_seeds(self.seeds)}. The strengths are fitted to "
             f"the validation images, so the test column is the verdict.\n"
         )
 
