@@ -8,6 +8,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, CurvatureError, DoubleBackwardError
 from equigrad.estimators import Contrastive, Estimator, ExactSolve
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count, Positive, expect
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
@@ -134,10 +135,8 @@ def check_meta_gradient(
         >>> check.passed, "Settle longer" in str(check)
         (False, True)
     """
-    if directions < 1 or not rtol > 0:
-        raise ConfigurationError(
-            f"directions must be at least 1 and rtol positive, got {directions} and {rtol}"
-        )
+    expect(Count, directions=directions)
+    expect(Positive, rtol=rtol)
     estimator = Contrastive() if estimator is None else estimator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.fields import expect
 from equigrad.nn.batches import draws, first_line, reading, summed_cross_entropy
 from equigrad.nn.parts import Parts
 from equigrad.nn.relaxing import OuterLoss
@@ -53,9 +54,8 @@ class EquilibriumNetwork(nn.Module):
         outer_loss: OuterLoss = summed_cross_entropy,
     ) -> None:
         super().__init__()
+        expect(nn.Module, input=input, recurrent=recurrent, readout=readout)
         for name, part in (("input", input), ("recurrent", recurrent), ("readout", readout)):
-            if not isinstance(part, nn.Module):
-                raise ConfigurationError(f"{name} must be a torch.nn.Module, got {part!r}")
             if any(True for _ in part.buffers()):
                 raise ConfigurationError(
                     f"{name} has buffers, as batch normalisation has, whose samples depend on each "

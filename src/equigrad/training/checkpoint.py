@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import RunError
+from equigrad.fields import Count, expect
 from equigrad.gradient import MetaGradient
 from equigrad.training.files import as_bytes, write_whole
 from equigrad.training.loop import Callback, OuterState
@@ -36,8 +37,7 @@ class Checkpoint(Callback):
     def __init__(
         self, path: Path | str, every: int = 1, *, resume: bool = False, identity: str = ""
     ) -> None:
-        if every < 1:
-            raise ConfigurationError(f"checkpoint every must be at least 1 step, got {every}")
+        expect(Count, every=every)
         self.path, self.every = Path(path), every
         self.resume, self.identity = resume, identity
         self._whole: dict[str, Any] | None = None
