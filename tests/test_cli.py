@@ -197,7 +197,7 @@ def test_a_run_stopped_before_it_began_is_not_to_be_resumed(tmp_path, capsys):
         (["--seed", "seven"], "seven"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
         (["--seed", "7", "--seeds", "2"], "not both"),
-        (["--seeds", "0"], "seeds must be a whole number of at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be a whole number of at least 1, or None, got 0"),
         (["--solver.lr", "0"], "lr must be a finite number above 0, got 0"),
         (["--contrastive.beta", "0"], "beta must be a finite number other than 0"),
         (["--contrastive.points", "1"], "points must be a whole number of at least 2, got 1"),

@@ -158,7 +158,7 @@ def test_what_tuples_hold():
     for fine in ((1, 2), [1, 2], (5,)):
         expect(counts, counts=fine)
     for bad in ((), (1, 1), (0,), (1.5,), 3, "12", None, torch.ones(2)):
-        with pytest.raises(eg.ConfigurationError, match="each a whole number of at least 1, none"):
+        with pytest.raises(eg.ConfigurationError, match="each a whole number of at least 1, at"):
             expect(counts, counts=bad)
     with pytest.raises(eg.ConfigurationError, match="a tuple of 2 values, each a finite number"):
         expect(tuple[float, float], pair=(1.0,))
@@ -181,6 +181,14 @@ def test_fields_of_a_users_solver():
         other: "Unknown | int" = 3  # a name that is not there when the class is looked at
         anything: Any = None
 
+    @dataclass(frozen=True, kw_only=True)
+    class Other(eg.Picard):
+        check_every: int = 5
+
+    with pytest.raises(
+        eg.ConfigurationError, match=r"^Other\(check_every=0\): .* at least 1, got 0"
+    ):
+        Other(check_every=0)
     assert Mine(other=Unknown()).check_every == 1
     with pytest.raises(eg.ConfigurationError, match=r"^Mine\(damping=2\): damping must be"):
         Mine(damping=2)

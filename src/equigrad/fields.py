@@ -1,11 +1,14 @@
 """What a field or an argument may be: said once, by its annotation, and checked by that."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, reduce
 from inspect import get_annotations
 from math import inf
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -45,8 +48,10 @@ Count = Annotated[int, at_least(1)]
 CountFrom0 = Annotated[int, at_least(0)]
 CountFrom2 = Annotated[int, at_least(2)]
 
-DIFFERENT = Rule(", none of them twice", lambda items: len(set(items)) == len(items) > 0)
-"""Of a tuple, which is not empty either."""
+SOME = Rule(", at least one", lambda items: len(items) > 0)
+DIFFERENT = Rule(", at least one and none twice", lambda items: len({*items}) == len(items) > 0)
+Counts = Annotated[tuple[Count, ...], DIFFERENT]
+Positives = Annotated[tuple[Positive, ...], DIFFERENT]
 
 
 class Checked:
@@ -63,9 +68,13 @@ class Checked:
     def __post_init__(self) -> None:
         for name, kind in _fields(type(self)):
             value = getattr(self, name)
-            if not kind.allows(value):
+            if not (kind.allows(value) or self._awaited(value)):
                 who = f"{type(self).__name__}({name}={_shown(value)})"
                 raise self.refusal(f"{who}: {_refused(kind, name, value)}")
+
+    def _awaited(self, value: object) -> bool:
+        """Whether a value stands for one that is still to be given, and is not checked."""
+        return False
 
 
 def expect(annotation: Any, **arguments: object) -> None:
@@ -125,14 +134,17 @@ def _a(noun: str) -> str:
 
 @cache
 def _fields(kind: type) -> list[tuple[str, _Kind]]:
-    """The fields of a dataclass that are given when it is made."""
-    annotations: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        try:
-            annotations |= get_annotations(base, eval_str=True)
-        except NameError:  # a user's class, with names that are not there when it runs
-            annotations |= dict.fromkeys(get_annotations(base), Any)
-    return [(f.name, _kind(annotations[f.name])) for f in fields(kind) if f.init]
+    """The fields of a dataclass that are given when it is made, as it and its bases declare them.
+
+    A class that gives a field another default is held to what its base says of it, too.
+    """
+    given = {field.name for field in fields(kind) if field.init}
+    declared: list[tuple[str, Any]] = []
+    for base in kind.__mro__:
+        with suppress(NameError):  # a user's class, with names that are not there when it runs
+            found = get_annotations(base, eval_str=True).items()
+            declared += [item for item in found if item[0] in given and item not in declared]
+    return [(name, _kind(annotation)) for name, annotation in declared]
 
 
 def _kind(annotation: Any) -> _Kind:
@@ -235,6 +247,7 @@ _FORMS: dict[Any, Callable[..., _Kind]] = {
     int: lambda: _typed("a whole number", _number(Integral, int)),
     float: lambda: _typed("a finite number", _REAL, lambda v: _REAL(v) and -inf < v < inf),
     str: lambda: _typed("a string", _is_a(str)),
+    Path: lambda: _typed("a path", _is_a(str | PathLike)),
     NoneType: lambda: _typed("None", lambda value: value is None),
     Callable: lambda *_: _typed("a function", callable),
     type: lambda *_: _typed("a class", _is_a(type)),

@@ -1,6 +1,5 @@
 """What the few-shot experiments share: every learner of tasks in one harness."""
 
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import equigrad
 from equigrad.controllers import DynamicInversion
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
     IMAML,
     MAML,
@@ -29,11 +27,12 @@ from equigrad.estimators import (
 )
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.config_file import CHOOSERS, overlay
-from equigrad.experiments.runs.experiment import Training, at_least, one_of
+from equigrad.experiments.runs.experiment import Training, one_of
 from equigrad.experiments.runs.formats import words
 from equigrad.experiments.runs.model import reading
 from equigrad.experiments.runs.run_directory import RunDirectory, describe
 from equigrad.experiments.runs.watching import watching
+from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative
 from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
 from equigrad.nn.batch_statistics import BatchStatistics
 from equigrad.nn.side_by_side import Batching
@@ -152,84 +151,67 @@ class FewShot(Training):
     method: MethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the network's start and the tasks of meta-training."""
 
     solver: GradientDescent
     """How a task is learned: the free phase."""
 
-    nudged_steps: int
+    nudged_steps: Count
     """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
 
-    strength: float = 0.1
+    strength: NotNegative = 0.1
     """λ, which pulls weights to their meta-learned centre (the synaptic methods and imaml)."""
 
-    outer_steps: int
+    outer_steps: Count
     """Steps of Adam on what tasks share: batches of tasks."""
 
     decay: bool = False
     """Let it fall linearly, to zero at the end."""
 
-    tasks: int
+    tasks: Count
     """Tasks of a batch."""
 
-    shot: int = 1
+    shot: Count = 1
     """Examples that a task is learned from, of each class where there are classes."""
 
-    queries: int = 15
+    queries: Count = 15
     """Examples that judge what was learned in meta-training, likewise."""
 
-    test_queries: int = 15
+    test_queries: Count = 15
     """Examples that judge in validation and test, likewise."""
 
-    test_steps: int | None = None
+    test_steps: Count | None = None
     """Steps in which a task is learned in validation and test; those of meta-training if None."""
 
     statistics: Statistics = "query"
     """Batch normalisation's: of a task's queries together (transductive), or its support set."""
 
-    average_from: int | None = None
+    average_from: CountFrom0 | None = None
     """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
 
-    validate_every: int = 100
+    validate_every: Count = 100
     """Outer steps between two validations."""
 
-    validation_tasks: int = 100
+    validation_tasks: CountFrom2 = 100
     """Tasks of a validation; what does best is kept."""
 
-    test_tasks: int = 600
+    test_tasks: CountFrom2 = 600
     """Tasks of the test."""
 
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     """Tasks that settle at once; all of a batch if None. Memory grows with it."""
 
     batching: Batching
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Outer steps between two checkpoints."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            *("nudged_steps", "outer_steps", "tasks", "shot", "queries", "test_queries"),
-            "validate_every",
-        ):
-            at_least(1, name, getattr(self, name))
-        for name in ("chunk_size", "test_steps"):
-            if (value := getattr(self, name)) is not None:
-                at_least(1, name, value)
-        for name in ("validation_tasks", "test_tasks"):
-            at_least(2, name, getattr(self, name))
-        if self.average_from is not None:
-            at_least(0, "average_from", self.average_from)
-        if not 0 <= self.strength < math.inf:
-            raise ConfigurationError(f"strength must be at least 0, got {self.strength}")
 
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return METHODS[one_of(METHODS, "method", self.method)].estimator
+        return METHODS[self.method].estimator
 
     @property
     def label(self) -> str:

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import as_table
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import mean_and_error, with_error
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ
+from equigrad.experiments.runs.reproduction import ByRuns, Cell
 from equigrad.experiments.settling.equilibrium import (
     SETTINGS,
     Equilibrium,
@@ -19,6 +17,7 @@ from equigrad.experiments.settling.equilibrium import (
     MethodName,
     SettingName,
 )
+from equigrad.fields import DIFFERENT, Count, Positive, require
 
 
 @dataclass(frozen=True)
@@ -47,31 +46,24 @@ class EquilibriumTable(ByRuns):
     name: ClassVar[str] = "equilibrium"
     row: ClassVar[type] = Reached
 
-    only: tuple[SettingName, ...] = tuple(SETTINGS)
+    only: Annotated[tuple[SettingName, ...], DIFFERENT] = tuple(SETTINGS)
     """Which networks."""
 
     methods: tuple[MethodName, ...] = ()
     """Which methods, where a network knows them; none means all."""
 
-    seeds: int = 1
+    seeds: Count = 1
     """Seeds 0, 1 … N-1 draw starts, images held out, and orders."""
 
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the training images; by default those of the scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "seeds", self.seeds)
-        differ("only", self.only)
-        known = {method for setting in SETTINGS.values() for method in setting.methods}
-        if unknown := set(self.methods) - known:
-            raise ConfigurationError(
-                f"methods must be of {', '.join(sorted(known))}, got {sorted(unknown)[0]!r}"
-            )
-        if not self.cells():
-            raise ConfigurationError(
-                f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}"
-            )
+        require(
+            bool(self.cells()),
+            f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}",
+        )
         self.experiment(*self.cells()[0])
 
     @classmethod
