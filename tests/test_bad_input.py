@@ -78,17 +78,17 @@ def test_loss_that_is_not_a_function():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"lr": 0.0}, "lr must be positive, got 0"),
-        ({"lr": -1.0}, "lr must be positive, got -1"),
-        ({"lr": float("nan")}, "lr must be positive, got nan"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
+        ({"lr": 0.0}, "lr must be a finite number above 0, got 0"),
+        ({"lr": -1.0}, "lr must be a finite number above 0, got -1"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0, got nan"),
+        ({"momentum": 1.0}, r"momentum must be a finite number in \[0, 1\), got 1"),
         ({"nesterov": True}, "nesterov=True needs momentum > 0"),
-        ({"tol": 0.0, "max_steps": None}, "tol must be positive, got 0"),
-        ({"tol": -1e-3}, "tol must be positive, got -0.001"),
+        ({"tol": 0.0, "max_steps": None}, "tol must be a finite number above 0, or None, got 0"),
+        ({"tol": -1e-3}, "tol must be a finite number above 0, or None, got -0.001"),
         ({"max_steps": None}, "needs max_steps, or a tol"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
-        ({"max_steps": 5.5}, "a whole number, or None, got 5.5"),
-        ({"check_every": 0}, "check_every must be at least 1"),
+        ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
+        ({"max_steps": 5.5}, "a whole number of at least 1, or None, got 5.5"),
+        ({"check_every": 0}, "check_every must be a whole number of at least 1"),
     ],
 )
 def test_solver(knobs, message):

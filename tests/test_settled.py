@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused():
         call(params=list(params.values()))
     with pytest.raises(eg.ProblemError, match="settled is of params"):
         call(params={"other": torch.zeros(1)})
-    with pytest.raises(eg.ConfigurationError, match="settled must be an object of Settled"):
+    with pytest.raises(eg.ConfigurationError, match="settled must be a Settled, got"):
         call(settled=settled.phase)
     with pytest.raises(eg.ConfigurationError, match="has no free phase"):
         call(estimator=eg.LeastControl(start="params"))

@@ -139,14 +139,26 @@ def test_chosen_and_piped_as_any_other():
 @pytest.mark.parametrize(
     ("change", "labels", "message"),
     [
-        ({"validation_fraction": 1.0}, [0, 1] * 10, "between 0 and 1, got 1.0"),
-        ({"lr": 0.0}, [0, 1] * 10, "lr must be positive, got 0.0"),
-        ({"hidden": (0,)}, [0, 1] * 10, "hidden widths must be at least 1"),
-        ({"outer_steps": -1}, [0, 1] * 10, "outer_steps must be at least 0, a .* got -1"),
-        ({"outer_steps": 1.5}, [0, 1] * 10, "a whole number, got 1.5"),
-        ({"batch_size": 0}, [0, 1] * 10, "batch_size must be at least 1, .* or None, got 0"),
+        ({"validation_fraction": 1.0}, [0, 1] * 10, "in \\(0, 1\\), got 1.0"),
+        ({"lr": 0.0}, [0, 1] * 10, "lr must be a finite number above 0, got 0.0"),
+        (
+            {"hidden": (0,)},
+            [0, 1] * 10,
+            "hidden must be a tuple of values, each a whole number of at least 1",
+        ),
+        (
+            {"outer_steps": -1},
+            [0, 1] * 10,
+            "outer_steps must be a whole number of at least 0, got -1",
+        ),
+        ({"outer_steps": 1.5}, [0, 1] * 10, "a whole number of at least 0, got 1.5"),
+        (
+            {"batch_size": 0},
+            [0, 1] * 10,
+            "batch_size must be a whole number of at least 1, or None, got 0",
+        ),
         ({"inner_steps": np.array([3])}, [0, 1] * 10, r"a whole number.*got array\(\[3\]\)"),
-        ({"batch_size": 1e3}, [0, 1] * 10, "a whole number, or None, got 1000.0"),
+        ({"batch_size": 1e3}, [0, 1] * 10, "a whole number of at least 1, or None, got 1000.0"),
         ({}, [0] * 20, "one class: 0"),
         ({}, [0] * 19 + [1], r"too few rows for training and validation.*: 1 \(1\)"),
     ],

@@ -14,6 +14,7 @@ from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
+from equigrad.fields import expect
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 from equigrad.wording import listed
@@ -166,7 +167,8 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         -2.0
         -2.0
     """
-    _require_kinds(("problem", problem, Problem), ("solver", solver, Solver))
+    expect(Problem, problem=problem)
+    expect(Solver, solver=solver)
     _check_settings(solver)
     with Evaluation(problem, params, meta_params) as evaluation:
         with _explaining(evaluation):
@@ -246,15 +248,13 @@ def meta_gradient(
         -2.0
     """
     estimator = Contrastive() if estimator is None else estimator
-    _require_kinds(
-        ("problem", problem, Problem),
-        ("solver", solver, Solver),
-        ("estimator", estimator, Estimator),
-    )
+    expect(Problem, problem=problem)
+    expect(Solver, solver=solver)
+    expect(Estimator, estimator=estimator)
     _check_settings(solver)
     end = seed = None
     if settled is not None:
-        _require_kinds(("settled", settled, Settled))
+        expect(Settled, settled=settled)
         settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
     with Evaluation(problem, params, meta_params, end, seed) as evaluation:
@@ -285,14 +285,6 @@ def meta_gradient(
         error_estimate=estimate.error_estimate,
         _meta_params=meta_params,
     )
-
-
-def _require_kinds(*given: tuple[str, object, type]) -> None:
-    """Refuse arguments of another kind, and classes where objects are wanted."""
-    for name, thing, kind in given:
-        if not isinstance(thing, kind):
-            what = f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
-            raise ConfigurationError(f"{name} must be an object of {kind.__name__}, got {what}")
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError, DataError, SettlingWarning
+from equigrad.errors import DataError, SettlingWarning
 from equigrad.estimators import Contrastive, Estimator
+from equigrad.fields import Count, CountFrom0, Share, expect
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
-from equigrad.solvers.solver import require_whole
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.split import Split, divide
 from equigrad.training.strengths import Recipe, StrengthLearner, with_nudged
@@ -94,13 +94,9 @@ class StrengthLearning(BaseEstimator):
     def _learn(self, x: Any, y: np.ndarray, target: Target, groups: np.ndarray) -> Self:
         """Divide the rows, learn the strengths, and keep the network that learned with them."""
         hidden = [self.hidden] if isinstance(self.hidden, int | np.integer) else list(self.hidden)
-        require_whole("outer_steps", self.outer_steps, least=0)
-        if self.batch_size is not None:
-            require_whole("batch_size", self.batch_size, ", or None")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigurationError(
-                f"validation_fraction must be between 0 and 1, got {self.validation_fraction}"
-            )
+        expect(CountFrom0, outer_steps=self.outer_steps)
+        expect(Count | None, batch_size=self.batch_size)
+        expect(Share, validation_fraction=self.validation_fraction)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         try:
             rows = divide(

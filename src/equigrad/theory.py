@@ -6,6 +6,7 @@ from fractions import Fraction
 from math import inf, pi, prod, sqrt
 
 from equigrad.errors import ConfigurationError
+from equigrad.fields import NotNegative, Positive, expect
 
 
 def finite_difference_weights(nodes: Sequence[int]) -> tuple[Fraction, ...]:
@@ -212,13 +213,6 @@ def _check_bound(
     outer_lipschitz: float,
     constant: float,
 ) -> None:
-    for name, value in (
-        ("free_error", free_error),
-        ("nudged_error", nudged_error),
-        ("outer_lipschitz", outer_lipschitz),
-    ):
-        if not 0 <= value < inf:
-            raise ConfigurationError(f"{name} must be at least 0 and finite, got {value}")
-    for name, value in (("inner_lipschitz", inner_lipschitz), ("constant", constant)):
-        if not 0 < value < inf:
-            raise ConfigurationError(f"{name} must be positive and finite, got {value}")
+    errors = {"free_error": free_error, "nudged_error": nudged_error}
+    expect(NotNegative, **errors, outer_lipschitz=outer_lipschitz)
+    expect(Positive, inner_lipschitz=inner_lipschitz, constant=constant)

@@ -92,8 +92,8 @@ def test_they_must_be_there():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"noise": 0.0}, "noise must be positive, got 0.0"),
-        ({"draws": 0}, "draws must be at least 1, a whole number, got 0"),
+        ({"noise": 0.0}, "noise must be a finite number above 0, got 0.0"),
+        ({"draws": 0}, "draws must be a whole number of at least 1, got 0"),
     ],
 )
 def test_noise_that_teaches_nothing(knobs, message):

@@ -133,7 +133,8 @@ def test_random_state_is_as_before(quadratic):
 
 @pytest.mark.parametrize("options", [{"directions": 0}, {"rtol": 0.0}, {"budget": 0}])
 def test_bad_options(quadratic, options):
-    with pytest.raises(eg.ConfigurationError, match="directions and budget must be at least 1"):
+    (name,) = options
+    with pytest.raises(eg.ConfigurationError, match=f"^{name} must be a (whole|finite) number"):
         check(quadratic, 20, eg.Contrastive(), **options)
 
 

@@ -73,7 +73,7 @@ def test_meta_gradients_name_a_map_that_does_not_settle():
 
 def test_vectors_are_counted():
     problem, params, meta, _ = tanh_map(4, samples=3)
-    with pytest.raises(eg.ConfigurationError, match="vectors must be at least 1"):
+    with pytest.raises(eg.ConfigurationError, match="vectors must be a whole number of at least 1"):
         spectral_radius(problem, params, meta, vectors=0)
 
 

@@ -289,24 +289,33 @@ def test_a_hessian_too_large_to_form():
     ("make", "message"),
     [
         (lambda: eg.ConjugateGradient(max_iterations=0), "max_iterations"),
-        (lambda: eg.ConjugateGradient(damping=-1.0), "damping must be at least 0, got -1"),
-        (lambda: eg.ConjugateGradient(tol=0.0), "tol must be positive"),
-        (lambda: eg.NeumannSeries(terms=0), "terms must be at least 1"),
-        (lambda: eg.NeumannSeries(alpha=0.0), "alpha must be positive, got 0"),
-        (lambda: eg.Nystrom(rank=0), "rank must be at least 1"),
-        (lambda: eg.Nystrom(damping=0.0), "damping must be positive"),
-        (lambda: eg.ExactSolve(max_size=0), "max_size must be at least 1"),
-        (lambda: eg.FiniteDifferenceT1T2(distance=0.0), "distance must be positive"),
-        (lambda: eg.GMRES(restart=0), "restart must be at least 1.* got 0"),
+        (
+            lambda: eg.ConjugateGradient(damping=-1.0),
+            "damping must be a finite number of at least 0, got -1",
+        ),
+        (lambda: eg.ConjugateGradient(tol=0.0), "tol must be a finite number above 0"),
+        (lambda: eg.NeumannSeries(terms=0), "terms must be a whole number of at least 1"),
+        (
+            lambda: eg.NeumannSeries(alpha=0.0),
+            "alpha must be a finite number above 0, or None, got 0",
+        ),
+        (lambda: eg.Nystrom(rank=0), "rank must be a whole number of at least 1"),
+        (lambda: eg.Nystrom(damping=0.0), "damping must be a finite number above 0"),
+        (lambda: eg.ExactSolve(max_size=0), "max_size must be a whole number of at least 1"),
+        (lambda: eg.FiniteDifferenceT1T2(distance=0.0), "distance must be a finite number above 0"),
+        (lambda: eg.GMRES(restart=0), "restart must be a whole number of at least 1.* got 0"),
         (lambda: eg.GMRES(max_iterations=0), "max_iterations"),
-        (lambda: eg.Unrolled(truncation=0), "truncation must be at least 1, a whole number, or"),
+        (lambda: eg.Unrolled(truncation=0), "truncation must be a whole number of at least 1, or"),
         (
             lambda: eg.Unrolled(segment=2.5),  # pyright: ignore
-            "segment must be at least 1, .* or None, got 2.5",
+            "segment must be a whole number of at least 1, or None, got 2.5",
         ),
-        (lambda: eg.ForwardMode(max_size=0), "max_size must be at least 1"),
-        (lambda: eg.EvolutionStrategies(pairs=0), "pairs must be at least 1, got 0"),
-        (lambda: eg.EvolutionStrategies(sigma=0.0), "sigma must be positive, got 0"),
+        (lambda: eg.ForwardMode(max_size=0), "max_size must be a whole number of at least 1"),
+        (
+            lambda: eg.EvolutionStrategies(pairs=0),
+            "pairs must be a whole number of at least 1, got 0",
+        ),
+        (lambda: eg.EvolutionStrategies(sigma=0.0), "sigma must be a finite number above 0, got 0"),
     ],
 )
 def test_knobs_that_cannot_work(make, message):

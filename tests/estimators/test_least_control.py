@@ -354,14 +354,17 @@ def wrong(value) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: eg.DynamicInversion(leak=-0.1), "leak must be at least 0 and finite, got -0.1"),
+        (
+            lambda: eg.DynamicInversion(leak=-0.1),
+            "leak must be a finite number of at least 0, got -0.1",
+        ),
         (lambda: eg.DynamicInversion(gain=math.inf), "gain must be .* got inf"),
         (lambda: eg.LinearFeedback(gain=0.0), "both 0, which controls nothing"),
         (lambda: eg.EnergyInversion(leak=0.0), r"leak=0 makes that infinite"),
-        (lambda: eg.DynamicInversion(solver=wrong(3)), "solver must be a Solver or None, got 3"),
+        (lambda: eg.DynamicInversion(solver=wrong(3)), "solver must be a Solver, or None, got 3"),
         (
             lambda: eg.LinearFeedback(gate=wrong(2.0)),
-            "gate must be an elementwise function.*got 2.0",
+            "gate must be a function of each element.*got 2.0",
         ),
         (lambda: eg.LeastControl(controller=wrong(eg.Picard())), "controller must be a Controller"),
         (

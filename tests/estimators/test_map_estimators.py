@@ -92,12 +92,15 @@ def test_an_adjoint_that_diverges_names_those_that_do_not():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: eg.PhantomGradient(steps=0), "steps must be at least 1.* got 0"),
-        (lambda: eg.PhantomGradient(damping=0), r"damping must be in \(0, 1\], got 0"),
+        (lambda: eg.PhantomGradient(steps=0), "steps must be a whole number of at least 1.* got 0"),
+        (
+            lambda: eg.PhantomGradient(damping=0),
+            r"damping must be a finite number in \(0, 1\], got 0",
+        ),
         (lambda: eg.Adjoint(solver=cast(Any, 3)), "solver must be a Solver, got 3"),
         (lambda: eg.Adjoint(solver=cast(Any, eg.Picard)), "solver must be a Solver"),
-        (lambda: eg.Anderson(history=0), "history must be at least 1"),
-        (lambda: eg.Broyden(history=0), "history must be at least 1"),
+        (lambda: eg.Anderson(history=0), "history must be a whole number of at least 1"),
+        (lambda: eg.Broyden(history=0), "history must be a whole number of at least 1"),
     ],
 )
 def test_knobs_are_checked(make, message):

@@ -677,9 +677,9 @@ def test_what_estimators_have_to_say_is_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cell": torch.tanh}, "cell must be an object of Module"),
-        ({"solver": 3}, "solver must be an object of Solver, got 3"),
-        ({"estimator": eg.GMRES}, "estimator must be an object of Estimator, got"),
+        ({"cell": torch.tanh}, "cell must be a Module"),
+        ({"solver": 3}, "solver must be a Solver, got 3"),
+        ({"estimator": eg.GMRES}, "estimator must be an Estimator, got"),
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),
         ({"estimator": eg.Contrastive()}, r"Contrastive needs an energy.*Cell.*primitive.*GMRES"),
         ({"estimator": eg.ConjugateGradient()}, r"ConjugateGradient needs a Hessian.*use T1T2"),

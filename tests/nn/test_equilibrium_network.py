@@ -101,7 +101,7 @@ def test_weights_that_are_tied_are_one_parameter():
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"recurrent": torch.tanh}, r"recurrent must be a torch.nn.Module, got <"),
+        ({"recurrent": torch.tanh}, r"recurrent must be a Module, got <"),
         ({"input": nn.BatchNorm2d(4)}, "input has buffers.*GroupNorm"),
     ],
 )
@@ -116,7 +116,10 @@ def test_parts_that_cannot_be(part, message):
     [
         ({"channels": 12}, "multiple of the 8 groups.*got 12"),
         ({"channels": 0}, "got 0"),
-        ({"channels": 8, "deviation": -1.0}, "deviation must be at least 0, got -1"),
+        (
+            {"channels": 8, "deviation": -1.0},
+            "deviation must be a finite number of at least 0, got -1",
+        ),
     ],
 )
 def test_cells_that_cannot_be(options, message):

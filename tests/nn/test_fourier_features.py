@@ -38,9 +38,9 @@ def test_frequencies_are_saved_and_not_learned():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 3, 1.0), "inputs must be at least 1, a whole number, got 0"),
-        ((2, 1.5, 1.0), r"features must be at least 1, a whole number, got 1\.5"),
-        ((2, 3, 0.0), r"frequency must be positive, got 0\.0"),
+        ((0, 3, 1.0), "inputs must be a whole number of at least 1, got 0"),
+        ((2, 1.5, 1.0), r"features must be a whole number of at least 1, got 1\.5"),
+        ((2, 3, 0.0), r"frequency must be a finite number above 0, got 0\.0"),
     ],
 )
 def test_numbers_that_cannot_work(arguments, message):

@@ -475,7 +475,7 @@ def test_labels_that_are_none(readout):
             "readout must be 'squared error' or 'cross-entropy', got 'hinge'",
         ),
         (lambda: eg.nn.Hopfield.fully_connected([4]), r"sizes must be two or more.*got \[4\]"),
-        (lambda: eg.nn.Hopfield.fully_connected([4, 0]), "each at least 1"),
+        (lambda: eg.nn.Hopfield.fully_connected([4, 0]), "each a whole number of at least 1"),
     ],
 )
 def test_networks_that_cannot_work(make, message):

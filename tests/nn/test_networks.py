@@ -26,7 +26,9 @@ def test_sizes_are_those_of_the_paper():
     for before, after in itertools.pairwise(layers):
         if isinstance(after, nn.ReLU):
             assert isinstance(before, nn.BatchNorm1d | nn.BatchNorm2d)
-    with pytest.raises(eg.ConfigurationError, match=r"widths must be at least 1, got \(3, 0\)"):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"each a whole number of at least 1, got \(3, 0\)"
+    ):
         tanh_network(2, (3, 0), 2)
 
 

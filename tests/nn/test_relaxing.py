@@ -171,9 +171,9 @@ def test_what_a_network_cannot_read(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": 0}, "hidden must be at least 1, a whole number, got 0"),
-        ({"inputs": 2.5}, "inputs must be at least 1, a whole number, got 2.5"),
-        ({"recurrence": -1.0}, "recurrence must be at least 0, got -1"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
+        ({"inputs": 2.5}, "inputs must be a whole number of at least 1, got 2.5"),
+        ({"recurrence": -1.0}, "recurrence must be a finite number of at least 0, got -1"),
     ],
 )
 def test_recurrent_networks_that_cannot_be(options, message):

@@ -118,7 +118,7 @@ def test_grouped_refuses_what_it_does_not_know() -> None:
     network = SideBySide(mlp(), "grouped")
     with pytest.raises(eg.ConfigurationError, match="1 dimensions more"):
         network(stacked(network, 2), torch.zeros(2, 5, 7, 4))
-    with pytest.raises(eg.ConfigurationError, match="batching must be one of auto, loop"):
+    with pytest.raises(eg.ConfigurationError, match="batching must be 'auto', 'loop'"):
         SideBySide(mlp(), "fast")  # type: ignore[arg-type]
 
 

@@ -634,7 +634,9 @@ def test_a_learner_that_is_no_function(learner):
 
 
 def test_the_limits_of_any_solver_hold():
-    with pytest.raises(eg.ConfigurationError, match="max_steps must be at least 1"):
+    with pytest.raises(
+        eg.ConfigurationError, match="max_steps must be a whole number of at least 1"
+    ):
         eg.BlackBox(bfgs, max_steps=0)
     assert eg.BlackBox(bfgs).max_steps == 1
 

@@ -106,7 +106,7 @@ def test_search_gives_up_where_every_step_rises():
 
 @pytest.mark.parametrize("options", [{"history": 0}, {"max_evaluations": 0}])
 def test_bad_options(options):
-    with pytest.raises(eg.ConfigurationError, match=r"must be at least 1.* got 0"):
+    with pytest.raises(eg.ConfigurationError, match=r"must be a whole number of at least 1, got 0"):
         eg.LBFGS(**options)
 
 

@@ -238,7 +238,7 @@ def test_broyden_learns_nothing_from_rounding():
 )
 def test_counts_are_whole(make):
     with pytest.raises(
-        eg.ConfigurationError, match=r"must be at least 1, a whole number, got 2\.5"
+        eg.ConfigurationError, match=r"must be a whole number of at least 1, got 2\.5"
     ):
         make()
 

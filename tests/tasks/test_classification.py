@@ -103,8 +103,18 @@ def test_one_stacked_tensor_is_not_copied():
 @pytest.mark.parametrize(
     ("images", "knobs", "error", "message"),
     [
-        (marked((20,) * 6), {"way": 1}, ConfigurationError, "way must be at least 2.*got 1"),
-        (marked((20,) * 6), {"shot": 0}, ConfigurationError, "shot must be at least 1.*got 0"),
+        (
+            marked((20,) * 6),
+            {"way": 1},
+            ConfigurationError,
+            "way must be a whole number of at least 2.*got 1",
+        ),
+        (
+            marked((20,) * 6),
+            {"shot": 0},
+            ConfigurationError,
+            "shot must be a whole number of at least 1.*got 0",
+        ),
         (marked((20,) * 6), {"queries": 0}, ConfigurationError, "queries must be .*got 0"),
         (marked((20,) * 3), {}, ConfigurationError, "needs 5 classes, and there are 3; take"),
         (

@@ -166,7 +166,9 @@ def test_steps_of_adaptation_other_than_the_solvers() -> None:
 
 
 def test_bad_choices_are_named() -> None:
-    with pytest.raises(eg.ConfigurationError, match=r"chunk_size must be at least 1.*got 0"):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"chunk_size must be a whole number of at least 1.*got 0"
+    ):
         learner(synaptic(), eg.Contrastive(), chunk_size=0)
     with pytest.raises(eg.ProblemError, match="MAML sees θ through the initialisation alone"):
         learner(Modulation(network()), eg.MAML()).meta_gradient(

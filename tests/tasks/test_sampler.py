@@ -50,5 +50,7 @@ def test_no_two_draws_share_their_dice():
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("tasks", [0, -1, 2.0])
 def test_batches_have_tasks(make, tasks):
-    with pytest.raises(ConfigurationError, match=f"tasks must be at least 1.*got {tasks}"):
+    with pytest.raises(
+        ConfigurationError, match=f"tasks must be a whole number of at least 1.*got {tasks}"
+    ):
         make(0).sample(tasks, draw=0)

@@ -50,11 +50,11 @@ def test_draws_are_uniform():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"shots": 0}, "shots must be at least 1.*got 0"),
-        ({"queries": -1}, "queries must be at least 1.*got -1"),
-        ({"amplitude": (5.0, 0.1)}, r"amplitude must be the least and .*got \(5\.0, 0\.1\)"),
-        ({"inputs": (0.0, math.inf)}, "inputs must be .*both finite"),
-        ({"phase": (math.nan, 1.0)}, "phase must be .*both finite"),
+        ({"shots": 0}, "shots must be a whole number of at least 1.*got 0"),
+        ({"queries": -1}, "queries must be a whole number of at least 1.*got -1"),
+        ({"amplitude": (5.0, 0.1)}, r"amplitude must be .*the least first, got \(5\.0, 0\.1\)"),
+        ({"inputs": (0.0, math.inf)}, "inputs must be .*each a finite number"),
+        ({"phase": (math.nan, 1.0)}, "phase must be .*each a finite number"),
     ],
 )
 def test_knobs_that_cannot_be(knobs, message):

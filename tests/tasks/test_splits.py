@@ -52,9 +52,9 @@ def test_shared_classes_are_refused():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((0, 2, 3), "train must be at least 1.*got 0"),
-        ((3, 2, 0), "test must be at least 1.*got 0"),
-        ((3, -1, 3), "at least 0.*got -1"),
+        ((0, 2, 3), "train must be a whole number of at least 1.*got 0"),
+        ((3, 2, 0), "test must be a whole number of at least 1.*got 0"),
+        ((3, -1, 3), "at least 0, got \\(3, -1, 3\\)"),
         ((6, 2, 3), r"6 \+ 2 \+ 3 classes were asked for, and there are 10"),
     ],
 )

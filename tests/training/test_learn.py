@@ -249,7 +249,12 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": -1}, "steps must be at least 0"),
+        ({"steps": -1}, "steps must be a whole number of at least 0"),
+        ({"steps": float("nan")}, "steps must be a whole number of at least 0, got nan"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 0, got 2.5"),
+        ({"optimizer": lambda *_, lr: None}, "optimizer must be an Optimizer, got None"),
+        ({"callbacks": [3]}, "callbacks must be a tuple of values, each a Callback"),
+        ({"project": 3}, "project must be a function, or None, got 3"),
         ({"start": "hot"}, "'cold' or 'warm', got 'hot'"),
         (
             {"optimizer": lambda _, lr: torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
@@ -263,5 +268,7 @@ def test_bad_options(options, message):
 
 
 def test_checkpoint_every():
-    with pytest.raises(eg.ConfigurationError, match="at least 1 step, got 0"):
+    with pytest.raises(
+        eg.ConfigurationError, match="every must be a whole number of at least 1, got 0"
+    ):
         Checkpoint(None, every=0)  # pyright: ignore[reportArgumentType]

@@ -115,11 +115,11 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "from 1 to the 25 examples there are, got 0"),
+        ({"batch_size": 0}, "of at least 1, got 0"),
         ({"batch_size": 26}, "got 26"),
-        ({"batch_size": 2.5}, "must be a whole number from 1 to the 25 examples.*got 2.5"),
-        ({"epochs": -1}, "epochs must be at least 0, got -1"),
-        ({"clip": 0.0}, "clip must be positive, got 0"),
+        ({"batch_size": 2.5}, "must be a whole number of at least 1, got 2.5"),
+        ({"epochs": -1}, "epochs must be a finite number of at least 0 or math.inf, got -1"),
+        ({"clip": 0.0}, "clip must be a finite number above 0, or None, got 0"),
     ],
 )
 def test_knobs_that_cannot_work(options, message):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Checked, NotNegative, require
 from equigrad.problems import Params
 from equigrad.solvers import Moment, Settled, Solver
-from equigrad.solvers.solver import require
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Controlled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controller(ABC):
+class Controller(Checked, ABC):
     r"""Adds a control ψ to the velocity, so that the outer loss becomes small.
 
         τ dφ/dt = velocity(φ, θ) + ψ
@@ -54,22 +54,16 @@ class Controller(ABC):
         ConfigurationError: a value outside its range, or no gain at all.
     """
 
-    leak: float = 1.0
-    gain: float = 0.1
-    proportional: float = 0.0
+    leak: NotNegative = 1.0
+    gain: NotNegative = 0.1
+    proportional: NotNegative = 0.0
     solver: Solver | None = None
 
     def __post_init__(self) -> None:
-        for name in ("leak", "gain", "proportional"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        super().__post_init__()
         require(
             self.strength > 0,
             "gain and proportional are both 0, which controls nothing; raise one of them",
-        )
-        require(
-            self.solver is None or isinstance(self.solver, Solver),
-            f"solver must be a Solver or None, got {self.solver!r}",
         )
 
     @property

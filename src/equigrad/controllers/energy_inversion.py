@@ -10,9 +10,9 @@ from torch import Tensor
 
 from equigrad.controllers.controller import Controlled, Controller, parts, prefixed
 from equigrad.evaluation import Evaluation
+from equigrad.fields import require
 from equigrad.problems import Params, pull_back
 from equigrad.solvers import Moment, Solver
-from equigrad.solvers.solver import require
 
 
 @dataclass(frozen=True, kw_only=True)

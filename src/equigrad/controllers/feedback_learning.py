@@ -4,8 +4,9 @@ from torch import Tensor
 
 from equigrad.controllers.controller import OutputControl
 from equigrad.controllers.linear_feedback import LinearFeedback
-from equigrad.controllers.noise import Gate, correlate, powers, require_noise, slope_of
+from equigrad.controllers.noise import Gate, correlate, powers, slope_of
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count, Positive, expect
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
 
@@ -48,7 +49,8 @@ def learn_feedback(
     Raises:
         ConfigurationError: a value outside its range.
     """
-    require_noise(noise, draws)
+    expect(Positive, noise=noise)
+    expect(Count, draws=draws)
     with Evaluation(problem, params, meta_params) as evaluation:
         free = evaluation.settle(solver)
         outputs = OutputControl(LinearFeedback(), evaluation, free).outputs

@@ -14,13 +14,13 @@ from equigrad.controllers.controller import (
     parts,
     prefixed,
 )
-from equigrad.controllers.noise import Gate, correlate, powers, require_noise, slope_of
+from equigrad.controllers.noise import Gate, correlate, powers, slope_of
 from equigrad.errors import ConfigurationError
 from equigrad.evaluation import Evaluation, no_loss
+from equigrad.fields import Count, Positive
 from equigrad.problems import Params
 from equigrad.solvers import Moment, Settled, Solver
 from equigrad.solvers.rows import rows
-from equigrad.solvers.solver import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,8 @@ class LinearFeedback(Controller):
 
     feedback: Mapping[str, Tensor] | str = field(default_factory=dict)
     gate: Gate | None = None
-    noise: float = 1e-2
-    draws: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.gate is None or callable(self.gate),
-            f"gate must be an elementwise function such as torch.tanh, got {self.gate!r}",
-        )
-        require_noise(self.noise, self.draws)
+    noise: Positive = 1e-2
+    draws: Count = 1
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
         """Settle φ and v."""

@@ -1,19 +1,19 @@
 """What noise on the params does to the outputs."""
 
-import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from equigrad.controllers.controller import parts, prefixed
 from equigrad.evaluation import Evaluation, no_loss
+from equigrad.fields import Rule
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
-from equigrad.solvers.solver import require, require_whole
 
-Gate = Callable[[Tensor], Tensor]
+Gate = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
 """An elementwise function, whose derivative gates what reaches a parameter."""
 
 
@@ -25,12 +25,6 @@ def slope_of(gate: Gate | None, param: Tensor) -> Tensor:
         leaf = param.detach().requires_grad_()
         (slope,) = torch.autograd.grad(gate(leaf).sum(), leaf)
     return slope
-
-
-def require_noise(noise: float, draws: int) -> None:
-    """See that noise is something, and drawn at least once."""
-    require(0 < noise < math.inf, f"noise must be positive, got {noise}")
-    require_whole("draws", draws)
 
 
 def correlate(

@@ -10,8 +10,8 @@ from equigrad.diagnostics.causes import Evidence, Vectors, advice
 from equigrad.diagnostics.local_tests import local_faults
 from equigrad.diagnostics.references import Direction, References, announcement, flat, ratio
 from equigrad.diagnostics.verdict import Check
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator
+from equigrad.fields import Count, Positive, expect
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
@@ -75,11 +75,9 @@ def check_meta_gradient(
         >>> check.passed, "Settle longer" in str(check)
         (False, True)
     """
-    if directions < 1 or not rtol > 0 or (budget is not None and budget < 1):
-        raise ConfigurationError(
-            f"directions and budget must be at least 1 and rtol positive, got {directions}, "
-            f"{budget} and {rtol}"
-        )
+    expect(Count, directions=directions)
+    expect(Count | None, budget=budget)
+    expect(Positive, rtol=rtol)
     estimator = Contrastive() if estimator is None else estimator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

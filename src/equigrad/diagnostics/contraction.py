@@ -8,11 +8,11 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, EquigradError, SettlingError
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import FOR_MAPS, Evaluation
+from equigrad.fields import Count, expect
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Anderson, Broyden, Settled, Solver
 from equigrad.solvers.phase import numbered, resting
 from equigrad.solvers.rows import at_least_single, move_rows, rows
-from equigrad.solvers.solver import require_whole
 
 VECTORS = 30
 """Products with the transposed matrix that a radius is found from."""
@@ -59,7 +59,7 @@ def spectral_radius(
             f"a {type(problem).__name__} has no map that could contract; the curvatures of its "
             f"inner loss are what matters there"
         )
-    require_whole("vectors", vectors)
+    expect(Count, vectors=vectors)
     at = resting({name: p.detach() for name, p in params.items()})
     with Evaluation(problem, params, meta_params) as evaluation:
         return radius(evaluation, at, vectors, seed)

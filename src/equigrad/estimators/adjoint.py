@@ -12,9 +12,9 @@ from torch import Tensor
 from equigrad.errors import CurvatureError, SettlingError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.fields import require
 from equigrad.problems import Params
 from equigrad.solvers import Anderson, Phase, Solver, settle
-from equigrad.solvers.solver import require
 from equigrad.vectors import flatten, unflatten
 
 _NO_VALUE: Any = None
@@ -53,7 +53,7 @@ class Adjoint(Implicit):
     solver: Solver = field(default_factory=lambda: Anderson(tol=1e-6, max_steps=100))
 
     def __post_init__(self) -> None:
-        require(isinstance(self.solver, Solver), f"solver must be a Solver, got {self.solver!r}")
+        super().__post_init__()
         require(
             not self.solver.fixed_loss,
             f"{type(self.solver).__name__} looks at values of a loss, and the adjoint is the fixed "

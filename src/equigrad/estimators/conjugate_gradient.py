@@ -9,7 +9,7 @@ from torch import Tensor
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
-from equigrad.solvers.solver import require
+from equigrad.fields import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +41,10 @@ class ConjugateGradient(Implicit):
         one_system=True,
     )
 
-    max_iterations: int = 100
-    tol: float = 1e-6
-    damping: float = 0.0
+    max_iterations: Count = 100
+    tol: Positive = 1e-6
+    damping: NotNegative = 0.0
     indefinite: Literal["raise", "stop"] = "raise"
-
-    def __post_init__(self) -> None:
-        require(self.max_iterations >= 1, f"max_iterations must be ≥ 1, got {self.max_iterations}")
-        require(self.tol > 0, f"tol must be positive, got {self.tol}")
-        require(self.damping >= 0, f"damping must be at least 0, got {self.damping}")
-        require(
-            self.indefinite in ("raise", "stop"),
-            f"indefinite must be 'raise' or 'stop', got {self.indefinite!r}",
-        )
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Conjugate gradients from zero."""

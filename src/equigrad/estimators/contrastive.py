@@ -1,7 +1,7 @@
 """The contrastive rule: run the learner again, slightly nudged, and contrast."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -11,8 +11,8 @@ from equigrad.estimators.holomorphic import require_holomorphic
 from equigrad.estimators.nudged_phases import NudgedPhases
 from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import ANSWERED, Evaluation
+from equigrad.fields import Count, CountFrom2, Rule, Share, require
 from equigrad.solvers import Settled, Solver
-from equigrad.solvers.solver import require
 from equigrad.theory import finite_difference_weights, holomorphic_weights, roots_of_one
 
 
@@ -82,51 +82,34 @@ class Contrastive(Estimator):
         order="p-1; p; p",
     )
 
-    beta: float = 0.01
+    beta: Annotated[
+        float,
+        Rule(
+            "other than 0",
+            lambda beta: beta != 0,
+            "phases that are all free have nothing to contrast: try beta=0.01",
+        ),
+    ] = 0.01
     scheme: Literal["forward", "symmetric", "holomorphic"] = "symmetric"
-    points: int = 2
+    points: CountFrom2 = 2
     sign: Literal["fixed", "random"] = "fixed"
     matched: bool = True
     nudged_solver: Solver | None = None
     nudge: Literal["loss", "force"] | None = None
     momentum: Literal["keep", "reset"] = "keep"
-    rtol: float | None = None
-    budget: int = 100_000
+    rtol: Annotated[Share | None, Rule(remedy="try rtol=1e-2")] = None
+    budget: Count = 100_000
     error: bool = True
 
     def __post_init__(self) -> None:
-        require(
-            self.beta != 0 and abs(self.beta) < float("inf"),
-            f"beta must be a finite number other than 0, got {self.beta}: phases that are all "
-            f"free have nothing to contrast; try beta=0.1",
-        )
-        require(
-            self.scheme in ("forward", "symmetric", "holomorphic"),
-            f"scheme must be 'forward', 'symmetric' or 'holomorphic', got {self.scheme!r}",
-        )
-        require(
-            self.sign in ("fixed", "random"),
-            f"sign must be 'fixed' or 'random', got {self.sign!r}",
-        )
-        require(self.points >= 2, f"points must be at least 2, got {self.points}")
+        super().__post_init__()
         require(
             self.scheme != "symmetric" or self.points % 2 == 0,
             f"a symmetric scheme needs an even number of points, got {self.points}; or take "
             f'scheme="forward"',
         )
-        require(
-            self.nudge in ("loss", "force", None),
-            f"nudge must be 'loss' or 'force', or None, got {self.nudge!r}",
-        )
-        require(
-            self.momentum in ("keep", "reset"),
-            f"momentum must be 'keep' or 'reset', got {self.momentum!r}",
-        )
-
-        require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
         if self.rtol is None:
             return
-        require(0 < self.rtol < 1, f"rtol must be in (0, 1), got {self.rtol}; try rtol=1e-2")
         chosen = ("scheme", "points", "sign", "matched", "nudge", "nudged_solver")
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
         require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Checked
 from equigrad.problems import EnergyBased, Problem
 from equigrad.solvers import Settled, Solver
 from equigrad.wording import listed
@@ -80,7 +81,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimator(ABC):
+class Estimator(Checked, ABC):
     """How the gradient of θ is had from a problem that settles."""
 
     traits: ClassVar[Traits]

@@ -1,6 +1,5 @@
 """Evolution strategies: the outer loss alone, at random meta-parameters."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count, Positive
 from equigrad.solvers import Solver
-from equigrad.solvers.solver import require
 from equigrad.vectors import flatten, unflatten
 
 
@@ -57,13 +56,9 @@ class EvolutionStrategies(Estimator):
         steps=True,
     )
 
-    pairs: int = 32
-    sigma: float = 1e-2
+    pairs: Count = 32
+    sigma: Positive = 1e-2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.pairs >= 1, f"pairs must be at least 1, got {self.pairs}")
-        require(0 < self.sigma < math.inf, f"sigma must be positive, got {self.sigma}")
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle at θ, then at every perturbed θ."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
-from equigrad.solvers.solver import require
+from equigrad.fields import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,7 @@ class ExactSolve(Implicit):
         one_system=True,
     )
 
-    max_size: int = 2000
-
-    def __post_init__(self) -> None:
-        require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+    max_size: Count = 2000
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Form the matrix and factorise it."""

@@ -1,7 +1,6 @@
 """T1-T2 from three first-order gradients."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +8,8 @@ import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Positive
 from equigrad.solvers import Solver
-from equigrad.solvers.solver import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +32,7 @@ class FiniteDifferenceT1T2(Estimator):
         double_backward=False,
     )
 
-    distance: float = 1e-2
-
-    def __post_init__(self) -> None:
-        require(0 < self.distance < math.inf, f"distance must be positive, got {self.distance}")
+    distance: Positive = 1e-2
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, and contrast `∂L_in/∂θ` on both sides along the outer gradient."""

@@ -12,9 +12,9 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
 from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count
 from equigrad.problems import Params
 from equigrad.solvers import Moment, Solver
-from equigrad.solvers.solver import require
 from equigrad.vectors import flatten, unflatten
 
 
@@ -62,10 +62,7 @@ class ForwardMode(Estimator):
         steps=True,
     )
 
-    max_size: int = 100
-
-    def __post_init__(self) -> None:
-        require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+    max_size: Count = 100
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse too many meta-parameters, and a solver that cannot be differentiated."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
-from equigrad.solvers.solver import require, require_whole
+from equigrad.fields import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,9 @@ class GMRES(Implicit):
         one_system=True,
     )
 
-    max_iterations: int = 100
-    restart: int = 30
-    tol: float = 1e-6
-
-    def __post_init__(self) -> None:
-        require(self.max_iterations >= 1, f"max_iterations must be ≥ 1, got {self.max_iterations}")
-        require_whole("restart", self.restart)
-        require(self.tol > 0, f"tol must be positive, got {self.tol}")
+    max_iterations: Count = 100
+    restart: Count = 30
+    tol: Positive = 1e-6
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Cycles from zero, each from the residual that the last one left."""

@@ -11,8 +11,8 @@ from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import Evaluation
+from equigrad.fields import require
 from equigrad.solvers import Settled, Solver
-from equigrad.solvers.solver import require
 from equigrad.vectors import flatten
 
 Linear = Linearisation | ContrastProducts
@@ -56,10 +56,6 @@ class Implicit(Estimator):
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Refuse products by contrast where there is no Hessian."""
         super().check(evaluation, solver)
-        require(
-            self.products in ("auto", "autograd", "contrast"),
-            f"products must be 'auto', 'autograd' or 'contrast', got {self.products!r}",
-        )
         what = type(evaluation.problem).__name__
         require(
             self.products != "contrast" or evaluation.problem.symmetric,

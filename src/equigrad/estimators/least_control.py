@@ -1,8 +1,7 @@
 """The least-control principle: learn so that ever less control is needed."""
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,8 +10,8 @@ from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import Linearisation, second_derivatives
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Positive, Rule, require
 from equigrad.solvers import Solver
-from equigrad.solvers.solver import require
 from equigrad.vectors import flatten
 
 
@@ -85,21 +84,7 @@ class LeastControl(Estimator):
 
     controller: Controller = field(default_factory=DynamicInversion)
     start: Literal["free", "params"] = "free"
-    difference: float | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            isinstance(self.controller, Controller),
-            f"controller must be a Controller object, got {self.controller!r}",
-        )
-        require(
-            self.start in ("free", "params"),
-            f"start must be 'free' or 'params', got {self.start!r}",
-        )
-        require(
-            self.difference is None or 0 < self.difference < math.inf,
-            f"difference must be positive, or None, got {self.difference}; try 1.0",
-        )
+    difference: Annotated[Positive | None, Rule(remedy="try 1.0")] = None
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Refuse an outer loss that a controller without leak cannot weigh."""

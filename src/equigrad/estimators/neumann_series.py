@@ -1,6 +1,5 @@
 """Implicit differentiation by a Neumann series."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
-from equigrad.solvers.solver import require, require_whole
+from equigrad.fields import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +41,9 @@ class NeumannSeries(Implicit):
         energy=False,
     )
 
-    terms: int = 100
-    alpha: float | None = None
-    tol: float = 1e-2
-
-    def __post_init__(self) -> None:
-        require_whole("terms", self.terms)
-        require(
-            self.alpha is None or 0 < self.alpha < math.inf,
-            f"alpha must be positive, got {self.alpha}",
-        )
-        require(self.tol > 0, f"tol must be positive, got {self.tol}")
+    terms: Count = 100
+    alpha: Positive | None = None
+    tol: Positive = 1e-2
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Sum the series."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear
-from equigrad.solvers.solver import require
+from equigrad.fields import Count, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,9 @@ class Nystrom(Implicit):
         one_system=True,
     )
 
-    rank: int = 20
-    damping: float = 1e-2
+    rank: Count = 20
+    damping: Positive = 1e-2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
-        require(self.damping > 0, f"damping must be positive, got {self.damping}")
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
         """Sample columns, and apply Woodbury's identity."""

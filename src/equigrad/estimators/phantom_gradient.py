@@ -8,8 +8,8 @@ import torch
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count, Damping
 from equigrad.solvers import Solver
-from equigrad.solvers.solver import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,8 @@ class PhantomGradient(Estimator):
         energy=False,
     )
 
-    steps: int = 5
-    damping: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_whole("steps", self.steps)
-        require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
+    steps: Count = 5
+    damping: Damping = 0.5
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, take the steps, and differentiate the outer loss where they end."""

@@ -11,9 +11,9 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
 from equigrad.estimators.replay import replay, require_differentiable
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count
 from equigrad.problems import pull_back
 from equigrad.solvers import Moment, Settled, Solver
-from equigrad.solvers.solver import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,8 @@ class Unrolled(Estimator):
         memory="T, or √T in segments",
     )
 
-    truncation: int | None = None
-    segment: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("truncation", "segment"):
-            if (value := getattr(self, name)) is not None:
-                require_whole(name, value, ", or None")
+    truncation: Count | None = None
+    segment: Count | None = None
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse a solver whose steps cannot be differentiated."""

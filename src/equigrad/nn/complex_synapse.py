@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.fields import expect
 from equigrad.nn.functional import Functional
 from equigrad.problems import Params
 
@@ -66,10 +67,7 @@ class ComplexSynapse(Functional):
             raise ConfigurationError(
                 f"learn must name 'strength', 'center' or both, got {tuple(learn)}"
             )
-        if positivity not in ("projection", "log"):
-            raise ConfigurationError(
-                f"positivity must be 'projection' or 'log', got {positivity!r}"
-            )
+        expect(Literal["projection", "log"], positivity=positivity)
         if isinstance(center, str) and center != "init":
             raise ConfigurationError(f"center must be numbers or 'init', got {center!r}")
         self.learn = tuple(learn)

@@ -23,6 +23,7 @@ from equigrad.errors import (
 from equigrad.estimators import ESTIMATORS, Adjoint, Estimator
 from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
+from equigrad.fields import expect
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.randomness import CommonRandomness
 from equigrad.solvers import Anderson, Phase, Settled, Solver
@@ -107,19 +108,10 @@ class EquilibriumLayer(nn.Module):
         super().__init__()
         self.solver = Anderson(tol=1e-4, max_steps=100) if solver is None else solver
         self.estimator = Adjoint() if estimator is None else estimator
-        for name, thing, kind in (
-            ("cell", cell, nn.Module),
-            ("solver", self.solver, Solver),
-            ("estimator", self.estimator, Estimator),
-        ):
-            if not isinstance(thing, kind):
-                raise ConfigurationError(
-                    f"{name} must be an object of {kind.__name__}, got {thing!r}"
-                )
-        if unsettled not in ("warn", "raise", "ignore"):
-            raise ConfigurationError(
-                f"unsettled must be 'warn', 'raise' or 'ignore', got {unsettled!r}"
-            )
+        expect(nn.Module, cell=cell)
+        expect(Solver, solver=self.solver)
+        expect(Estimator, estimator=self.estimator)
+        expect(Unsettled, unsettled=unsettled)
         if self.solver.fixed_loss:
             raise ConfigurationError(
                 f"{type(self.solver).__name__} looks at values of a loss, and a cell has none; "

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.errors import ProblemError
+from equigrad.fields import expect
 from equigrad.nn.batches import draws, first_line, reading, summed_cross_entropy
 from equigrad.nn.relaxing import Map, OuterLoss, SettlingByMap, refuse_buffers
 from equigrad.problems import Params
@@ -50,9 +51,8 @@ class EquilibriumNetwork(SettlingByMap):
         outer_loss: OuterLoss = summed_cross_entropy,
     ) -> None:
         super().__init__(outer_loss)
+        expect(nn.Module, input=input, recurrent=recurrent, readout=readout)
         for name, part in (("input", input), ("recurrent", recurrent), ("readout", readout)):
-            if not isinstance(part, nn.Module):
-                raise ConfigurationError(f"{name} must be a torch.nn.Module, got {part!r}")
             refuse_buffers(name, part)
         self.input, self.recurrent, self.readout = input, recurrent, readout
         self._settles({name: name for name in ("input", "recurrent", "readout")}, output="y")

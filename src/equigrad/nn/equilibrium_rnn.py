@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, NotNegative, expect
 from equigrad.nn.batches import summed_cross_entropy
 from equigrad.nn.equilibrium_network import EquilibriumNetwork
 from equigrad.nn.relaxing import OuterLoss
@@ -49,11 +49,8 @@ class EquilibriumRNN(EquilibriumNetwork):
         outer_loss: OuterLoss = summed_cross_entropy,
         recurrence: float = 0.5,
     ) -> None:
-        for name, size in (("inputs", inputs), ("hidden", hidden), ("outputs", outputs)):
-            if not isinstance(size, int) or size < 1:
-                raise ConfigurationError(f"{name} must be at least 1, a whole number, got {size!r}")
-        if not 0 <= recurrence < float("inf"):
-            raise ConfigurationError(f"recurrence must be at least 0, got {recurrence}")
+        expect(Count, inputs=inputs, hidden=hidden, outputs=outputs)
+        expect(NotNegative, recurrence=recurrence)
         parts = _Flat(inputs, hidden), _Tanh(hidden, hidden, bias=False), nn.Linear(hidden, outputs)
         # a matrix of independent normal entries has a spectral norm of about 2√n their deviation
         nn.init.normal_(parts[1].weight, std=recurrence / (2 * hidden**0.5))

@@ -1,11 +1,9 @@
 """Fourier features: what a network is told of a place."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, Positive, expect
 
 
 class FourierFeatures(nn.Module):
@@ -39,11 +37,8 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, inputs: int, features: int, frequency: float) -> None:
         super().__init__()
-        for name, size in (("inputs", inputs), ("features", features)):
-            if not isinstance(size, int) or size < 1:
-                raise ConfigurationError(f"{name} must be at least 1, a whole number, got {size!r}")
-        if not 0 < frequency < math.inf:
-            raise ConfigurationError(f"frequency must be positive, got {frequency}")
+        expect(Count, inputs=inputs, features=features)
+        expect(Positive, frequency=frequency)
         self.register_buffer("frequencies", frequency * torch.randn(features, inputs))
 
     def forward(self, places: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, expect, require
 from equigrad.nn.batches import draws, labelling, reading, summed_cross_entropy
 from equigrad.nn.functional import Functional
 from equigrad.nn.hebbian import coactivity
@@ -85,10 +86,7 @@ class Hopfield(nn.Module):
         readout: Literal["squared error", "cross-entropy"] = "squared error",
     ) -> None:
         super().__init__()
-        if readout not in ("squared error", "cross-entropy"):
-            raise ConfigurationError(
-                f"readout must be 'squared error' or 'cross-entropy', got {readout!r}"
-            )
+        expect(Literal["squared error", "cross-entropy"], readout=readout)
         least = 1 if readout == "squared error" else 2
         if len(connections) < least:
             raise ConfigurationError(
@@ -126,8 +124,8 @@ class Hopfield(nn.Module):
         Raises:
             ConfigurationError: a size < 1, or no layer at all.
         """
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise ConfigurationError(f"sizes must be two or more, each at least 1, got {sizes}")
+        expect(tuple[Count, ...], sizes=sizes)
+        require(len(sizes) > 1, f"sizes must be two or more, got {sizes}")
         return cls([nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes)], **options)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Annotated
 
 from torch.nn import (
     BatchNorm1d,
@@ -16,7 +17,7 @@ from torch.nn import (
     Tanh,
 )
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, at_least, expect, require
 
 
 def tanh_network(inputs: int, hidden: Sequence[int], outputs: int) -> Sequential:
@@ -35,8 +36,8 @@ def tanh_network(inputs: int, hidden: Sequence[int], outputs: int) -> Sequential
         466698
     """
     widths = [inputs, *hidden]
-    if min(*widths, outputs) < 1:
-        raise ConfigurationError(f"hidden widths must be at least 1, got {tuple(hidden)}")
+    expect(Count, inputs=inputs, outputs=outputs)
+    expect(tuple[Count, ...], hidden=tuple(hidden))
     layers: list[Module] = []
     for wide, narrow in pairwise(widths):
         layers += [Linear(wide, narrow), Tanh()]
@@ -75,8 +76,7 @@ def lenet5(
         >>> lenet5()(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    if side < 16:
-        raise ConfigurationError(f"the side of an image must be at least 16, got {side}")
+    expect(Annotated[int, at_least(16)], side=side)
     left = ((side - 4) // 2 - 4) // 2
 
     def relu(norm: type[Module], features: int) -> list[Module]:
@@ -129,13 +129,12 @@ def conv4(
         >>> conv4(filters=8)(torch.randn(2, 1, 28, 28)).shape
         torch.Size([2, 5])
     """
-    if filters < 1:
-        raise ConfigurationError(f"filters must be at least 1, got {filters}")
-    if side < (16 if pooling else 1):
-        raise ConfigurationError(
-            f"the side of an image must be at least 16, got {side}; without pooling smaller ones "
-            f"serve, too"
-        )
+    expect(Count, filters=filters, side=side)
+    require(
+        side >= 16 or not pooling,
+        f"the side of an image must be at least 16, got {side}; without pooling smaller ones "
+        f"serve, too",
+    )
     layers: list[Module] = []
     for inputs in (channels, filters, filters, filters):
         layers += [

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, NotNegative, expect, require
 
 
 class ResidualCell(nn.Module):
@@ -30,13 +30,13 @@ class ResidualCell(nn.Module):
 
     def __init__(self, channels: int, *, groups: int = 8, deviation: float = 0.01) -> None:
         super().__init__()
-        if groups < 1 or channels < 1 or channels % groups:
-            raise ConfigurationError(
-                f"channels must be a multiple of the {groups} groups that are normalised together, "
-                f"got {channels}"
-            )
-        if not 0 <= deviation < float("inf"):
-            raise ConfigurationError(f"deviation must be at least 0, got {deviation}")
+        expect(Count, channels=channels, groups=groups)
+        expect(NotNegative, deviation=deviation)
+        require(
+            channels % groups == 0,
+            f"channels must be a multiple of the {groups} groups that are normalised together, "
+            f"got {channels}",
+        )
         self.one = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(3))

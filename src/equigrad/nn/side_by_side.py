@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.func import vmap
 from torch.nn.functional import conv1d, conv2d, conv3d
 
 from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.fields import expect
 from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
 from equigrad.nn.functional import Functional
 from equigrad.problems import Params
@@ -52,10 +53,7 @@ class SideBySide:
     """
 
     def __init__(self, model: nn.Module, batching: Batching = "auto") -> None:
-        if batching not in get_args(Batching):
-            raise ConfigurationError(
-                f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}"
-            )
+        expect(Batching, batching=batching)
         self._one = Functional(with_batch_statistics(model))
         self._shapes = {name: p.shape for name, p in self._one.params().items()}
         self._norms = [m for m in self._one.model.modules() if isinstance(m, BatchStatistics)]

@@ -1,13 +1,14 @@
 """A loss that the inner parameters minimise."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from equigrad.problems.problem import (
+    Batches,
     Loss,
     Params,
     Problem,
@@ -59,13 +60,12 @@ class Bilevel(Problem):
 
     energy: ClassVar[bool] = True
     symmetric: ClassVar[bool] = True
-    _returned: ClassVar[str] = "a scalar tensor"
 
     inner_loss: Loss
     outer_loss: Loss
     regularizer: Regularizer | None = None
-    inner_batches: Sequence[Any] | None = None
-    outer_batches: Sequence[Any] | None = None
+    inner_batches: Batches | None = None
+    outer_batches: Batches | None = None
     modules: tuple[nn.Module, ...] | None = None
     reaches: Mapping[Stream, Collection[str]] | None = None
 

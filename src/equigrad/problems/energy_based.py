@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
+from equigrad.fields import Rule
 from equigrad.problems.problem import Loss, Params, Part, Problem, Velocity, slope
 from equigrad.randomness import CommonRandomness, Stream
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
 """What a neuron makes of its drive: an elementwise function that does not decrease."""
 
 
@@ -76,7 +77,6 @@ class EnergyBased(Problem):
     """
 
     energy: ClassVar[bool] = True
-    _returned: ClassVar[str] = "a scalar tensor"
 
     primitive: Loss
     outer_loss: Loss
@@ -87,16 +87,6 @@ class EnergyBased(Problem):
 
     inner_batches = None
     outer_batches = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = self.activation
-        for activation in given.values() if isinstance(given, Mapping) else [given]:
-            if not callable(activation):
-                raise ProblemError(
-                    f"activation must be an elementwise function such as torch.tanh, or a mapping "
-                    f"from names of params to such functions, got {activation!r}"
-                )
 
     def function(self, stream: Stream) -> Loss:
         """Φ or the outer loss."""

@@ -1,14 +1,16 @@
 """A map that the inner parameters are at rest under."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
+from equigrad.fields import Rule
 from equigrad.problems.problem import (
+    Batches,
     Loss,
     Params,
     Problem,
@@ -80,12 +82,13 @@ class FixedPoint(Problem):
     """
 
     energy: ClassVar[bool] = False
-    _returned: ClassVar[str] = "a dictionary of tensors"
 
-    map: Callable[..., Params]
+    map: Annotated[
+        Callable[..., Params], Rule("of (params, meta_params) that returns a dictionary of tensors")
+    ]
     outer_loss: Loss
-    inner_batches: Sequence[Any] | None = None
-    outer_batches: Sequence[Any] | None = None
+    inner_batches: Batches | None = None
+    outer_batches: Batches | None = None
     modules: tuple[nn.Module, ...] | None = None
     reaches: Mapping[Stream, Collection[str]] | None = None
     samples: bool = False

@@ -1,24 +1,32 @@
 """What is to be settled, and by what it is judged: the base of all problems."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from equigrad.buffers import find_modules
-from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.errors import ConfigurationError, EquigradError, ProblemError
+from equigrad.fields import Checked, Rule
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]
 """Named tensors: what `dict(module.named_parameters())` gives and `functional_call` takes."""
 
-Loss = Callable[..., Tensor]
+Loss = Annotated[
+    Callable[..., Tensor], Rule("of (params, meta_params) that returns a scalar tensor")
+]
 """`loss(params, meta_params)`, or `loss(params, meta_params, batch)` where batches are given."""
 
+Batches = Annotated[
+    Sequence[Any],
+    Rule("of at least one batch", lambda b: len(b) > 0, "a DataLoader becomes one by list(loader)"),
+]
+"""Mini-batches that every phase sees in the same order."""
 
 Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 """`(params, step) -> velocity, value`.
@@ -78,7 +86,7 @@ class Part:
     of_data: bool = True
 
 
-class Problem(ABC):
+class Problem(Checked, ABC):
     r"""What settles, and by what it is judged.
 
     The base of `Bilevel`, `FixedPoint` and `EnergyBased`.
@@ -99,44 +107,25 @@ class Problem(ABC):
         reaches: the meta-parameters that each function depends on.
     """
 
+    refusal: ClassVar[type[EquigradError]] = ProblemError
     energy: ClassVar[bool]
     symmetric: ClassVar[bool] = False
     samples: bool = False
-    _returned: ClassVar[str]  # what the function that settles φ has to return, in words
 
     outer_loss: Loss
     regularizer: Regularizer | None = None
-    inner_batches: Sequence[Any] | None
-    outer_batches: Sequence[Any] | None
+    inner_batches: Batches | None
+    outer_batches: Batches | None
     modules: tuple[nn.Module, ...] | None
     reaches: Mapping[Stream, Collection[str]] | None
 
     def __post_init__(self) -> None:
-        returns: dict[Stream, str] = {"inner": self._returned, "outer": "a scalar tensor"}
-        for stream, returned in returns.items():
-            function = self.function(stream)
-            if not callable(function):
-                raise ProblemError(
-                    f"{self.name(stream)} must be a function of (params, meta_params) that returns "
-                    f"{returned}, got {function!r}"
-                )
-        for name in ("inner_batches", "outer_batches"):
-            batches = getattr(self, name)
-            if batches is None:
-                continue
-            if not (hasattr(batches, "__getitem__") and hasattr(batches, "__len__")):
-                raise ProblemError(
-                    f"{name} must be an indexable sequence, so that every phase can see the same "
-                    f"batches in the same order, got {type(batches).__name__}; a DataLoader "
-                    f"becomes one by list(loader)"
-                )
-            if len(batches) == 0:
-                raise ProblemError(f"{name} is empty; give at least one batch, or None")
+        if isinstance(self.modules, Iterable):
+            object.__setattr__(self, "modules", tuple(self.modules))
+        super().__post_init__()
         if self.modules is None:
             roots = (self.function("inner"), self.outer_loss, self.regularizer)
             object.__setattr__(self, "modules", find_modules(*roots))
-        else:
-            object.__setattr__(self, "modules", tuple(self.modules))
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:

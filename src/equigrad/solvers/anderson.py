@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equigrad.fields import Count, Damping, NotNegative
 from equigrad.solvers.rows import at_least_single, move_rows, rows
-from equigrad.solvers.solver import Objective, Solver, require, require_whole
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,10 @@ class Anderson(Solver):
         5
     """
 
-    history: int = 5
-    damping: float = 1.0
-    regularization: float = 1e-8
-    check_every: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("history", self.history)
-        require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
-        require(
-            self.regularization >= 0,
-            f"regularization must be at least 0, got {self.regularization}",
-        )
+    history: Count = 5
+    damping: Damping = 1.0
+    regularization: NotNegative = 1e-8
+    check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: Any = None) -> "_Moves":
         """No moves; those of another phase tell of another map."""

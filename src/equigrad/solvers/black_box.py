@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError, SettlingError
+from equigrad.fields import Count, Rule
 from equigrad.problems import Params
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.solvers.solver import Objective, Solver
 from equigrad.vectors import flatten, unflatten
 
 
@@ -66,18 +67,14 @@ class BlackBox(Solver):
     fixed_loss: ClassVar[bool] = True
     jumps: ClassVar[bool] = True
 
-    minimize: Callable[["FlatObjective", Any], Any]
+    minimize: Annotated[
+        Callable[["FlatObjective", Any], Any],
+        Rule("(objective, start) -> params, no class", lambda f: not isinstance(f, type)),
+    ]
     _: KW_ONLY
-    max_steps: int | None = 1
-    check_every: int = 1
+    max_steps: Count | None = 1
+    check_every: Count = 1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            callable(self.minimize) and not isinstance(self.minimize, type),
-            f"minimize must be a function (objective, start) -> params, got {self.minimize!r}",
-        )
 
     def continues(self, other: Solver) -> bool:
         """From any solver: there is no state to go on from."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equigrad.fields import Count
 from equigrad.solvers.rows import move_rows, rows
-from equigrad.solvers.solver import Objective, Solver, require_whole
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,8 @@ class Broyden(Solver):
         30
     """
 
-    history: int = 30
-    check_every: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("history", self.history)
+    history: Count = 30
+    check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: "_Inverse | None" = None) -> "_Inverse":
         """The identity, or the approximation in which another phase ended."""

@@ -1,13 +1,13 @@
 """Gradient descent with momentum."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.fields import Momentum, Positive, require
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,12 @@ class GradientDescent(Solver):
 
     differentiable: ClassVar[bool] = True
 
-    lr: float = 0.01
-    momentum: float = 0.0
+    lr: Positive = 0.01
+    momentum: Momentum = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.lr < math.inf, f"lr must be positive, got {self.lr}")
-        require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
         require(
             not self.nesterov or self.momentum > 0,
             "nesterov=True needs momentum > 0, for example momentum=0.9",

@@ -1,6 +1,5 @@
 """Dynamics in continuous time, by Euler's method."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.fields import Count, Positive
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,9 @@ class GradientFlow(Solver):
 
     differentiable: ClassVar[bool] = True
 
-    dt: float = 0.1
-    tau: float | Mapping[str, float] = 1.0
-    check_every: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.dt < math.inf, f"dt must be positive, got {self.dt}")
-        for tau in self.tau.values() if isinstance(self.tau, Mapping) else [self.tau]:
-            require(0 < tau < math.inf, f"tau must be positive, got {tau}")
+    dt: Positive = 0.1
+    tau: Positive | Mapping[str, Positive] = 1.0
+    check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
         """Nothing is remembered."""

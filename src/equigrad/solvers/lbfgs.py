@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.solvers.solver import Objective, Solver, require_whole
+from equigrad.fields import Count
+from equigrad.solvers.solver import Objective, Solver
 from equigrad.vectors import flatten, unflatten
 
 RESOLUTION = 1e-2
@@ -48,14 +49,9 @@ class LBFGS(Solver):
 
     fixed_loss: ClassVar[bool] = True
 
-    history: int = 50
-    max_evaluations: int = 20
-    check_every: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_whole("history", self.history)
-        require_whole("max_evaluations", self.max_evaluations)
+    history: Count = 50
+    max_evaluations: Count = 20
+    check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """An empty memory, or the moves of an earlier phase."""

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.fields import Count, Damping
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,8 @@ class Picard(Solver):
 
     differentiable: ClassVar[bool] = True
 
-    damping: float = 1.0
-    check_every: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 < self.damping <= 1, f"damping must be in (0, 1], got {self.damping}")
+    damping: Damping = 1.0
+    check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
         """Nothing is remembered."""

@@ -1,15 +1,13 @@
 """What a solver is."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Checked, Count, Positive, Rule, require
 from equigrad.problems import Params
 
 
@@ -46,7 +44,7 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solver(ABC):
+class Solver(Checked, ABC):
     """How a phase settles: a rule that moves the parameters, and when to stop.
 
     Attributes:
@@ -74,32 +72,22 @@ class Solver(ABC):
     jumps: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
 
-    max_steps: int | None = 1000
-    tol: float | None = None
-    check_every: int = 10
+    max_steps: Count | None = 1000
+    tol: Annotated[Positive | None, Rule(remedy="None runs all max_steps")] = None
+    check_every: Count = 10
     compile: bool | Literal["graph", "inductor"] = False
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None:
-            require_whole("max_steps", self.max_steps, ", or None")
-        if self.tol is not None and not 0 < self.tol < math.inf:
-            raise ConfigurationError(
-                f"tol must be positive, got {self.tol}; None runs all max_steps without a tolerance"
-            )
-        if self.tol is None and self.max_steps is None:
-            raise ConfigurationError(
-                "a solver needs max_steps, or a tol > 0, or both: with neither it never stops"
-            )
-        require_whole("check_every", self.check_every)
+        super().__post_init__()
         require(
-            self.compile in (True, False, "graph", "inductor"),
-            f'compile must be True, False, "graph" or "inductor", got {self.compile!r}',
+            not (self.tol is None and self.max_steps is None),
+            "a solver needs max_steps, or a tol > 0, or both: with neither it never stops",
         )
-        if self.compile and not self.differentiable:
-            raise ConfigurationError(
-                f"compile=True needs steps that are plain tensor arithmetic, and those of "
-                f"{type(self).__name__} are not; use GradientDescent, or compile=False"
-            )
+        require(
+            not self.compile or self.differentiable,
+            f"compile=True needs steps that are plain tensor arithmetic, and those of "
+            f"{type(self).__name__} are not; use GradientDescent, or compile=False",
+        )
 
     @property
     def adaptive(self) -> bool:
@@ -135,17 +123,3 @@ class Solver(ABC):
         Returns:
             False where no step could be found that does not make it worse; the phase ends there.
         """
-
-
-def require_whole(name: str, value: object, otherwise: str = "", least: int = 1) -> None:
-    """Raise a `ConfigurationError` unless a knob is a whole number, numpy's among them."""
-    require(
-        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least,
-        f"{name} must be at least {least}, a whole number{otherwise}, got {value!r}",
-    )
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise a `ConfigurationError` unless a condition holds."""
-    if not holds:
-        raise ConfigurationError(message)

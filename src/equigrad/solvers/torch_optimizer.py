@@ -4,13 +4,14 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.solvers.solver import Objective, Solver, require
+from equigrad.fields import Rule
+from equigrad.solvers.solver import Objective, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,14 @@ class TorchOptimizer(Solver):
         1000
     """
 
-    optimizer: type[torch.optim.Optimizer]
+    optimizer: Annotated[
+        type[torch.optim.Optimizer],
+        Rule("such as torch.optim.Adam", remedy="its arguments go into options={…}"),
+    ]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            isinstance(self.optimizer, type),
-            f"optimizer must be a class such as torch.optim.Adam, got {self.optimizer!r}; "
-            f"its arguments go into options={{...}}",
-        )
         try:
             inspect.signature(self.optimizer).bind([], **self.options)
         except TypeError as error:

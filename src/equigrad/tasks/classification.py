@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, DataError
+from equigrad.fields import Checked, Count, CountFrom2, expect
 from equigrad.tasks.batch import TaskBatch
 from equigrad.tasks.classes import ClassCollection
-from equigrad.tasks.sampler import at_least, dice
+from equigrad.tasks.sampler import dice
 
 TURNS = 4
 """Ways to turn a square image: by 0°, 90°, 180° and 270°."""
 
 
 @dataclass(frozen=True, eq=False)
-class NWayKShot:
+class NWayKShot(Checked):
     """Tasks of `way` classes, drawn anew for each, with `shot` examples to learn a class from.
 
     The classes of a task have labels 0 … way-1, in an order drawn with them, and its examples are
@@ -53,9 +54,9 @@ class NWayKShot:
 
     images_by_class: Sequence[Tensor] | Tensor = field(repr=False)
     _: KW_ONLY
-    way: int = 5
-    shot: int = 1
-    queries: int = 15
+    way: CountFrom2 = 5
+    shot: Count = 1
+    queries: Count = 15
     rotations: bool = False
     seed: int = 0
 
@@ -74,8 +75,7 @@ class NWayKShot:
         return cls(ClassCollection.from_labels(inputs, labels), **knobs)
 
     def __post_init__(self) -> None:
-        at_least(2, way=self.way)
-        at_least(1, shot=self.shot, queries=self.queries)
+        super().__post_init__()
         if len(self.images_by_class):
             self._check_shapes()
         if self.classes < self.way:
@@ -105,7 +105,7 @@ class NWayKShot:
         Raises:
             ConfigurationError: tasks < 1.
         """
-        at_least(1, tasks=tasks)
+        expect(Count, tasks=tasks)
         generator = dice(self.seed, draw)
         examples, starts, counts = self._pool
         classes = torch.rand(tasks, self.classes, generator=generator).topk(self.way).indices

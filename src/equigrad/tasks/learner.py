@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.func import vmap
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Checked, Count, expect
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.nn.batch_statistics import with_batch_statistics, with_statistics_of
 from equigrad.nn.side_by_side import Batching, SideBySide
@@ -53,7 +54,7 @@ class MetaModel(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotLearner:
+class FewShotLearner(Checked):
     r"""Learns every task from its support set, and what tasks share from their query sets.
 
         min_θ mean_τ L(φ*_τ, θ, query_τ),    φ*_τ = argmin_φ L(φ, θ, support_τ) + R(φ, θ)
@@ -97,19 +98,14 @@ class FewShotLearner:
     loss: Callable[[Tensor, Tensor], Tensor]
     solver: Solver
     estimator: Estimator
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     statistics: Statistics = "query"
     batching: Batching = "auto"
     network: SideBySide = field(init=False, repr=False)
     _reaches: dict[Stream, list[str]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ConfigurationError(
-                f"chunk_size must be at least 1, or None for all tasks at once, got "
-                f"{self.chunk_size}"
-            )
-        _check_statistics(self.statistics)
+        super().__post_init__()
         if not hasattr(self.model, "weights"):
             raise ConfigurationError(
                 f"model must say what a task learns and what tasks share, got a bare "
@@ -238,7 +234,7 @@ class FewShotLearner:
         Returns:
             Shape tasks × n × outputs.
         """
-        _check_statistics(statistics or self.statistics)
+        expect(Statistics | None, statistics=statistics)
         outputs, done = [], 0
         for chunk in tasks.chunks(self.chunk_size):
             own = {name: p[done : done + len(chunk)] for name, p in params.items()}
@@ -276,7 +272,7 @@ class FewShotLearner:
             A copy of the model, in `eval` mode, with the weights that this task asks for. With
             `support` its state has running statistics, also where the model kept none.
         """
-        _check_statistics(statistics or self.statistics)
+        expect(Statistics | None, statistics=statistics)
         x, y = (tracked(t) for t in support)
         alone = TaskBatch((x[None], y[None]), (x[None], y[None]))
         params = {name: p[0] for name, p in self.settle(meta_params, alone).items()}
@@ -284,8 +280,3 @@ class FewShotLearner:
         if (statistics or self.statistics) == "query":
             return with_batch_statistics(module).eval()
         return with_statistics_of(module, x)
-
-
-def _check_statistics(word: str) -> None:
-    if word not in get_args(Statistics):
-        raise ConfigurationError(f"statistics must be 'query' or 'support', got {word!r}")

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import torch
 
-from equigrad.errors import ConfigurationError
 from equigrad.tasks.batch import TaskBatch
 
 
@@ -38,16 +37,3 @@ def dice(seed: int, draw: int) -> torch.Generator:
     """
     digest = hashlib.sha256(f"{seed} {draw}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-
-def at_least(least: int, **counts: int) -> None:
-    """Check how many a user asked for.
-
-    Raises:
-        ConfigurationError: one is fewer than `least`, or no whole number.
-    """
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < least:
-            raise ConfigurationError(
-                f"{name} must be at least {least}, a whole number, got {count!r}"
-            )

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Checked, Count, Rule, expect
 from equigrad.tasks.batch import TaskBatch
-from equigrad.tasks.sampler import at_least, dice
+from equigrad.tasks.sampler import dice
+
+Range = Annotated[tuple[float, float], Rule(", the least first", lambda r: r[0] <= r[1])]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sinusoids:
+class Sinusoids(Checked):
     """Tasks of one curve each, y = A sin(x - p), of which a few points are known.
 
     Amplitude A, phase p and inputs x are uniform in their ranges.
@@ -34,22 +37,12 @@ class Sinusoids:
         (torch.Size([3, 5, 1]), torch.Size([3, 10, 1]))
     """
 
-    shots: int = 10
-    queries: int = 10
-    amplitude: tuple[float, float] = (0.1, 5.0)
-    phase: tuple[float, float] = (0.0, math.pi)
-    inputs: tuple[float, float] = (-5.0, 5.0)
+    shots: Count = 10
+    queries: Count = 10
+    amplitude: Range = (0.1, 5.0)
+    phase: Range = (0.0, math.pi)
+    inputs: Range = (-5.0, 5.0)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(1, shots=self.shots, queries=self.queries)
-        for name in ("amplitude", "phase", "inputs"):
-            low, high = getattr(self, name)
-            if not -math.inf < low <= high < math.inf:
-                raise ConfigurationError(
-                    f"{name} must be the least and the greatest value, both finite, got "
-                    f"{(low, high)}"
-                )
 
     def sample(self, tasks: int, draw: int) -> TaskBatch:
         """Draw a batch, inputs and targets tasks × points × 1.
@@ -57,7 +50,7 @@ class Sinusoids:
         Raises:
             ConfigurationError: tasks < 1.
         """
-        at_least(1, tasks=tasks)
+        expect(Count, tasks=tasks)
         generator = dice(self.seed, draw)
 
         def uniform(ends: tuple[float, float], points: int) -> Tensor:

@@ -7,8 +7,9 @@ from itertools import accumulate, combinations, pairwise
 import torch
 
 from equigrad.errors import ConfigurationError, DataError
+from equigrad.fields import Count, CountFrom0, expect
 from equigrad.tasks.classes import ClassCollection
-from equigrad.tasks.sampler import at_least, dice
+from equigrad.tasks.sampler import dice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,8 +78,7 @@ def draw_classes(
     Raises:
         ConfigurationError: there are fewer classes, or a count is negative.
     """
-    for count in counts:
-        at_least(0, count=count)
+    expect(tuple[CountFrom0, ...], counts=counts)
     if sum(counts) > len(classes):
         raise ConfigurationError(
             f"{' + '.join(map(str, counts))} classes were asked for, and there are {len(classes)}"
@@ -109,7 +109,7 @@ def split_classes(
         >>> split.validation, split.note
         (None, '6 classes for meta-training, 0 for validation, 4 for the meta-test, seed 0')
     """
-    at_least(1, train=train, test=test)
+    expect(Count, train=train, test=test)
     learned, held_out, unseen = draw_classes(classes, (train, validation, test), seed=seed)
     return ClassSplit(
         train=learned,

@@ -4,7 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import RunError
+from equigrad.fields import Count, expect
 from equigrad.gradient import MetaGradient
 from equigrad.training.files import load_tensors, save_tensors
 from equigrad.training.loop import Callback, OuterState
@@ -35,8 +36,7 @@ class Checkpoint(Callback):
     def __init__(
         self, path: Path | str, every: int = 1, *, resume: bool = False, identity: str = ""
     ) -> None:
-        if every < 1:
-            raise ConfigurationError(f"checkpoint every must be at least 1 step, got {every}")
+        expect(Count, every=every)
         self.path, self.every = Path(path), every
         self.resume, self.identity = resume, identity
         self._whole: dict[str, Any] | None = None

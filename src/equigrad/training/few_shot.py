@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError
+from equigrad.fields import Count, CountFrom0, CountFrom2, expect, require
 from equigrad.gradient import MetaGradient
 from equigrad.problems import Params
 from equigrad.tasks import FewShotLearner, TaskSampler
@@ -88,10 +88,9 @@ def judge(
     Raises:
         ConfigurationError: fewer than two tasks, or at_once < 1.
     """
-    if tasks < 2 or at_once < 1:
-        raise ConfigurationError(
-            f"tasks must be at least 2 and at_once at least 1, got {tasks} and {at_once}"
-        )
+    expect(CountFrom2, tasks=tasks)
+    expect(Count, at_once=at_once)
+    expect(CountFrom0 | None, steps=steps)
     like = next(iter(meta_params.values()))
     here, scores = place(), {}
     draws = list(enumerate(range(0, tasks, at_once)))
@@ -151,14 +150,14 @@ def learn_tasks(
     Raises:
         ConfigurationError: a count < 1, or keep_best without validate.
     """
-    if tasks < 1 or validate_every < 1:
-        raise ConfigurationError(
-            f"tasks and validate_every must be at least 1, got {tasks} and {validate_every}"
-        )
-    if keep_best is not None and validate is None:
-        raise ConfigurationError(f"keep_best={keep_best!r} needs validate, which scores θ")
-    if keep_best not in (None, "highest", "lowest"):
-        raise ConfigurationError(f"keep_best must be 'highest' or 'lowest', got {keep_best!r}")
+    expect(Count, tasks=tasks, validate_every=validate_every)
+    expect(CountFrom0 | None, average_from=average_from)
+    expect(Callable | None, validate=validate)
+    expect(Literal["highest", "lowest"] | None, keep_best=keep_best)
+    require(
+        keep_best is None or validate is not None,
+        f"keep_best={keep_best!r} needs validate, which scores θ",
+    )
     like = next(iter(meta_params.values()))
 
     def gradient(state: OuterState) -> MetaGradient:

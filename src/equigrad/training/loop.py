@@ -12,6 +12,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
+from equigrad.fields import CountFrom0, Infinite, Positive, expect
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
@@ -179,8 +180,9 @@ def learn(
         >>> round(meta["target"].item(), 3)
         3.0
     """
-    if start not in ("cold", "warm"):
-        raise ConfigurationError(f"start must be 'cold' or 'warm', got {start!r}")
+    expect(Literal["cold", "warm"], start=start)
+    expect(CountFrom0, steps=steps)
+    expect(Callable | None, evaluate=evaluate)
     computed = [name for name, p in params.items() if p.grad_fn is not None]
     if computed:
         raise ConfigurationError(
@@ -242,10 +244,11 @@ def descend(
     Raises:
         ConfigurationError: steps < 0, a limit ≤ 0, or an optimiser over other tensors.
     """
-    if steps < 0:
-        raise ConfigurationError(f"steps must be at least 0, got {steps}")
-    if not limit > 0:
-        raise ConfigurationError(f"limit must be positive, in seconds, got {limit}")
+    expect(CountFrom0 | Infinite, steps=steps)
+    expect(Positive | Infinite, limit=limit)
+    expect(torch.optim.Optimizer, optimizer=optimizer)
+    expect(Callable | None, project=project, evaluate=evaluate)
+    expect(tuple[Callback, ...], callbacks=callbacks)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, m in meta_params.items() if id(m) not in stepped]
     if missing:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
+from equigrad.fields import Count, Infinite, NotNegative, Positive, expect, require
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
@@ -85,15 +86,13 @@ def train_network(
     x, y = examples
     if len(x) != len(y):
         raise ConfigurationError(f"there are {len(x)} inputs, and {len(y)} targets for them")
-    if not (isinstance(batch_size, int) and 1 <= batch_size <= len(x)):
-        raise ConfigurationError(
-            f"batch_size must be a whole number from 1 to the {len(x)} examples there are, got "
-            f"{batch_size!r}"
-        )
-    if not epochs >= 0:
-        raise ConfigurationError(f"epochs must be at least 0, got {epochs}")
-    if clip is not None and not clip > 0:
-        raise ConfigurationError(f"clip must be positive, got {clip}")
+    expect(Count, batch_size=batch_size)
+    require(
+        batch_size <= len(x),
+        f"batch_size must be at most the {len(x)} examples there are, got {batch_size}",
+    )
+    expect(NotNegative | Infinite, epochs=epochs)
+    expect(Positive | None, clip=clip)
     meta_params: dict[str, Tensor] = dict(network.named_parameters())
     learned = {name: p for name, p in meta_params.items() if p.requires_grad}
     if not learned:

@@ -161,10 +161,10 @@ def test_the_clock_ends_meta_training_and_survives_a_stop(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"minutes": 0}, "minutes must be positive, got 0"),
-        ({"strength": -1}, "strength must be at least 0, got -1"),
-        ({"test_tasks": 1}, "test_tasks must be at least 2, got 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, or None, got 0"),
+        ({"minutes": 0}, "minutes must be a finite number above 0, or None, got 0"),
+        ({"strength": -1}, "strength must be a finite number of at least 0, got -1"),
+        ({"test_tasks": 1}, "test_tasks must be a whole number of at least 2, got 1"),
         ({"method": "maml"}, r"'maml' has the estimator MAML, got Contrastive.*preset\(method="),
     ],
 )
@@ -174,7 +174,9 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_methods_that_are_none():
-    with pytest.raises(ConfigurationError, match=r"one of contrastive-modulation, .* got 'anil'"):
+    with pytest.raises(
+        ConfigurationError, match=r"must be 'contrastive-modulation', .* got 'anil'"
+    ):
         Curves.preset(method="anil")
 
 

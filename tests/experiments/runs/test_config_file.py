@@ -77,12 +77,12 @@ def test_the_file_chooses_the_presets_that_it_does_not_set(folder):
         ({"solver": {"max_steps": 1.5}}, "solver.max_steps must be int or null, got 1.5"),
         ({"outer_steps": True}, "outer_steps must be int, got True"),
         ({"hidden": [8, "8"]}, "hidden[1] must be int, got '8'"),
-        ({"estimator": "guess"}, "estimator must be one of contrastive"),
+        ({"estimator": "guess"}, "estimator must be 'contrastive', "),
         (
             {"contrastive": {"nudged_solver": {"type": "BlackBox"}}},
             "contrastive.nudged_solver: BlackBox",
         ),
-        ({"outer_lr": -1}, "outer_lr must be positive, got -1"),
+        ({"outer_lr": -1}, "outer_lr must be a finite number above 0, got -1"),
         ({"scale": "small"}, "--scale smoke would preset what mine.json sets for scale small"),
     ],
 )

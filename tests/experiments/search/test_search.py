@@ -195,11 +195,11 @@ def test_the_scheduler_is_told_of_trials_that_have_ended(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--trials", "0"], "trials must be at least 1, got 0"),
-        (["--grace-period", "0"], "grace_period must be at least 1, got 0"),
-        (["--reduction-factor", "1"], "reduction_factor must be more than 1, got 1"),
-        (["--parallel", "0"], "parallel must be at least 1, got 0"),
-        (["--gpus", "-1"], "gpus must be at least 0, got -1"),
+        (["--trials", "0"], "trials must be a whole number of at least 1, 'grid' or None, got 0"),
+        (["--grace-period", "0"], "grace_period must be a whole number of at least 1, got 0"),
+        (["--reduction-factor", "1"], "reduction_factor must be a finite number above 1, got 1"),
+        (["--parallel", "0"], "parallel must be a whole number of at least 1, or None, got 0"),
+        (["--gpus", "-1"], "gpus must be a finite number of at least 0, or None, got -1"),
         (["--seed", "0", "--seeds", "3"], "given by seed; got seeds=3"),
         (["--space", "gone.json"], "cannot read gone.json"),
         (["--space", "space.json"], "there is no solver.rate; GradientDescent has max_steps"),

@@ -86,8 +86,8 @@ def test_a_log_uniform_rate_is_as_likely_in_each_decade():
         ('{"solver.lr": 0.1}', "solver.lr must be a list of values or"),
         ('{"solver.lr": {"loguniform": [1, 2]}}', "got {'loguniform': [1, 2]}"),
         ('{"solver.lr": {"log_uniform": [1]}}', "solver.lr must be a list of values or"),
-        ('{"solver.lr": {"log_uniform": [0, 1]}}', "needs 0 < low < high, got [0, 1]"),
-        ('{"solver.lr": {"log_uniform": [2, 1]}}', "needs 0 < low < high, got [2, 1]"),
+        ('{"solver.lr": {"log_uniform": [0, 1]}}', "low must be a finite number above 0, got 0"),
+        ('{"solver.lr": {"log_uniform": [2, 1]}}', "needs low < high, got [2, 1]"),
     ],
 )
 def test_spaces_that_cannot_be(tmp_path, content, message):

@@ -132,7 +132,7 @@ def test_what_was_saved_is_mistrusted(tmp_path):
 
 
 def test_a_method_that_is_not_there():
-    with pytest.raises(ConfigurationError, match=r"method must be one of exact, .*got 'magic'"):
+    with pytest.raises(ConfigurationError, match=r"method must be 'exact' .*got 'magic'"):
         Representation.preset(method="magic")
 
 
@@ -140,11 +140,11 @@ def test_a_method_that_is_not_there():
     ("options", "message"),
     [
         ({"estimator": eg.GMRES()}, "method 'exact' has the estimator Adjoint, got GMRES"),
-        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"stride": 0}, "stride must be a whole number of at least 1, got 0"),
         ({"held_out": 192}, "must leave some of the 192 pixels .* got 192; lower it"),
-        ({"epochs": 0.0}, "epochs must be positive, got 0"),
-        ({"clip": -1.0}, "clip must be positive, got -1"),
-        ({"frequency": -1.0}, "frequency must be positive, got -1"),
+        ({"epochs": 0.0}, "epochs must be a finite number above 0, got 0"),
+        ({"clip": -1.0}, "clip must be a finite number above 0, or None, got -1"),
+        ({"frequency": -1.0}, "frequency must be a finite number above 0, got -1"),
     ],
 )
 def test_settings_that_cannot_work(options, message):

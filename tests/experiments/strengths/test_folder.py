@@ -120,7 +120,10 @@ def test_broken_images_are_named_or_skipped(garden, tmp_path, monkeypatch, capsy
     [
         ([], "Missing from equigrad run folder: --images"),
         (["--images", "gone"], "gone is no folder of images"),
-        (["--images", "images", "--size", "8"], "size must be at least 16, got 8"),
+        (
+            ["--images", "images", "--size", "8"],
+            "a whole number of at least 16, got 8",
+        ),
         (["--images", "images", "--samples", "50"], "50 samples were asked for, and there are"),
     ],
 )

@@ -134,17 +134,23 @@ def test_the_papers_numbers_stand_beside(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--training", "0"], "the training split would be empty: 0 of 200"),
+        (["--training", "0"], "training must be a whole number of at least 1, got 0"),
         (["--training", "200"], "the validation split would be empty: 200 of 200"),
         (["--samples", "401"], "401 images were asked for, and there are 400"),
         (["--setting", "cifar-50"], "cifar-50"),
-        (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--validation-batch", "0"], "validation_batch must be at least 1, got 0"),
-        (["--contrastive.nudged-steps", "0"], "nudged_steps must be at least 1, got 0"),
-        (["--contrastive.outer-lr", "0"], "outer_lr must be positive, got 0"),
-        (["--t1t2.outer-lr", "-1"], "outer_lr must be positive, got -1"),
+        (["--batch", "0"], "batch must be a whole number of at least 1, or None, got 0"),
+        (
+            ["--validation-batch", "0"],
+            "validation_batch must be a whole number of at least 1,",
+        ),
+        (
+            ["--contrastive.nudged-steps", "0"],
+            "nudged_steps must be a whole number of",
+        ),
+        (["--contrastive.outer-lr", "0"], "outer_lr must be a finite number above 0, got 0"),
+        (["--t1t2.outer-lr", "-1"], "outer_lr must be a finite number above 0, got -1"),
         (["--contrastive.rule.beta", "0"], "beta must be a finite number other than 0"),
-        (["--hidden", "0"], "hidden widths must be at least 1"),
+        (["--hidden", "0"], "hidden must be a tuple of values, each a whole number of at least 1"),
     ],
 )
 def test_wrong_words_end_with_code_2(tmp_path, monkeypatch, capsys, words, message):

@@ -1,6 +1,5 @@
 """Settings shared by the few-shot experiments, and the learner made of them."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +11,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from equigrad.controllers import DynamicInversion
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
     Estimator,
     LeastControl,
 )
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
-from equigrad.experiments.runs.experiment import Training, at_least, one_of
+from equigrad.experiments.runs.experiment import Training, one_of
 from equigrad.experiments.runs.model import restored, saved_model
+from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
@@ -83,84 +82,67 @@ class FewShot(Training):
     method: MethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the network's start and the tasks of meta-training."""
 
     solver: GradientDescent
     """How a task is learned: the free phase."""
 
-    nudged_steps: int
+    nudged_steps: Count
     """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
 
-    strength: float = 0.1
+    strength: NotNegative = 0.1
     """λ, which pulls weights to their meta-learned centre (the synaptic methods and imaml)."""
 
-    outer_steps: int
+    outer_steps: Count
     """Steps of Adam on what tasks share: batches of tasks."""
 
     decay: bool = False
     """Let it fall linearly, to zero at the end."""
 
-    tasks: int
+    tasks: Count
     """Tasks of a batch."""
 
-    shot: int = 1
+    shot: Count = 1
     """Examples that a task is learned from, of each class where there are classes."""
 
-    queries: int = 15
+    queries: Count = 15
     """Examples that judge what was learned in meta-training, likewise."""
 
-    test_queries: int = 15
+    test_queries: Count = 15
     """Examples that judge in validation and test, likewise."""
 
-    test_steps: int | None = None
+    test_steps: Count | None = None
     """Steps in which a task is learned in validation and test; those of meta-training if None."""
 
     statistics: Statistics = "query"
     """Batch normalisation's: of a task's queries together (transductive), or its support set."""
 
-    average_from: int | None = None
+    average_from: CountFrom0 | None = None
     """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
 
-    validate_every: int = 100
+    validate_every: Count = 100
     """Outer steps between two validations."""
 
-    validation_tasks: int = 100
+    validation_tasks: CountFrom2 = 100
     """Tasks of a validation; what does best is kept."""
 
-    test_tasks: int = 600
+    test_tasks: CountFrom2 = 600
     """Tasks of the test."""
 
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     """Tasks that settle at once; all of a batch if None. Memory grows with it."""
 
     batching: Batching
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Outer steps between two checkpoints."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            *("nudged_steps", "outer_steps", "tasks", "shot", "queries", "test_queries"),
-            "validate_every",
-        ):
-            at_least(1, name, getattr(self, name))
-        for name in ("chunk_size", "test_steps"):
-            if (value := getattr(self, name)) is not None:
-                at_least(1, name, value)
-        for name in ("validation_tasks", "test_tasks"):
-            at_least(2, name, getattr(self, name))
-        if self.average_from is not None:
-            at_least(0, "average_from", self.average_from)
-        if not 0 <= self.strength < math.inf:
-            raise ConfigurationError(f"strength must be at least 0, got {self.strength}")
 
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return FEW_SHOT_METHODS[one_of(FEW_SHOT_METHODS, "method", self.method)].estimator
+        return FEW_SHOT_METHODS[self.method].estimator
 
     @property
     def label(self) -> str:

@@ -23,11 +23,12 @@ from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
 from equigrad.experiments.few_shot.task_figures import task_sheet
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.experiment import at_least, one_of
+from equigrad.experiments.runs.experiment import one_of
 from equigrad.experiments.runs.formats import text
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.runs.run_folders import flat
+from equigrad.fields import Count, CountFrom2, Positive
 from equigrad.nn import conv4
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
@@ -89,10 +90,10 @@ class Omniglot(FewShot):
     setting: SettingName = "5way1shot"
     """The column of Table 2, which presets way, shot and tasks."""
 
-    way: int = 5
+    way: CountFrom2 = 5
     """Classes of a task."""
 
-    train_shot: int | None = None
+    train_shot: Count | None = None
     """Images of each class that a task is learned from in meta-training; shot if None."""
 
     split: SplitName = "background-evaluation"
@@ -113,10 +114,10 @@ class Omniglot(FewShot):
     skip_broken: bool = False
     """Leave out files that cannot be read; by default they are named, and nothing runs."""
 
-    side: int = 28
+    side: Count = 28
     """Height and width that images are made to have."""
 
-    filters: int = 32
+    filters: Count = 32
     """Of each of the four convolutions."""
 
     pooling: bool = False
@@ -128,25 +129,25 @@ class Omniglot(FewShot):
     estimator: Estimator = CHARACTER_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
-    nudged_steps: int = 3
+    nudged_steps: Count = 3
     """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
 
-    outer_steps: int = 2000
+    outer_steps: Count = 2000
     """Steps of Adam on what tasks share: batches of tasks."""
 
-    outer_lr: float = 5e-3
+    outer_lr: Positive = 5e-3
     """Adam's step size."""
 
     decay: bool = True
     """Let it fall linearly, to zero at the end."""
 
-    test_steps: int | None = 20
+    test_steps: Count | None = 20
     """Steps in which a task is learned in validation and test; those of meta-training if None."""
 
-    tasks: int = 16
+    tasks: Count = 16
     """Tasks of a batch."""
 
-    queries: int = 5
+    queries: Count = 5
     """Examples that judge what was learned in meta-training, of each class."""
 
     batching: Batching = "grouped channels-last"
@@ -154,13 +155,7 @@ class Omniglot(FewShot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train_shot is not None:
-            at_least(1, "train_shot", self.train_shot)
-        if self.way < 2:
-            raise ConfigurationError(f"way must be at least 2, got {self.way}")
         conv4(filters=1, side=self.side, pooling=self.pooling)
-        if self.filters < 1:
-            raise ConfigurationError(f"filters must be at least 1, got {self.filters}")
 
     @classmethod
     def _preset(cls, method: MethodName, **chosen: str) -> Self:

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch.nn import Module
 from torch.nn.functional import mse_loss
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.experiments.few_shot.harness import (
     TEST,
@@ -26,9 +25,10 @@ from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.task_figures import adaptation_curves, sinusoid_fits
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.experiment import at_least, one_or_many
+from equigrad.experiments.runs.experiment import one_or_many
 from equigrad.experiments.runs.formats import as_rich, mean_and_error, spread, with_error
 from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative, Positive, require
 from equigrad.nn import tanh_network
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
@@ -76,13 +76,13 @@ class Sinusoid(FewShot):
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
 
-    seeds: int | None = None
+    seeds: Count | None = None
     """Run seeds 0, 1 … N-1 instead and print mean ± standard error."""
 
     compare: bool = True
     """Run the other methods too."""
 
-    hidden: tuple[int, ...] = (40, 40)
+    hidden: tuple[Count, ...] = (40, 40)
     """Widths of the hidden layers."""
 
     solver: GradientDescent = CURVE_SOLVER
@@ -91,54 +91,52 @@ class Sinusoid(FewShot):
     estimator: Estimator = CURVE_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
-    nudged_steps: int = 20
+    nudged_steps: Count = 20
     """Steps of each nudged phase of the contrastive rule."""
 
-    strength: float = 0.01
+    strength: NotNegative = 0.01
     """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
 
-    outer_steps: int = 1000
+    outer_steps: Count = 1000
     """Steps of Adam on what tasks share: batches of tasks."""
 
-    outer_lr: float = 0.01
+    outer_lr: Positive = 0.01
     """Adam's step size."""
 
-    tasks: int = 25
+    tasks: Count = 25
     """Tasks of a batch."""
 
-    shot: int = 10
+    shot: Count = 10
     """Points that a task is learned from."""
 
-    queries: int = 10
+    queries: Count = 10
     """Points that judge what was learned in meta-training."""
 
-    test_queries: int = 50
+    test_queries: Count = 50
     """Points that judge in validation and test."""
 
-    test_steps: int | None = 50
+    test_steps: Count | None = 50
     """Steps in which a task is learned in validation and test; those of meta-training if None."""
 
-    average_from: int | None = 600
+    average_from: CountFrom0 | None = 600
     """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
 
-    validation_tasks: int = 200
+    validation_tasks: CountFrom2 = 200
     """Tasks of a validation; what does best is kept."""
 
     batching: Batching = "grouped"
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
-    threads: int = 1
+    threads: Count = 1
     """CPU threads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for width in self.hidden:
-            at_least(1, "every width in hidden", width)
-        if self.method not in OWN:
-            raise ConfigurationError(
-                f"the network of sinusoids has no normalisation layer to modulate, so method must "
-                f"be one of {', '.join(OWN)}, got {self.method!r}"
-            )
+        require(
+            self.method in OWN,
+            f"the network of sinusoids has no normalisation layer to modulate, so method must "
+            f"be one of {', '.join(OWN)}, got {self.method!r}",
+        )
         one_or_many(self.seed, self.seeds)
 
     @classmethod

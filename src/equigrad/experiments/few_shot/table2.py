@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,9 +13,9 @@ from equigrad.experiments.few_shot.meta_training import MetaTrainer
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.few_shot.omniglot import PUBLISHED, Omniglot, SettingName
 from equigrad.experiments.runs.error_curves import as_table
-from equigrad.experiments.runs.experiment import at_least
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ, over_seeds
+from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.fields import DIFFERENT, Count, Positive
 
 Spread = tuple[float, float]
 
@@ -67,10 +67,10 @@ class Table2(ByRuns):
         },
     }
 
-    only: tuple[SettingName, ...] = ("5way1shot",)
+    only: Annotated[tuple[SettingName, ...], DIFFERENT] = ("5way1shot",)
     """Which columns of the table."""
 
-    methods: tuple[MethodName, ...] = (
+    methods: Annotated[tuple[MethodName, ...], DIFFERENT] = (
         "contrastive-modulation",
         "contrastive-synaptic",
         "first-order-maml",
@@ -78,17 +78,14 @@ class Table2(ByRuns):
     )
     """Which learners."""
 
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds 0, 1 … N-1 draw starts and tasks."""
 
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Minutes of meta-training of each cell, the same for all methods; by default their steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "seeds", self.seeds)
-        differ("only", self.only)
-        differ("methods", self.methods)
         self.experiment(self.only[0], self.methods[0], 0)
 
     def cells(self) -> list[Cell]:

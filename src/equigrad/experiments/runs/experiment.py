@@ -4,28 +4,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Self, TypeVar, get_args
+from typing import Literal, Self, TypeVar
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
+from equigrad.fields import Checked, Count, CountFrom0, Positive, expect, require
 from equigrad.training.device import DeviceName, DtypeName
-from equigrad.wording import meant
 
 ScaleName = Literal["smoke", "small", "paper"]
 
 Name = TypeVar("Name", bound=str)
-
-
-def at_least(least: int, name: str, value: int) -> None:
-    """Raise a `ConfigurationError` where a number is too small."""
-    if value < least:
-        raise ConfigurationError(f"{name} must be at least {least}, got {value}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise a `ConfigurationError` unless a number is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} must be positive, got {value}")
 
 
 def one_of(known: Iterable[Name], what: str, word: str) -> Name:
@@ -38,38 +25,32 @@ def one_of(known: Iterable[Name], what: str, word: str) -> Name:
         >>> one_of(("exact", "adjoint"), "method", "exact")
         'exact'
     """
-    names = list(known)
-    for name in names:
-        if name == word:
-            return name
-    raise ConfigurationError(
-        f"{what} must be one of {', '.join(names)}, got {word!r}.{meant(word, names)}"
-    )
+    names = tuple(known)
+    expect(Literal[names], **{what: word})  # pyright: ignore
+    return names[names.index(word)]
 
 
 def one_or_many(seed: int, seeds: int | None) -> None:
     """Raise a `ConfigurationError` where both a seed and a number of seeds are given."""
-    if seeds is None:
-        return
-    at_least(1, "seeds", seeds)
-    if seed != 0:
-        raise ConfigurationError(
+    if seeds is not None:
+        require(
+            seed == 0,
             f"seeds={seeds} runs seeds 0 to {seeds - 1}, and seed={seed} is for a single run: give "
-            f"one, not both (a search has a single seed)"
+            f"one, not both (a search has a single seed)",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Checked):
     """The settings of a run: what is drawn, how far it goes and where it is computed."""
 
     scale: ScaleName = "small"
     """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws whatever is drawn."""
 
-    checkpoint_every: int = 5
+    checkpoint_every: Count = 5
     """Outer steps between two checkpoints."""
 
     device: DeviceName = "auto"
@@ -78,15 +59,8 @@ class Experiment:
     dtype: DtypeName = "float32"
     """Floating-point type."""
 
-    threads: int = 2
+    threads: Count = 2
     """CPU threads."""
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "threads"):
-            at_least(1, name, getattr(self, name))
-        at_least(0, "seed", self.seed)
-        for name, known in (("scale", ScaleName), ("device", DeviceName), ("dtype", DtypeName)):
-            one_of(get_args(known), name, getattr(self, name))
 
     @property
     def decays_from(self) -> float | None:
@@ -104,10 +78,10 @@ class Training(Experiment, ABC):
     estimator: Estimator
     """Of the gradient; the method presets which, and these are its knobs."""
 
-    minutes: float | None = None
+    minutes: Positive | None = None
     """End training after so long, instead of after so many steps; validation included."""
 
-    outer_lr: float = 1e-3
+    outer_lr: Positive = 1e-3
     """Adam's step size."""
 
     decay: bool = True
@@ -115,15 +89,12 @@ class Training(Experiment, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("outer_lr", self.outer_lr)
-        if self.minutes is not None:
-            positive("minutes", self.minutes)
-        if type(self.estimator) is not self.kind:
-            raise ConfigurationError(
-                f"method {self.method!r} has the estimator {self.kind.__name__}, got "
-                f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
-                f"{self.method!r}) has the right one"
-            )
+        require(
+            type(self.estimator) is self.kind,
+            f"method {self.method!r} has the estimator {self.kind.__name__}, got "
+            f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
+            f"{self.method!r}) has the right one",
+        )
 
     @classmethod
     @abstractmethod

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import RunError
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.experiment import Experiment, ScaleName, at_least
+from equigrad.experiments.runs.experiment import Experiment, ScaleName
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.run_folders import IN_TABLE
+from equigrad.fields import Checked, Count, require
 from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
 
@@ -32,7 +33,7 @@ SAVE_EVERY = 1.0
 """Seconds between two writes of the table."""
 
 
-class Reproduction(ABC):
+class Reproduction(Checked, ABC):
     """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
 
     Attributes:
@@ -76,14 +77,11 @@ class ByExperiments(Reproduction):
     scale: ScaleName = "small"
     """Presets the hyperparameters; `paper` takes those of the paper."""
 
-    threads: int = 2
+    threads: Count = 2
     """CPU threads."""
 
     device: DeviceName = "auto"
     """Where to compute; `auto` takes CUDA where there is any."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "threads", self.threads)
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By scale, the settings that are not the defaults."""
@@ -151,12 +149,6 @@ def over_seeds(seeds: int, spread: str = "standard error") -> str:
     return "seed 0" if seeds == 1 else f"mean ± {spread} over {seeds} seeds"
 
 
-def differ(name: str, values: Sequence[Any]) -> None:
-    """Raise a `ConfigurationError` unless there are values, none twice."""
-    if not values or len(set(values)) < len(values):
-        raise ConfigurationError(f"{name} must hold different values, got {values}")
-
-
 def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console) -> list[Any]:
     """Measure, print and save `NAME.{csv,md,png}`; rows that are there are kept."""
     directory = RunDirectory(out, figure, resume=resume)
@@ -205,6 +197,14 @@ def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
     """
     first, last = round(lowest * per_decade), round(highest * per_decade)
     return [10 ** (k / per_decade) for k in range(first, last + 1)]
+
+
+def check_grid(smallest: int, largest: int) -> None:
+    """Raise a `ConfigurationError` unless a grid's exponents are in order."""
+    require(
+        smallest < largest,
+        f"smallest_exponent must be below largest_exponent, got {smallest} and {largest}",
+    )
 
 
 def as_csv(rows: Sequence[Any]) -> str:

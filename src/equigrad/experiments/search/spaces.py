@@ -10,6 +10,7 @@ from typing import Any
 
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.config_file import read_object
+from equigrad.fields import Checked, Positive, require
 
 Point = dict[str, Any]
 """Values by dotted path of the option."""
@@ -22,8 +23,7 @@ class Choice:
     values: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        if not self.values:
-            raise ConfigurationError("a list of values to choose from is empty")
+        require(bool(self.values), "a list of values to choose from is empty")
 
     def draw(self, generator: random.Random) -> Any:
         """Each is as likely."""
@@ -31,17 +31,17 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class LogUniform:
+class LogUniform(Checked):
     """A number between two, whose logarithm is uniform."""
 
-    low: float
-    high: float
+    low: Positive
+    high: Positive
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high < math.inf:
-            raise ConfigurationError(
-                f"log_uniform needs 0 < low < high, got [{self.low}, {self.high}]"
-            )
+        super().__post_init__()
+        require(
+            self.low < self.high, f"log_uniform needs low < high, got [{self.low}, {self.high}]"
+        )
 
     def draw(self, generator: random.Random) -> float:
         """A number between the two."""

@@ -7,16 +7,16 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from equigrad.errors import ConfigurationError
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.search.spaces import SPACES, Point, Space, read_space
 from equigrad.experiments.strengths.strength_learning import StrengthLearning
+from equigrad.fields import Checked, Count, NotNegative, Rule, require
 
 TUNING_SEED = 100
 """Tables report seeds 0, 1 …: what is chosen on a split is not judged on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(Checked):
     """Search an experiment's hyperparameters with Ray Tune, by validation accuracy.
 
     The spaces are those of the paper's Tables S1 to S4. Trials run side by side, and those that lag
@@ -27,43 +27,33 @@ class Search:
     experiment: Annotated[StrengthLearning, tyro.conf.arg(name="")]
     """What every trial runs, but for the hyperparameters that are searched."""
 
-    trials: int | Literal["grid"] | None = None
+    trials: Count | Literal["grid"] | None = None
     """Random points to try, each once, or the whole `grid`; None as the paper's table says."""
 
     space: Path | None = None
     """A file of what to vary instead: by option, a list or `{"log_uniform": [low, high]}`."""
 
-    grace_period: int = 10
+    grace_period: Count = 10
     """Outer steps that every trial may take before it can be stopped."""
 
-    reduction_factor: float = 4.0
+    reduction_factor: Annotated[float, Rule("above 1", lambda factor: factor > 1)] = 4.0
     """One trial in so many goes on after the grace period, and again after each multiple."""
 
-    parallel: int | None = None
+    parallel: Count | None = None
     """Trials at once; None for as many as there are CPUs for their threads."""
 
-    gpus: float | None = None
+    gpus: NotNegative | None = None
     """GPUs of a trial, 0.5 for two on each; None for one where the device is CUDA."""
 
     address: str | None = None
     """HOST:PORT of a running Ray cluster, or `auto`; None starts Ray here and ends it."""
 
     def __post_init__(self) -> None:
-        if self.trials != "grid" and self.trials is not None:
-            at_least(1, "trials", self.trials)
-        at_least(1, "grace_period", self.grace_period)
-        if self.parallel is not None:
-            at_least(1, "parallel", self.parallel)
-        if not self.reduction_factor > 1:
-            raise ConfigurationError(
-                f"reduction_factor must be more than 1, got {self.reduction_factor}"
-            )
-        if self.gpus is not None and not 0 <= self.gpus < float("inf"):
-            raise ConfigurationError(f"gpus must be at least 0, got {self.gpus}")
-        if self.experiment.seeds is not None:
-            raise ConfigurationError(
-                f"every trial runs one seed, given by seed; got seeds={self.experiment.seeds}"
-            )
+        super().__post_init__()
+        require(
+            self.experiment.seeds is None,
+            f"every trial runs one seed, given by seed; got seeds={self.experiment.seeds}",
+        )
 
     def what(self) -> "Search":
         """The search without the options that say where it runs, which may change on resume."""

@@ -1,18 +1,16 @@
 """The equilibrium experiment: image classification by networks that settle."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.experiments.data.images import split
-from equigrad.experiments.runs.experiment import ScaleName, at_least, one_of
+from equigrad.experiments.runs.experiment import ScaleName, one_of
 from equigrad.experiments.runs.formats import as_rich, words
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.runs.run_directory import RunDirectory
@@ -23,6 +21,7 @@ from equigrad.experiments.settling.image_networks import (
     TrainingMethod,
 )
 from equigrad.experiments.settling.network_training import NetworkTrainer, NetworkTraining
+from equigrad.fields import SOME, Count, CountFrom0, NotNegative
 from equigrad.training import OuterState, pick_device, pick_dtype
 from equigrad.training.relaxation import classify
 from equigrad.training.split import Split
@@ -50,33 +49,26 @@ class Equilibrium(NetworkTraining):
     scale: ScaleName = "small"
     """`smoke` presets a few steps on few images, to see that all works; `paper` many epochs."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the network's start, the images held out and the order of the others."""
 
-    hidden: tuple[int, ...]
+    hidden: Annotated[tuple[Count, ...], SOME]
     """Widths of the hidden layers, or their numbers of channels."""
 
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Adam's weight decay, decoupled from the gradient."""
 
-    samples: int | None = None
+    samples: Count | None = None
     """Images for training and validation together; None for all there are."""
 
-    held_out: int
+    held_out: Count
     """Of them, for validation."""
 
-    test_images: int | None = None
+    test_images: Count | None = None
     """The first so many images of the test; None for all there are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "held_out", self.held_out)
-        if not self.hidden or min(self.hidden) < 1:
-            raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigurationError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if self.test_images is not None:
-            at_least(1, "test_images", self.test_images)
         with torch.device("meta"):  # which computes nothing: whether such widths make a network
             self.architecture().build()
 
@@ -119,7 +111,7 @@ class Equilibrium(NetworkTraining):
     @property
     def recipe(self) -> TrainingMethod:
         """How the method trains the network."""
-        known = IMAGE_NETWORKS[one_of(IMAGE_NETWORKS, "setting", self.setting)].methods
+        known = IMAGE_NETWORKS[self.setting].methods
         return known[one_of(known, f"the method of setting {self.setting!r}", self.method)]
 
     @property

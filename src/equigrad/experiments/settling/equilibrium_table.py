@@ -3,22 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import as_table
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import spread
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, differ, over_seeds
+from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.equilibrium import (
     Equilibrium,
     ImageTrainer,
 )
 from equigrad.experiments.settling.image_networks import IMAGE_NETWORKS, MethodName, SettingName
+from equigrad.fields import DIFFERENT, Count, Positive, require
 
 
 @dataclass(frozen=True)
@@ -48,31 +47,24 @@ class EquilibriumTable(ByRuns):
     row: ClassVar[type] = NetworkResult
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 5}}
 
-    only: tuple[SettingName, ...] = tuple(IMAGE_NETWORKS)
+    only: Annotated[tuple[SettingName, ...], DIFFERENT] = tuple(IMAGE_NETWORKS)
     """Which networks."""
 
     methods: tuple[MethodName, ...] = ()
     """Which methods, where a network knows them; none means all."""
 
-    seeds: int = 1
+    seeds: Count = 1
     """Seeds 0, 1 … N-1 draw starts, images held out, and orders."""
 
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the training images; by default those of the scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "seeds", self.seeds)
-        differ("only", self.only)
-        known = {method for setting in IMAGE_NETWORKS.values() for method in setting.methods}
-        if unknown := set(self.methods) - known:
-            raise ConfigurationError(
-                f"methods must be of {', '.join(sorted(known))}, got {sorted(unknown)[0]!r}"
-            )
-        if not self.cells():
-            raise ConfigurationError(
-                f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}"
-            )
+        require(
+            bool(self.cells()),
+            f"none of the methods {', '.join(self.methods)} serves {', '.join(self.only)}",
+        )
         self.experiment(*self.cells()[0])
 
     def cells(self) -> list[Cell]:

@@ -8,8 +8,9 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from equigrad.experiments.runs.experiment import Training, at_least, positive
+from equigrad.experiments.runs.experiment import Training
 from equigrad.experiments.runs.training import Trainer
+from equigrad.fields import Count, Positive
 from equigrad.solvers import Solver
 from equigrad.training import Callback, OuterState
 from equigrad.training.relaxation import SettlingNetwork, train_network
@@ -28,27 +29,20 @@ class NetworkTraining(Training):
     solver: Solver
     """How neurons settle, in training and, whatever the method, in validation and test."""
 
-    epochs: float
+    epochs: Positive
     """Passes over the examples of training."""
 
-    minutes: float | None = None
+    minutes: Positive | None = None
     """End training after so long, instead of after so many epochs; validation included."""
 
-    batch: int
+    batch: Count
     """Examples of a mini-batch."""
 
-    clip: float | None = None
+    clip: Positive | None = None
     """Scale gradients down to this norm where theirs is larger."""
 
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between two checkpoints."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, "batch", self.batch)
-        positive("epochs", self.epochs)
-        if self.clip is not None:
-            positive("clip", self.clip)
 
 
 Config = TypeVar("Config", bound=NetworkTraining)

@@ -11,15 +11,15 @@ from rich.console import Console
 from torch import Tensor
 
 from equigrad.controllers import DynamicInversion
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Adjoint, Estimator, LeastControl
 from equigrad.experiments.data.picture import Picture, places, psnr, read_picture
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.experiment import ScaleName, at_least, one_of, positive
+from equigrad.experiments.runs.experiment import ScaleName, one_of
 from equigrad.experiments.runs.formats import as_rich, words
 from equigrad.experiments.runs.model import restored, save_model, saved_model
 from equigrad.experiments.runs.run_directory import RunDirectory, describe
 from equigrad.experiments.settling.network_training import NetworkTrainer, NetworkTraining
+from equigrad.fields import Count, CountFrom0, Positive, require
 from equigrad.nn import EquilibriumRNN, FourierFeatures
 from equigrad.nn.batches import summed_squares
 from equigrad.solvers import Anderson, Solver
@@ -73,59 +73,56 @@ class Representation(NetworkTraining):
     scale: ScaleName = "small"
     """`smoke` presets a few steps on few pixels, to see that all works; `paper` a large picture."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the network's start, its Fourier features and the order of the pixels."""
 
     image: Path | None = None
     """The middle square of a picture of your own; of a photograph of scikit-learn's by default."""
 
-    side: int = 128
+    side: Count = 128
     """Height and width that it is made to have, in pixels."""
 
-    stride: int = 2
+    stride: Count = 2
     """From pixel to pixel of the grid that is learned from; 1 learns all, and tests nothing."""
 
-    held_out: int = 1000
+    held_out: Count = 1000
     """Of the other pixels, for validation; the rest is for the test."""
 
-    features: int = 128
+    features: Count = 128
     """Frequencies of the Fourier features of a place; a sine and a cosine of each."""
 
-    frequency: float = 6.0
+    frequency: Positive = 6.0
     """Their standard deviation, in cycles over the picture."""
 
-    hidden: int = 128
+    hidden: Count = 128
     """Neurons."""
 
     solver: Solver = REST
     """How neurons settle, in training and, whatever the method, in validation and test."""
 
-    epochs: float = 40
+    epochs: Positive = 40
     """Passes over the pixels that are learned from."""
 
-    batch: int = 256
+    batch: Count = 256
     """Pixels of a mini-batch."""
 
-    outer_lr: float = 5e-3
+    outer_lr: Positive = 5e-3
     """Adam's step size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("side", "stride", "features", "hidden", "held_out"):
-            at_least(1, name, getattr(self, name))
-        positive("frequency", self.frequency)
         learned = len(range(0, self.side, self.stride)) ** 2
-        if self.batch > learned:
-            raise ConfigurationError(
-                f"batch must be at most the number of pixels that are learned from, {learned}, got "
-                f"{self.batch}; lower it, or the stride"
-            )
+        require(
+            self.batch <= learned,
+            f"batch must be at most the number of pixels that are learned from, {learned}, got "
+            f"{self.batch}; lower it, or the stride",
+        )
         between = self.side**2 - learned
-        if self.stride > 1 and self.held_out >= between:
-            raise ConfigurationError(
-                f"held_out must leave some of the {between} pixels that are not learned from for "
-                f"the test, got {self.held_out}; lower it, or take a larger side"
-            )
+        require(
+            self.stride == 1 or self.held_out < between,
+            f"held_out must leave some of the {between} pixels that are not learned from for "
+            f"the test, got {self.held_out}; lower it, or take a larger side",
+        )
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
@@ -158,7 +155,7 @@ class Representation(NetworkTraining):
     @property
     def kind(self) -> type[Estimator]:
         """The method's estimator."""
-        return type(PICTURE_METHODS[one_of(PICTURE_METHODS, "method", self.method)][1])
+        return type(PICTURE_METHODS[self.method][1])
 
     @property
     def label(self) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.strengths.strength_learning import LearningAlike
+from equigrad.fields import Count, Positive
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
@@ -31,10 +31,10 @@ class Digits(LearningAlike):
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
 
-    outer_lr: float = 0.01
+    outer_lr: Positive = 0.01
     """Adam's step size."""
 
-    hidden: tuple[int, ...] = (64, 64, 64)
+    hidden: tuple[Count, ...] = (64, 64, 64)
     """Widths of the hidden layers."""
 
     solver: GradientDescent = DIGITS_SOLVER
@@ -42,11 +42,6 @@ class Digits(LearningAlike):
 
     contrastive: Contrastive = PAPERS_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(width < 1 for width in self.hidden):
-            raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:

@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.errors import SettlingError
 from equigrad.experiments.runs.error_curves import as_table, finish, shades
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import mean_and_error, spread
 from equigrad.experiments.runs.methods import EstimatorName
-from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ, over_seeds
+from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.table1 import METHOD_LABELS
+from equigrad.fields import DIFFERENT, Count, Counts, Positive, Positives
 
 PanelName = Literal["A", "B"]
 NO_NUDGE = 0.0
@@ -75,46 +75,35 @@ class Fig3(ByExperiments):
         },
     }
 
-    only: tuple[PanelName, ...] = ("A", "B")
+    only: Annotated[tuple[PanelName, ...], DIFFERENT] = ("A", "B")
     """Which panels."""
 
-    seeds: int = 2
+    seeds: Count = 2
     """Seeds 0, 1 … N-1 draw splits and starts in A."""
 
-    cifar_seeds: int = 1
+    cifar_seeds: Count = 1
     """And in B."""
 
-    steps: tuple[int, ...] = (50, 150, 500, 1500)
+    steps: Counts = (50, 150, 500, 1500)
     """Steps of the first phase in A."""
 
-    outer_steps: int = 30
+    outer_steps: Count = 30
     """Steps of Adam on the strengths in A."""
 
-    outer_lr: float = 0.01
+    outer_lr: Positive = 0.01
     """Their size in A, for both methods."""
 
-    cifar_steps: tuple[int, ...] = (50, 150, 450)
+    cifar_steps: Counts = (50, 150, 450)
     """Steps of the first phase in B."""
 
-    betas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    betas: Positives = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Nudging strengths in B."""
 
-    cifar_outer_steps: int = 15
+    cifar_outer_steps: Count = 15
     """Steps of Adam on the strengths in B."""
 
-    cifar_outer_lr: float = 0.01
+    cifar_outer_lr: Positive = 0.01
     """Their size in B."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("seeds", "cifar_seeds", "outer_steps", "cifar_outer_steps"):
-            at_least(1, name, getattr(self, name))
-        for name in ("only", "steps", "cifar_steps", "betas"):
-            differ(name, getattr(self, name))
-        if min(*self.steps, *self.cifar_steps) < 1:
-            raise ConfigurationError("steps and cifar_steps must be at least 1")
-        if not min(self.betas) > 0:
-            raise ConfigurationError(f"betas must be positive, got {self.betas}")
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a figure that was stopped has some of everything."""

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.data.image_folder import read_classes
 from equigrad.experiments.data.images import Pixels
 from equigrad.experiments.runs.model import Architecture
 from equigrad.experiments.strengths.own_data import OwnData
+from equigrad.fields import Count, at_least
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split, divide
 from equigrad.training.targets import Classes
@@ -32,7 +32,7 @@ class Folder(OwnData):
     images: Path
     """The folder."""
 
-    size: int = 32
+    size: Annotated[int, at_least(16)] = 32
     """Height and width that images are made to have, 16 at least."""
 
     gray: bool = False
@@ -41,28 +41,21 @@ class Folder(OwnData):
     skip_broken: bool = False
     """Leave out files that cannot be read; by default they are named, and nothing runs."""
 
-    outer_steps: int = 30
+    outer_steps: Count = 30
     """Steps of Adam on the strengths."""
 
     solver: GradientDescent = FOLDER_SOLVER
     """How the network learns: the free phase, from the same start each time."""
 
-    nudged_steps: int = 50
+    nudged_steps: Count = 50
     """Steps of each nudged phase."""
 
-    batch: int | None = 100
+    batch: Count | None = 100
     """Images of a mini-batch at most; None for all at once."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size < 16:
-            raise ConfigurationError(f"size must be at least 16, got {self.size}")
-
     @classmethod
-    def _asked_for(cls) -> dict[str, Any]:
-        import tyro  # the command line's; whoever calls from Python says which folder
-
-        return {"images": tyro.MISSING}
+    def _asked_for(cls) -> tuple[str, ...]:
+        return ("images",)
 
     @property
     def name(self) -> str:

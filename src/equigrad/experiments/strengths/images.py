@@ -11,17 +11,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch.nn import Flatten, Module, Sequential
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import T1T2, Contrastive
 from equigrad.experiments.data import cifar10, mnist
 from equigrad.experiments.data.images import Images, split
-from equigrad.experiments.runs.experiment import at_least, positive
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.strengths.strength_learning import (
     EstimatorName,
     Published,
     StrengthLearning,
 )
+from equigrad.fields import Checked, Count, Positive, require
 from equigrad.nn import ReferenceStatistics, lenet5, tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
@@ -34,7 +33,7 @@ def nesterov(lr: float, steps: int) -> GradientDescent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByContrast:
+class ByContrast(Checked):
     """How the contrastive rule learns strengths."""
 
     rule: Contrastive
@@ -43,15 +42,11 @@ class ByContrast:
     solver: GradientDescent
     """How the network learns: the free phase, from the same start each time."""
 
-    nudged_steps: int
+    nudged_steps: Count
     """Steps of each nudged phase."""
 
-    outer_lr: float
+    outer_lr: Positive
     """Adam's step size on the strengths."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "nudged_steps", self.nudged_steps)
-        positive("outer_lr", self.outer_lr)
 
     def recipe(self) -> Recipe:
         """The rule with its nudged solver."""
@@ -60,17 +55,14 @@ class ByContrast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByT1T2:
+class ByT1T2(Checked):
     """How T1–T2 learns strengths."""
 
     solver: GradientDescent
     """How the network learns, from the same start each time."""
 
-    outer_lr: float
+    outer_lr: Positive
     """Adam's step size on the strengths."""
-
-    def __post_init__(self) -> None:
-        positive("outer_lr", self.outer_lr)
 
     def recipe(self) -> Recipe:
         """T1–T2 with its solver."""
@@ -204,16 +196,16 @@ class OnImages(StrengthLearning):
     setting: str
     """The line of Table 1 that presets what follows."""
 
-    samples: int
+    samples: Count
     """Images for training and validation together, drawn from the training images."""
 
-    training: int
+    training: Count
     """How many of them the network learns from; the others are the validation set."""
 
-    batch: int | None
+    batch: Count | None
     """Images of a training mini-batch; None for all at once."""
 
-    validation_batch: int | None
+    validation_batch: Count | None
     """Images of a validation mini-batch, one a step of a nudged phase; None for all at once."""
 
     contrastive: ByContrast
@@ -221,12 +213,6 @@ class OnImages(StrengthLearning):
 
     t1t2: ByT1T2
     """How T1–T2 learns strengths."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("batch", "validation_batch"):
-            if (size := getattr(self, name)) is not None:
-                at_least(1, name, size)
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
@@ -335,7 +321,7 @@ class Mnist(OnImages):
     setting: Literal["mnist-10", "mnist-1", "mnist-30000"]
     """The line of Table 1 that presets what follows, by its number of training images."""
 
-    hidden: tuple[int, ...] = (256,) * 5
+    hidden: tuple[Count, ...] = (256,) * 5
     """Widths of the hidden layers."""
 
     def images(self) -> tuple[Images, Images]:
@@ -367,11 +353,11 @@ class Cifar10(OnImages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.constant_statistics and self.batch is not None:
-            raise ConfigurationError(
-                f"constant_statistics would hold those of mini-batches fixed where the network "
-                f"learns, too; leave out batch={self.batch}"
-            )
+        require(
+            not self.constant_statistics or self.batch is None,
+            f"constant_statistics would hold those of mini-batches fixed where the network "
+            f"learns, too; leave out batch={self.batch}",
+        )
 
     def images(self) -> tuple[Images, Images]:
         """Training images, of as many batches as there are, and test images."""

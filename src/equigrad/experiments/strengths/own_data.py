@@ -6,12 +6,11 @@ from typing import Any, Literal, Self
 
 from torch.nn import Module
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import Contrastive
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.strengths.strength_learning import LearningAlike
+from equigrad.fields import Count, NotNegative, Positive, Share
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
@@ -26,25 +25,25 @@ class OwnData(LearningAlike):
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
 
-    test_share: float = 0.2
+    test_share: Share = 0.2
     """Share of the rows that is held back and used for the test column alone."""
 
-    training_share: float = 0.5
+    training_share: Share = 0.5
     """Share of the others that is the training set; the rest is the validation set."""
 
-    samples: int | None = None
+    samples: Count | None = None
     """Rows for training and validation together; all that are not for testing by default."""
 
-    batch: int | None = 1000
+    batch: Count | None = 1000
     """Rows of a mini-batch at most; None for all at once."""
 
-    initial_strength: float | None = None
+    initial_strength: NotNegative | None = None
     """Where every strength starts; None for the best single one. They are clamped at zero."""
 
-    outer_steps: int = 50
+    outer_steps: Count = 50
     """Steps of Adam on the strengths."""
 
-    outer_lr: float = 0.001
+    outer_lr: Positive = 0.001
     """Adam's step size."""
 
     solver: GradientDescent = OWN_DATA_SOLVER
@@ -53,21 +52,13 @@ class OwnData(LearningAlike):
     contrastive: Contrastive = PAPERS_RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("test_share", "training_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigurationError(
-                    f"{name} must be between 0 and 1, got {getattr(self, name)}"
-                )
-        for name in ("samples", "batch"):
-            if (size := getattr(self, name)) is not None:
-                at_least(1, name, size)
-
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
         """The defaults of a scale; what has none is for the command line to ask for."""
-        defaults = cls(**cls._asked_for())
+        import tyro  # the command line's
+
+        missing: dict[str, Any] = dict.fromkeys(cls._asked_for(), tyro.MISSING)
+        defaults = cls(**missing)
         if chosen.get("scale") != "smoke":
             return defaults
         return replace(
@@ -80,8 +71,13 @@ class OwnData(LearningAlike):
 
     @classmethod
     @abstractmethod
-    def _asked_for(cls) -> dict[str, Any]:
-        """What stands for the options that have no default."""
+    def _asked_for(cls) -> tuple[str, ...]:
+        """The options that have no default: whoever calls from Python says them."""
+
+    def _awaited(self, value: object) -> bool:
+        import tyro  # the command line's
+
+        return value is tyro.MISSING
 
     @abstractmethod
     def architecture(self, split: Split) -> Architecture:

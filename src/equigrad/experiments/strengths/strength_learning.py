@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import Module
 
-from equigrad.errors import ConfigurationError
 from equigrad.estimators import (
     T1T2,
     Contrastive,
     Estimator,
 )
 from equigrad.experiments.runs import figures
-from equigrad.experiments.runs.experiment import Experiment, at_least, one_of, one_or_many, positive
+from equigrad.experiments.runs.experiment import Experiment, one_of, one_or_many
 from equigrad.experiments.runs.formats import as_rich, spread, with_error
 from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
 from equigrad.experiments.runs.model import Model
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
+from equigrad.fields import Count, CountFrom0, NotNegative, Positive, require
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import (
@@ -65,10 +65,10 @@ class Published:
 class StrengthLearning(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the split and the network's start."""
 
-    seeds: int | None = None
+    seeds: Count | None = None
     """Run seeds 0, 1 … N-1 instead and print mean ± standard error."""
 
     estimator: EstimatorName = "contrastive"
@@ -80,25 +80,20 @@ class StrengthLearning(Experiment, ABC):
     compare: bool = True
     """Run the other rows of the table too."""
 
-    outer_steps: int = 100
+    outer_steps: Count = 100
     """Steps of Adam on the strengths."""
 
-    initial_strength: float | None = 1e-3
+    initial_strength: NotNegative | None = 1e-3
     """Where every strength starts; None for the best single one. They are clamped at zero."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, "outer_steps", self.outer_steps)
         one_or_many(self.seed, self.seeds)
-        if self.other is not None and type(self.other) is not OTHERS.get(self.estimator):
-            raise ConfigurationError(
-                f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
-                f"{self.estimator!r}, which learns the strengths"
-            )
-        if self.initial_strength is not None and not self.initial_strength >= 0:
-            raise ConfigurationError(
-                f"initial_strength must be at least 0, got {self.initial_strength}"
-            )
+        require(
+            self.other is None or type(self.other) is OTHERS.get(self.estimator),
+            f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
+            f"{self.estimator!r}, which learns the strengths",
+        )
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
@@ -154,7 +149,7 @@ class StrengthLearning(Experiment, ABC):
 class LearningAlike(StrengthLearning):
     """Strengths learned by any estimator in the same way, whatever the data."""
 
-    outer_lr: float
+    outer_lr: Positive
     """Adam's step size."""
 
     solver: GradientDescent
@@ -163,16 +158,11 @@ class LearningAlike(StrengthLearning):
     contrastive: Contrastive
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    nudged_steps: int = 100
+    nudged_steps: Count = 100
     """Steps of each nudged phase."""
 
-    threads: int = 1
+    threads: Count = 1
     """CPU threads."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, "nudged_steps", self.nudged_steps)
-        positive("outer_lr", self.outer_lr)
 
     def recipe(self, name: EstimatorName) -> Recipe:
         """All estimators learn in the same way."""

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from matplotlib.figure import Figure
 
 from equigrad.experiments.runs.error_curves import as_table
-from equigrad.experiments.runs.experiment import at_least
 from equigrad.experiments.runs.formats import spread, with_error
 from equigrad.experiments.runs.methods import EstimatorName
-from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ, over_seeds
+from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
+from equigrad.fields import DIFFERENT, Count
 
 SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
 METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
@@ -43,16 +43,11 @@ class Table1(ByExperiments):
     name: ClassVar[str] = "table1"
     row: ClassVar[type] = Accuracies
 
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds 0, 1 … N-1 draw splits and starts."""
 
-    only: tuple[SettingName, ...] = ("mnist-30000", "mnist-1", "mnist-10", "cifar-50")
+    only: Annotated[tuple[SettingName, ...], DIFFERENT] = get_args(SettingName)
     """Which lines of the table."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, "seeds", self.seeds)
-        differ("only", self.only)
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from equigrad.experiments.tables.encoding import (
     refuse_missing,
 )
 from equigrad.experiments.tables.tables import Decimal, Table
+from equigrad.fields import Count
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.split import Split, divide
 from equigrad.training.targets import Classes, Numbers, Target
@@ -63,19 +63,12 @@ class Tabular(OwnData):
     decimal: Decimal = "."
     """The decimal mark."""
 
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden tanh layers."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(width < 1 for width in self.hidden):
-            raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
-
     @classmethod
-    def _asked_for(cls) -> dict[str, Any]:
-        import tyro  # the command line's; whoever calls from Python says which table
-
-        return {"csv": tyro.MISSING, "target": tyro.MISSING}
+    def _asked_for(cls) -> tuple[str, ...]:
+        return "csv", "target"
 
     @property
     def name(self) -> str:

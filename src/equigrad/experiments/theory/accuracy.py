@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from equigrad.errors import ConfigurationError, DoubleBackwardError, EquigradError
+from equigrad.errors import DoubleBackwardError, EquigradError
 from equigrad.estimators import (
     T1T2,
     ConjugateGradient,
@@ -29,8 +29,10 @@ from equigrad.estimators.linearisation import Linearisation
 from equigrad.estimators.neumann_series import largest_curvature
 from equigrad.evaluation import Evaluation
 from equigrad.experiments.runs.error_curves import as_table, finish, shades
+from equigrad.experiments.runs.experiment import one_of
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction
+from equigrad.fields import SOME, Count, Share
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.solvers import LBFGS, GradientDescent, Solver
 from equigrad.testing import Case
@@ -97,25 +99,22 @@ class Accuracy(Reproduction):
     name: ClassVar[str] = "accuracy"
     row: ClassVar[type] = AccuracyRow
 
-    problems: tuple[str, ...] = tuple(ZOO)
+    problems: Annotated[tuple[str, ...], SOME] = tuple(ZOO)
     """Names in the zoo."""
 
-    rtols: tuple[float, ...] = RTOLS
+    rtols: Annotated[tuple[Share, ...], SOME] = RTOLS
     """Relative errors to ask for."""
 
-    repeats: int = 5
+    repeats: Count = 5
     """Runs of each, of which the fastest is kept; one where it takes seconds."""
 
     tuned: bool = True
     """Whether to compare at equal accuracy, too, which takes the longest."""
 
     def __post_init__(self) -> None:
-        if unknown := set(self.problems) - set(ZOO):
-            raise ConfigurationError(f"no problems {sorted(unknown)} in the zoo: {', '.join(ZOO)}")
-        if not self.problems or not self.rtols or not all(0 < r < 1 for r in self.rtols):
-            raise ConfigurationError("give at least one problem, and rtols in (0, 1)")
-        if self.repeats < 1:
-            raise ConfigurationError(f"repeats must be at least 1, got {self.repeats}")
+        super().__post_init__()
+        for problem in self.problems:
+            one_of(ZOO, "problems", problem)
 
     def cells(self) -> Sequence[Cell]:
         """Every method on every problem."""

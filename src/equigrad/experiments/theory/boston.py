@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Linear, Sequential, Tanh
 from torch.nn.functional import mse_loss
 
-from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.errors import SettlingError
 from equigrad.estimators import ExactSolve
 from equigrad.evaluation import Evaluation
 from equigrad.experiments.data import boston_housing as boston
@@ -26,7 +26,8 @@ from equigrad.experiments.runs.error_curves import (
     slope,
 )
 from equigrad.experiments.runs.methods import PAPERS_RULE
-from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
+from equigrad.experiments.runs.reproduction import Cell, Reproduction, check_grid, decades
+from equigrad.fields import Count, CountFrom0, Counts, Momentum, Positive, Positives, require
 from equigrad.gradient import meta_gradient
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
@@ -48,19 +49,19 @@ class Fig2(Reproduction):
     name: ClassVar[str] = "fig2"
     row: ClassVar[type] = ErrorPoint
 
-    seed: int = 0
+    seed: CountFrom0 = 0
     """Draws the split and the network's start."""
 
-    strength: float = 0.1
+    strength: Positive = 0.1
     """λ of every weight, such that the steps reach an equilibrium."""
 
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Step size of the free phase; that of a nudged one is divided by 1 + β."""
 
-    momentum: float = 0.9
+    momentum: Momentum = 0.9
     """Nesterov momentum, which a nudged phase takes over; 0 for plain gradient descent."""
 
-    steps: tuple[int, ...] = (200, 300, 400, 600, 800, 1000, 1200)
+    steps: Counts = (200, 300, 400, 600, 800, 1000, 1200)
     """Numbers of steps in each phase, A and B."""
 
     smallest_exponent: int = -4
@@ -69,10 +70,10 @@ class Fig2(Reproduction):
     largest_exponent: int = 1
     """It ends with ten to this power."""
 
-    per_decade: int = 4
+    per_decade: Count = 4
     """Values of β a decade in A."""
 
-    betas: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+    betas: Positives = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     """Nudging strengths in B and C."""
 
     total_steps: int = 1200
@@ -85,26 +86,13 @@ class Fig2(Reproduction):
     """The free phase's shares of them."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigurationError(f"seed must be at least 0, got {self.seed}")
-        for name, value in (("strength", self.strength), ("lr", self.lr)):
-            if not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be positive and finite, got {value}")
-        for name, values in (("steps", self.steps), ("betas", self.betas)):
-            if not values or len(set(values)) < len(values) or not min(values) > 0:
-                raise ConfigurationError(f"{name} must differ and be positive, got {values}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigurationError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.smallest_exponent >= self.largest_exponent or self.per_decade < 1:
-            raise ConfigurationError(
-                f"smallest_exponent must be below largest_exponent and per_decade at least 1, got "
-                f"{self.smallest_exponent}, {self.largest_exponent} and {self.per_decade}"
-            )
-        if not self.shares or not all(min(pair) > 0 for pair in self._divided()):
-            raise ConfigurationError(
-                f"shares must leave both phases at least one of total_steps={self.total_steps}, "
-                f"got {self.shares}"
-            )
+        super().__post_init__()
+        check_grid(self.smallest_exponent, self.largest_exponent)
+        require(
+            bool(self.shares) and all(min(pair) > 0 for pair in self._divided()),
+            f"shares must leave both phases at least one of total_steps={self.total_steps}, "
+            f"got {self.shares}",
+        )
 
     def cells(self) -> list[Cell]:
         """The grid of A, the curves of B, then the divisions of C."""

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import (
     AXES,
     Panel,
@@ -18,6 +17,7 @@ from equigrad.experiments.runs.error_curves import (
     log_slope,
 )
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
+from equigrad.fields import Positive, Positives, require
 from equigrad.theory import best_beta, best_bound, error_bound
 
 ERROR = AXES["free_error"][0]
@@ -65,15 +65,6 @@ def best_point(error: float) -> BestPoint:
     return BestPoint(error, best_beta(error, error), best_bound(error, error))
 
 
-def check_positive(**values: Sequence[float]) -> None:
-    """Raise a `ConfigurationError` unless each is a list of different positive numbers."""
-    for name, numbers in values.items():
-        if not numbers or len(set(numbers)) < len(numbers):
-            raise ConfigurationError(f"{name} must be different numbers, got {numbers}")
-        if not all(0 < number < math.inf for number in numbers):
-            raise ConfigurationError(f"{name} must be positive and finite, got {numbers}")
-
-
 def least_table(rows: Sequence[BoundPoint], corollary: Callable[[float], float]) -> str:
     """For every δ the least bound of its curve, where it is, and β* of Corollary 1."""
     body = []
@@ -101,14 +92,11 @@ class Fig1(Reproduction):
     name: ClassVar[str] = "fig1"
     row: ClassVar[type] = BoundPoint
 
-    errors: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    errors: Positives = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     """Distances δ = δ' of the curves against β."""
 
-    betas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    betas: Positives = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Nudging strengths of the curves against δ = δ'."""
-
-    def __post_init__(self) -> None:
-        check_positive(errors=self.errors, betas=self.betas)
 
     def cells(self) -> list[Cell]:
         """Both families of curves."""
@@ -150,19 +138,19 @@ class FigS1(Reproduction):
     name: ClassVar[str] = "figS1"
     row: ClassVar[type] = BoundPoint
 
-    nudged_error: float = 1e-2
+    nudged_error: Positive = 1e-2
     """Distance δ' of the nudged phase to its equilibrium."""
 
-    errors: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 0.5)
+    errors: Positives = (1e-4, 1e-3, 1e-2, 1e-1, 0.5)
     """Distances δ of the free phase."""
 
     def __post_init__(self) -> None:
-        check_positive(nudged_error=(self.nudged_error,), errors=self.errors)
-        if self.nudged_error + max(self.errors) >= 1:
-            raise ConfigurationError(
-                f"nudged_error and each of errors must add up to less than 1, where the bound has "
-                f"a minimum; got {self.nudged_error} and {self.errors}"
-            )
+        super().__post_init__()
+        require(
+            self.nudged_error + max(self.errors) < 1,
+            f"nudged_error and each of errors must add up to less than 1, where the bound has "
+            f"a minimum; got {self.nudged_error} and {self.errors}",
+        )
 
     def cells(self) -> list[Cell]:
         """A curve a δ."""
@@ -191,11 +179,8 @@ class FigS2(Reproduction):
     name: ClassVar[str] = "figS2"
     row: ClassVar[type] = BestPoint
 
-    betas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    betas: Positives = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Nudging strengths of the bounds that are drawn in grey."""
-
-    def __post_init__(self) -> None:
-        check_positive(betas=self.betas)
 
     def cells(self) -> list[Cell]:
         """Distances up to where no β is best."""

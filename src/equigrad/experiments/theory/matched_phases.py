@@ -4,16 +4,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.errors import SettlingError
 from equigrad.experiments.runs.error_curves import as_table, log_slope
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
+from equigrad.fields import Count, Counts, Positive, Rule
 from equigrad.gradient import meta_gradient
 from equigrad.testing import Quadratic
 
@@ -60,37 +61,23 @@ class MatchedPhases(Reproduction):
     name: ClassVar[str] = "matched-phases"
     row: ClassVar[type] = MatchedPoint
 
-    seeds: int = 5
+    seeds: Count = 5
     """Draws of the quadratic; errors are geometric means over them."""
 
-    strength: float = 0.1
+    strength: Positive = 0.1
     """λ."""
 
-    dim: int = 50
+    dim: Count = 50
     """N."""
 
-    steps: tuple[int, ...] = (2, 5, 10, 20, 30, 40, 60, 80, 120)
+    steps: Counts = (2, 5, 10, 20, 30, 40, 60, 80, 120)
     """Numbers of steps T."""
 
     start: Literal["center", "zero"] = "center"
     """Where the free phase starts: at θ, which the learner is pulled to, or at zero."""
 
-    smallest_exponent: int = -8
+    smallest_exponent: Annotated[int, Rule("of at most 0", lambda exponent: exponent <= 0)] = -8
     """The grid of β runs from ten to this power up to 10, ten values a decade."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1 or self.dim < 1 or not self.steps or min(self.steps) < 1:
-            raise ConfigurationError(
-                f"seeds, dim and every one of steps must be at least 1, got {self.seeds}, "
-                f"{self.dim}, {self.steps}"
-            )
-        if self.smallest_exponent > 0 or len(set(self.steps)) < len(self.steps):
-            raise ConfigurationError(
-                f"smallest_exponent must be at most 0 and steps must differ, got "
-                f"{self.smallest_exponent} and {self.steps}"
-            )
-        if not self.strength > 0:
-            raise ConfigurationError(f"strength must be positive, got {self.strength}")
 
     def cells(self) -> list[Cell]:
         """Every rule at every number of steps."""

@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from matplotlib.figure import Figure
 
-from equigrad.errors import ConfigurationError
 from equigrad.experiments.runs.error_curves import (
     AXES,
     EQUILIBRIUM,
@@ -24,7 +23,8 @@ from equigrad.experiments.runs.error_curves import (
     slope,
 )
 from equigrad.experiments.runs.methods import PAPERS_RULE
-from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
+from equigrad.experiments.runs.reproduction import Cell, Reproduction, check_grid, decades
+from equigrad.fields import DIFFERENT, Count, CountFrom2, Counts, Positive, Positives
 from equigrad.gradient import meta_gradient
 from equigrad.solvers import GradientDescent
 from equigrad.testing import Quadratic
@@ -40,32 +40,14 @@ class OnQuadratic(Reproduction):
 
     row: ClassVar[type] = ErrorPoint
 
-    draws: int = 10
+    draws: Count = 10
     """Draws of the quadratic; errors are geometric means over them."""
 
-    strength: float = 1.0
+    strength: Positive = 1.0
     """λ."""
 
-    dim: int = 50
+    dim: Count = 50
     """N."""
-
-    def __post_init__(self) -> None:
-        if self.draws < 1 or self.dim < 1:
-            raise ConfigurationError(
-                f"draws and dim must be at least 1, got {self.draws} and {self.dim}"
-            )
-        if not 0 < self.strength < math.inf:
-            raise ConfigurationError(f"strength must be positive, got {self.strength}")
-        for name in ("points", "steps", "betas"):
-            self._check(name, getattr(self, name, (2,)))
-
-    @staticmethod
-    def _check(name: str, values: tuple[float, ...]) -> None:
-        least = {"points": 2, "steps": 1}.get(name, 0)
-        if not values or len(set(values)) < len(values) or not min(values) >= least:
-            raise ConfigurationError(f"{name} must differ and be at least {least}, got {values}")
-        if name == "betas" and not all(0 < beta < math.inf for beta in values):
-            raise ConfigurationError(f"betas must be positive and finite, got {values}")
 
     def model(self) -> Quadratic:
         """The quadratic, with all draws side by side."""
@@ -108,10 +90,10 @@ class FigS3(OnQuadratic):
 
     name: ClassVar[str] = "figS3"
 
-    points: tuple[int, ...] = (2, 3, 4)
+    points: Annotated[tuple[CountFrom2, ...], DIFFERENT] = (2, 3, 4)
     """Numbers of points p."""
 
-    steps: tuple[int, ...] = (5, 10, 15, 20, 30)
+    steps: Counts = (5, 10, 15, 20, 30)
     """Numbers of steps in each phase."""
 
     smallest_exponent: int = -4
@@ -120,12 +102,12 @@ class FigS3(OnQuadratic):
     largest_exponent: int = 2
     """It ends with ten to this power."""
 
-    per_decade: int = 5
+    per_decade: Count = 5
     """Values of β a decade."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_grid(self.smallest_exponent, self.largest_exponent, self.per_decade)
+        check_grid(self.smallest_exponent, self.largest_exponent)
 
     def cells(self) -> list[Cell]:
         """Every β for every number of points and steps, at last for phases at equilibrium."""
@@ -190,13 +172,13 @@ class FigS4(OnQuadratic):
 
     name: ClassVar[str] = "figS4"
 
-    points: tuple[int, ...] = (2, 3, 4)
+    points: Annotated[tuple[CountFrom2, ...], DIFFERENT] = (2, 3, 4)
     """Numbers of points p."""
 
-    betas: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    betas: Positives = (1e-3, 1e-2, 0.1, 1.0, 10.0)
     """Nudging strengths."""
 
-    steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 27, 30, 35, 40)
+    steps: Counts = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 27, 30, 35, 40)
     """Numbers of steps in each phase."""
 
     def cells(self) -> list[Cell]:
@@ -240,10 +222,10 @@ class FigS5(OnQuadratic):
 
     name: ClassVar[str] = "figS5"
 
-    points: tuple[int, ...] = (2, 3, 4)
+    points: Annotated[tuple[CountFrom2, ...], DIFFERENT] = (2, 3, 4)
     """Numbers of points p."""
 
-    steps: tuple[int, ...] = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+    steps: Counts = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
     """Numbers of steps in each phase."""
 
     smallest_exponent: int = -5
@@ -252,7 +234,7 @@ class FigS5(OnQuadratic):
     largest_exponent: int = 1
     """It ends with ten to this power."""
 
-    per_decade: int = 8
+    per_decade: Count = 8
     """Values of β a decade."""
 
     fit_from: int = 12
@@ -260,7 +242,7 @@ class FigS5(OnQuadratic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_grid(self.smallest_exponent, self.largest_exponent, self.per_decade)
+        check_grid(self.smallest_exponent, self.largest_exponent)
 
     def cells(self) -> list[Cell]:
         """The whole grid."""
@@ -319,16 +301,11 @@ class FigS6(OnQuadratic):
 
     name: ClassVar[str] = "figS6"
 
-    total_steps: int = 30
+    total_steps: CountFrom2 = 30
     """Steps of both phases together."""
 
-    betas: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
+    betas: Positives = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
     """Nudging strengths."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.total_steps < 2:
-            raise ConfigurationError(f"total_steps must be at least 2, got {self.total_steps}")
 
     def cells(self) -> list[Cell]:
         """Every way to divide the steps, for every β."""
@@ -357,14 +334,6 @@ def initial_slope(settled: Sequence[ErrorPoint]) -> float:
     """Slope of log error against log β over the first decade of the grid."""
     first = [row for row in settled if row.beta < 10.01 * settled[0].beta]
     return log_slope([row.beta for row in first], [row.error for row in first])
-
-
-def _check_grid(smallest: int, largest: int, per_decade: int) -> None:
-    if smallest >= largest or per_decade < 1:
-        raise ConfigurationError(
-            f"smallest_exponent must be below largest_exponent and per_decade at least 1, got "
-            f"{smallest}, {largest} and {per_decade}"
-        )
 
 
 def _best(rows: Sequence[ErrorPoint], points: int, steps: float) -> ErrorPoint:
