@@ -3,12 +3,15 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from equigrad.errors import ConfigurationError
 from equigrad.estimators.estimator import Estimate, Estimator
 from equigrad.estimators.linearisation import Linearisation, flatten
 from equigrad.evaluation import Evaluation
-from equigrad.solvers import Solver
+from equigrad.problems import Params
+from equigrad.solvers import Solver, TorchOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,49 @@ class Implicit(Estimator):
             x, a flat vector.
         """
 
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Also refuse an optimiser whose weight decay moves what settles from the residual's zero.
+
+        Raises:
+            ConfigurationError: a `TorchOptimizer` adds weight decay to the gradient.
+        """
+        super().check(evaluation, solver)
+        decay, beside = solver.decay() if isinstance(solver, TorchOptimizer) else (0.0, False)
+        if not decay or not isinstance(solver, TorchOptimizer):
+            return
+        what = (
+            f"{solver.optimizer.__name__} has weight_decay={decay:g}, which is not in the inner "
+            f"loss: what settles is not where its gradient vanishes, and {type(self).__name__} "
+            f"differentiates that"
+        )
+        mend = (
+            f"Set weight_decay=0 and add {decay / 2:g} * sum(p.square().sum() for p in "
+            f"params.values()) to the inner loss"
+        )
+        if not beside:
+            raise ConfigurationError(f"{what}. {mend}, or use Contrastive()")
+        evaluation.notes.append(f"{what} (set weight_decay=0, and put the decay into the loss)")
+
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, solve the linear system, and take the mixed derivative along its solution."""
         free = evaluation.settle(solver)
         pressure, direct = evaluation.outer_gradients(free)
         linear = Linearisation(evaluation, free, type(self).__name__)
-        response = self.solve(linear, flatten(list(pressure.values())), evaluation.notes)
+        response = self.solve(linear, _widened(pressure, evaluation.notes), evaluation.notes)
         mixed = linear.mixed(response)
-        grads = {name: direct[name] - mixed[name] for name in direct}
+        grads = {name: direct[name] - mixed[name].to(direct[name].dtype) for name in direct}
         return Estimate(grads=grads, phases=(free,))
+
+
+def _widened(pressure: Params, notes: list[str]) -> Tensor:
+    """A flat vector in a precision that linear algebra has: float32 in place of 16 bits."""
+    vector = flatten(list(pressure.values()))
+    precision = torch.finfo(vector.dtype)
+    if precision.bits >= 32:
+        return vector
+    notes.append(
+        f"params are {vector.dtype}: products with ∂r/∂φ have a relative error of about "
+        f"{precision.eps:.1g}, which the solution multiplies by the condition number; settle in "
+        f"float32 for more precision"
+    )
+    return vector.float()

@@ -110,6 +110,9 @@ class Linearisation:
 
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """`∂(r · vector)/∂leaves`, averaged over batches."""
+        leading = next(iter(self._params.values())).dtype
+        if vector.dtype != leading and torch.finfo(leading).bits < 32:
+            return self._narrow_product(vector, leading, leaves)
         direction = unflatten(vector, list(self._params.values()))
         total: list[Tensor] = []
         steps = self._evaluation.batch_steps("inner")
@@ -129,6 +132,16 @@ class Linearisation:
                 else:
                     total = list(product)
         return [t / len(steps) for t in total] if len(steps) > 1 else total
+
+    def _narrow_product(
+        self, vector: Tensor, dtype: torch.dtype, leaves: list[Tensor]
+    ) -> list[Tensor]:
+        """The product where params have 16 bits and the vector more, scaled against overflow."""
+        largest = vector.abs().max()
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        return [
+            p.to(vector.dtype) * scale for p in self._product((vector / scale).to(dtype), leaves)
+        ]
 
     def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
         """The residual with its graph, batch after batch."""

@@ -137,6 +137,8 @@ class Problem(ABC):
             object.__setattr__(self, "modules", find_modules(*roots))
         else:
             object.__setattr__(self, "modules", tuple(self.modules))
+        for module in self.modules or ():
+            _refuse_renormed(module)
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
@@ -293,6 +295,20 @@ class Problem(ABC):
             )
 
 
+def _refuse_renormed(module: nn.Module) -> None:
+    """Raise a `ProblemError` where an embedding writes into the weights that it is handed."""
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.Embedding | nn.EmbeddingBag) or part.max_norm is None:
+            continue
+        if part.weight.requires_grad:
+            raise ProblemError(
+                f"{type(part).__name__} {name!r} has max_norm={part.max_norm:g}: it writes shorter "
+                f"rows into the weights that it is handed, so that what settles is not where a "
+                f"gradient vanishes. Set max_norm=None and add a penalty on long rows to the inner "
+                f"loss, or settle it as a FixedPoint whose map projects the rows"
+            )
+
+
 def check_scalar(name: str, loss: object) -> None:
     """Raise a `ProblemError` unless `loss` is a finite scalar tensor."""
     if not isinstance(loss, Tensor):
@@ -312,7 +328,14 @@ def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple
     """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative where numbers are complex."""
     seed = scalar(scale, loss)
     grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
-    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else grads
+    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else dense(grads)
+
+
+def dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same in ordinary tensors: embeddings with `sparse=True` have sparse gradients."""
+    if any(g.is_sparse for g in grads):
+        return tuple(g.to_dense() if g.is_sparse else g for g in grads)
+    return grads
 
 
 def pull_back(
