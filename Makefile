@@ -24,6 +24,7 @@ install: .venv/.installed
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 types: install
 	$(BIN)/pyright

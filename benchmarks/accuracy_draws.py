@@ -3,7 +3,7 @@
 import torch
 
 import equigrad as eg
-from equigrad.zoo import ZOO
+from equigrad.testing.zoo import ZOO
 
 SLOW = ("transformer", "deep-tanh", "lstm")
 

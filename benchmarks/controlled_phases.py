@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import equigrad as eg
-from equigrad.experiments.equilibrium import Equilibrium, Job
-from equigrad.experiments.model import load_model
+from equigrad.experiments.runs.model import load_model
+from equigrad.experiments.settling.equilibrium import Equilibrium, Job
 from equigrad.problems import Params
 
 SIZE, BATCHES = 100, 2

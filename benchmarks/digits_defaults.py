@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 import equigrad as eg
-from equigrad.experiments.digits import Digits
-from equigrad.experiments.strength_learning import Job
+from equigrad.experiments.strengths.digits import Digits
+from equigrad.experiments.strengths.strength_learning import Job
 from equigrad.training.strengths import Recipe
 
 RULE = replace(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import equigrad as eg
 from equigrad.estimators import Estimator
-from equigrad.experiments.figures import save
+from equigrad.experiments.runs.figures import save
 
 BETAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 SCHEMES: dict[str, dict[str, object]] = {

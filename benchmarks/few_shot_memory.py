@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import equigrad as eg
 from equigrad.estimators import Estimator
-from equigrad.experiments.accuracy import peak_memory
+from equigrad.experiments.theory.accuracy import peak_memory
 from equigrad.nn import ComplexSynapse, LearnedStart, conv4
 from equigrad.tasks import FewShotLearner, TaskBatch
 

@@ -377,15 +377,14 @@ def omniglot(rounds: int) -> None:
         "MAML, 5 steps": LearnedStart(net),
     }
     cells: list[tuple[str, str, Batching, bool, Any]] = []
-    batchings: tuple[Batching, ...] = ("grouped", "grouped channels-last")
-    for tf32 in (False, True):
-        for batching in batchings:
-            for nudge in ("loss", "force"):
-                for way in (False, "graph", "inductor") if CUDA else (False,):
-                    cells.append(("modulation", nudge, batching, tf32, way))
-    for way in (False, "graph", "inductor") if CUDA else (False,):
-        cells.append(("synaptic", "force", "grouped", True, way))
-        cells.append(("synaptic", "loss", "grouped", True, way))
+    graphed = ("graph", "inductor") if CUDA else ()
+    for nudge in ("loss", "force"):
+        for tf32 in (False, True):
+            for way in (False, *graphed):
+                cells.append(("modulation", nudge, "grouped", tf32, way))
+    for nudge in ("loss", "force"):
+        for way in (False, "graph") if CUDA else (False,):
+            cells.append(("synaptic", nudge, "grouped", True, way))
     cells.append(("MAML, 5 steps", "–", "grouped", True, False))
     print("| model | nudge | batching | TF32 | steps | seconds | first, s | cosine to fp32 eager |")
     print("| --- | --- | --- | --- | --- | ---: | ---: | ---: |")

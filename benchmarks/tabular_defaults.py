@@ -21,8 +21,8 @@ from sklearn.datasets import (
     make_regression,
 )
 
-from equigrad.experiments.strength_learning import Job
-from equigrad.experiments.tabular import Tabular
+from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.tabular import Tabular
 
 TABLES = {
     "irises": lambda: load_iris(return_X_y=True),

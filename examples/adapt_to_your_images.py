@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from equigrad.data.folder import find, read_images
 from equigrad.errors import DataError, EquigradError
-from equigrad.experiments.config_file import read_config
-from equigrad.experiments.omniglot import Omniglot
-from equigrad.tasks import image_folder
+from equigrad.experiments.data.image_folder import find, read_images
+from equigrad.experiments.few_shot.image_classes import image_folder
+from equigrad.experiments.few_shot.omniglot import Omniglot
+from equigrad.experiments.runs.config_file import read_config
 
 
 def adapt(run: Path, known: Path, asked: Path) -> dict[Path, str]:

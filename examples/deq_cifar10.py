@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import equigrad as eg
-from equigrad.data import cifar10
-from equigrad.data.images import Images
+from equigrad.experiments.data import cifar10
+from equigrad.experiments.data.images import Images
 
 CHANNELS, GROUPS = 32, 8
 TRAINING, EPOCHS, BATCH, RATE = 10_000, 2, 50, 1e-3  # a small budget: a fifth of the images

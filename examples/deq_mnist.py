@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import spectral_norm
 
 import equigrad as eg
-from equigrad.data import mnist
-from equigrad.data.images import Images
+from equigrad.experiments.data import mnist
+from equigrad.experiments.data.images import Images
 
 UNITS, EPOCHS, BATCH, RATE = 128, 6, 100, 1e-3
 VALIDATION = 5000  # of the training images, to watch

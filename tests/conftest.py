@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from equigrad.data import cifar10, mnist
+from equigrad.experiments.data import cifar10, mnist
 from equigrad.testing import Quadratic
 from helpers import made_up
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.cli import main
-from equigrad.data.images import Images
 from equigrad.evaluation import Evaluation
+from equigrad.experiments.data.images import Images
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params, Problem
 from equigrad.solvers import Solver

@@ -139,7 +139,14 @@ def test_contrastive_agrees_with_finite_differences(make):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
 @pytest.mark.parametrize(
-    "estimator", [eg.T1T2(), eg.GMRES(), eg.Unrolled(), eg.ForwardMode(max_size=200)], ids=str
+    "estimator",
+    [
+        eg.T1T2(products="autograd"),
+        eg.GMRES(products="autograd"),
+        eg.Unrolled(),
+        eg.ForwardMode(max_size=200),
+    ],
+    ids=str,
 )
 def test_others_say_why_they_cannot_and_what_can(make, estimator):
     problem, params, meta = problem_of(make())
@@ -153,3 +160,16 @@ def test_others_say_why_they_cannot_and_what_can(make, estimator):
             solver=eg.GradientDescent(lr=0.01, max_steps=3),
             estimator=estimator,
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
+@pytest.mark.parametrize("estimator", [eg.ConjugateGradient(), eg.GMRES()], ids=str)
+def test_implicit_estimators_take_products_by_contrast(make, estimator):
+    problem, params, meta = problem_of(make())
+    solver = eg.GradientDescent(lr=0.05, momentum=0.9, nesterov=True, tol=1e-10, max_steps=5000)
+    result = eg.meta_gradient(problem, params, meta, solver=solver, estimator=estimator)
+    direction = random_direction(meta)
+    reference = directional_derivative(problem, result.params, meta, solver, direction, step=1e-4)
+    assert along(result.grads, direction) == pytest.approx(reference, rel=1e-3)
+    assert "products by contrast, accurate to" in result.status

@@ -153,7 +153,9 @@ def test_an_estimator_with_second_derivatives_is_told_that_there_are_none():
         eg.DoubleBackwardError,
         match="EquilibriumLayer is an estimate that cannot be differentiated",
     ):
-        eg.meta_gradient(problem, params, meta, solver=LEARNER, estimator=eg.GMRES())
+        eg.meta_gradient(
+            problem, params, meta, solver=LEARNER, estimator=eg.GMRES(products="autograd")
+        )
 
 
 def test_the_page_learns_which_inputs_matter():

@@ -1,9 +1,10 @@
 """equigrad: meta-gradients through anything that settles."""
 
 from equigrad import controllers, nn, tasks, training
-from equigrad.check import Check, check_meta_gradient
-from equigrad.contraction import spectral_radius
 from equigrad.controllers import DynamicInversion, EnergyInversion, LinearFeedback
+from equigrad.diagnostics.check import Check, check_meta_gradient
+from equigrad.diagnostics.contraction import spectral_radius
+from equigrad.diagnostics.optimality import column_space_condition
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
@@ -38,7 +39,6 @@ from equigrad.estimators import (
 )
 from equigrad.freed_memory import keep_freed_memory
 from equigrad.gradient import MetaGradient, Settled, meta_gradient, settle
-from equigrad.optimality import column_space_condition
 from equigrad.problems import Bilevel, EnergyBased, FixedPoint, Problem
 from equigrad.solvers import (
     LBFGS,

@@ -76,7 +76,7 @@ def dispatch(arguments: Sequence[str]) -> None:
     elif words.verb == "check":
         examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
     elif words.verb == "report":
-        from equigrad.experiments.report import report as write_report
+        from equigrad.experiments.runs.report import report as write_report
 
         print(f"written to {write_report(words.folders, words.out)}")
     elif words.verb == "predict":
@@ -193,7 +193,7 @@ def ask(words: argparse.Namespace) -> None:
     """Predictions of a saved model; notes go where they do not mix with them."""
     from rich.console import Console
 
-    from equigrad.experiments.predict import predict_images, predict_table
+    from equigrad.experiments.runs.predict import predict_images, predict_table
 
     console = Console(stderr=True)
     if words.images is not None:
@@ -218,7 +218,7 @@ def ask(words: argparse.Namespace) -> None:
 
 def examine(target: str, **options: Any) -> None:
     """Check the problem that a user's file describes; exit code 1 where it is wrong."""
-    from equigrad.check import check_meta_gradient
+    from equigrad.diagnostics.check import check_meta_gradient
 
     path, _, name = target.rpartition(":")
     if not path or not name:
@@ -254,8 +254,8 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
     import tyro
     from rich.console import Console
 
-    from equigrad.experiments.config_file import CHOOSERS, read_config
-    from equigrad.experiments.run_directory import default_directory
+    from equigrad.experiments.runs.config_file import CHOOSERS, read_config
+    from equigrad.experiments.runs.run_directory import default_directory
     from equigrad.training.processes import processes
 
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -310,8 +310,8 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
 
 def order_options(kind: type) -> None:
     """Put what chooses the defaults first, for help, and last what all experiments have alike."""
-    from equigrad.experiments.config_file import CHOOSERS
-    from equigrad.experiments.experiment import Experiment
+    from equigrad.experiments.runs.config_file import CHOOSERS
+    from equigrad.experiments.runs.experiment import Experiment
 
     known: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
     first = [*CHOOSERS, "seed", "seeds"]

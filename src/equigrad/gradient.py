@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equigrad import solvers
-from equigrad.contraction import explained, verdict
+from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, listed
@@ -267,6 +267,7 @@ def meta_gradient(
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
             evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
+        error_estimate = estimate.error()
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
     remedy = (
@@ -282,7 +283,7 @@ def meta_gradient(
         status=_status(phases, estimate.grads, evaluation.notes),
         phases=phases,
         gradient_evaluations=evaluation.gradient_evaluations,
-        error_estimate=estimate.error_estimate,
+        error_estimate=error_estimate,
         _meta_params=meta_params,
     )
 

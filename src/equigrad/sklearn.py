@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equigrad.data.scale import mean_and_scale
-from equigrad.data.split import Split, divide
-from equigrad.data.targets import Classes, Numbers, Target
 from equigrad.errors import ConfigurationError, DataError, SettlingWarning
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.nn import tanh_network
 from equigrad.solvers import GradientDescent
 from equigrad.solvers.solver import require_whole
+from equigrad.training.scale import mean_and_scale
+from equigrad.training.split import Split, divide
 from equigrad.training.strengths import Recipe, StrengthLearner, with_nudged
+from equigrad.training.targets import Classes, Numbers, Target
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin

@@ -8,7 +8,7 @@ import torch
 
 import equigrad as eg
 from equigrad.testing import CASES, quadratic_case
-from equigrad.zoo import ZOO
+from equigrad.testing.zoo import ZOO
 
 QUICK = [name for name in ZOO if name not in ("transformer", "deep-tanh", "lstm")]
 

@@ -213,3 +213,26 @@ class TestWhatBatchingsDoNotServe:
         params = {n: p.expand(2, *p.shape) for n, p in net.params().items()}
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             net(params, torch.ones(2, 5, 4))
+
+
+@pytest.mark.parametrize("reference", [None, 3])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_copies_that_share_their_convolutions(batching, reference) -> None:
+    torch.manual_seed(0)
+    model = convolutional().double()
+    x = torch.randn(3, 5, 2, 8, 8, dtype=torch.float64)
+
+    def both(batching) -> list[torch.Tensor]:
+        network = SideBySide(model, batching)
+        params = {
+            name: p.requires_grad_() if name == "1.weight" or name.startswith("0.0.") else p
+            for name, p in network.params().items()
+        }
+        for name, p in stacked(network, 3).items():
+            if params[name].ndim < 4 and not name.startswith("0.0."):
+                params[name] = p
+        out = network(params, x, reference=reference)
+        return [out, *torch.autograd.grad(out.sin().sum(), list(params.values()))]
+
+    for found, expected in zip(both(batching), both("loop"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

@@ -3,10 +3,10 @@ import torch
 from torch.nn import Linear
 
 from equigrad import T1T2, GradientDescent
-from equigrad.data.split import Split
-from equigrad.data.targets import Numbers
 from equigrad.errors import SettlingError
+from equigrad.training.split import Split
 from equigrad.training.strengths import Recipe, StrengthLearner
+from equigrad.training.targets import Numbers
 
 
 @pytest.fixture

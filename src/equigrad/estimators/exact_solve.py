@@ -8,8 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.solvers.solver import require
 
 
@@ -37,12 +36,14 @@ class ExactSolve(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = "the system is ill-conditioned; use torch.float64, or regularise"
+
     max_size: int = 2000
 
     def __post_init__(self) -> None:
         require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Form the matrix and factorise it."""
         if linear.size > self.max_size:
             raise ConfigurationError(
@@ -63,4 +64,5 @@ class ExactSolve(Implicit):
             raise CurvatureError(
                 what.format(f"singular values from {smallest:.2g} to {largest:.2g}")
             )
-        return torch.linalg.solve(matrix.T, pressure)
+        x = torch.linalg.solve(matrix.T, pressure)
+        return Solution(x, pressure - matrix.T @ x)

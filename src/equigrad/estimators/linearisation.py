@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equigrad.errors import DoubleBackwardError
+from equigrad.errors import CurvatureError, DoubleBackwardError
 from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
@@ -46,6 +47,11 @@ class Linearisation:
             derivative.
     """
 
+    accuracy: ClassVar[float] = 0.0
+    """Of a product beyond rounding; see `ContrastProducts`."""
+
+    largest: ClassVar[float] = 0.0
+
     def __init__(self, evaluation: Evaluation, at: Settled, who: str) -> None:
         self._evaluation, self._at, self._who = evaluation, at, who
         self._params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
@@ -82,7 +88,7 @@ class Linearisation:
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which is `(∂²L_in/∂φ²) vector` where there is an inner loss."""
-        return flatten(self._product(vector, list(self._params.values())))
+        return checked(flatten(self._product(vector, list(self._params.values()))), vector)
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
         """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter.
@@ -154,6 +160,24 @@ class Linearisation:
             if self._keeps:
                 self._kept = residual
             yield residual
+
+
+def checked(product: Tensor, vector: Tensor) -> Tensor:
+    """A product with `∂r/∂φ`, which has to be finite where its vector is no large one.
+
+    Raises:
+        CurvatureError: it is not.
+    """
+    if not torch.isfinite(product).all():
+        largest = vector.abs().max().item()
+        if largest < torch.finfo(product.dtype).max ** 0.5:
+            raise CurvatureError(
+                "the curvature is not finite where the phase settled: a second derivative of the "
+                "inner loss or the map is NaN or infinite there, as of a norm or a square root at "
+                "zero, or overflows. Smooth the function there, such as sqrt(x + 1e-6), or use "
+                "Contrastive(), which asks for no second derivatives"
+            )
+    return product
 
 
 @contextmanager

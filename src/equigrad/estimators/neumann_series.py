@@ -9,8 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.solvers.solver import require, require_whole
 
 
@@ -43,6 +42,8 @@ class NeumannSeries(Implicit):
         energy=False,
     )
 
+    remedy: ClassVar[str] = "raise terms, or use GMRES()"
+
     terms: int = 100
     alpha: float | None = None
     tol: float = 1e-2
@@ -55,7 +56,7 @@ class NeumannSeries(Implicit):
         )
         require(self.tol > 0, f"tol must be positive, got {self.tol}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Sum the series."""
         alpha = self.alpha or (1 / largest_curvature(linear, pressure) if linear.symmetric else 1)
         x, term = torch.zeros_like(pressure), pressure.clone()
@@ -79,10 +80,10 @@ class NeumannSeries(Implicit):
                 f"Neumann series not converged: {remainder:.2g} of ∂L_out/∂φ remains after "
                 f"{self.terms} terms (tol {self.tol:.2g}); raise terms"
             )
-        return x
+        return Solution(x, term)
 
 
-def largest_curvature(linear: Linearisation, start: Tensor, iterations: int = 20) -> float:
+def largest_curvature(linear: Linear, start: Tensor, iterations: int = 20) -> float:
     """The Hessian's largest eigenvalue by power iteration, with a tenth to spare."""
     generator = torch.Generator(device=start.device).manual_seed(0)
     noise = torch.randn(start.shape, generator=generator, device=start.device, dtype=start.dtype)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit
-from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.solvers.solver import require
 
 
@@ -23,7 +22,7 @@ class Nystrom(Implicit):
 
     Attributes:
         rank: k, Hessian-vector products; at most the number of inner parameters is used.
-        damping: ρ > 0.
+        damping: ρ > 0, in units of the Hessian: what has less curvature is taken to have ρ.
         seed: draws the coordinates.
     """
 
@@ -36,6 +35,10 @@ class Nystrom(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = (
+        "raise rank, set damping well below the curvatures that matter, or use GMRES()"
+    )
+
     rank: int = 20
     damping: float = 1e-2
     seed: int = 0
@@ -44,7 +47,7 @@ class Nystrom(Implicit):
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}")
         require(self.damping > 0, f"damping must be positive, got {self.damping}")
 
-    def solve(self, linear: Linearisation, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Sample columns, and apply Woodbury's identity."""
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(linear.size, generator=generator)[: self.rank].to(pressure.device)
@@ -54,4 +57,4 @@ class Nystrom(Implicit):
         inner = self.damping * columns[sample] + columns.T @ columns
         # a pseudo-inverse: sampled columns may depend on each other
         weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
-        return (pressure - columns @ weights) / self.damping
+        return Solution((pressure - columns @ weights) / self.damping)

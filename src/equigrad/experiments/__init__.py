@@ -1,1 +1,1 @@
-"""The papers' experiments, one a file; they need the extra `experiments`."""
+"""The papers' experiments, beside the library; they need the extra `experiments`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from equigrad.contraction import explained, verdict
+from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.errors import (
     ConfigurationError,
     DoubleBackwardError,

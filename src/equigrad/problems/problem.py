@@ -349,13 +349,15 @@ def pull_back(
     varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
     if not varying:
         return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
-    return torch.autograd.grad(
-        [o for o, _ in varying],
-        inputs,
-        [a for _, a in varying],
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
+    return dense(
+        torch.autograd.grad(
+            [o for o, _ in varying],
+            inputs,
+            [a for _, a in varying],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
     )
 
 

@@ -144,7 +144,7 @@ class RecordedSteps(EagerSteps):
         return self.position.params
 
 
-class CompiledThenEagerSteps(EagerSteps):
+class StretchedSteps(EagerSteps):
     """Several steps at once; the last ones one by one, so that the norm is looked at before each.
 
     Args:
@@ -167,22 +167,22 @@ class CompiledThenEagerSteps(EagerSteps):
     ) -> None:
         super().__init__(position, solver, objective, previous)
         self._limit = limit
-        self._together = True
+        self._eager = False
         self._compiled = CompiledSteps(
             position.velocity, position.params, self.state, solver, position.step, position.count
         )
 
     def look(self) -> tuple[Tensor, ...]:
         """The velocity where the phase stands."""
-        self._together = self._limit - self.taken > self._compiled.steps
-        return self._compiled.begin() if self._together else super().look()
+        one = self._limit - self.taken <= self._compiled.steps
+        self._eager = one and not self._compiled.singly
+        return super().look() if self._eager else self._compiled.look(one=one)
 
     def take(self) -> bool:
         """Move to the end of the compiled steps, or by one step."""
-        if not self._together:
+        if self._eager:
             return super().take()
-        self._compiled.finish()
-        self._advance(self._compiled.steps)
+        self._advance(self._compiled.take())
         return False
 
 
@@ -205,7 +205,7 @@ def begin_steps(
     if solver.compile:
         _require_alike(batches, each=watched or graph)
         if limit > solver.check_every:
-            return CompiledThenEagerSteps(position, solver, objective, previous, limit)
+            return StretchedSteps(position, solver, objective, previous, limit)
     kind = RecordedSteps if graph else EagerSteps
     return kind(position, solver, objective, previous)
 

@@ -3,9 +3,7 @@
 from equigrad.tasks.batch import TaskBatch
 from equigrad.tasks.classes import ClassCollection
 from equigrad.tasks.classification import NWayKShot
-from equigrad.tasks.folder import image_folder
 from equigrad.tasks.learner import FewShotLearner
-from equigrad.tasks.omniglot import omniglot
 from equigrad.tasks.sampler import TaskSampler
 from equigrad.tasks.sinusoid import Sinusoids, curves
 from equigrad.tasks.splits import ClassSplit, check_disjoint, split_classes
@@ -20,7 +18,5 @@ __all__ = [
     "TaskSampler",
     "check_disjoint",
     "curves",
-    "image_folder",
-    "omniglot",
     "split_classes",
 ]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from equigrad.data.split import Split
 from equigrad.errors import SettlingError
 from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.evaluation import Evaluation
@@ -17,6 +16,7 @@ from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
 from equigrad.solvers import GradientDescent, Phase, Solver
 from equigrad.training.loop import Callback, OuterState, learn
+from equigrad.training.split import Split
 
 SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
 """Strengths that are tried where one is to serve all weights."""

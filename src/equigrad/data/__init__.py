@@ -1,1 +1,0 @@
-"""Real data sets, read from a folder or fetched."""

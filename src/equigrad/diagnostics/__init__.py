@@ -1,0 +1,1 @@
+"""Is this meta-gradient right, and if not, why: re-solving, contraction, optimality."""

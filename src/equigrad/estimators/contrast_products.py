@@ -1,0 +1,184 @@
+"""Hessian products by contrast: from first-order gradients on both sides of a settled state."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from equigrad.estimators.linearisation import checked
+from equigrad.evaluation import Evaluation
+from equigrad.solvers import Settled
+from equigrad.vectors import flatten, unflatten
+
+FACTOR = 8.0
+"""Between two distances that are compared."""
+
+MOST = 5
+"""Distances that are tried further, after the first two."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The relative error `a h² + b / h` of products along a direction.
+
+    Attributes:
+        a: of the curvature's change.
+        b: of rounding.
+        distance: where the error is the smallest.
+    """
+
+    a: float
+    b: float
+    distance: float
+
+    def error(self, distance: float) -> float:
+        """At a distance."""
+        return self.a * distance**2 + self.b / distance
+
+    @classmethod
+    def of(cls, apart: Mapping[float, float]) -> Self:
+        """From how much the products of neighbouring distances differ, by the longer one.
+
+        Products at h and at h / FACTOR differ by nearly `a h²` where h is large, and by
+        `FACTOR b / h` where it is small.
+        """
+        best = min(apart, key=lambda h: apart[h])
+        large, small = best * FACTOR, best / FACTOR
+        a = apart.get(large, apart[best]) / (large if large in apart else best) ** 2
+        b = apart.get(small, apart[best]) * (small if small in apart else best) / FACTOR
+        distance = (b / (2 * a)) ** (1 / 3) if a > 0 else best
+        return cls(a, b, min(max(distance, small), large))
+
+
+class ContrastProducts:
+    r"""Products with the derivatives of `∂L_in/∂φ` where a phase ended, by central differences.
+
+        H v ≈ ‖v‖ [ ∂L_in/∂φ(φ + h v/‖v‖) - ∂L_in/∂φ(φ - h v/‖v‖) ] / 2h,    H = ∂²L_in/∂φ²
+
+    and likewise for `(∂²L_in/∂θ∂φ) v` with `∂L_in/∂θ`: no gradient is differentiated. The error of
+    a difference is the curvature's change over h, of order h², and the gradients' rounding divided
+    by h. Where the curvature is large, the smallest error is at a short distance, and where it is
+    small, at a long one. Both are found, from how much the products of a few distances differ:
+    along the first vector, which is steep where a gradient is, and along a random one, which is
+    flat in most models. Their geometric mean is h, but at most eight times the shorter: there
+    conjugate gradients end the nearest on a deep network in float32 (`benchmarks/krylov.py`).
+
+    Args:
+        evaluation: evaluates, and counts two gradient evaluations a product and batch.
+        at: where the phase ended.
+
+    Attributes:
+        distance: h; None before the first product.
+        accuracy: of a product along the first vector, relative to its size.
+        largest: the largest curvature `‖H v‖ / ‖v‖` that was met.
+    """
+
+    samples = False
+    symmetric = True
+
+    def __init__(self, evaluation: Evaluation, at: Settled) -> None:
+        self._evaluation, self._at = evaluation, at
+        self._velocity = evaluation.free_velocity()
+        self.leaves = [p.detach() for p in at.params.values()]
+        self.params = list(at.params)
+        self.size = sum(p.numel() for p in self.leaves)
+        self.distance: float | None = None
+        self.accuracy = 0.0
+        self.largest = 0.0
+
+    def product(self, vector: Tensor) -> Tensor:
+        """`H vector`, a flat vector."""
+        size = vector.norm()
+        if not size > 0:
+            return torch.zeros_like(vector)
+        unit = vector / size
+        if self.distance is None:
+            self._choose(unit)
+        assert self.distance is not None
+        image = self._difference(unit, self.distance)
+        self.largest = max(self.largest, image.norm().item())
+        return checked(size * image, vector)
+
+    def mixed(self, vector: Tensor) -> dict[str, Tensor]:
+        """`(∂²L_in/∂θ∂φ) vector`, by name of the meta-parameter."""
+        size = vector.norm().item()
+        if not size > 0:
+            return {n: torch.zeros_like(m) for n, m in self._evaluation.meta_params.items()}
+        if self.distance is None:
+            self._choose(vector / size)
+        assert self.distance is not None
+        epsilon = self.distance / size
+        sides = [
+            dataclasses.replace(self._at, params=self._moved(epsilon * vector)),
+            dataclasses.replace(self._at, params=self._moved(-epsilon * vector)),
+        ]
+        return self._evaluation.contrast(sides, [1 / (2 * epsilon), -1 / (2 * epsilon)])
+
+    def _choose(self, unit: Tensor) -> None:
+        """Find the distance, along a direction and a random one."""
+        generator = torch.Generator(device=unit.device).manual_seed(0)
+        noise = torch.randn(unit.shape, generator=generator, dtype=unit.dtype, device=unit.device)
+        steep = self._compared(unit)
+        flat = self._compared(noise / noise.norm())
+        longest = FACTOR * min(steep.distance, flat.distance)
+        distance = min((steep.distance * flat.distance) ** 0.5, longest)
+        self.distance, self.accuracy = distance, steep.error(distance)
+
+    def _compared(self, unit: Tensor) -> Errors:
+        """The products' errors along a direction, from those of a few distances."""
+        moved = torch._foreach_sub(self.leaves, self._start())
+        scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
+        first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
+        tried = {h: self._difference(unit, h) for h in (first, first / FACTOR)}
+        apart = {first: _apart(tried[first], tried[first / FACTOR])}
+        for _ in range(MOST):
+            best = min(apart, key=lambda h: apart[h])
+            beside = [h for h in (best * FACTOR, best / FACTOR) if h not in apart]
+            if not beside:
+                break
+            for side in (beside[0], beside[0] / FACTOR):
+                if side not in tried:
+                    tried[side] = self._difference(unit, side)
+            apart[beside[0]] = _apart(tried[beside[0]], tried[beside[0] / FACTOR])
+        return Errors.of(apart)
+
+    def _start(self) -> list[Tensor]:
+        return list(self._evaluation.params.values())
+
+    def _difference(self, unit: Tensor, distance: float) -> Tensor:
+        """`[g(φ + h u) - g(φ - h u)] / 2h`."""
+        there = self._gradient(self._moved(distance * unit))
+        back = self._gradient(self._moved(-distance * unit))
+        return (there - back) / (2 * distance)
+
+    def _moved(self, vector: Tensor) -> dict[str, Tensor]:
+        moves = unflatten(vector, self.leaves)
+        return dict(zip(self.params, torch._foreach_add(self.leaves, moves), strict=True))
+
+    @torch.no_grad()
+    def _gradient(self, params: dict[str, Tensor]) -> Tensor:
+        """`∂L_in/∂φ`, averaged over batches, with the randomness of the phase's end."""
+        self._evaluation.stand_at(self._at)
+        leaves = {name: p.requires_grad_() for name, p in params.items()}
+        steps = self._evaluation.batch_steps("inner")
+        total: Tensor | None = None
+        for step in steps:
+            velocity, _ = self._velocity(leaves, step)
+            self._evaluation.gradient_evaluations += 1
+            flat = flatten(list(velocity))
+            total = flat if total is None else total + flat
+        assert total is not None
+        return -total / len(steps)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm().item()
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """How much two products differ, relative to their size."""
+    size = max(one.norm().item(), other.norm().item())
+    return (one - other).norm().item() / size if size > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Few-shot learning: sinusoids, Omniglot, or classes of your own."""

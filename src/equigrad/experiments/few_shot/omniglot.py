@@ -1,0 +1,327 @@
+"""Few-shot learning of images: Omniglot's characters, or classes that the user brings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar, Literal, Self, get_args
+
+import torch
+from torch.nn import Module
+from torch.nn.functional import cross_entropy
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Contrastive, Estimator, LeastControl
+from equigrad.experiments.few_shot.harness import (
+    METHODS,
+    TEST,
+    VALIDATION,
+    FewShot,
+    Job,
+    MethodName,
+    Tasks,
+)
+from equigrad.experiments.few_shot.image_classes import image_folder
+from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
+from equigrad.experiments.few_shot.task_figures import task_sheet
+from equigrad.experiments.runs import figures
+from equigrad.experiments.runs.experiment import at_least, one_of
+from equigrad.experiments.runs.formats import text
+from equigrad.experiments.runs.run_directory import describe
+from equigrad.experiments.runs.run_folders import flat
+from equigrad.nn import conv4
+from equigrad.nn.side_by_side import Batching
+from equigrad.problems import Params
+from equigrad.solvers import GradientDescent
+from equigrad.tasks import ClassCollection, ClassSplit, NWayKShot
+from equigrad.tasks.splits import split_classes
+from equigrad.training.few_shot import accuracy
+from equigrad.training.split import digest_of
+
+SettingName = Literal["5way1shot", "5way5shot", "20way1shot", "20way5shot"]
+"""Ways and shots of Table 2."""
+
+PUBLISHED: dict[MethodName, dict[SettingName, tuple[float, float]]] = {
+    "contrastive-synaptic": {
+        "5way1shot": (98.11, 0.34),
+        "5way5shot": (99.49, 0.16),
+        "20way1shot": (94.16, 0.12),
+        "20way5shot": (98.06, 0.26),
+    },
+    "contrastive-modulation": {
+        "5way1shot": (98.05, 0.06),
+        "5way5shot": (99.45, 0.04),
+        "20way1shot": (94.24, 0.39),
+        "20way5shot": (98.60, 0.27),
+    },
+}
+"""What the paper measured itself, of its Table 2: accuracy in percent, standard deviation."""
+
+LEARNER = GradientDescent(lr=0.4, max_steps=5)
+RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force")
+
+SHARES = 0.64, 0.16
+"""Of the user's classes, for meta-training and validation; the others are for the test."""
+
+ELSEWHERE = frozenset(
+    {
+        *("scale", "seed", "minutes", "checkpoint_every", "device", "dtype", "threads"),
+        *("chunk_size", "batching", "validate_every", "validation_tasks", "test_tasks"),
+    }
+)
+"""Settings in which a run may differ from the paper's and still be at its scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Omniglot(FewShot):
+    """Learn to tell new characters apart, from one or a few drawings of each.
+
+    A convolutional network learns each task, a few characters that it has never seen, in a few
+    steps; what tasks share is meta-learned on the tasks of other characters. The test's characters
+    have no part in that, nor those of validation, by which the best is chosen. With --images, your
+    own classes stand in the place of the characters.
+    """
+
+    score: ClassVar[str] = "accuracy"
+    best: ClassVar[Literal["highest", "lowest"]] = "highest"
+    metric = staticmethod(accuracy)
+    loss = staticmethod(cross_entropy)
+
+    setting: SettingName = "5way1shot"
+    """The column of Table 2, which presets way, shot and tasks."""
+
+    way: int = 5
+    """Classes of a task."""
+
+    train_shot: int | None = None
+    """Images of each class that a task is learned from in meta-training; shot if None."""
+
+    split: SplitName = "background-evaluation"
+    """How characters are divided between meta-training, validation and test."""
+
+    held_out: int = 100
+    """Characters of the background for validation; 0, as in the paper, keeps the last state."""
+
+    rotations: bool = True
+    """In meta-training, whether a character turned by 90°, 180° or 270° is another class."""
+
+    images: Path | None = None
+    """A folder with a subfolder of images for every class, in the place of Omniglot."""
+
+    colors: bool = False
+    """Whether your images keep their colours."""
+
+    skip_broken: bool = False
+    """Leave out files that cannot be read; by default they are named, and nothing runs."""
+
+    side: int = 28
+    """Height and width that images are made to have."""
+
+    filters: int = 32
+    """Of each of the four convolutions."""
+
+    pooling: bool = False
+    """Halve images by max-pooling, as the paper does; by convolutions of stride 2 otherwise."""
+
+    solver: GradientDescent = LEARNER
+    """How a task is learned: the free phase."""
+
+    estimator: Estimator = RULE
+    """Of the meta-gradient; the method presets which, and these are its knobs."""
+
+    nudged_steps: int = 3
+    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
+
+    outer_steps: int = 2000
+    """Steps of Adam on what tasks share: batches of tasks."""
+
+    outer_lr: float = 5e-3
+    """Adam's step size."""
+
+    decay: bool = True
+    """Let it fall linearly, to zero at the end."""
+
+    test_steps: int | None = 20
+    """Steps in which a task is learned in validation and test; those of meta-training if None."""
+
+    tasks: int = 16
+    """Tasks of a batch."""
+
+    queries: int = 5
+    """Examples that judge what was learned in meta-training, of each class."""
+
+    batching: Batching = "grouped channels-last"
+    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_shot is not None:
+            at_least(1, "train_shot", self.train_shot)
+        if self.way < 2:
+            raise ConfigurationError(f"way must be at least 2, got {self.way}")
+        conv4(filters=1, side=self.side, pooling=self.pooling)
+        if self.filters < 1:
+            raise ConfigurationError(f"filters must be at least 1, got {self.filters}")
+
+    @classmethod
+    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+        """The defaults of a scale and a column of Table 2."""
+        setting = one_of(get_args(SettingName), "setting", chosen.get("setting", "5way1shot"))
+        way, shot = (int(part.removesuffix("shot")) for part in setting.split("way"))
+        small = cls(
+            setting=setting,
+            way=way,
+            shot=shot,
+            # Reptile makes no use of queries (Nichol, Achiam, Schulman 2018)
+            train_shot=(5 if shot == 1 else 10) if method == "reptile" else None,
+            tasks=16 if way == 5 else 4,
+        )
+        if METHODS[method].estimator is LeastControl:
+            # second derivatives make a task dearer: rather more steps than more tasks in each
+            small = replace(small, tasks=small.tasks // 4, nudged_steps=2)
+        scale = chosen.get("scale", "small")
+        if scale == "smoke":
+            return replace(
+                small,
+                scale="smoke",
+                filters=4,
+                tasks=2,
+                outer_steps=3,
+                validate_every=2,
+                validation_tasks=4,
+                test_tasks=6,
+            )
+        if scale == "paper":
+            return replace(
+                small,
+                scale="paper",
+                filters=64,
+                pooling=True,
+                held_out=0,
+                solver=GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200),
+                estimator=Contrastive(beta=0.1, scheme="symmetric", matched=False),
+                test_steps=None,
+                nudged_steps=50 if method == "contrastive-modulation" else 100,
+                strength=0.1,
+                outer_steps=3750,
+                outer_lr=1e-3,
+                decay=False,
+                tasks=32 if way == 5 else 16,
+                queries=10 if small.train_shot == 10 else 15,
+            )
+        return small
+
+    @property
+    def name(self) -> str:
+        """What is learned."""
+        source = "Omniglot" if self.images is None else f"images in {Path(self.images).name}"
+        return f"{source}, {self.way}-way {self.shot}-shot"
+
+    def network(self) -> Module:
+        """Four convolutions and a readout."""
+        return conv4(
+            filters=self.filters,
+            channels=3 if self.colors else 1,
+            side=self.side,
+            outputs=self.way,
+            pooling=self.pooling,
+        )
+
+    def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
+        """Tasks of the characters, or of the user's classes."""
+        split = self.classes()
+        parts = {"training": split.train, "validation": split.validation, "test": split.test}
+        there = {name: part for name, part in parts.items() if part is not None}
+        for name, part in there.items() if self.images is not None else ():
+            if len(part) < self.way:
+                raise ConfigurationError(
+                    f"a {self.way}-way task needs {self.way} classes, and {len(part)} are for "
+                    f"{name} ({split.note}); take a smaller way, or more classes"
+                )
+
+        def tasks(
+            part: ClassCollection, seed: int, shot: int, queries: int, rotations: bool
+        ) -> NWayKShot:
+            there = [examples.to(device, dtype) for examples in part]
+            return NWayKShot(
+                replace(part, examples=there),
+                way=self.way,
+                shot=shot,
+                queries=queries,
+                rotations=rotations,
+                seed=seed,
+            )
+
+        return Tasks(
+            train=tasks(
+                split.train, self.seed, self.train_shot or self.shot, self.queries, self.rotations
+            ),
+            validation=None
+            if split.validation is None
+            else tasks(split.validation, VALIDATION, self.shot, self.test_queries, False),
+            test=tasks(split.test, TEST, self.shot, self.test_queries, False),
+            note=split.note,
+            digest=digest_of(examples for part in there.values() for examples in part),
+        )
+
+    def classes(self) -> ClassSplit:
+        """What meta-training sees, what chooses, and what neither has seen."""
+        if self.images is None:
+            return omniglot(self.split, side=self.side, held_out=self.held_out)
+        found = image_folder(
+            self.images,
+            size=self.side,
+            channels=3 if self.colors else 1,
+            skip_broken=self.skip_broken,
+        )
+        train, validation = (round(share * len(found)) for share in SHARES)
+        split = split_classes(
+            found, train=train, validation=validation, test=len(found) - train - validation
+        )
+        return replace(split, note="\n".join([f"{self.images}: {split.note}", *found.notes]))
+
+    def notes(self) -> Sequence[str]:
+        """In what the run differs from the paper's."""
+        if self.images is not None:
+            return ()
+        paper = type(self).preset(scale="paper", setting=self.setting, method=self.method)
+        phases = Contrastive, LeastControl
+        unused = set() if isinstance(self.estimator, phases) else {"nudged_steps"}
+        unused |= set() if self.minutes is None else {"outer_steps"}
+        here, there = (
+            dict(
+                flat(
+                    {
+                        field.name: describe(getattr(config, field.name))
+                        for field in fields(config)
+                        if field.name not in ELSEWHERE | unused
+                    }
+                )
+            )
+            for config in (self, paper)
+        )
+        changed = [
+            f"{name} {text(value)} ({text(there.get(name))})"
+            for name, value in here.items()
+            if value != there.get(name)
+        ]
+        if self.minutes is not None:
+            changed.append(f"{self.minutes:g} minutes ({paper.outer_steps:,} meta-steps)")
+        if not changed:
+            return ()
+        return (f"scale {self.scale}, other than the paper's: {', '.join(changed)}",)
+
+    def published(self) -> dict[str, float] | None:
+        """What the paper measured of a column of its Table 2."""
+        columns = PUBLISHED.get(self.method)
+        if columns is None or self.images is not None:
+            return None
+        mean, deviation = columns[self.setting]
+        return {"test_accuracy": mean, "test_accuracy_standard_deviation": deviation}
+
+    def draw(self, job: Job, meta_params: Params, folder: Path) -> None:
+        """The first tasks of the test, and what was said of their queries."""
+        like = next(iter(meta_params.values()))
+        batch = job.tasks.test.sample(4, 0).to(like.device, like.dtype)
+        params = job.tested.settle(meta_params, batch)
+        said = job.tested.predict(params, meta_params, batch).argmax(-1)
+        figures.save(task_sheet(batch, said, inverted=self.images is None), folder / "tasks.png")

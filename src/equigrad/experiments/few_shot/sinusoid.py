@@ -1,0 +1,360 @@
+"""Sinusoids, each from ten of its points, by a learner that has seen many (Finn et al. 2017)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch.nn import Module
+from torch.nn.functional import mse_loss
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.experiments.few_shot import harness as few_shot
+from equigrad.experiments.few_shot.harness import (
+    METHODS,
+    TEST,
+    VALIDATION,
+    FewShot,
+    Job,
+    MethodName,
+    Tasks,
+)
+from equigrad.experiments.few_shot.task_figures import adaptation_curves, sinusoid_fits
+from equigrad.experiments.runs import figures
+from equigrad.experiments.runs.experiment import at_least, one_or_many
+from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.nn import tanh_network
+from equigrad.nn.side_by_side import Batching
+from equigrad.problems import Params
+from equigrad.solvers import GradientDescent
+from equigrad.tasks import Sinusoids, TaskBatch
+from equigrad.training.few_shot import judge, mean_squared_error
+from equigrad.training.files import write_whole
+
+RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force")
+
+LEARNER = GradientDescent(lr=0.02, max_steps=10)
+
+OWN: dict[MethodName, dict[str, Any]] = {
+    "contrastive-synaptic": {},
+    "imaml": {"strength": 1.0},
+    "maml": {"solver": replace(LEARNER, max_steps=5)},
+    "first-order-maml": {"solver": replace(LEARNER, max_steps=5)},
+    "reptile": {},
+    "scratch": {},
+}
+"""What is a method's own, where it is not the default; docs/sinusoid.md says how it was chosen."""
+
+LOOKS = (0, 1, 2, 5, 10, 20, 50)
+"""Steps of adaptation after which the test is taken for the figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoid(FewShot):
+    """Learn from many sinusoids how to learn the next one from ten of its points.
+
+    Every task is a curve A sin(x - p), of which a tanh network knows a few points. The contrastive
+    rule meta-learns the weights that a task's own are pulled to. Beside it: MAML, first-order MAML,
+    implicit MAML, Reptile and a random start, each with the same network, tasks and number of
+    them, and with settings of its own.
+    """
+
+    score: ClassVar[str] = "mean_squared_error"
+    best: ClassVar[Literal["highest", "lowest"]] = "lowest"
+    metric = staticmethod(mean_squared_error)
+    loss = staticmethod(mse_loss)
+
+    method: MethodName = "contrastive-synaptic"
+    """What learns: a division of the network with an estimator of the meta-gradient."""
+
+    scale: Literal["smoke", "small"] = "small"
+    """`smoke` presets a few short steps, to see that all works."""
+
+    seeds: int | None = None
+    """Run seeds 0, 1 … N-1 instead and print mean ± standard error."""
+
+    compare: bool = True
+    """Run the other methods too."""
+
+    hidden: tuple[int, ...] = (40, 40)
+    """Widths of the hidden layers."""
+
+    solver: GradientDescent = LEARNER
+    """How a task is learned: the free phase."""
+
+    estimator: Estimator = RULE
+    """Of the meta-gradient; the method presets which, and these are its knobs."""
+
+    nudged_steps: int = 20
+    """Steps of each nudged phase of the contrastive rule."""
+
+    strength: float = 0.01
+    """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
+
+    outer_steps: int = 1000
+    """Steps of Adam on what tasks share: batches of tasks."""
+
+    outer_lr: float = 0.01
+    """Adam's step size."""
+
+    tasks: int = 25
+    """Tasks of a batch."""
+
+    shot: int = 10
+    """Points that a task is learned from."""
+
+    queries: int = 10
+    """Points that judge what was learned in meta-training."""
+
+    test_queries: int = 50
+    """Points that judge in validation and test."""
+
+    test_steps: int | None = 50
+    """Steps in which a task is learned in validation and test; those of meta-training if None."""
+
+    average_from: int | None = 600
+    """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
+
+    validation_tasks: int = 200
+    """Tasks of a validation; what does best is kept."""
+
+    batching: Batching = "grouped"
+    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
+
+    threads: int = 1
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for width in self.hidden:
+            at_least(1, "every width in hidden", width)
+        if self.method not in OWN:
+            raise ConfigurationError(
+                f"the network of sinusoids has no normalisation layer to modulate, so method must "
+                f"be one of {', '.join(OWN)}, got {self.method!r}"
+            )
+        one_or_many(self.seed, self.seeds)
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that `method` and `scale` choose."""
+        return super().preset(**{"method": cls.method, **chosen})
+
+    @classmethod
+    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+        """The defaults of a method and a scale."""
+        small = cls(**OWN.get(method, {}))
+        if chosen.get("scale") != "smoke":
+            return small
+        return replace(
+            small,
+            scale="smoke",
+            solver=replace(small.solver, max_steps=2),
+            nudged_steps=2,
+            outer_steps=4,
+            average_from=2,
+            tasks=3,
+            test_steps=3,
+            validate_every=2,
+            validation_tasks=4,
+            test_tasks=6,
+        )
+
+    def of(self, method: MethodName, seed: int) -> Self:
+        """One run of those compared: the same tasks and network, by a method's own settings."""
+        own = self
+        if method != self.method:
+            own = type(self).preset(method=method, scale=self.scale)
+        return replace(
+            self,
+            method=method,
+            seed=seed,
+            seeds=None,
+            compare=False,
+            solver=own.solver,
+            estimator=own.estimator,
+            nudged_steps=own.nudged_steps,
+            strength=own.strength,
+            outer_lr=own.outer_lr,
+        )
+
+    @property
+    def name(self) -> str:
+        """How much is known of a curve."""
+        return f"sinusoids from {self.shot} points"
+
+    def network(self) -> Module:
+        """One input, tanh layers, one output."""
+        return tanh_network(1, self.hidden, 1)
+
+    def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
+        """Curves of the seed, and those that judge, which are the same for all seeds."""
+
+        def curves(seed: int, queries: int) -> Sinusoids:
+            return Sinusoids(shots=self.shot, queries=queries, seed=seed)
+
+        low, high = Sinusoids().amplitude
+        return Tasks(
+            train=curves(self.seed, self.queries),
+            validation=curves(VALIDATION, self.test_queries),
+            test=curves(TEST, self.test_queries),
+            note=(
+                f"curves A sin(x - p), A from {low:g} to {high:g}, p from 0 to π, x from -5 to 5; "
+                f"{self.shot} points known of each"
+            ),
+        )
+
+    def draw(self, job: Job, meta_params: Params, folder: Path) -> None:
+        """Four curves of the test before and after adaptation, and the error step by step."""
+        like = next(iter(meta_params.values()))
+        batch = job.tasks.test.sample(4, 0).to(like.device, like.dtype)
+        grid = torch.linspace(-5, 5, 201).to(batch.support[0])
+        points = grid.reshape(1, -1, 1).expand(len(batch), -1, -1)
+        asked = TaskBatch(batch.support, (points, points))
+        before, after = (
+            job.tested.predict(
+                job.tested.settle(meta_params, asked, steps=steps), meta_params, asked
+            )
+            for steps in (0, None)
+        )
+        figures.save(sinusoid_fits(batch, before, after, grid), folder / "fits.png")
+        looks = {
+            steps: judge(
+                job.learner,
+                meta_params,
+                job.tasks.test,
+                self.metric,
+                tasks=self.test_tasks,
+                steps=steps,
+            )
+            for steps in LOOKS
+        }
+        rows = [{"steps": n, "error": s.mean, "interval": s.interval} for n, s in looks.items()]
+        write_whole(folder / "adaptation.json", json.dumps(rows, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        validation: the error on tasks of validation, where they chose.
+        test: on those of the test.
+        interval: half its 95 % interval.
+        gradient_evaluations: that meta-training took.
+        seconds: likewise.
+        adaptation: the error on tasks of the test after so many steps of adaptation.
+    """
+
+    validation: float | None
+    test: float
+    interval: float
+    gradient_evaluations: int
+    seconds: float
+    adaptation: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Of a run that has ended."""
+        result = json.loads((folder / "result.json").read_text())
+        metrics = result["metrics"]
+        adaptation = json.loads((folder / "adaptation.json").read_text())
+        return cls(
+            metrics.get("validation_mean_squared_error"),
+            metrics["test_mean_squared_error"],
+            metrics["test_mean_squared_error_interval"],
+            result["gradient_evaluations"],
+            result["seconds"],
+            [(row["steps"], row["error"]) for row in adaptation],
+        )
+
+
+def run(
+    config: Sinusoid, out: Path, *, resume: bool, console: Console
+) -> dict[MethodName, list[Row]]:
+    """Run one method in `out`, or all and any number of seeds below it, and print the table.
+
+    Returns:
+        The rows of the table by method, one a seed.
+    """
+    if not config.compare and config.seeds is None:
+        few_shot.run(config, out, resume=resume, console=console)
+        return {config.method: [Row.of(out)]}
+    torch.set_num_threads(config.threads)
+    whole = RunDirectory(out, config, resume=resume)
+    rows: dict[MethodName, list[Row]] = {}
+    runs: dict[str, Path] = {}
+    for seed in [config.seed] if config.seeds is None else range(config.seeds):
+        for method in OWN if config.compare else (config.method,):
+            folder = (out if config.seeds is None else out / f"seed-{seed}") / method
+            job = Job(config.of(method, seed))
+            directory = RunDirectory(folder, job.config, resume=resume)
+            job.learned(directory, resume=resume, console=console)
+            rows.setdefault(method, []).append(Row.of(folder))
+            runs.setdefault(METHODS[method].label, folder)
+    console.print(make_table(config, rows))
+    console.print(step_table(rows))
+    whole.write_json(
+        "table.json", {name: [vars(row) for row in each] for name, each in rows.items()}
+    )
+    figures.save(compared(runs), out / "comparison.png")
+    return rows
+
+
+def make_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[Row]]) -> Table:
+    """Mean ± standard error over seeds; of one seed, the test's 95 % interval."""
+    last = (config.seeds or 1) - 1
+    seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
+    table = Table(
+        title=f"{config.name}, {seeds}, scale {config.scale}: mean squared error after "
+        f"{config.test_steps or config.solver.max_steps} steps, {config.test_tasks} test tasks"
+    )
+    table.add_column("")
+    for name in ("validation", "test", "gradients", "seconds"):
+        table.add_column(name, justify="right")
+    for method, each in rows.items():
+        test, error = mean_and_error([row.test for row in each])
+        watched = [row.validation for row in each if row.validation is not None]
+        table.add_row(
+            METHODS[method].label,
+            with_error(*mean_and_error(watched), ".4f") if watched else "",
+            with_error(test, each[0].interval if error is None else error, ".4f"),
+            format(round(fmean(row.gradient_evaluations for row in each)), ","),
+            format(fmean(row.seconds for row in each), ".1f"),
+        )
+    return table
+
+
+def step_table(rows: Mapping[MethodName, Sequence[Row]]) -> Table:
+    """The error on tasks of the test while they are learned, as a mean over seeds."""
+    table = Table(title="test: mean squared error after so many steps of adaptation")
+    table.add_column("")
+    for steps in LOOKS:
+        table.add_column(str(steps), justify="right")
+    for method, each in rows.items():
+        means = [fmean(row.adaptation[i][1] for row in each) for i in range(len(LOOKS))]
+        table.add_row(METHODS[method].label, *(f"{mean:.3g}" for mean in means))
+    return table
+
+
+def compared(runs: Mapping[str, Path]) -> Figure:
+    """Learning and adaptation of several methods, by label: a run of each."""
+    learning, adaptation = {}, {}
+    for label, folder in runs.items():
+        adaptation[label] = Row.of(folder).adaptation
+        log = folder / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        learning[label] = [
+            (row["outer_step"] + 1, row["validation_mean_squared_error"])
+            for row in map(json.loads, lines)
+            if "validation_mean_squared_error" in row
+        ]
+    return adaptation_curves(learning, adaptation)

@@ -1,0 +1,1 @@
+"""What all experiments share: settings, run folders, saved models, figures, reports."""

@@ -1,0 +1,194 @@
+"""A configuration from what `run_directory.describe` made of one, or from a part of that."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from equigrad.errors import ConfigurationError
+
+CHOOSERS = ("setting", "scale", "estimator", "method")
+"""Options that choose the defaults of the others."""
+
+CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
+"""What JSON has in place of a type; others are read as they are."""
+
+
+def read_config(path: Path, preset: Callable[..., Any], chosen: Mapping[str, str]) -> Any:
+    """The configuration in a file: the `config.json` of a run, or the `best.json` of a search.
+
+    Args:
+        path: a file of JSON, `{"experiment": NAME, "config": {…}}`. What its config leaves out
+            keeps the value that `preset` gives it.
+        preset: the defaults that `CHOOSERS` choose.
+        chosen: those of them that the command line says, by name.
+
+    Raises:
+        ConfigurationError: the file cannot be read, is another experiment's, sets what is not there
+            or a value of the wrong type, or chooses another preset than the command line.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from equigrad.experiments.strengths.digits import Digits
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "mine.json"
+        ...     _ = file.write_text('{"experiment": "digits", "config": {"solver": {"lr": 0.02}}}')
+        ...     solver = read_config(file, Digits.preset, {}).solver
+        >>> solver.lr, solver.max_steps
+        (0.02, 500)
+    """
+    content = read_object(path)
+    changes = content.get("config")
+    if not isinstance(changes, dict):
+        raise ConfigurationError(
+            f"{path} holds no configuration; give the config.json of a run, or the best.json of a "
+            f"search"
+        )
+    name = type(preset()).__name__.lower()
+    if content.get("experiment") != name:
+        raise ConfigurationError(f"{path} configures {content.get('experiment')!r}, not {name!r}")
+    there = dict(_choosers(changes))
+    for chooser, word in chosen.items():
+        if there.get(chooser, word) != word:
+            raise ConfigurationError(
+                f"--{chooser} {word} would preset what {path} sets for {chooser} "
+                f"{there[chooser]}; leave out one of the two"
+            )
+    try:
+        return overlay(preset(**{**there, **chosen}), changes)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a user's file holds.
+
+    Raises:
+        ConfigurationError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass with other values, as JSON has them, at some of its fields.
+
+    Args:
+        config: the dataclass.
+        changes: values by name of the field; an object where the field is a dataclass again. It may
+            name another class of the field's kind under `type`.
+        where: path to `config`, for what errors say.
+
+    Raises:
+        ConfigurationError: a field that is not there, or a value that does not fit.
+
+    Example:
+        >>> from equigrad import Contrastive
+        >>> rule = overlay(Contrastive(), {"beta": 1, "nudged_solver": {"type": "LBFGS"}})
+        >>> rule.beta, type(rule.nudged_solver).__name__
+        (1.0, 'LBFGS')
+    """
+    return _made(type(config), config, changes, where)
+
+
+def at_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `overlay` takes, from values by dotted path.
+
+    Example:
+        >>> at_paths({"solver.lr": 0.1, "solver.max-steps": 5, "seed": 1})
+        {'solver': {'lr': 0.1, 'max_steps': 5}, 'seed': 1}
+    """
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, last = path.replace("-", "_").split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigurationError(f"{path} and a path that it begins with are both given")
+        place[last] = value
+    return nested
+
+
+def _choosers(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            yield from _choosers(value)
+        elif name in CHOOSERS and isinstance(value, str):
+            yield name, value
+
+
+def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A dataclass of a kind, from its description; what that leaves out is as in `default`."""
+    kinds = {k.__name__: k for k in _family(kind)}
+    start: Any = default if isinstance(default, kind) else None
+    name = changes.get("type", kind.__name__ if start is None else type(start).__name__)
+    if name not in kinds:
+        raise ConfigurationError(f"{where}type must be one of {', '.join(kinds)}, got {name!r}")
+    made = kinds[name]
+    hints = get_type_hints(made)
+    fields = [field.name for field in dataclasses.fields(made) if field.init]
+    values = {}
+    for key, given in changes.items():
+        if key == "type":
+            continue
+        if key not in fields:
+            raise ConfigurationError(
+                f"there is no {where}{key}; {made.__name__} has {', '.join(fields)}"
+            )
+        values[key] = _read(hints[key], given, getattr(start, key, None), f"{where}{key}")
+    if start is not None and type(start) is made:
+        return dataclasses.replace(start, **values)
+    try:
+        return made(**values)
+    except TypeError as error:
+        raise ConfigurationError(f"{where.rstrip('.')}: {error}") from error
+
+
+def _family(kind: type) -> Iterator[type]:
+    if dataclasses.is_dataclass(kind):
+        yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)
+
+
+def _read(hint: Any, given: Any, default: Any, where: str) -> Any:
+    """A value of an annotated type, from JSON."""
+    kinds: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for kind in kinds:
+        if isinstance(given, dict) and isinstance(kind, type) and any(_family(kind)):
+            return _made(kind, default, given, f"{where}.")
+        if isinstance(given, list) and get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            return tuple(_read(item, g, None, f"{where}[{i}]") for i, g in enumerate(given))
+        if _fits(kind, given):
+            return kind(given) if kind in CONVERTED else given
+    words = " or ".join(_word(kind) for kind in kinds)
+    raise ConfigurationError(f"{where} must be {words}, got {given!r}")
+
+
+def _fits(kind: Any, given: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(given == word and type(given) is type(word) for word in get_args(kind))
+    if get_origin(kind) is Mapping:  # of tensors, say, that JSON does not hold: none
+        return given == {}
+    if kind in CONVERTED:
+        return isinstance(given, CONVERTED[kind]) and not isinstance(given, bool)
+    return type(given) is kind
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if kind is NoneType:
+        return "null"
+    return kind.__name__ if isinstance(kind, type) else str(kind)

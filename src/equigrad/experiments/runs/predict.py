@@ -1,0 +1,155 @@
+"""Ask a model that a run has saved."""
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from equigrad.errors import DataError, RunError
+from equigrad.experiments.data.image_folder import SUFFIXES, find, named, read_images
+from equigrad.experiments.data.images import Pixels
+from equigrad.experiments.runs.model import load_model
+from equigrad.experiments.tables import tables
+from equigrad.experiments.tables.encoding import Encoding
+from equigrad.experiments.tables.tables import MISSING, Decimal
+from equigrad.training.files import write_whole
+from equigrad.training.targets import Target
+from equigrad.wording import counted, listed
+
+
+def predict_table(
+    model: Path,
+    path: Path,
+    *,
+    out: Path | None,
+    delimiter: str | None,
+    encoding: str,
+    decimal: Decimal | None,
+    console: Console,
+) -> None:
+    """Predict the target of every row of a CSV file, in its order, and score where it is known.
+
+    Args:
+        model: a run's folder, or its `model.pt`.
+        path: the table; columns in any order.
+        out: the file of predictions; None for standard output.
+        delimiter: as in `equigrad.experiments.tables.tables.read`.
+        encoding: likewise.
+        decimal: likewise; None for that of the table that the model learned from.
+        console: where notes go.
+
+    Raises:
+        RunError: there is no model, or `out` exists.
+        DataError: the table cannot be read, or is not one of such rows.
+    """
+    asked = load_model(model)
+    if not isinstance(asked.encoding, Encoding):
+        raise DataError(f"{model} learned from images; ask it with --images DIR")
+    decimal = decimal or asked.encoding.decimal
+    table = tables.read(path, delimiter=delimiter, encoding=encoding, decimal=decimal)
+    x, notes = asked.encoding.encode(table)
+    known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}
+    if more := [name for name in table.columns if name not in known]:
+        notes.append(f"not looked at: {listed(more)}")
+    outputs, _ = asked.ask(x)
+    name = asked.encoding.target
+    if name in table.columns:
+        notes += scored(asked.target, outputs, table.columns[name], table.numbers(name))
+    write(out, {"line": table.lines, **asked.target.answers(outputs)}, notes, console)
+
+
+def predict_images(
+    model: Path, folder: Path, *, out: Path | None, skip_broken: bool, console: Console
+) -> None:
+    """Predict the class of every image in a folder and below; score where subfolders name it.
+
+    Args:
+        model: a run's folder, or its `model.pt`.
+        folder: of images.
+        out: the file of predictions; None for standard output.
+        skip_broken: leave out files that cannot be read, and say so.
+        console: where notes go.
+
+    Raises:
+        RunError: there is no model, or `out` exists.
+        DataError: there are no images, or broken ones.
+    """
+    asked = load_model(model)
+    if not isinstance(asked.encoding, Pixels):
+        raise DataError(f"{model} learned from a table; ask it with --csv FILE")
+    if not (files := find(folder)):
+        raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))})")
+    pixels, kept, broken = read_images(
+        files, size=asked.encoding.size, channels=asked.encoding.channels
+    )
+    if broken and not (skip_broken and kept):
+        raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
+    notes = [named(broken, len(files)) + ", left out"] if broken else []
+    outputs, unsettled = asked.ask(asked.encoding.encode(pixels))
+    if unsettled:
+        names = listed([str(kept[i]) for i in unsettled], 5)
+        notes.append(f"not settled, so that the answer may be wrong: {names}")
+    classes = [class_of(path, folder, asked.target) for path in kept]
+    unknown: list[float | None] = [None] * len(classes)
+    if any(label is not None for label in asked.target.read(classes, unknown)):
+        notes += scored(asked.target, outputs, classes, unknown)
+    columns = {"file": kept, **asked.target.answers(outputs)}
+    if asked.solver is not None:
+        missed = set(unsettled)
+        columns["settled"] = ["no" if i in missed else "yes" for i in range(len(kept))]
+    write(out, columns, notes, console)
+
+
+def class_of(path: Path, folder: Path, target: Target) -> str:
+    """The outermost folder below a folder that names a class, else the one the image is in.
+
+    For an image that lies in the folder itself, the folder's name where that is a class, else none.
+    """
+    parts = path.relative_to(folder).parts[:-1] or (folder.resolve().name,)
+    known = target.read(parts, [None] * len(parts))
+    named = (part for part, label in zip(parts, known, strict=True) if label is not None)
+    return next(named, parts[-1] if path.parent != folder else "")
+
+
+def scored(
+    target: Target, outputs: torch.Tensor, texts: Sequence[str], numbers: Sequence[float | None]
+) -> list[str]:
+    """What predictions are worth where the target is there and can be read."""
+    values = target.read(texts, numbers)
+    strange = {t for t, v in zip(texts, values, strict=True) if v is None and t not in MISSING}
+    rows = [i for i, value in enumerate(values) if value is not None]
+    notes = [f"not scored, the target being {listed(sorted(strange), 5)}"] if strange else []
+    if rows:
+        y = torch.tensor([values[i] for i in rows])
+        found = target.metrics(outputs[rows], y)
+        said = ", ".join(
+            f"{metric} {v:.4g}{' %' if metric == 'accuracy' else ''}"
+            for metric, v in found.items()
+            if not isnan(v)
+        )
+        notes.append(f"{said} on {len(rows)} with a known target")
+    return notes
+
+
+def write(
+    out: Path | None, columns: dict[str, list], notes: Sequence[str], console: Console
+) -> None:
+    """Write columns as CSV, without writing over anything, and print the notes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    if out is None:
+        sys.stdout.write(text.getvalue())
+    elif out.exists():
+        raise RunError(f"{out} is there, and nothing is written over; give another --out")
+    else:
+        write_whole(out, text.getvalue())
+        notes = [*notes, f"{counted(len(columns['prediction']), 'prediction')} saved in {out}"]
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,346 @@
+"""`equigrad report`: one page of HTML about the runs in some folders."""
+
+import base64
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from PIL import Image
+
+from equigrad.errors import RunError
+from equigrad.experiments.runs import figures
+from equigrad.experiments.runs.formats import (
+    is_numeric,
+    mean_and_error,
+    short,
+    shown,
+    text,
+    with_error,
+    words,
+)
+from equigrad.experiments.runs.methods import LABELS
+from equigrad.experiments.runs.run_folders import (
+    RunFolder,
+    find_runs,
+    flat,
+    json_object,
+    mapping,
+    numbers,
+    tensors,
+)
+from equigrad.experiments.runs.run_groups import BESIDE, Group, grouped
+from equigrad.training.files import write_whole
+
+GENERATOR = '<meta name="generator" content="equigrad report">'
+"""The mark of a page that may be written over."""
+
+MOST_ROWS = 200
+"""Rows of a table that are shown."""
+
+HUGE = 1e100
+"""From here on, as where they are NaN, values are not drawn."""
+
+FEW_ROWS = 24
+"""Rows of a table that is shown unfolded."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns; the first column names the row."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers, which are set to the right."""
+        return [
+            i > 0 and all(is_numeric(row[i]) for row in self.rows)
+            for i in range(len(self.headings))
+        ]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Something of a run: a table, a picture or a text, under a title."""
+
+    title: str
+    table: Table | None = None
+    picture: str = ""
+    text: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page has of a folder."""
+
+    folder: RunFolder
+    anchor: str
+    panels: Sequence[Panel]
+    open: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """Groups of one experiment: their curves, what they differ in, and their runs."""
+
+    title: str
+    groups: Sequence[Group]
+    curves: Sequence[Panel]
+    differences: Table | None
+    runs: Sequence[Run]
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a page about all runs in some folders and below them.
+
+    Args:
+        folders: folders of runs, or above them.
+        out: the page; `report.html` in the first folder by default.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        RunError: there is no run, or the page cannot be written, or would replace another file.
+    """
+    out = folders[0] / "report.html" if out is None else out
+    page = render(find_runs(folders))
+    if not out.parent.is_dir():
+        raise RunError(f"cannot write {out}: {out.parent} is not a folder; give another --out")
+    if out.exists() and not (out.is_file() and GENERATOR.encode() in out.read_bytes()[:2000]):
+        raise RunError(f"{out} is not a report, and nothing is written over; give another --out")
+    write_whole(out, page.encode("utf-8", "replace"))
+    return out
+
+
+def render(folders: Sequence[RunFolder]) -> str:
+    """The page about some runs."""
+    environment = Environment(
+        loader=PackageLoader("equigrad.experiments.runs"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    anchors = {folder.path: f"run-{i}" for i, folder in enumerate(folders, 1)}
+    sections = [section(title, groups, anchors) for title, groups in grouped(folders).items()]
+    return environment.get_template("report.html").render(
+        generator=Markup(GENERATOR),
+        sections=sections,
+        anchors=anchors,
+        metrics=metric_names(folders),
+        folders=folders,
+        troubles=list(troubles(sections)),
+        written=f"{datetime.now():%d %B %Y, %H:%M}",
+        version=metadata.version("equigrad"),
+        words=words,
+        shown=shown,
+        color=figures.color,
+    )
+
+
+def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) -> Section:
+    """Compare the groups, draw their curves, and gather their runs."""
+    settings = [settings_of(group.runs[0]) for group in groups]
+    names = dict.fromkeys(name for each in settings for name in each)
+    differing = [n for n in names if any(each.get(n) != settings[0].get(n) for each in settings)]
+    name_groups(groups, settings, differing)
+    table = Table(
+        ["setting", *(group.label for group in groups)],
+        [[name, *(text(each.get(name, "")) for each in settings)] for name in differing],
+    )
+    runs = [
+        Run(
+            run,
+            anchors[run.path],
+            list(panels(run)),
+            open=run in (group.family, *group.seeded[:1]),
+        )
+        for group in groups
+        for run in group.runs
+    ]
+    return Section(title, groups, curves(groups), table if differing else None, runs)
+
+
+def settings_of(run: RunFolder) -> dict[str, Any]:
+    """What a run's numbers depend on but for the seed, by dotted names."""
+    settings = {name: value for name, value in run.settings.items() if name not in BESIDE}
+    return dict(flat({**settings, "versions": mapping(run.about.get("versions"))}))
+
+
+def name_groups(
+    groups: Sequence[Group], settings: Sequence[Mapping[str, Any]], differing: Sequence[str]
+) -> None:
+    """Label each group by its estimator and what differs; by its path where that is not enough."""
+    told = [n for n in differing if n != "estimator" and not n.startswith("versions.")]
+    for group, each in zip(groups, settings, strict=True):
+        estimator = str(each.get("estimator") or group.runs[0].experiment)
+        own = (f"{name} {text(each.get(name))}" for name in told[:3])
+        group.label = ", ".join([LABELS.get(estimator, estimator), *own])
+    shared = Counter(group.label for group in groups)
+    for group in groups:
+        if shared[group.label] > 1:
+            group.label += f" ({group.family or group.runs[0]})"
+
+
+def troubles(sections: Sequence[Section]) -> Iterator[tuple[str, str, str]]:
+    """What a reader should know before all else: the run's anchor, its name, a sentence."""
+    for each in sections:
+        for group in each.groups:
+            for seed in group.missing:
+                yield "", str(group.family), f"seed {seed} of {group.label} is missing"
+        for run in each.runs:
+            folder = run.folder
+            said = list(folder.damage)
+            if folder.seeds is None and not folder.ended:
+                said.append(folder.progress)
+            if folder.uneasy:
+                count = f"{len(folder.uneasy)} of {len(folder.history)} outer steps"
+                said.append(f"{count}, the last of them: {folder.uneasy[-1]}")
+            for sentence in said:
+                yield run.anchor, str(folder), sentence
+
+
+def metric_names(folders: Sequence[RunFolder]) -> list[str]:
+    """All metrics that a run has reached or logged."""
+    return list(
+        dict.fromkeys(name for folder in folders for name in [*folder.metrics, *folder.logged])
+    )
+
+
+def curves(groups: Sequence[Group]) -> list[Panel]:
+    """What was logged against the outer step, the runs over each other; a colour a group."""
+    runs = [(i, run) for i, group in enumerate(groups) for run in group.seeded if run.history]
+    found = []
+    for name in [*metric_names([run for _, run in runs]), "outer_loss", "residual"]:
+        lines = []
+        for i, run in runs:
+            rows = [*run.history, {"outer_step": run.steps_done, **run.metrics}]
+            points = [(row["outer_step"], numbers(row).get(name, math.nan)) for row in rows]
+            if points := [(step, value) for step, value in points if abs(value) < HUGE]:
+                lines.append((i, points))
+        if lines:
+            svg = figures.curves(lines, log=name == "residual")
+            found.append(Panel(words(name), picture=data_uri(svg, "svg+xml")))
+    return found
+
+
+def panels(run: RunFolder) -> Iterator[Panel]:
+    """What lies in a run's folder, the best to look at first; what cannot be read is noted."""
+    readers: dict[str, Callable[[bytes], dict[str, Any]]] = {
+        ".md": lambda content: {"text": markdown(content.decode())},
+        ".png": lambda content: {"picture": data_uri(smaller(content), "png")},
+        ".pt": lambda content: {"table": strengths_table(content)},
+        ".json": json_panel,
+        ".csv": csv_panel,
+    }
+    passed_over = ("config.json", "result.json", "checkpoint.pt", "model.pt")
+    names = [name for name in run.files if name not in passed_over]
+    for suffix, reader in readers.items():
+        for name in (n for n in names if n.endswith(suffix)):
+            content = run.read(name, reader)
+            if content is not None:
+                yield Panel(name, **content)
+    for name, content in (("config.json", run.about), ("result.json", run.result)):
+        if content:
+            yield Panel(name, table=listing(content), folded=True)
+
+
+def json_panel(content: bytes) -> dict[str, Any]:
+    """A table where it is one, with means where there is a row a seed; else all it says, folded."""
+    found = json_object(content)
+    if all(is_rows(rows) for rows in found.values()):
+        means = {
+            name: {
+                column: with_error(*mean_and_error([row[column] for row in rows]))
+                for column in numbers(rows[0])
+            }
+            for name, rows in found.items()
+        }
+        return {"table": by_name(means)}
+    if is_rows(list(found.values())):
+        return {"table": by_name(found)}
+    return {"table": listing(found), "folded": True}
+
+
+def is_rows(value: Any) -> bool:
+    """Whether it is a list of dictionaries, one at least, with the same keys."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and row.keys() == value[0].keys() for row in value)
+    )
+
+
+def by_name(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of named rows."""
+    columns = list(next(iter(rows.values()), {}))
+    return Table(
+        ["", *map(words, columns)],
+        [
+            [LABELS.get(name, name), *(text(row.get(column, ""), brief=True) for column in columns)]
+            for name, row in rows.items()
+        ],
+    )
+
+
+def listing(content: Mapping[str, Any]) -> Table:
+    """All that a JSON object says, a line each."""
+    return Table(["name", "value"], [[name, text(value)] for name, value in flat(content)])
+
+
+def csv_panel(content: bytes) -> dict[str, Any]:
+    """A table of comma-separated values, as far as it is shown; folded where it is long."""
+    headings, *rows = csv.reader(io.StringIO(content.decode()), strict=True)
+    if any(len(row) != len(headings) for row in rows):
+        raise ValueError("a row with more or fewer entries than the header")
+    note = f"The first {MOST_ROWS} of {len(rows):,} rows." if len(rows) > MOST_ROWS else ""
+    table = Table(headings, [[short(entry) for entry in row] for row in rows[:MOST_ROWS]], note)
+    return {"table": table, "folded": len(rows) > FEW_ROWS}
+
+
+def strengths_table(content: bytes) -> Table:
+    """How the learned strengths, or whatever was learned, are distributed in each layer."""
+    rows = []
+    for name, tensor in tensors(content).items():
+        values = tensor.double().flatten().numpy()
+        median, high = np.quantile(values, (0.5, 0.9))
+        shape = "×".join(map(str, tensor.shape))
+        share = 100 * float((values == 0).mean())
+        rows.append(
+            [name, shape, f"{values.size:,}", f"{share:.1f}", f"{median:.3g}", f"{high:.3g}"]
+        )
+    return Table(["learned", "shape", "number", "at zero, %", "median", "90th percentile"], rows)
+
+
+def markdown(source: str) -> Markup:
+    """Markdown as HTML; HTML within it is text, and nothing is linked or fetched."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.disable(["link", "image", "autolink", "reference"])
+    return Markup(parser.render(source))
+
+
+def smaller(png: bytes) -> bytes:
+    """A figure in a third of the bytes: in 128 colours."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """An image that needs no file."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,235 @@
+"""What all reproductions share: cells that are measured once, a table, a text and a figure."""
+
+import csv
+import functools
+import io
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from equigrad.errors import ConfigurationError, RunError
+from equigrad.experiments.runs import figures
+from equigrad.experiments.runs.experiment import Experiment, ScaleName, at_least
+from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.experiments.runs.run_folders import IN_TABLE
+from equigrad.training.device import DeviceName
+from equigrad.training.files import write_whole
+
+Placed = TypeVar("Placed", bound=Experiment)
+Cell = tuple[Any, ...]
+"""What tells a row of the table from the others: the values of its first fields."""
+
+SAVE_EVERY = 1.0
+"""Seconds between two writes of the table."""
+
+
+class Reproduction(ABC):
+    """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
+
+    Attributes:
+        name: of the files.
+        row: dataclass of a row of the table; a cell is its first fields.
+    """
+
+    name: ClassVar[str]
+    row: ClassVar[type]
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults that some words choose, `scale` for example."""
+        return cls()
+
+    @abstractmethod
+    def cells(self) -> Sequence[Cell]:
+        """What is to be measured, in the order of the table."""
+
+    @abstractmethod
+    def prepare(self) -> Callable[..., Any]:
+        """Get ready, and return the function that turns the values of a cell into its row."""
+
+    def prepare_in(self, folder: Path) -> Callable[..., Any]:
+        """As `prepare`; a measurement that may be stopped leaves in the folder how far it got."""
+        return self.prepare()
+
+    @abstractmethod
+    def text(self, rows: Sequence[Any]) -> str:
+        """What the rows say, as Markdown."""
+
+    @abstractmethod
+    def draw(self, rows: Sequence[Any]) -> Figure:
+        """The figure."""
+
+
+class Job(Protocol):
+    """An experiment with all that it takes to run it."""
+
+    def learned(self, directory: RunDirectory, *, resume: bool, console: Console) -> Any:
+        """Run, and leave the run in its directory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByExperiments(Reproduction):
+    """A table or figure whose cells are runs of an experiment, with some settings changed."""
+
+    scale: ScaleName = "small"
+    """Presets the hyperparameters; `paper` takes those of the paper."""
+
+    threads: int = 2
+    """CPU threads."""
+
+    device: DeviceName = "auto"
+    """Where to compute; `auto` takes CUDA where there is any."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "threads", self.threads)
+
+    @abstractmethod
+    def measure(self, *cell: Any, **named: Any) -> Any:
+        """The row of a cell."""
+
+    def prepare(self) -> Callable[..., Any]:
+        """Set the number of threads."""
+        torch.set_num_threads(self.threads)
+        return self.measure
+
+    def placed(self, preset: Placed, **changes: Any) -> Placed:
+        """An experiment's settings with some changed, on this device and with these threads."""
+        return replace(preset, threads=self.threads, device=self.device, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByRuns(ByExperiments):
+    """A table whose cells are whole runs, in folders of their own: one that is stopped goes on."""
+
+    @abstractmethod
+    def experiment(self, *cell: Any, **named: Any) -> Any:
+        """The settings of a cell."""
+
+    @abstractmethod
+    def job(self, config: Any) -> Job:
+        """What runs with such settings."""
+
+    @abstractmethod
+    def read(self, result: dict[str, Any], *cell: Any, **named: Any) -> Any:
+        """The row of a cell, from what its run has left in `result.json`."""
+
+    def prepare_in(self, folder: Path) -> Callable[..., Any]:
+        """Each cell in a folder inside this one."""
+        self.prepare()
+        return functools.partial(self._measured, folder / IN_TABLE)
+
+    def measure(self, *cell: Any) -> Any:
+        """Run, and leave nothing behind."""
+        with TemporaryDirectory() as folder:
+            return self._measured(Path(folder), *cell)
+
+    def _measured(self, folder: Path, *cell: Any) -> Any:
+        """Run in a folder, from where that stands."""
+        config = self.experiment(*cell)
+        own = folder / "-".join(map(str, cell))
+        directory = RunDirectory(own, config, resume=True)
+        if directory.result is None:
+            # plain lines: the terminal has one bar, that of the table
+            console = Console(force_terminal=False, markup=False)
+            self.job(config).learned(directory, resume=True, console=console)
+        return self.read(directory.result or {}, *cell)
+
+
+def differ(name: str, values: Sequence[Any]) -> None:
+    """Raise a `ConfigurationError` unless there are values, none twice."""
+    if not values or len(set(values)) < len(values):
+        raise ConfigurationError(f"{name} must hold different values, got {values}")
+
+
+def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console) -> list[Any]:
+    """Measure, print and save `NAME.{csv,md,png}`; rows that are there are kept."""
+    directory = RunDirectory(out, figure, resume=resume)
+    rows = fill(figure, directory.path / f"{figure.name}.csv", console)
+    text = figure.text(rows)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    write_whole(directory.path / f"{figure.name}.md", text)
+    figures.save(figure.draw(rows), directory.path / f"{figure.name}.png")
+    return rows
+
+
+def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
+    """Measure the cells that the table lacks; what was measured is kept also when stopped."""
+    cells = list(dict.fromkeys(figure.cells()))
+    known = from_csv(figure.row, table.read_text()) if table.exists() else []
+    rows = {tuple(vars(row).values())[: len(cells[0])]: row for row in known}
+    missing = [cell for cell in cells if cell not in rows]
+    if missing:
+        measure, saved = figure.prepare_in(table.parent), time.monotonic()
+        try:
+            for cell in track(missing, "measuring", console=console, transient=True):
+                rows[cell] = measure(*cell)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    write_whole(table, as_csv(list(rows.values())))
+                    saved = time.monotonic()
+        finally:
+            if rows:
+                write_whole(table, as_csv(list(rows.values())))
+    ordered = [rows[cell] for cell in cells]
+    write_whole(table, as_csv(ordered))
+    return ordered
+
+
+def measure_all(figure: Reproduction) -> list[Any]:
+    """All rows, without a folder."""
+    measure = figure.prepare()
+    return [measure(*cell) for cell in dict.fromkeys(figure.cells())]
+
+
+def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
+    """Numbers from `10^lowest` to `10^highest`, evenly spaced in their logarithm.
+
+    Example:
+        >>> decades(-1, 1, 1)
+        [0.1, 1.0, 10.0]
+    """
+    first, last = round(lowest * per_decade), round(highest * per_decade)
+    return [10 ** (k / per_decade) for k in range(first, last + 1)]
+
+
+def as_csv(rows: Sequence[Any]) -> str:
+    """Rows of one dataclass under a header; numbers are written such that they read the same."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(vars(row) for row in rows)
+    return text.getvalue()
+
+
+def _number(text: str) -> float:
+    """What is written without a point stays whole, so that it is written the same again."""
+    return int(text) if text.isdigit() else float(text)
+
+
+READERS: dict[type, Callable[[str], Any]] = {str: str, int: int, float: _number}
+
+
+def from_csv(row: type, text: str) -> list[Any]:
+    """What `as_csv` wrote, for fields that are strings or numbers.
+
+    Raises:
+        RunError: the table is not one of such rows.
+    """
+    fields = {name: READERS[kind] for name, kind in get_type_hints(row).items()}
+    try:
+        found = list(csv.DictReader(io.StringIO(text), strict=True))
+        return [row(**{name: read(line[name]) for name, read in fields.items()}) for line in found]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RunError(
+            f"the table of the run is damaged ({error!r}): expected the columns "
+            f"{', '.join(fields)}; delete the .csv to measure it again, or give another --out"
+        ) from error

@@ -1,0 +1,160 @@
+"""What a run leaves on disk, and how it is found again."""
+
+import dataclasses
+import json
+import platform
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from equigrad.errors import RunError
+from equigrad.experiments.runs.experiment import Experiment
+from equigrad.training.device import pick_device
+from equigrad.training.files import write_whole
+
+
+class RunDirectory:
+    """A folder that holds one run.
+
+    `config.json` says all that reproduces it; `metrics.jsonl`, TensorBoard events and
+    `checkpoint.pt` grow while it goes on; `result.json` and figures are there when it has ended.
+
+    Args:
+        path: the folder, made where it is missing.
+        config: the settings, a dataclass.
+        resume: go on with what is there. Without it, a folder that holds anything is refused.
+
+    Raises:
+        RunError: the folder cannot be written, holds something else, or another run.
+    """
+
+    def __init__(self, path: Path, config: Any, *, resume: bool = False) -> None:
+        self.path = path
+        self.identity = json.dumps(describe(config), sort_keys=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(not child.name.startswith(".") for child in path.iterdir())
+        except OSError as error:
+            raise RunError(f"cannot use {path} for a run: {error}; give another --out") from error
+        if occupied and not resume:
+            raise RunError(
+                f"{path} is not empty, and nothing is written over. Add --resume to go on with "
+                f"the run that is there, or give another --out"
+            )
+        if occupied:
+            self._check_same()
+        else:
+            self._write_config(config)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `result.json` holds, or None while the run has not ended."""
+        return self.read_json("result.json")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What a file of JSON holds, or None where it is not there."""
+        path = self.path / name
+        return _read(path) if path.exists() else None
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file of JSON, whole or not at all."""
+        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def end(self, config: Experiment, **found: Any) -> None:
+        """Write `result.json`: what was found, and whose it is."""
+        whose = {
+            "experiment": type(config).__name__.lower(),
+            "seed": config.seed,
+            "scale": config.scale,
+        }
+        where = {"device": str(pick_device(config.device)), "versions": versions()}
+        self.write_json("result.json", {**whose, **found, **where})
+
+    def keep_to_data(self, digest: str) -> None:
+        """Note a checksum of the data where the run begins, and refuse others later.
+
+        Raises:
+            RunError: the data have changed since the run began.
+        """
+        began = self.read_json("data.json")
+        if began is not None and began["sha256"] != digest:
+            raise RunError(
+                f"the data have changed since the run in {self.path} began; put back those it "
+                f"began with, or give another --out"
+            )
+        self.write_json("data.json", {"sha256": digest})
+
+    def _write_config(self, config: Any) -> None:
+        content = {
+            "experiment": type(config).__name__.lower(),
+            "config": describe(config),
+            "versions": versions(),
+            "command": " ".join(["equigrad", *sys.argv[1:]]),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self.write_json("config.json", content)
+
+    def _check_same(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            raise RunError(f"{self.path} holds no run (no config.json); give another --out")
+        there = _read(path).get("config")
+        here = json.loads(self.identity)
+        if there != here:
+            changes = "\n".join(_differences(there, here)) or "  (unreadable)"
+            raise RunError(
+                f"{self.path} holds a run with other settings:\n{changes}\n"
+                f"Resume with the settings it was started with, or give another --out"
+            )
+
+
+def describe(value: Any) -> Any:
+    """A dataclass with all that is in it as plain values, each with the name of its class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return str(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("equigrad", "torch", "numpy", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def default_directory(name: str) -> Path:
+    """`runs/NAME-DATE-TIME`, which is new."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); give another --out") from error
+    return content
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            line
+            for key in {**there, **here}
+            for line in _differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if there == here else [f"  {name}: there {there!r}, here {here!r}"]

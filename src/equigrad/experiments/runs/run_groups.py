@@ -1,0 +1,149 @@
+"""Runs with the same settings but for the seed, and what they reached together."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from equigrad.experiments.runs.formats import duration, mean_and_error, shown, with_error
+from equigrad.experiments.runs.run_folders import RunFolder, numbers
+
+SECTION = ("setting", "scale", "csv", "target", "images", "image")
+"""Settings that make runs of one experiment another matter."""
+
+BESIDE = ("seed", "seeds", "compare", "checkpoint_every")
+"""Settings that change nothing of what a run learns, but for the seed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the overview, what stands below it, and how far they are apart."""
+
+    number: str
+    below: str = ""
+    difference: str = ""
+
+
+@dataclass
+class Group:
+    """Runs with the same settings but for the seed.
+
+    Attributes:
+        family: the folder that holds those of all seeds, where there is one.
+        runs: in order of path; `family` itself is one where its settings are theirs.
+        label: what tells the group from others.
+    """
+
+    family: RunFolder | None
+    runs: list[RunFolder] = field(default_factory=list)
+    label: str = ""
+
+    @property
+    def seeded(self) -> list[RunFolder]:
+        """The runs without the folder that holds those of all seeds."""
+        return [run for run in self.runs if run.seeds is None]
+
+    @property
+    def missing(self) -> list[int]:
+        """Seeds that were asked for and have no folder."""
+        there = {run.seed for run in self.seeded}
+        asked = (self.family.seeds if self.family else None) or 0
+        return [seed for seed in range(asked) if seed not in there]
+
+    @property
+    def finished(self) -> list[RunFolder]:
+        """Those that have ended."""
+        return [run for run in self.seeded if run.ended]
+
+    @property
+    def status(self) -> str:
+        """Whether all have ended, and how far the others are."""
+        if len(self.finished) == len(self.seeded) and not self.missing:
+            return "finished"
+        several = len(self.seeded) + len(self.missing) > 1
+        lines = [
+            f"seed {run.seed}: {run.progress}" if several else run.progress
+            for run in self.seeded
+            if not run.ended
+        ]
+        lines += [f"seed {seed}: missing" for seed in self.missing]
+        if several:
+            total = len(self.seeded) + len(self.missing)
+            lines.insert(0, f"{len(self.finished)} of {total} seeds finished")
+        return "; ".join(lines)
+
+    @property
+    def seeds(self) -> str:
+        """The seeds of those that have ended; of all where none has."""
+        seeds = (run.seed for run in self.finished or self.seeded)
+        return ", ".join(str(seed) for seed in seeds if seed is not None)
+
+    def mean(self, read: Callable[[RunFolder], float | None]) -> tuple[float, float | None] | None:
+        """Mean and standard error over those that have ended, or None where there is no number."""
+        values = [value for run in self.finished if (value := read(run)) is not None]
+        return mean_and_error(values) if values else None
+
+    @property
+    def gradients(self) -> str:
+        """Mean number of gradients of a seed."""
+        found = self.mean(lambda run: numbers(run.result).get("gradient_evaluations"))
+        return "" if found is None else f"{found[0]:,.0f}"
+
+    @property
+    def time(self) -> str:
+        """Mean time of a seed."""
+        found = self.mean(lambda run: numbers(run.result).get("seconds"))
+        return "" if found is None else duration(found[0])
+
+    @property
+    def device(self) -> str:
+        """Where it was computed."""
+        devices = (str(run.result["device"]) for run in self.finished if "device" in run.result)
+        return ", ".join(dict.fromkeys(devices))
+
+    def cell(self, metric: str) -> Cell:
+        """A metric, beside the paper's."""
+        found = self.mean(lambda run: run.metrics.get(metric))
+        if found is None:
+            last = [
+                f"{shown(run.logged[metric])} at step {run.steps_done}"
+                for run in self.seeded
+                if metric in run.logged
+            ]
+            return Cell("", "; ".join(last))
+        paper = next(
+            (p for run in self.finished if metric in (p := numbers(run.result.get("paper")))), None
+        )
+        if paper is None:
+            return Cell(with_error(*found))
+        published = with_error(paper[metric], paper.get(f"{metric}_standard_error"))
+        return Cell(with_error(*found), f"paper {published}", f"{found[0] - paper[metric]:+.2f}")
+
+
+def grouped(folders: Sequence[RunFolder]) -> dict[str, list[Group]]:
+    """Groups of runs by the title of their section, in order of path."""
+    families = {folder.path: folder for folder in folders if folder.seeds is not None}
+    sections: dict[str, dict[str, list[Group]]] = {}
+    for run in folders:
+        family = next(
+            (families[at] for at in (run.path, *run.path.parents) if at in families), None
+        )
+        title = ", ".join(
+            [
+                run.experiment,
+                *(f"{word} {run.settings[word]}" for word in SECTION if run.settings.get(word)),
+            ]
+        )
+        alike = {k: v for k, v in run.settings.items() if k not in BESIDE}
+        # a run without readable settings is like no other
+        key = json.dumps([str(family), alike or str(run)], sort_keys=True)
+        same = sections.setdefault(title, {}).setdefault(key, [])
+        for group in same:  # a seed that was run twice is not two seeds
+            if all((other.seed, other.seeds) != (run.seed, run.seeds) for other in group.runs):
+                break
+        else:
+            same.append(group := Group(family))
+        group.runs.append(run)
+    return {
+        title: [group for groups in keyed.values() for group in groups]
+        for title, keyed in sections.items()
+    }

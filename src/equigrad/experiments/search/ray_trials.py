@@ -1,0 +1,227 @@
+"""The trials of a search on Ray Tune; importing this needs the extra `search`."""
+
+import logging
+import os
+import shutil
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from equigrad.errors import RunError
+from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.experiments.search.trials import Search, Trial
+from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.gradient import MetaGradient
+from equigrad.training import Callback, Checkpoint, JsonLines, OuterState
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # EQUIGRAD_DATA may be relative to where we are
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, as it ends a run
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no accuracy
+}
+"""What Ray reads from the environment."""
+
+STEP, ACCURACY = "outer_step", "validation_accuracy"
+
+
+def run_trials(
+    config: Search, trials: Sequence[Trial], out: Path, changed: Callable[[Trial], None]
+) -> None:
+    """Run those that have not ended, and note in each what becomes of it.
+
+    Args:
+        config: how many at once, where, and when one is stopped.
+        trials: all of them: the scheduler is told of those that have ended, as if it had seen them.
+        out: folder of the search; all machines of a cluster must see it.
+        changed: called with a trial after each outer step, and when it has ended.
+
+    Raises:
+        RunError: Ray does not start, or has not what a trial asks for.
+    """
+    threads, gpus = config.experiment.threads, gpus_of(config)
+    scratch = out.resolve() / ".ray"  # of nothing that is not in the trials' own folders
+    waiting = {trial.number: trial for trial in trials if not trial.ended}
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed search leaves it
+    os.environ.update(QUIET)
+    try:
+        start_ray(config)
+        have = ray.cluster_resources()
+        for what, need in (("CPU", threads), ("GPU", gpus)):
+            if need > have.get(what, 0):
+                raise RunError(
+                    f"a trial asks for {need:g} {what}s, and Ray has {have.get(what, 0):g}; see "
+                    f"--threads, --gpus and --device"
+                )
+        tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(attempt, trials=waiting), {"cpu": threads, "gpu": gpus}
+            ),
+            param_space={"number": tune.grid_search(list(waiting))},
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler(config, trials),
+                max_concurrent_trials=config.parallel,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(scratch),
+                verbose=0,
+                callbacks=[Notes(waiting, changed)],
+            ),
+        ).fit()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def gpus_of(config: Search) -> float:
+    """GPUs of a trial."""
+    if config.gpus is not None:
+        return config.gpus
+    return float(config.experiment.device != "cpu" and torch.cuda.is_available())
+
+
+def start_ray(config: Search) -> None:
+    """Start Ray here, or join a cluster."""
+    own: dict[str, Any] = {}
+    if config.address is not None:
+        reach(config.address)
+    else:
+        threads = config.experiment.threads
+        parallel = config.parallel or max(1, (os.cpu_count() or 1) // threads)
+        own = {"num_cpus": parallel * threads, "include_dashboard": False}
+    try:
+        ray.init(
+            address=config.address or "local",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            **own,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {config.address}" if config.address else "here"
+        raise RunError(f"Ray does not start {where}: {error}") from error
+
+
+def reach(address: str) -> None:
+    """Raise at once where nobody listens; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise RunError(
+                f"no Ray cluster answers at {address} ({error}); `ray start --head` prints its "
+                f"address where it is started"
+            ) from error
+
+
+def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
+    """ASHA that knows the trials that have ended: Ray's own `restore` forgets what it had seen."""
+    steps = config.experiment.outer_steps
+    asha = ASHAScheduler(
+        time_attr=STEP,
+        metric=ACCURACY,
+        mode="max",
+        max_t=steps,
+        grace_period=min(config.grace_period, steps),
+        reduction_factor=config.reduction_factor,
+    )
+    controller: Any = None  # ASHA asks nothing of it
+    for trial in trials:
+        if trial.ended:
+            past: Any = SimpleNamespace(trial_id=f"ended-{trial.number}")
+            asha.on_trial_add(controller, past)
+            for step, accuracy in trial.history:
+                asha.on_trial_result(controller, past, {STEP: step, ACCURACY: accuracy})
+    return asha
+
+
+def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
+    """A trial, in a process of Ray's: a run in its folder, gone on with where it was stopped."""
+    trial = trials[words["number"]]
+    config = trial.config
+    torch.set_num_threads(config.threads)
+    try:
+        directory = RunDirectory(trial.folder, config, resume=True)
+        checkpoint = Checkpoint(
+            trial.folder / "checkpoint.pt",
+            config.checkpoint_every,
+            resume=True,
+            identity=directory.identity,
+        )
+        log = JsonLines(trial.folder / "metrics.jsonl")
+        job, watchers = Job(config, config.seed), [checkpoint, log, Report()]
+        _, row = job.learn(config.estimator, watchers)
+    except Exception as error:
+        (trial.folder / "error.txt").write_text(traceback.format_exc())
+        # a disk that is full, say, is no fault of the point: such a trial has not ended
+        lost = isinstance(error, OSError)
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        tune.report({"lost" if lost else "failed": said})
+        return
+    tune.report({STEP: config.outer_steps, ACCURACY: row.validation, "seconds": row.seconds})
+
+
+class Report(Callback):
+    """Tells Ray the accuracy after every outer step, those before a resume included."""
+
+    def on_start(self, state: OuterState) -> None:
+        """Tell what is known, so that the scheduler judges it again."""
+        for row in state.history:
+            self._tell(row)
+
+    def on_step(self, state: OuterState, result: MetaGradient) -> None:
+        """Tell the step's; leaves the loop where the scheduler stops the trial."""
+        self._tell(state.history[-1])
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        tune.report({name: row[name] for name in (STEP, ACCURACY, "seconds")})
+
+
+class Notes(tune.Callback):
+    """Writes into the trials what Ray hears of them."""
+
+    def __init__(self, trials: dict[int, Trial], changed: Callable[[Trial], None]) -> None:
+        self.trials, self.changed = trials, changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray pickles its callbacks, for a restore of its own
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """After a report."""
+        noted = self.trials[trial.config["number"]]
+        if ACCURACY in result and (not noted.history or result[STEP] > noted.outer_steps):
+            noted.history.append((result[STEP], result[ACCURACY]))
+            noted.seconds = result["seconds"]
+            self.changed(noted)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """When it has ended, or is stopped."""
+        noted, last = self.trials[trial.config["number"]], trial.last_result
+        if "failed" in last:
+            noted.status, noted.error = "failed", last["failed"]
+        elif "lost" in last:
+            noted.status, noted.error = "lost", last["lost"]
+        else:
+            whole = noted.outer_steps >= noted.config.outer_steps
+            noted.status = "whole" if whole else "stopped"
+        self.changed(noted)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """When its process has died."""
+        noted = self.trials[trial.config["number"]]
+        noted.status, noted.error = "lost", "its process died"
+        self.changed(noted)

@@ -1,0 +1,1 @@
+"""Networks that settle: equilibrium propagation, implicit layers, least control."""

@@ -1,0 +1,1 @@
+"""Regularisation strengths learned for every weight, on images and on data of your own."""

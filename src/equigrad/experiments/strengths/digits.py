@@ -1,0 +1,95 @@
+"""The main job: a regularisation strength for every weight, learned from ten images."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from equigrad.errors import ConfigurationError
+from equigrad.estimators import Contrastive
+from equigrad.experiments.strengths.strength_learning import LearningAlike
+from equigrad.nn import tanh_network
+from equigrad.solvers import GradientDescent
+from equigrad.training.split import Split
+
+LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=500)
+RULE = Contrastive(beta=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(LearningAlike):
+    """Learn a regularisation strength for every weight of a network that sees ten images.
+
+    A tanh network learns from ten 8×8 digits, one a class; 890 validation images judge what it
+    learned, and every weight's strength follows their gradient. Beside it: no regularisation, the
+    best of 13 single strengths, and the other estimator, all on the same split and start.
+    """
+
+    scale: Literal["smoke", "small"] = "small"
+    """`smoke` presets a few short steps, to see that all works."""
+
+    outer_lr: float = 0.01
+    """Adam's step size."""
+
+    hidden: tuple[int, ...] = (64, 64, 64)
+    """Widths of the hidden layers."""
+
+    solver: GradientDescent = LEARNER
+    """How the network learns from the ten images: the free phase, from the same start each time."""
+
+    contrastive: Contrastive = RULE
+    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(width < 1 for width in self.hidden):
+            raise ConfigurationError(f"hidden widths must be at least 1, got {self.hidden}")
+
+    @classmethod
+    def _preset(cls, **chosen: str) -> Self:
+        """The defaults of a scale."""
+        if chosen.get("scale") != "smoke":
+            return cls()
+        return cls(
+            scale="smoke",
+            outer_steps=3,
+            solver=replace(LEARNER, max_steps=20),
+            nudged_steps=5,
+        )
+
+    @property
+    def name(self) -> str:
+        """What is learned from."""
+        return "digits, 10 training images"
+
+    def network(self, split: Split) -> Module:
+        """64 inputs, tanh layers, 10 outputs."""
+        return tanh_network(64, self.hidden, 10)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """Ten training images, the first of each class in a shuffle; 890 validation; 897 test.
+
+        Pixels are shifted and scaled to zero mean and unit variance over training and validation
+        images together; the test images have no part in it.
+        """
+        from sklearn.datasets import load_digits  # takes a second, which `--help` need not wait for
+
+        images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+        order = np.random.default_rng(self.seed).permutation(len(labels))
+        images, labels = images[order], labels[order]
+        first = np.array([np.flatnonzero(labels == digit)[0] for digit in range(10)])
+        rest = np.setdiff1d(np.arange(len(labels)), first)
+        validation, test = rest[:890], rest[890:]
+        seen = images[np.concatenate([first, validation])]
+        images = (images - seen.mean()) / seen.std()
+
+        def part(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+            return (
+                torch.tensor(images[indices], device=device, dtype=dtype),
+                torch.tensor(labels[indices], device=device),
+            )
+
+        return Split(part(first), part(validation), part(test))

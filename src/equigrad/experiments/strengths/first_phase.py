@@ -1,0 +1,309 @@
+"""Figure 3: what a longer first phase is worth to either method, and to which nudging strength."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from equigrad.errors import ConfigurationError, SettlingError
+from equigrad.experiments.runs.error_curves import as_table, finish, shades
+from equigrad.experiments.runs.experiment import at_least
+from equigrad.experiments.runs.formats import mean_and_error, with_error
+from equigrad.experiments.runs.methods import EstimatorName
+from equigrad.experiments.runs.reproduction import ByExperiments, Cell, differ
+from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
+from equigrad.experiments.strengths.strength_learning import Job
+from equigrad.experiments.strengths.table1 import METHODS
+
+PanelName = Literal["A", "B"]
+NO_NUDGE = 0.0
+"""Stands for β where there is none: T1–T2."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a method reached after a first phase of so many steps, in percent.
+
+    Where a phase diverged, nothing was learned, and the accuracies are not numbers.
+    """
+
+    panel: str
+    estimator: str
+    steps: int
+    beta: float
+    seed: int
+    validation: float
+    test: float
+    gradient_evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig3(ByExperiments):
+    """Fig. 3: validation accuracy against the steps of the first phase, and against β.
+
+    A: strengths from ten MNIST digits, by the contrastive rule and by T1–T2, for both of which the
+    network learns alike. B: strengths from 50 photographs of CIFAR-10 by the contrastive rule as
+    the paper has it, without matched phases: the shorter the first phase, the further the network
+    is from rest, and the larger a β is needed to tell the nudge from the drift.
+    """
+
+    name: ClassVar[str] = "fig3"
+    row: ClassVar[type] = Reached
+
+    only: tuple[PanelName, ...] = ("A", "B")
+    """Which panels."""
+
+    seeds: int = 2
+    """Seeds 0, 1 … N-1 draw splits and starts in A."""
+
+    cifar_seeds: int = 1
+    """And in B."""
+
+    steps: tuple[int, ...] = (50, 150, 500, 1500)
+    """Steps of the first phase in A."""
+
+    outer_steps: int = 30
+    """Steps of Adam on the strengths in A."""
+
+    outer_lr: float = 0.01
+    """Their size in A, for both methods."""
+
+    cifar_steps: tuple[int, ...] = (50, 150, 450)
+    """Steps of the first phase in B."""
+
+    betas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """Nudging strengths in B."""
+
+    cifar_outer_steps: int = 15
+    """Steps of Adam on the strengths in B."""
+
+    cifar_outer_lr: float = 0.01
+    """Their size in B."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("seeds", "cifar_seeds", "outer_steps", "cifar_outer_steps"):
+            at_least(1, name, getattr(self, name))
+        for name in ("only", "steps", "cifar_steps", "betas"):
+            differ(name, getattr(self, name))
+        if min(*self.steps, *self.cifar_steps) < 1:
+            raise ConfigurationError("steps and cifar_steps must be at least 1")
+        if not min(self.betas) > 0:
+            raise ConfigurationError(f"betas must be positive, got {self.betas}")
+
+    @classmethod
+    def preset(cls, **chosen: str) -> Self:
+        """The defaults of a scale."""
+        scale = chosen.get("scale", "small")
+        if scale == "paper":
+            return cls(
+                scale="paper",
+                seeds=12,
+                cifar_seeds=3,
+                steps=(100, 200, 500, 1000, 2000, 5000),
+                outer_steps=100,
+                outer_lr=0.001,
+                cifar_steps=(500, 1000, 2000, 5000),
+                betas=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+                cifar_outer_steps=100,
+                cifar_outer_lr=0.001,
+            )
+        if scale == "smoke":
+            return cls(
+                scale="smoke",
+                seeds=1,
+                steps=(5, 10),
+                outer_steps=2,
+                cifar_steps=(5, 10),
+                betas=(1.0, 3.0),
+                cifar_outer_steps=2,
+            )
+        return cls()
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that a figure that was stopped has some of everything."""
+        beta = SETTINGS["mnist-10"].contrastive.rule.beta
+        left = [
+            ("A", method, steps, beta if method == "contrastive" else NO_NUDGE, seed)
+            for seed in range(self.seeds)
+            for steps in self.steps
+            for method in METHODS
+        ]
+        right = [
+            ("B", "contrastive", steps, beta, seed)
+            for seed in range(self.cifar_seeds)
+            for steps in self.cifar_steps
+            for beta in self.betas
+        ]
+        return [cell for cell in (*left, *right) if cell[0] in self.only]
+
+    def measure(
+        self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float, seed: int
+    ) -> Reached:
+        """Learn strengths, and then with them."""
+        experiment = self.mnist(steps) if panel == "A" else self.cifar(steps, beta)
+        try:
+            _, row = Job(experiment, seed).learn(estimator, watched=False)
+            reached = (row.validation, row.test, row.gradient_evaluations, row.seconds)
+        except SettlingError:
+            reached = (float("nan"), float("nan"), 0, float("nan"))
+        return Reached(panel, estimator, steps, beta, seed, *reached)
+
+    def mnist(self, steps: int) -> OnImages:
+        """Ten digits, learned by both methods in so many steps of the same size."""
+        preset = Mnist.preset(setting="mnist-10", scale=self.scale)
+        ours = preset.contrastive
+        return self.placed(
+            preset,
+            outer_steps=self.outer_steps,
+            contrastive=replace(
+                ours, solver=replace(ours.solver, max_steps=steps), outer_lr=self.outer_lr
+            ),
+            t1t2=t1t2(ours.solver.lr, steps, self.outer_lr),
+        )
+
+    def cifar(self, steps: int, beta: float) -> OnImages:
+        """Photographs, learned in so many steps, and plain phases under a β."""
+        preset = Cifar10.preset(setting="cifar-50", scale=self.scale)
+        ours = preset.contrastive
+        rule = contrast(beta, ours.solver.lr, steps, ours.nudged_steps, self.cifar_outer_lr)
+        return self.placed(preset, outer_steps=self.cifar_outer_steps, contrastive=rule)
+
+    def text(self, rows: Sequence[Reached]) -> str:
+        """Accuracy by steps and method, and error by steps and β."""
+        panels = {"A": self._by_steps, "B": self._by_beta}
+        return "\n".join(said(rows) for panel, said in panels.items() if panel in self.only)
+
+    def _by_steps(self, rows: Sequence[Reached]) -> str:
+        curves = self.accuracies(rows)
+        lines = [
+            [f"{steps:,}", *(_said(curve[steps]) for curve in curves.values())]
+            for steps in self.steps
+        ]
+        best = "; ".join(
+            f"{METHODS[method]} is best after {_or_dash(steps)}"
+            for method, steps in self.best_steps(rows).items()
+        )
+        lr = self.mnist(1).recipe("t1t2").solver.lr
+        return (
+            "A. MNIST, 10 training images: validation accuracy in percent.\n\n"
+            + as_table(["steps of the first phase", *(METHODS[m] for m in curves)], lines)
+            + f"\nOf these numbers of steps, {best}. Steps of {lr:g} and outer steps of "
+            f"{self.outer_lr:g} for both.\n{self._how(self.seeds, self.outer_steps)}"
+        )
+
+    def _by_beta(self, rows: Sequence[Reached]) -> str:
+        best = self.best_betas(rows)
+        lines = [
+            [f"{steps:,}", *(_said(error) for error in curve.values()), _or_dash(best[steps])]
+            for steps, curve in self.errors(rows).items()
+        ]
+        ours = self.cifar(1, 1.0).contrastive
+        return (
+            "B. CIFAR-10, 50 training images: validation error in percent.\n\n"
+            + as_table(
+                ["steps of the first phase", *(f"β = {b:g}" for b in self.betas), "best β"], lines
+            )
+            + f"\nPlain phases, {ours.nudged_steps} nudged steps; steps of {ours.solver.lr:g}, "
+            f"outer steps of {self.cifar_outer_lr:g}.\n"
+            + self._how(self.cifar_seeds, self.cifar_outer_steps)
+        )
+
+    def _how(self, seeds: int, outer_steps: int) -> str:
+        over = "seed 0" if seeds == 1 else f"mean ± standard error over {seeds} seeds"
+        return f"Scale {self.scale}; {outer_steps} outer steps; {over}.\n"
+
+    def accuracies(self, rows: Sequence[Reached]) -> dict[EstimatorName, dict[int, list[float]]]:
+        """Of A, in percent, a number a seed: by method, then by steps of the first phase."""
+        return {
+            method: {
+                steps: [
+                    row.validation
+                    for row in rows
+                    if (row.panel, row.estimator, row.steps) == ("A", method, steps)
+                ]
+                for steps in sorted(self.steps)
+            }
+            for method in METHODS
+        }
+
+    def errors(self, rows: Sequence[Reached]) -> dict[int, dict[float, list[float]]]:
+        """Of B, in percent, a number a seed: by steps of the first phase, then by β."""
+        return {
+            steps: {
+                beta: [
+                    100 - row.validation
+                    for row in rows
+                    if (row.panel, row.steps, row.beta) == ("B", steps, beta)
+                ]
+                for beta in self.betas
+            }
+            for steps in sorted(self.cifar_steps)
+        }
+
+    def best_steps(self, rows: Sequence[Reached]) -> dict[EstimatorName, int | None]:
+        """The number of steps in A after which a method's mean accuracy is highest."""
+        return {method: _least(curve, sign=-1) for method, curve in self.accuracies(rows).items()}
+
+    def best_betas(self, rows: Sequence[Reached]) -> dict[int, float | None]:
+        """The β in B with the least mean error, by steps of the first phase."""
+        return {steps: _least(curve) for steps, curve in self.errors(rows).items()}
+
+    def draw(self, rows: Sequence[Reached]) -> Figure:
+        """A curve a method, and a curve a number of steps with its best β."""
+        figure = Figure(figsize=(4.5 * len(self.only), 3.8), layout="constrained")
+        panels = {"A": self._draw_steps, "B": self._draw_betas}
+        places = figure.subplots(1, len(self.only), squeeze=False)[0]
+        for axes, panel in zip(places, sorted(self.only), strict=True):
+            panels[panel](axes, rows)
+        return figure
+
+    def _draw_steps(self, axes: Axes, rows: Sequence[Reached]) -> None:
+        for (method, curve), color in zip(
+            self.accuracies(rows).items(), ("tab:blue", "tab:orange"), strict=True
+        ):
+            _with_bars(axes, curve, label=METHODS[method], color=color, marker="o")
+        axes.set(xscale="log", xlabel="steps of the first phase", ylabel="validation accuracy (%)")
+        axes.set_xticks(sorted(self.steps), [f"{steps:,}" for steps in sorted(self.steps)])
+        axes.minorticks_off()
+        finish(axes, "A  MNIST, 10 images", "strengths by")
+
+    def _draw_betas(self, axes: Axes, rows: Sequence[Reached]) -> None:
+        best, curves = self.best_betas(rows), self.errors(rows)
+        for (steps, curve), color in zip(curves.items(), shades(len(curves)), strict=True):
+            _with_bars(axes, curve, label=f"{steps:,}", color=color)
+            if (beta := best[steps]) is not None:
+                axes.plot(beta, np.mean(curve[beta]), "*", color=color, markersize=12)
+        axes.set(xscale="log", xlabel="nudging strength β", ylabel="validation error (%)")
+        finish(axes, "B  CIFAR-10, 50 images", "steps of the\nfirst phase")
+
+
+Key = TypeVar("Key", int, float)
+
+
+def _least(curve: Mapping[Key, Sequence[float]], sign: int = 1) -> Key | None:
+    """Where the mean of a curve is least, or highest for sign -1; None where none is finite.
+
+    A seed that diverged has no number, and so its mean: what fails for one seed is not the best.
+    """
+    means = {key: sign * float(np.mean(values)) for key, values in curve.items()}
+    finite = {key: mean for key, mean in means.items() if np.isfinite(mean)}
+    return min(finite, key=lambda key: finite[key]) if finite else None
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:,g}"
+
+
+def _said(values: Sequence[float]) -> str:
+    return with_error(*mean_and_error(values), ".2f") if np.isfinite(values).all() else "diverged"
+
+
+def _with_bars(axes: Axes, curve: Mapping[Any, Sequence[float]], **style: Any) -> None:
+    """Means against their keys, with standard errors where there are several values."""
+    means, errors = zip(*(mean_and_error(values) for values in curve.values()), strict=True)
+    axes.errorbar(list(curve), means, [error or 0.0 for error in errors], capsize=2, **style)

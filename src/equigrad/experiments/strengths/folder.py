@@ -1,0 +1,121 @@
+"""The user's own images: a regularisation strength for every weight of a network that sees them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.experiments.data.image_folder import read_classes
+from equigrad.experiments.data.images import Pixels
+from equigrad.experiments.runs.model import Architecture
+from equigrad.experiments.strengths.own_data import OwnData
+from equigrad.solvers import GradientDescent
+from equigrad.training.split import Split, divide
+from equigrad.training.targets import Classes
+
+LEARNER = GradientDescent(lr=0.01, momentum=0.9, nesterov=True, max_steps=200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(OwnData):
+    """Learn a regularisation strength for every weight of a LeNet-5 that sees your own images.
+
+    The folder has a subfolder for every class, DIR/CLASS/*.png; or DIR/train and DIR/test have
+    them. Part of the images is learned from, part judges what was learned, and every weight's
+    strength follows the judges' gradient. Beside it: no regularisation, the best of 13 single
+    strengths, and the other estimator. The run leaves a model for `equigrad predict`.
+    """
+
+    images: Path
+    """The folder."""
+
+    size: int = 32
+    """Height and width that images are made to have, 16 at least."""
+
+    gray: bool = False
+    """Whether colours are left out."""
+
+    skip_broken: bool = False
+    """Leave out files that cannot be read; by default they are named, and nothing runs."""
+
+    outer_steps: int = 30
+    """Steps of Adam on the strengths."""
+
+    solver: GradientDescent = LEARNER
+    """How the network learns: the free phase, from the same start each time."""
+
+    nudged_steps: int = 50
+    """Steps of each nudged phase."""
+
+    batch: int | None = 100
+    """Images of a mini-batch at most; None for all at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 16:
+            raise ConfigurationError(f"size must be at least 16, got {self.size}")
+
+    @classmethod
+    def _asked_for(cls) -> dict[str, Any]:
+        import tyro  # the command line's; whoever calls from Python says which folder
+
+        return {"images": tyro.MISSING}
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return f"images in {Path(self.images).name}"
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """Images drawn by the seed; those in DIR/test are for testing, where there are any."""
+        folder = Path(self.images)
+        options = {
+            "size": self.size,
+            "channels": 1 if self.gray else 3,
+            "skip_broken": self.skip_broken,
+        }
+        if divided := (folder / "train").is_dir() and (folder / "test").is_dir():
+            pool = read_classes(folder / "train", **options)
+            held_out = read_classes(folder / "test", **options, classes=pool.classes)
+            fixed = f"--test-share is not used: the images in {folder / 'test'} are for testing"
+            notes = [fixed, *pool.notes, *held_out.notes]
+        else:
+            pool = held_out = read_classes(folder, **options)
+            notes = pool.notes
+        rows = divide(
+            pool.images.labels,
+            test_share=0 if divided else self.test_share,
+            training_share=self.training_share,
+            samples=self.samples,
+            seed=self.seed,
+            names=pool.classes,
+        )
+        tested = torch.arange(len(held_out.images)) if divided else rows.test
+        pixels = Pixels.fit(pool.images.pixels[rows.seen])
+
+        def part(images: Any, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            x = pixels.encode(images.pixels[chosen])
+            return x.to(device, dtype), images.labels[chosen].to(device)
+
+        counts = [len(chosen) for chosen in (rows.train, rows.validation, tested)]
+        about = (
+            f"{len(pool.classes)} classes ({', '.join(pool.classes)}); {counts[0]:,} training, "
+            f"{counts[1]:,} validation and {counts[2]:,} test images of {folder}"
+        )
+        return Split(
+            part(pool.images, rows.train),
+            part(pool.images, rows.validation),
+            part(held_out.images, tested),
+            target=Classes(pool.classes),
+            encoding=pixels,
+            note="\n".join([about, *notes]),
+        )
+
+    def architecture(self, split: Split) -> Architecture:
+        """LeNet-5 without batch normalisation: what it says of an image depends on no other."""
+        _, channels, side, _ = split.train[0].shape
+        arguments = {"channels": channels, "side": side, "outputs": split.target.outputs}
+        return Architecture("lenet5", {**arguments, "normalise": False})

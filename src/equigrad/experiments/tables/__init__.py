@@ -1,0 +1,1 @@
+"""Tables of your own, read from CSV and encoded for a network."""

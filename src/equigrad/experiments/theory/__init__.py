@@ -1,0 +1,1 @@
+"""The papers' theory on problems with known answers: error bounds, accuracy, matched phases."""

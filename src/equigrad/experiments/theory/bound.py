@@ -1,0 +1,255 @@
+"""Figures 1, S1 and S2: the bound of Theorem 2, and the best that Corollary 1 makes of it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from equigrad.errors import ConfigurationError
+from equigrad.experiments.runs.error_curves import as_table, finish, log_slope, shades
+from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
+from equigrad.theory import best_beta, best_bound, error_bound
+
+BETA = "nudging strength β"
+BOUND = "bound on the error"
+ERROR = "distance to equilibrium δ = δ'"
+
+
+@dataclass(frozen=True)
+class BoundPoint:
+    """The bound of Theorem 2 with `B_in = B_out = C = 1`.
+
+    Attributes:
+        free_error: δ.
+        nudged_error: δ'.
+        beta: β.
+        bound: `B(δ, δ', β)`.
+    """
+
+    free_error: float
+    nudged_error: float
+    beta: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class BestPoint:
+    """The least bound over β, for δ = δ'.
+
+    Attributes:
+        error: δ = δ'.
+        beta: β*.
+        bound: `B(δ, δ, β*)`.
+    """
+
+    error: float
+    beta: float
+    bound: float
+
+
+def bound_point(free_error: float, nudged_error: float, beta: float) -> BoundPoint:
+    """Theorem 2."""
+    return BoundPoint(free_error, nudged_error, beta, error_bound(free_error, nudged_error, beta))
+
+
+def best_point(error: float) -> BestPoint:
+    """Corollary 1."""
+    return BestPoint(error, best_beta(error, error), best_bound(error, error))
+
+
+def check_positive(**values: Sequence[float]) -> None:
+    """Raise a `ConfigurationError` unless each is a list of different positive numbers."""
+    for name, numbers in values.items():
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ConfigurationError(f"{name} must be different numbers, got {numbers}")
+        if not all(0 < number < math.inf for number in numbers):
+            raise ConfigurationError(f"{name} must be positive and finite, got {numbers}")
+
+
+def draw_bounds(
+    axes: Axes, rows: Sequence[BoundPoint], x: str, by: str, colors: Sequence[object] | None = None
+) -> None:
+    """A curve of the bound against one field for every value of another."""
+    values = sorted({getattr(row, by) for row in rows})
+    for value, color in zip(values, colors or shades(len(values)), strict=True):
+        own = sorted(
+            (row for row in rows if getattr(row, by) == value), key=lambda row: getattr(row, x)
+        )
+        places, bounds = [getattr(row, x) for row in own], [row.bound for row in own]
+        axes.loglog(places, bounds, color=color, label=f"{value:g}")
+
+
+def least_table(rows: Sequence[BoundPoint], corollary: Callable[[float], float]) -> str:
+    """For every δ the least bound of its curve, where it is, and where Corollary 1 has it."""
+    body = []
+    for error in sorted({row.free_error for row in rows}):
+        own = [row for row in rows if row.free_error == error]
+        least, last = min(own, key=lambda row: row.bound), max(own, key=lambda row: row.beta)
+        body.append(
+            [
+                f"{error:g}",
+                f"{least.bound:.2g}",
+                f"{least.beta:.2g}",
+                f"{corollary(error):.2g}",
+                f"{last.bound:.2g}",
+            ]
+        )
+    return as_table(
+        ["δ", "least bound", "at β", "β* of Corollary 1", "bound at the largest β"], body
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig1(Reproduction):
+    """Fig. 1: the bound of Theorem 2 against β, and against the distance to equilibrium."""
+
+    name: ClassVar[str] = "fig1"
+    row: ClassVar[type] = BoundPoint
+
+    errors: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    """Distances δ = δ' of the curves against β."""
+
+    betas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Nudging strengths of the curves against δ = δ'."""
+
+    def __post_init__(self) -> None:
+        check_positive(errors=self.errors, betas=self.betas)
+
+    def cells(self) -> list[Cell]:
+        """Both families of curves."""
+        against_beta = [(e, e, beta) for e in self.errors for beta in decades(-4, 2, 20)]
+        return against_beta + [(e, e, beta) for beta in self.betas for e in decades(-8, 0, 20)]
+
+    def prepare(self) -> Callable[..., BoundPoint]:
+        """Theorem 2."""
+        return bound_point
+
+    def text(self, rows: Sequence[BoundPoint]) -> str:
+        """Where the curves against β are least, and where those against δ saturate."""
+        table = least_table(
+            [row for row in rows if row.free_error in self.errors],
+            lambda error: best_beta(error, error),
+        )
+        floors = [
+            f"- β = {beta:g}: the bound falls no further than β/(1+β) = {beta / (1 + beta):.2g}; "
+            f"it is within 10 % of that from δ = {_saturation(rows, beta):.1g} down."
+            for beta in self.betas
+        ]
+        return f"{table}\n" + "\n".join(floors) + "\n"
+
+    def draw(self, rows: Sequence[BoundPoint]) -> Figure:
+        """Against β, and against δ = δ'."""
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        draw_bounds(left, [r for r in rows if r.free_error in self.errors], "beta", "free_error")
+        draw_bounds(right, [r for r in rows if r.beta in self.betas], "free_error", "beta")
+        left.set(xlabel=BETA, ylabel=BOUND, ylim=(5e-4, 1e2))
+        right.set(xlabel=ERROR)
+        finish(left, "A", "δ = δ'")
+        finish(right, "B", "β")
+        return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigS1(Reproduction):
+    """Fig. S1: the bound of Theorem 2 against β, the nudged phase's precision fixed."""
+
+    name: ClassVar[str] = "figS1"
+    row: ClassVar[type] = BoundPoint
+
+    nudged_error: float = 1e-2
+    """Distance δ' of the nudged phase to its equilibrium."""
+
+    errors: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 0.5)
+    """Distances δ of the free phase."""
+
+    def __post_init__(self) -> None:
+        check_positive(nudged_error=(self.nudged_error,), errors=self.errors)
+        if self.nudged_error + max(self.errors) >= 1:
+            raise ConfigurationError(
+                f"nudged_error and each of errors must add up to less than 1, where the bound has "
+                f"a minimum; got {self.nudged_error} and {self.errors}"
+            )
+
+    def cells(self) -> list[Cell]:
+        """A curve a δ."""
+        betas = decades(-3, 2, 20)
+        return [(error, self.nudged_error, beta) for error in self.errors for beta in betas]
+
+    def prepare(self) -> Callable[..., BoundPoint]:
+        """Theorem 2."""
+        return bound_point
+
+    def text(self, rows: Sequence[BoundPoint]) -> str:
+        """Where the curves are least."""
+        return least_table(rows, lambda error: best_beta(error, self.nudged_error))
+
+    def draw(self, rows: Sequence[BoundPoint]) -> Figure:
+        """A curve a δ."""
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.subplots()
+        draw_bounds(axes, rows, "beta", "free_error")
+        axes.set(xlabel=BETA, ylabel=BOUND)
+        finish(axes, f"δ' = {self.nudged_error:g}", "δ")
+        return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigS2(Reproduction):
+    """Fig. S2: the least bound and its β, as Corollary 1 has them, against the distance δ = δ'."""
+
+    name: ClassVar[str] = "figS2"
+    row: ClassVar[type] = BestPoint
+
+    betas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Nudging strengths of the bounds that are drawn in grey."""
+
+    def __post_init__(self) -> None:
+        check_positive(betas=self.betas)
+
+    def cells(self) -> list[Cell]:
+        """Distances up to where no β is best."""
+        return [(error,) for error in decades(-6, math.log10(0.4), 20)]
+
+    def prepare(self) -> Callable[..., BestPoint]:
+        """Corollary 1."""
+        return best_point
+
+    def text(self, rows: Sequence[BestPoint]) -> str:
+        """The slopes near equilibrium."""
+        near = [row for row in rows if row.error < 1e-4]
+        errors = [row.error for row in near]
+        table = as_table(
+            ["δ = δ'", "least bound", "β*"],
+            [[f"{row.error:.1e}", f"{row.bound:.2g}", f"{row.beta:.2g}"] for row in rows[::20]],
+        )
+        return (
+            f"{table}\nFor δ < 1e-4 the least bound goes like δ to the power "
+            f"{log_slope(errors, [row.bound for row in near]):.2f}, β* like δ to the power "
+            f"{log_slope(errors, [row.beta for row in near]):.2f}; 1/2 is the limit.\n"
+        )
+
+    def draw(self, rows: Sequence[BestPoint]) -> Figure:
+        """The least bound under the bounds for several β; its β."""
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        errors = [row.error for row in rows]
+        grey = [bound_point(error, error, beta) for beta in self.betas for error in errors]
+        draw_bounds(left, grey, "free_error", "beta", ["0.75"] * len(self.betas))
+        left.loglog(errors, [row.bound for row in rows], color="tab:blue", lw=2)
+        right.loglog(errors, [row.beta for row in rows], color="tab:blue", lw=2)
+        left.set(xlabel=ERROR, ylabel=BOUND, ylim=(5e-4, 1e2))
+        right.set(xlabel=ERROR, ylabel="β of the least bound")
+        finish(left, "A")
+        finish(right, "B")
+        return figure
+
+
+def _saturation(rows: Sequence[BoundPoint], beta: float) -> float:
+    floor = 1.1 * beta / (1 + beta)
+    return max(
+        (row.free_error for row in rows if row.beta == beta and row.bound <= floor), default=0
+    )

@@ -1,0 +1,159 @@
+"""How data are divided between a learner, its judge and the last word."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError, DataError
+from equigrad.training.targets import Classes, Target
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the learner sees, what judges it, and what neither saw: inputs and targets.
+
+    Attributes:
+        train: for the learner.
+        validation: for its judge.
+        test: for neither; None where nothing is held back.
+        target: what is learned.
+        encoding: what turned the user's data into inputs, which a saved model needs.
+        inputs: names of the inputs, where they have any.
+        note: what a reader of the numbers should know of it.
+    """
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor] | None
+    target: Target = field(default_factory=Classes)
+    encoding: Any = None
+    inputs: Sequence[str] = ()
+    note: str = ""
+
+    @property
+    def judges(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a network is scored on."""
+        test = {} if self.test is None else {"test": self.test}
+        return {"validation": self.validation, **test}
+
+    @property
+    def digest(self) -> str:
+        """A checksum of all data."""
+        return digest_of(tensor for part in (self.train, *self.judges.values()) for tensor in part)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A checksum of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows are for what: indices, each part in an order drawn by the seed."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        """Those that the learner and its judge see."""
+        return torch.cat([self.train, self.validation])
+
+
+def divide(
+    groups: Tensor,
+    *,
+    test_share: float,
+    training_share: float,
+    samples: int | None,
+    seed: int,
+    names: Sequence[str] = (),
+) -> Rows:
+    """Draw the rows of each part, such that every group has its share of every part.
+
+    Args:
+        groups: a number for every row: its class, or zero for all.
+        test_share: of the rows, for testing; 0 for none.
+        training_share: of the others, for the learner; the rest judges it.
+        samples: rows for learner and judge together, two of every group at least; None for all
+            that are not for testing.
+        seed: draws them.
+        names: of the groups, for the error messages.
+
+    Raises:
+        ConfigurationError: more samples are asked for than there are, or less than two a group.
+        DataError: a group has too few rows to be in every part, or there is one class only.
+
+    Example:
+        >>> groups = torch.tensor([0] * 10 + [1] * 5)
+        >>> rows = divide(groups, test_share=0.2, training_share=0.5, samples=None, seed=0)
+        >>> len(rows.train), len(rows.validation), len(rows.test)
+        (6, 6, 3)
+    """
+    present, counts = (found.tolist() for found in groups.unique(return_counts=True))
+    parts = 2 + (test_share > 0)
+    few = [(g, n) for g, n in zip(present, counts, strict=True) if n < parts]
+    if few:
+        needed = "training, validation and test" if parts > 2 else "training and validation"
+        lacking = f"too few rows for {needed}, which need one each"
+        if not names:
+            raise DataError(f"the data have {lacking}: {len(groups)}; add rows")
+        listed = ", ".join(f"{names[g]} ({n})" for g, n in few[:10])
+        raise DataError(f"classes have {lacking}: {listed}; add rows, or leave these out")
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+
+    def drawn(rows: Tensor, wanted: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
+        """As many rows of every group as are wanted of so many; and the others."""
+        own_rows = [rows[groups[rows] == group] for group in present]
+        counts = wanted([len(own) for own in own_rows])
+        taken = [own[:n] for own, n in zip(own_rows, counts, strict=True)]
+        chosen = torch.isin(rows, torch.cat(taken))
+        return rows[chosen], rows[~chosen]
+
+    def part(share: float, leave: int) -> Callable[[list[int]], list[int]]:
+        """A share of every group, at least one row and all but `leave` at most."""
+        return lambda counts: [min(max(1, round(share * n)), n - leave) for n in counts]
+
+    test, rest = drawn(order, part(test_share, 2)) if test_share > 0 else (order[:0], order)
+    if samples is not None:
+        if samples > len(rest):
+            raise ConfigurationError(
+                f"{samples} samples were asked for, and there are {len(rest)} beside the "
+                f"{len(test)} for testing"
+            )
+        if samples < 2 * len(present):
+            raise ConfigurationError(
+                f"samples must be at least {2 * len(present)}, one for training and one for "
+                f"validation{' of each class' if len(present) > 1 else ''}, got {samples}"
+            )
+        rest, _ = drawn(rest, lambda counts: apportioned(samples, counts, least=2))
+    train, validation = drawn(rest, part(training_share, 1))
+    return Rows(train, validation, test)
+
+
+def apportioned(total: int, counts: Sequence[int], *, least: int) -> list[int]:
+    """So many rows of every group that they are `total`: by largest remainders, `least` of each.
+
+    Example:
+        >>> apportioned(10, [76, 4], least=2), apportioned(8, [8, 8, 8], least=2)
+        ([8, 2], [3, 3, 2])
+    """
+    quotas = [total * count / sum(counts) for count in counts]
+    rows = [max(least, int(quota)) for quota in quotas]
+
+    def lacking(group: int) -> float:
+        return quotas[group] - rows[group]
+
+    while sum(rows) < total:
+        rows[max(range(len(rows)), key=lacking)] += 1
+    while sum(rows) > total:
+        rows[min((g for g, n in enumerate(rows) if n > least), key=lacking)] -= 1
+    return rows
