@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from equigrad.attributes import Attributes, KeptAttributes
+
 
 def find_modules(*roots: object) -> tuple[nn.Module, ...]:
     """Every module that the given functions can see by name.
@@ -79,8 +81,16 @@ def _is_torch(value: object) -> bool:
     return str(getattr(value, "__module__", "")).split(".")[0] == "torch"
 
 
+class Snapshot(tuple[Tensor, ...]):
+    """The values of buffers, and what else their modules held then."""
+
+    attributes: Attributes | None = None
+
+
 class KeptBuffers:
     """Keeps the buffers of some modules: takes snapshots and puts them back.
+
+    What modules hold beside buffers, as attributes or frozen parameters, goes with them.
 
     Leaving the context, also by an exception, puts back what was there on entering.
 
@@ -90,6 +100,8 @@ class KeptBuffers:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = tuple(modules)
+        self._attributes = KeptAttributes(modules)
         holders = {i: m for i, m in enumerate(modules) if next(m.buffers(), None) is not None}
         alone = len(holders) == 1
         self._places = [
@@ -104,7 +116,7 @@ class KeptBuffers:
             for path, part in module.named_modules()
             for name, _ in part.named_buffers(recurse=False)
         ]
-        self.before: tuple[Tensor, ...] = ()
+        self.before = Snapshot()
 
     def __enter__(self) -> Self:
         self.before = self.snapshot()
@@ -113,9 +125,15 @@ class KeptBuffers:
     def __exit__(self, *exception: object) -> None:
         self.restore(self.before)
 
-    def snapshot(self) -> tuple[Tensor, ...]:
+    def snapshot(self) -> Snapshot:
         """A copy of every buffer's present value."""
-        return tuple(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
+        taken = Snapshot(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
+        taken.attributes = self._attributes.snapshot()
+        return taken
+
+    def changed(self) -> list[str]:
+        """What is other than it was on entering, in words."""
+        return [] if self.before.attributes is None else [*self.before.attributes.changed()]
 
     def named(self, snapshot: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A snapshot's values, by the names that `named_buffers()` of the module gives.
@@ -126,6 +144,8 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Write a snapshot's values into the buffers."""
+        """Write a snapshot's values into the buffers, and put everything else back."""
+        if isinstance(snapshot, Snapshot) and snapshot.attributes is not None:
+            snapshot.attributes.restore()
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
             setattr(part, name, buffer.copy_(value))
