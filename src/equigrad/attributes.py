@@ -200,6 +200,13 @@ def _made_by_user(kind: type) -> bool:
     return library not in ("torch", "equigrad") and library not in sys.stdlib_module_names
 
 
+def is_generator(value: object) -> bool:
+    """Whether this makes random numbers."""
+    numpy: Any = sys.modules.get("numpy")
+    theirs = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, (torch.Generator, random.Random, *theirs))
+
+
 def _state(value: Any) -> Any:
     """Of a generator of random numbers or an array; None of anything else."""
     if isinstance(value, torch.Generator):

@@ -2,13 +2,13 @@
 
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from equigrad.attributes import Attributes, KeptAttributes
+from equigrad.attributes import Attributes, KeptAttributes, is_generator
 
 
 def find_modules(*roots: object) -> tuple[nn.Module, ...]:
@@ -25,7 +25,23 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
     Returns:
         The modules found, each once; a module inside another is left to the outer one.
     """
-    found: dict[int, nn.Module] = {}
+    found = {id(thing): thing for thing in _reachable(roots) if isinstance(thing, nn.Module)}
+    inside = {id(m) for module in found.values() for m in module.modules() if m is not module}
+    return tuple(module for key, module in found.items() if key not in inside)
+
+
+def find_generators(*roots: object) -> list[str]:
+    """The kinds of all generators of random numbers that the given functions can see by name."""
+    kinds = {
+        f"{type(thing).__module__.split('.')[0].lstrip('_')}.{type(thing).__name__}"
+        for thing in _reachable(roots)
+        if is_generator(thing)
+    }
+    return sorted(kinds)
+
+
+def _reachable(roots: Iterable[object]) -> Iterator[object]:
+    """Everything that functions can see by name; modules are not looked into."""
     seen: set[int] = set()
     queue: list[object] = list(roots)
     while queue:
@@ -33,9 +49,10 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
-        elif isinstance(thing, types.FunctionType):
+        yield thing
+        if isinstance(thing, nn.Module) or is_generator(thing):
+            continue
+        if isinstance(thing, types.FunctionType):
             queue.extend(_named_in(thing))
         elif isinstance(thing, types.MethodType):
             queue.extend((thing.__func__, thing.__self__))
@@ -47,8 +64,6 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
             queue.extend(thing.values())
         elif _holds_attributes(thing):
             queue.extend((*vars(thing).values(), getattr(type(thing), "__call__", None)))  # noqa: B004
-    inside = {id(m) for module in found.values() for m in module.modules() if m is not module}
-    return tuple(module for key, module in found.items() if key not in inside)
 
 
 def _named_in(function: types.FunctionType) -> Iterable[object]:

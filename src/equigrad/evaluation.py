@@ -23,6 +23,7 @@ from equigrad.problems import (
 )
 from equigrad.problems.held import held
 from equigrad.problems.lowered import full_precision, lower_precision, lowered
+from equigrad.problems.refused import refuse_tensor
 from equigrad.randomness import CommonRandomness, Stream
 from equigrad.solvers import Moment, Settled, Solver, Watch, settle
 from equigrad.vectors import tracked
@@ -547,6 +548,14 @@ class Evaluation:
                 total[name].add_(grad.real)
         return total
 
+    def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
+        """A scalar that depends on all that the user's function depends on."""
+        return self.problem.probe(stream, params, meta_params, step, self._randomness)
+
+    def changed(self) -> list[str]:
+        """What the problem's modules hold that is other than it was, in words."""
+        return self._buffers.changed()
+
     # Checks
 
     def _check(self) -> None:
@@ -608,20 +617,17 @@ class Evaluation:
 
     def _reached_on(self, stream: Stream, meta: Params, step: int) -> set[str]:
         """The meta-parameters that a later batch's loss depends on."""
-        loss = self._probe(stream, self.params, meta, step)
+        loss = self.probe(stream, self.params, meta, step)
         if not loss.requires_grad:
             return set()
         self.gradient_evaluations += 1
         grads = torch.autograd.grad(loss, list(meta.values()), allow_unused=True)
         return {name for name, g in zip(meta, grads, strict=True) if g is not None}
 
-    def _probe(self, stream: Stream, params: Params, meta: Params, step: int = 0) -> Tensor:
-        return self.problem.probe(stream, params, meta, step, self._randomness)
-
     def _checked_probe(self, stream: Stream, params: Params, meta: Params) -> Tensor:
         name = self.problem.name(stream)
         try:
-            probe = self._probe(stream, params, meta)
+            probe = self.probe(stream, params, meta)
         except KeyError as error:
             raise ProblemError(
                 f"{name} asked for {error}, which is not there: params has "
@@ -694,11 +700,7 @@ def _check_tensors(what: str, tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"{what}[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ProblemError(
-                f"{what}[{name!r}] has dtype {tensor.dtype}, which has no gradient; "
-                f"use a floating-point tensor"
-            )
+        refuse_tensor(f"{what}[{name!r}]", tensor)
         if not torch.isfinite(tensor.detach()).all():
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
 

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from equigrad import solvers
 from equigrad.diagnostics.contraction import explained, verdict
+from equigrad.diagnostics.first_look import first_look
+from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, listed
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
+
+UNANSWERED = 0.5
+"""Phases that have this share of their first residuals left have not answered their nudges."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
     """
     _require_kinds(("problem", problem, Problem), ("solver", solver, Solver))
     _check_settings(solver)
-    with Evaluation(problem, params, meta_params) as evaluation:
+    with checkpoints_named(), Evaluation(problem, params, meta_params) as evaluation:
         with _explaining(evaluation):
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
@@ -257,7 +262,7 @@ def meta_gradient(
     evaluation = Evaluation(problem, params, meta_params, end, seed)
     if settled is not None:
         settled._require(params=evaluation.params, meta_params=evaluation.meta_params)
-    with evaluation:
+    with checkpoints_named(), evaluation:
         estimator.check(evaluation, solver)
         if settled is not None:
             estimator.check_settled(evaluation)
@@ -266,7 +271,10 @@ def meta_gradient(
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
-            evaluation.notes.append(_rounding(evaluation.lower, problem.symmetric))
+            said = _rounding(evaluation.lower, problem.symmetric)
+            _refuse_unanswered(estimate.phases[1:], said)
+            evaluation.notes.append(said)
+        first_look(evaluation, free, estimator)
         error_estimate = estimate.error()
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.named_buffers(free)
@@ -343,6 +351,16 @@ def _rounding(dtype: torch.dtype, loss: bool) -> str:
         f"{100 * torch.finfo(dtype).eps:.1g} %, and may not get as near to rest as was asked for: "
         f"ask for less, or call meta_gradient under torch.autocast(…, enabled=False)"
     )
+
+
+def _refuse_unanswered(nudged: tuple[solvers.Settled, ...], why: str) -> None:
+    """Raise a `SettlingError` where phases have not answered their nudge: nothing to contrast."""
+    pushed = [s.phase for s in nudged if s.phase.beta != 0]
+    left = sum(p.residual / p.start_residual for p in pushed if p.start_residual)
+    if any(p.failed for p in pushed) and left > UNANSWERED * len(pushed):
+        raise SettlingError(
+            f"phase β={pushed[0].beta:g} did not answer its nudge ({pushed[0]}): {why}"
+        )
 
 
 def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.problems.refused import refuse_module
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]
@@ -138,7 +139,7 @@ class Problem(ABC):
         else:
             object.__setattr__(self, "modules", tuple(self.modules))
         for module in self.modules or ():
-            _refuse_renormed(module)
+            refuse_module(module)
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
@@ -295,20 +296,6 @@ class Problem(ABC):
             )
 
 
-def _refuse_renormed(module: nn.Module) -> None:
-    """Raise a `ProblemError` where an embedding writes into the weights that it is handed."""
-    for name, part in module.named_modules():
-        if not isinstance(part, nn.Embedding | nn.EmbeddingBag) or part.max_norm is None:
-            continue
-        if part.weight.requires_grad:
-            raise ProblemError(
-                f"{type(part).__name__} {name!r} has max_norm={part.max_norm:g}: it writes shorter "
-                f"rows into the weights that it is handed, so that what settles is not where a "
-                f"gradient vanishes. Set max_norm=None and add a penalty on long rows to the inner "
-                f"loss, or settle it as a FixedPoint whose map projects the rows"
-            )
-
-
 def check_scalar(name: str, loss: object) -> None:
     """Raise a `ProblemError` unless `loss` is a finite scalar tensor."""
     if not isinstance(loss, Tensor):
@@ -318,6 +305,12 @@ def check_scalar(name: str, loss: object) -> None:
             f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with "
             f".mean(), or add it up with .sum() where samples=True"
         )
+    if loss.is_complex():
+        raise ProblemError(
+            f"{name} is complex; return a real number, such as .abs() or .real of it"
+        )
+    if loss.is_meta:
+        raise ProblemError(f"{name} is on the meta device: a module or data has no numbers yet")
     if not torch.isfinite(loss):
         raise ProblemError(
             f"{name} is {loss.item()} at the initial params; start where it is finite"
