@@ -2,11 +2,13 @@
 
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from equigrad.attributes import Attributes, KeptAttributes, is_generator
 
 
 def find_modules(*roots: object) -> tuple[nn.Module, ...]:
@@ -23,7 +25,23 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
     Returns:
         The modules found, each once; a module inside another is left to the outer one.
     """
-    found: dict[int, nn.Module] = {}
+    found = {id(thing): thing for thing in _reachable(roots) if isinstance(thing, nn.Module)}
+    inside = {id(m) for module in found.values() for m in module.modules() if m is not module}
+    return tuple(module for key, module in found.items() if key not in inside)
+
+
+def find_generators(*roots: object) -> list[str]:
+    """The kinds of all generators of random numbers that the given functions can see by name."""
+    kinds = {
+        f"{type(thing).__module__.split('.')[0].lstrip('_')}.{type(thing).__name__}"
+        for thing in _reachable(roots)
+        if is_generator(thing)
+    }
+    return sorted(kinds)
+
+
+def _reachable(roots: Iterable[object]) -> Iterator[object]:
+    """Everything that functions can see by name; modules are not looked into."""
     seen: set[int] = set()
     queue: list[object] = list(roots)
     while queue:
@@ -31,9 +49,10 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
-        elif isinstance(thing, types.FunctionType):
+        yield thing
+        if isinstance(thing, nn.Module) or is_generator(thing):
+            continue
+        if isinstance(thing, types.FunctionType):
             queue.extend(_named_in(thing))
         elif isinstance(thing, types.MethodType):
             queue.extend((thing.__func__, thing.__self__))
@@ -45,8 +64,6 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
             queue.extend(thing.values())
         elif _holds_attributes(thing):
             queue.extend((*vars(thing).values(), getattr(type(thing), "__call__", None)))  # noqa: B004
-    inside = {id(m) for module in found.values() for m in module.modules() if m is not module}
-    return tuple(module for key, module in found.items() if key not in inside)
 
 
 def _named_in(function: types.FunctionType) -> Iterable[object]:
@@ -79,8 +96,16 @@ def _is_torch(value: object) -> bool:
     return str(getattr(value, "__module__", "")).split(".")[0] == "torch"
 
 
+class Snapshot(tuple[Tensor, ...]):
+    """The values of buffers, and what else their modules held then."""
+
+    attributes: Attributes | None = None
+
+
 class KeptBuffers:
     """Keeps the buffers of some modules: takes snapshots and puts them back.
+
+    What modules hold beside buffers, as attributes or frozen parameters, goes with them.
 
     Leaving the context, also by an exception, puts back what was there on entering.
 
@@ -90,6 +115,8 @@ class KeptBuffers:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = tuple(modules)
+        self._attributes = KeptAttributes(modules)
         holders = {i: m for i, m in enumerate(modules) if next(m.buffers(), None) is not None}
         alone = len(holders) == 1
         self._places = [
@@ -104,7 +131,7 @@ class KeptBuffers:
             for path, part in module.named_modules()
             for name, _ in part.named_buffers(recurse=False)
         ]
-        self.before: tuple[Tensor, ...] = ()
+        self.before = Snapshot()
 
     def __enter__(self) -> Self:
         self.before = self.snapshot()
@@ -113,9 +140,15 @@ class KeptBuffers:
     def __exit__(self, *exception: object) -> None:
         self.restore(self.before)
 
-    def snapshot(self) -> tuple[Tensor, ...]:
+    def snapshot(self) -> Snapshot:
         """A copy of every buffer's present value."""
-        return tuple(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
+        taken = Snapshot(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
+        taken.attributes = self._attributes.snapshot()
+        return taken
+
+    def changed(self) -> list[str]:
+        """What is other than it was on entering, in words."""
+        return [] if self.before.attributes is None else [*self.before.attributes.changed()]
 
     def named(self, snapshot: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A snapshot's values, by the names that `named_buffers()` of the module gives.
@@ -126,6 +159,8 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Write a snapshot's values into the buffers."""
+        """Write a snapshot's values into the buffers, and put everything else back."""
+        if isinstance(snapshot, Snapshot) and snapshot.attributes is not None:
+            snapshot.attributes.restore()
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
             setattr(part, name, buffer.copy_(value))

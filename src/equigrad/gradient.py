@@ -11,6 +11,8 @@ from torch import Tensor
 
 from equigrad import solvers
 from equigrad.diagnostics.contraction import explained, verdict
+from equigrad.diagnostics.first_look import first_look
+from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
@@ -18,6 +20,9 @@ from equigrad.fields import expect
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 from equigrad.wording import listed
+
+UNANSWERED = 0.5
+"""Phases that have this share of their first residuals left have not answered their nudges."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
     expect(Problem, problem=problem)
     expect(Solver, solver=solver)
     _check_settings(solver)
-    with Evaluation(problem, params, meta_params) as evaluation:
+    with checkpoints_named(), Evaluation(problem, params, meta_params) as evaluation:
         with _explaining(evaluation):
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
@@ -257,7 +262,7 @@ def meta_gradient(
         expect(Settled, settled=settled)
         settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
-    with Evaluation(problem, params, meta_params, end, seed) as evaluation:
+    with checkpoints_named(), Evaluation(problem, params, meta_params, end, seed) as evaluation:
         estimator.check(evaluation, solver)
         if settled is not None:
             estimator.check_settled(evaluation)
@@ -266,7 +271,11 @@ def meta_gradient(
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
-            evaluation.tally.note(_rounding(evaluation.lower, problem.symmetric))
+            said = _rounding(evaluation.lower, problem.symmetric)
+            _refuse_unanswered(estimate.phases[1:], said)
+            evaluation.tally.note(said)
+        first_look(evaluation, free, estimator)
+        error_estimate = estimate.error()
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.stage.named_buffers(free)
     remedy = (
@@ -282,7 +291,7 @@ def meta_gradient(
         status=_status(phases, estimate.grads, evaluation.tally.notes),
         phases=phases,
         gradient_evaluations=evaluation.tally.gradient_evaluations,
-        error_estimate=estimate.error_estimate,
+        error_estimate=error_estimate,
         _meta_params=meta_params,
     )
 
@@ -334,6 +343,16 @@ def _rounding(dtype: torch.dtype, loss: bool) -> str:
         f"{100 * torch.finfo(dtype).eps:.1g} %, and may not get as near to rest as was asked for: "
         f"ask for less, or call meta_gradient under torch.autocast(…, enabled=False)"
     )
+
+
+def _refuse_unanswered(nudged: tuple[solvers.Settled, ...], why: str) -> None:
+    """Raise a `SettlingError` where phases have not answered their nudge: nothing to contrast."""
+    pushed = [s.phase for s in nudged if s.phase.beta != 0]
+    left = sum(p.residual / p.start_residual for p in pushed if p.start_residual)
+    if any(p.failed for p in pushed) and left > UNANSWERED * len(pushed):
+        raise SettlingError(
+            f"phase β={pushed[0].beta:g} did not answer its nudge ({pushed[0]}): {why}"
+        )
 
 
 def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:

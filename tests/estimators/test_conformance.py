@@ -232,7 +232,7 @@ def saddle():
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (eg.ConjugateGradient(), r"curvature -?0\.\d+ at iteration \d.*no minimum.*Contrastive"),
+        (eg.ConjugateGradient(), r"curvature -?0\.\d+ at iteration \d.*no minimum.*Unrolled"),
         (eg.NeumannSeries(), "does not contract.*settle longer"),
         (eg.NeumannSeries(alpha=5.0), "does not contract.*alpha=5.*Lower alpha"),
     ],

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import equigrad as eg
+from equigrad.estimators.implicit import Solution
 from equigrad.testing import affine_map_case, picard, tanh_map_case
 from helpers import along, directional_derivative, random_direction
 
@@ -82,7 +83,7 @@ def test_the_maps_are_far_from_symmetric_and_gmres_is_exact_on_them(build):
         def solve(self, linear, pressure, notes):
             units = torch.eye(linear.size, dtype=pressure.dtype)
             rows = torch.stack([linear.product(unit) for unit in units])
-            return torch.linalg.solve(rows, pressure)
+            return Solution(torch.linalg.solve(rows, pressure))
 
     case = build(torch.float64)
     wrong = solve(case.problem, case.params, case.meta_params, Untransposed())

@@ -162,6 +162,59 @@ def test_a_normalisation_in_two_places_stays_one() -> None:
     torch.testing.assert_close(one[1], shared(x[1]))
 
 
+class TestWhatBatchingsDoNotServe:
+    """`auto` leaves out a batching that fails, and takes the loop."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+    class Branch(Gated):
+        def forward(self, x):
+            h = self.linear(x)
+            return h.tanh() if h.sum().item() < 1e6 else h
+
+    class Masked(Gated):
+        def forward(self, x):
+            h = self.linear(x)
+            return h + h[h > 0].sum()
+
+    class Unique(Gated):
+        def forward(self, x):
+            h = self.linear(x)
+            return h / len(torch.nonzero(h))
+
+    class Recurrent(Gated):
+        def __init__(self):
+            super().__init__()
+            self.core = nn.GRU(3, 3, num_layers=2, bidirectional=True)
+
+        def forward(self, x):
+            return self.linear(self.core(x)[0][:, :3])
+
+    @pytest.mark.parametrize("kind", [Branch, Masked, Unique, Recurrent])
+    @pytest.mark.parametrize("second_order", [False, True])
+    def test_auto_takes_the_loop(self, kind, second_order):
+        torch.manual_seed(0)
+        module = kind()
+        x = torch.randn(3, 5, 3)
+        auto, loop = (SideBySide(module, b) for b in ("auto", "loop"))
+        params = {
+            n: (p.expand(3, *p.shape) + 0.1).requires_grad_() for n, p in auto.params().items()
+        }
+        found, expected = (s(params, x, second_order=second_order) for s in (auto, loop))
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(auto(params, x, training=False), expected)
+
+    def test_the_modules_own_error_is_raised(self):
+        net = SideBySide(nn.Linear(3, 2))
+        params = {n: p.expand(2, *p.shape) for n, p in net.params().items()}
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            net(params, torch.ones(2, 5, 4))
+
+
 @pytest.mark.parametrize("reference", [None, 3])
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_copies_that_share_their_convolutions(batching, reference) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError, SettlingError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import require
 from equigrad.problems import Params
 from equigrad.solvers import Anderson, Phase, Solver, settle
@@ -50,6 +50,8 @@ class Adjoint(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = "give its solver more steps or a lower tol, or use GMRES()"
+
     solver: Solver = field(default_factory=lambda: Anderson(tol=1e-6, max_steps=100))
 
     def __post_init__(self) -> None:
@@ -61,14 +63,14 @@ class Adjoint(Implicit):
         )
         require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Settle x."""
         forces = dict(zip(linear.params, unflatten(pressure, linear.leaves), strict=True))
         pushes = [f.reshape(len(f) if linear.samples else 1, -1) for f in forces.values()]
         norms = torch.stack([torch.linalg.vector_norm(f, dim=1) for f in pushes]).norm(dim=0)
         size = norms.max().item()
         if not 0 < size < math.inf:
-            return pressure
+            return Solution(pressure)
 
         def velocity(x: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             flat = flatten(list(x.values()))
@@ -94,7 +96,7 @@ class Adjoint(Implicit):
                 residuals=_over(settled.phase, size),
             )
             notes.append(f"the adjoint has not settled, relative to ∂L_out/∂φ: {relative}")
-        return flatten(list(settled.params.values()))
+        return Solution(flatten(list(settled.params.values())))
 
 
 def _over(phase: Phase, size: float) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import Count, NotNegative, Positive
 
 
@@ -41,19 +41,21 @@ class ConjugateGradient(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = "raise max_iterations, lower damping, or settle longer"
+
     max_iterations: Count = 100
     tol: Positive = 1e-6
     damping: NotNegative = 0.0
     indefinite: Literal["raise", "stop"] = "raise"
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Conjugate gradients from zero."""
         x, residual = torch.zeros_like(pressure), pressure.clone()
         direction, power = residual.clone(), residual.dot(residual)
         target = self.tol * power.sqrt().item()
         for iteration in range(self.max_iterations):
             if power.sqrt().item() <= target:
-                return x
+                break
             image = linear.product(direction) + self.damping * direction
             curvature = direction.dot(image)
             if not curvature > 0:
@@ -64,26 +66,31 @@ class ConjugateGradient(Implicit):
                         f"below what products by contrast can tell; residual "
                         f"{(power.sqrt() / pressure.norm()).item():.2g} of ∂L_out/∂φ"
                     )
-                    return x
+                    return self._solution(x, residual)
                 met = (
                     f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
                     f"settled state is no minimum"
                 )
                 if self.indefinite == "stop":
                     notes.append(f"{met}, and the solution so far was taken")
-                    return x if iteration else pressure
+                    return self._solution(x, residual) if iteration else Solution(pressure)
                 raise CurvatureError(
                     f"{met}, and its implicit gradient means little. Settle longer, regularise the "
-                    f"inner loss, add damping, or use Contrastive(), which asks for no Hessian"
+                    f"inner loss, or add damping; for the gradient of a learner that is to stop "
+                    f"early, use Unrolled()"
                 )
             stride = power / curvature
             x, residual = x + stride * direction, residual - stride * image
             power, before = residual.dot(residual), power
             direction = residual + (power / before) * direction
-        share = (power.sqrt() / pressure.norm()).item()
+        share = (power.sqrt() / pressure.norm()).item() if target else 0.0
         if share > self.tol:
             notes.append(
                 f"conjugate gradients not converged: residual {share:.2g} of ∂L_out/∂φ after "
                 f"{self.max_iterations} iterations (tol {self.tol:.2g}); raise max_iterations"
             )
-        return x
+        return self._solution(x, residual)
+
+    def _solution(self, x: Tensor, residual: Tensor) -> Solution:
+        """What x leaves of the system without damping."""
+        return Solution(x, residual + self.damping * x)

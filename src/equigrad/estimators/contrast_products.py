@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from equigrad.estimators.linearisation import checked
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, unflatten
@@ -99,7 +100,7 @@ class ContrastProducts:
         assert self.distance is not None
         image = self._difference(unit, self.distance)
         self.largest = max(self.largest, image.norm().item())
-        return size * image
+        return checked(size * image, vector)
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
         """`(∂²L_in/∂θ∂φ) vector`, by name of the meta-parameter."""
@@ -130,7 +131,7 @@ class ContrastProducts:
         """The products' errors along a direction, from those of a few distances."""
         moved = torch._foreach_sub(self.leaves, self._start())
         scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
-        first = scale * torch.finfo(unit.dtype).eps ** (1 / 3)
+        first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
         tried = {h: self._difference(unit, h) for h in (first, first / FACTOR)}
         apart = {first: _apart(tried[first], tried[first / FACTOR])}
         for _ in range(MOST):

@@ -73,11 +73,18 @@ class Estimate:
         grads: an estimate of `dL_out/dθ`, by name.
         phases: every phase that was settled, the free one first.
         error_estimate: estimated relative error of `grads`, or None where the estimator has none.
+        judge: works the error estimate out where that takes further evaluations, for whoever asks;
+            notes in the evaluation what is worth knowing.
     """
 
     grads: dict[str, Tensor]
     phases: tuple[Settled, ...]
     error_estimate: float | None = None
+    judge: Callable[[], float | None] | None = None
+
+    def error(self) -> float | None:
+        """The error estimate; to be asked for while the evaluation lasts."""
+        return self.error_estimate if self.judge is None else self.judge()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import Count
 
 
@@ -36,9 +36,11 @@ class ExactSolve(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = "the system is ill-conditioned; use torch.float64, or regularise"
+
     max_size: Count = 2000
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Form the matrix and factorise it."""
         if linear.size > self.max_size:
             raise ConfigurationError(
@@ -59,4 +61,5 @@ class ExactSolve(Implicit):
             raise CurvatureError(
                 what.format(f"singular values from {smallest:.2g} to {largest:.2g}")
             )
-        return torch.linalg.solve(matrix.T, pressure)
+        x = torch.linalg.solve(matrix.T, pressure)
+        return Solution(x, pressure - matrix.T @ x)

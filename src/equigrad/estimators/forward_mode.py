@@ -1,11 +1,13 @@
 """Forward mode through the settling."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import mse_loss
+from torch.overrides import TorchFunctionMode
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
@@ -114,13 +116,39 @@ def _push_forward(
             dual_state = [
                 forward_ad.make_dual(s, m) for s, m in zip(state, state_moves, strict=True)
             ]
-            after = replay(evaluation, solver, dual, dual_state, meta, range(step, step + 1))
+            with _ZeroTangents():
+                after = replay(evaluation, solver, dual, dual_state, meta, range(step, step + 1))
             evaluation.tally.spend(1)
             values, tangents = _unpack([*after.params.values(), *after.solver_state])
         params = dict(zip(params, values, strict=False))
         moves = dict(zip(params, tangents, strict=False))
         state, state_moves = values[len(params) :], tangents[len(params) :]
     return moves
+
+
+class _ZeroTangents(TorchFunctionMode):
+    """Zero tangents as ordinary tensors where torch would write into its constant zero.
+
+    The second derivative of `mse_loss` does, where a target has no tangent.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is mse_loss:
+            args = tuple(map(_with_tangent, args))
+            kwargs = {name: _with_tangent(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _with_tangent(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    primal, tangent = forward_ad.unpack_dual(value)
+    if tangent is not None and not tangent._is_zerotensor():
+        return value
+    return forward_ad.make_dual(primal, torch.zeros_like(primal, requires_grad=False))
 
 
 def _unpack(duals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

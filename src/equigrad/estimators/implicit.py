@@ -2,21 +2,43 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from equigrad.errors import DoubleBackwardError
+from equigrad.errors import ConfigurationError, DoubleBackwardError
 from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.evaluation import Evaluation
 from equigrad.fields import require
-from equigrad.solvers import Settled, Solver
+from equigrad.problems import Params
+from equigrad.solvers import Settled, Solver, TorchOptimizer
 from equigrad.vectors import flatten
 
 Linear = Linearisation | ContrastProducts
 """Products with the derivatives of the residual, however they are had."""
+
+POOR = 1e-2
+"""An estimated relative error above this is named in the status."""
+
+LOOKED_INTO = 1e-4
+"""A residual above this share of the right-hand side is worth a product to see what it means."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of a linear system `A x = g`.
+
+    Attributes:
+        x: a flat vector.
+        residual: `g - A x`; None where a product more has to tell.
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +51,10 @@ class Implicit(Estimator):
     `φ - F(φ, θ)` of a `FixedPoint`. The estimators of this family differ in how they solve for x
     alone.
 
+    What their solution leaves of the system gives an `error_estimate` of the gradient, which the
+    status names where it is above 1e-2: the error of x is taken to be the residual divided by the
+    curvature along it. That of a free phase that has not settled is not in it.
+
     Attributes:
         products: how products with H and with the mixed derivative are had. `autograd`
             differentiates the inner gradient once more. `contrast` takes differences of two inner
@@ -38,10 +64,16 @@ class Implicit(Estimator):
             A map's products are a single backward through it, and never by contrast.
     """
 
+    solves: ClassVar[bool] = True
+    """Whether the linear system is solved at all, so that what is left of it says something."""
+
+    remedy: ClassVar[str] = "use GMRES() with more iterations"
+    """What to do about a poor solution; to be gone on with."""
+
     products: Literal["auto", "autograd", "contrast"] = "auto"
 
     @abstractmethod
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Solve `(∂r/∂φ)ᵀ x = pressure`.
 
         Args:
@@ -50,11 +82,16 @@ class Implicit(Estimator):
             notes: the place for what the user should know about the solution.
 
         Returns:
-            x, a flat vector.
+            x, and what it leaves of the system.
         """
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Refuse products by contrast where there is no Hessian."""
+        """Also refuse what settles elsewhere than the residual says, and contrast of a map.
+
+        Raises:
+            ConfigurationError: a `TorchOptimizer` adds weight decay to the gradient, or products
+                are to be had by contrast where there is no Hessian.
+        """
         super().check(evaluation, solver)
         what = type(evaluation.problem).__name__
         require(
@@ -62,33 +99,127 @@ class Implicit(Estimator):
             f"products='contrast' are those of a Hessian, and a {what} has none; its products by "
             f"autograd are a single backward: leave products='auto'",
         )
+        if isinstance(solver, TorchOptimizer):
+            self._check_decay(evaluation, solver)
+
+    def _check_decay(self, evaluation: Evaluation, solver: TorchOptimizer) -> None:
+        decay, beside = solver.decay()
+        if not decay:
+            return
+        what = (
+            f"{solver.optimizer.__name__} has weight_decay={decay:g}, which is not in the inner "
+            f"loss: what settles is not where its gradient vanishes, and {type(self).__name__} "
+            f"differentiates that"
+        )
+        mend = (
+            f"Set weight_decay=0 and add {decay / 2:g} * sum(p.square().sum() for p in "
+            f"params.values()) to the inner loss"
+        )
+        if not beside:
+            raise ConfigurationError(f"{what}. {mend}, or use Contrastive()")
+        evaluation.tally.note(f"{what} (set weight_decay=0, and put the decay into the loss)")
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, solve the linear system, and take the mixed derivative along its solution."""
         free = evaluation.settle(solver)
         pressure, direct = evaluation.outer_gradients(free)
-        mixed = self._mixed(evaluation, free, flatten(list(pressure.values())))
-        grads = {name: direct[name] - mixed[name] for name in direct}
-        return Estimate(grads=grads, phases=(free,))
+        flat = _widened(pressure, evaluation.tally.notes)
+        solved, mixed = self._mixed(evaluation, free, flat)
+        grads = {name: direct[name] - mixed[name].to(direct[name].dtype) for name in direct}
+        if solved is None or not self.solves:
+            return Estimate(grads=grads, phases=(free,))
+        judge = partial(
+            self._error, *solved, flat, _norm(mixed), _norm(grads), evaluation.tally.notes
+        )
+        return Estimate(grads=grads, phases=(free,), judge=judge)
 
-    def _mixed(self, evaluation: Evaluation, free: Settled, pressure: Tensor) -> dict[str, Tensor]:
-        """`(∂r/∂θ)ᵀ x`, by autograd or by contrast."""
+    def _mixed(
+        self, evaluation: Evaluation, free: Settled, pressure: Tensor
+    ) -> tuple[tuple[Linear, Solution] | None, dict[str, Tensor]]:
+        """What was solved, and `(∂r/∂θ)ᵀ x`; by autograd or by contrast."""
+        linear = Linearisation(evaluation, free, type(self).__name__)
+        if not torch.isfinite(pressure).all():  # nothing to solve, and no number to pretend
+            return None, linear.mixed(torch.full_like(pressure, torch.nan))
         if self.products != "contrast":
             notes: list[str] = []
-            linear = Linearisation(evaluation, free, type(self).__name__)
             try:
-                mixed = linear.mixed(self.solve(linear, pressure, notes))
+                solution = self.solve(linear, pressure, notes)
+                mixed = linear.mixed(solution.x)
             except DoubleBackwardError:
                 if self.products == "autograd" or not evaluation.problem.symmetric:
                     raise
             else:
                 evaluation.tally.note(*notes)
-                return mixed
+                return (linear, solution), mixed
         contrast, notes = ContrastProducts(evaluation, free), []
-        mixed = contrast.mixed(self.solve(contrast, pressure, notes))
+        solution = self.solve(contrast, pressure, notes)
+        mixed = contrast.mixed(solution.x)
         evaluation.tally.note(
             *notes,
             f"products by contrast, accurate to {contrast.accuracy:.1g} at a distance of "
             f"{contrast.distance or 0:.1g}",
         )
-        return mixed
+        return (contrast, solution), mixed
+
+    def _error(
+        self,
+        linear: Linear,
+        solution: Solution,
+        pressure: Tensor,
+        through: float,
+        whole: float,
+        notes: list[str],
+    ) -> float:
+        """The gradient's relative error by what the solution leaves of the system.
+
+        Args:
+            linear: products.
+            solution: of the system.
+            pressure: its right-hand side.
+            through: the size of what the solution contributes to the gradient.
+            whole: the size of the gradient.
+            notes: the place to name a poor one.
+        """
+        x, size = solution.x, pressure.norm().item()
+        if size == 0:
+            return 0.0
+        left = solution.residual
+        left = pressure - linear.product(x) if left is None else left
+        apart = share = left.norm().item() / size
+        if share > LOOKED_INTO:
+            missing = left * _compliance(linear, left)
+            apart = max(share, (missing.norm() / (x + missing).norm()).item())
+        weight = through / whole if whole else 1.0
+        error = linear.accuracy + apart * (weight if apart < POOR else max(weight, 1.0))
+        if error > POOR:
+            notes.append(
+                f"{type(self).__name__} leaves {share:.2g} of ∂L_out/∂φ unsolved, and the gradient "
+                f"is wrong by about {min(error, 1):.1g} of its size: {self.remedy}"
+            )
+        return error
+
+
+def _compliance(linear: Linear, left: Tensor) -> float:
+    """How far x has to move along a residual to take it away: one over the curvature there."""
+    image = linear.product(left)
+    along = left.dot(image).item() if linear.symmetric else 0.0
+    stiff = along / left.dot(left).item() if along > 0 else (image.norm() / left.norm()).item()
+    return 1 / stiff if stiff else torch.finfo(left.dtype).max ** 0.5
+
+
+def _norm(tensors: Params) -> float:
+    return torch.stack([t.double().norm() for t in tensors.values()]).norm().item()
+
+
+def _widened(pressure: Params, notes: list[str]) -> Tensor:
+    """A flat vector in a precision that linear algebra has: float32 in place of 16 bits."""
+    vector = flatten(list(pressure.values()))
+    precision = torch.finfo(vector.dtype)
+    if precision.bits >= 32:
+        return vector
+    notes.append(
+        f"params are {vector.dtype}: products with ∂r/∂φ have a relative error of about "
+        f"{precision.eps:.1g}, which the solution multiplies by the condition number; settle in "
+        f"float32 for more precision"
+    )
+    return vector.float()

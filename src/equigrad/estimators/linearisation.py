@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.errors import DoubleBackwardError
+from equigrad.errors import CurvatureError, DoubleBackwardError
 from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
@@ -88,7 +88,7 @@ class Linearisation:
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which is `(∂²L_in/∂φ²) vector` where there is an inner loss."""
-        return flatten(self._product(vector, list(self._params.values())))
+        return checked(flatten(self._product(vector, list(self._params.values()))), vector)
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
         """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter.
@@ -116,6 +116,9 @@ class Linearisation:
 
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """`∂(r · vector)/∂leaves`, averaged over batches."""
+        leading = next(iter(self._params.values())).dtype
+        if vector.dtype != leading and torch.finfo(leading).bits < 32:
+            return self._narrow_product(vector, leading, leaves)
         direction = unflatten(vector, list(self._params.values()))
         total: list[Tensor] = []
         steps = self._evaluation.batch_steps("inner")
@@ -136,6 +139,16 @@ class Linearisation:
                     total = list(product)
         return [t / len(steps) for t in total] if len(steps) > 1 else total
 
+    def _narrow_product(
+        self, vector: Tensor, dtype: torch.dtype, leaves: list[Tensor]
+    ) -> list[Tensor]:
+        """The product where params have 16 bits and the vector more, scaled against overflow."""
+        largest = vector.abs().max()
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        return [
+            p.to(vector.dtype) * scale for p in self._product((vector / scale).to(dtype), leaves)
+        ]
+
     def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
         """The residual with its graph, batch after batch."""
         if self._kept is not None:
@@ -147,6 +160,24 @@ class Linearisation:
             if self._keeps:
                 self._kept = residual
             yield residual
+
+
+def checked(product: Tensor, vector: Tensor) -> Tensor:
+    """A product with `∂r/∂φ`, which has to be finite where its vector is no large one.
+
+    Raises:
+        CurvatureError: it is not.
+    """
+    if not torch.isfinite(product).all():
+        largest = vector.abs().max().item()
+        if largest < torch.finfo(product.dtype).max ** 0.5:
+            raise CurvatureError(
+                "the curvature is not finite where the phase settled: a second derivative of the "
+                "inner loss or the map is NaN or infinite there, as of a norm or a square root at "
+                "zero, or overflows. Smooth the function there, such as sqrt(x + 1e-6), or use "
+                "Contrastive(), which asks for no second derivatives"
+            )
+    return product
 
 
 @contextmanager

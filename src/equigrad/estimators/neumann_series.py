@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import Count, Positive
 
 
@@ -41,11 +41,13 @@ class NeumannSeries(Implicit):
         energy=False,
     )
 
+    remedy: ClassVar[str] = "raise terms, or use GMRES()"
+
     terms: Count = 100
     alpha: Positive | None = None
     tol: Positive = 1e-2
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Sum the series."""
         alpha = self.alpha or (1 / largest_curvature(linear, pressure) if linear.symmetric else 1)
         x, term = torch.zeros_like(pressure), pressure.clone()
@@ -69,7 +71,7 @@ class NeumannSeries(Implicit):
                 f"Neumann series not converged: {remainder:.2g} of ∂L_out/∂φ remains after "
                 f"{self.terms} terms (tol {self.tol:.2g}); raise terms"
             )
-        return x
+        return Solution(x, term)
 
 
 def largest_curvature(linear: Linear, start: Tensor, iterations: int = 20) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import Count, Positive
 
 
@@ -22,7 +22,7 @@ class Nystrom(Implicit):
 
     Attributes:
         rank: k, Hessian-vector products; at most the number of inner parameters is used.
-        damping: ρ > 0.
+        damping: ρ > 0, in units of the Hessian: what has less curvature is taken to have ρ.
         seed: draws the coordinates.
     """
 
@@ -35,11 +35,15 @@ class Nystrom(Implicit):
         one_system=True,
     )
 
+    remedy: ClassVar[str] = (
+        "raise rank, set damping well below the curvatures that matter, or use GMRES()"
+    )
+
     rank: Count = 20
     damping: Positive = 1e-2
     seed: int = 0
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Sample columns, and apply Woodbury's identity."""
         generator = torch.Generator().manual_seed(self.seed)
         sample = torch.randperm(linear.size, generator=generator)[: self.rank].to(pressure.device)
@@ -49,4 +53,4 @@ class Nystrom(Implicit):
         inner = self.damping * columns[sample] + columns.T @ columns
         # a pseudo-inverse: sampled columns may depend on each other
         weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
-        return (pressure - columns @ weights) / self.damping
+        return Solution((pressure - columns @ weights) / self.damping)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
-from equigrad.estimators.implicit import Implicit, Linear
+from equigrad.estimators.implicit import Implicit, Linear, Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,9 @@ class T1T2(Implicit):
         ∇̂_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ ∂L_out/∂φ,    r = ∂L_in/∂φ   or   φ - F(φ, θ)
 
     The inverse Hessian of implicit differentiation is replaced by the identity, and the error this
-    makes does not shrink with compute. On a `FixedPoint` it is Jacobian-free backpropagation (Fung
-    et al. 2022), a single backward through the map. Cheap, but needs a double backward wherever θ
-    acts through the model of a loss; `FiniteDifferenceT1T2` does not.
+    makes does not shrink with compute, and is not estimated. On a `FixedPoint` it is Jacobian-free
+    backpropagation (Fung et al. 2022), a single backward through the map. Cheap, but needs a double
+    backward wherever θ acts through the model of a loss; `FiniteDifferenceT1T2` does not.
 
     Raises:
         DoubleBackwardError: from `meta_gradient`, where an operation on the way from θ to the
@@ -33,6 +33,8 @@ class T1T2(Implicit):
         energy=False,
     )
 
-    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Tensor:
+    solves: ClassVar[bool] = False
+
+    def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """The pressure itself."""
-        return pressure
+        return Solution(pressure)

@@ -80,6 +80,10 @@ class Scene:
         """The user's inner or outer function on one step's batch, with that step's randomness."""
         return self.problem.evaluate(stream, params, meta_params, step, self.stage.randomness)
 
+    def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
+        """A scalar that depends on all that the user's function depends on."""
+        return self.problem.probe(stream, params, meta_params, step, self.stage.randomness)
+
     def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
         return self.problem.residual(params, meta_params, step, self.stage.randomness)

@@ -72,6 +72,10 @@ class Stage:
         """The modules' buffers as they were at a moment of a phase, by name."""
         return self._buffers.named(at.buffers)
 
+    def changed(self) -> list[str]:
+        """What the modules hold that is other than it was, in words."""
+        return self._buffers.changed()
+
     def stand_at(self, at: Moment) -> None:
         """Put the modules' buffers and training flags as they were at a moment of a phase."""
         self._stand(at.buffers)

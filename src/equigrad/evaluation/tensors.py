@@ -7,6 +7,7 @@ from torch import Tensor
 
 from equigrad.errors import ProblemError
 from equigrad.problems import Params
+from equigrad.problems.refused import refuse_tensor
 
 
 def check_tensors(what: str, tensors: object) -> None:
@@ -29,11 +30,7 @@ def check_tensors(what: str, tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"{what}[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ProblemError(
-                f"{what}[{name!r}] has dtype {tensor.dtype}, which has no gradient; "
-                f"use a floating-point tensor"
-            )
+        refuse_tensor(f"{what}[{name!r}]", tensor)
         if not torch.isfinite(tensor.detach()).all():
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
 

@@ -1,6 +1,7 @@
 """Copies of modules, also of those that `copy.deepcopy` refuses."""
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -31,6 +32,54 @@ def copied(module: Module) -> Module:
             except (TypeError, NotImplementedError):
                 memo[id(value)] = value
         return copy.deepcopy(module, memo)
+
+
+def held_parameters(module: nn.Module) -> Iterator[tuple[Any, Any, nn.Parameter]]:
+    """Parameters that modules within hold in attributes, beside where they register them.
+
+    Args:
+        module: is looked into; torch's own modules hold none.
+
+    Yields:
+        The container, the key that `container[key] = tensor` replaces the parameter by, and the
+        parameter. Tuples are rebuilt where one of theirs is replaced.
+    """
+    for part in module.modules():
+        own = vars(part)
+        for name in [n for n in own if n not in vars(nn.Module())]:
+            yield from _held(own, name, own[name])
+
+
+def _held(owner: Any, key: Any, value: Any, depth: int = 3) -> Iterator[Any]:
+    if isinstance(value, nn.Parameter):
+        yield owner, key, value
+    elif not depth:
+        return
+    elif isinstance(value, functools.partial):
+        yield from _held(owner, key, value.keywords, depth - 1)
+    elif isinstance(value, dict):
+        for name, item in list(value.items()):
+            yield from _held(value, name, item, depth - 1)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from _held(value, place, item, depth - 1)
+    elif type(value) is tuple:
+        for place, item in enumerate(value):
+            yield from _held(_InTuple(owner, key), place, item, depth - 1)
+
+
+class _InTuple:
+    """The items of a tuple, to be replaced one by one."""
+
+    def __init__(self, owner: Any, key: Any) -> None:
+        self._owner, self._key = owner, key
+
+    def __getitem__(self, place: int) -> Any:
+        return self._owner[self._key][place]
+
+    def __setitem__(self, place: int, item: Any) -> None:
+        items = self._owner[self._key]
+        self._owner[self._key] = (*items[:place], item, *items[place + 1 :])
 
 
 def _attributes(module: nn.Module) -> Iterator[Any]:

@@ -1,12 +1,15 @@
 """A module as a function of its parameters."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.nn.copies import copied
+from equigrad.nn.copies import copied, held_parameters
 from equigrad.problems import Params
+from equigrad.problems.refused import refuse_module
 
 
 class Functional:
@@ -15,6 +18,10 @@ class Functional:
     Does what `torch.func.functional_call` does, at a fraction of its cost a call: the copy is the
     functional's own, so its parameters need not be put back. The user's module is never touched.
 
+    A parameter that the module holds a second time, in a list, a tuple or a dictionary, is replaced
+    there too; and a module that computes once more in the backward (gradient checkpointing) does so
+    with the parameters of the call that the backward is of.
+
     Args:
         model: any module. Parameters with `requires_grad=False` stay constants.
 
@@ -22,8 +29,8 @@ class Functional:
         model: the private copy; its buffers and training flag are its own.
 
     Raises:
-        ProblemError: the module has no trainable parameters; or, when called, names or shapes of
-            the parameters are not the module's.
+        ProblemError: the module has no trainable parameters, or belongs to several processes; or,
+            when called, names or shapes of the parameters are not the module's.
 
     Example:
         >>> import torch
@@ -36,6 +43,7 @@ class Functional:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        refuse_module(model)
         self.model = copied(model)
         self._initial = {
             name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
@@ -43,13 +51,19 @@ class Functional:
         if not self._initial:
             raise ProblemError(f"{type(model).__name__} has no parameters that require a gradient")
         first_name: dict[int, str] = {}
-        self._places: list[tuple[str, dict[str, Any], str]] = []
+        self._places: list[tuple[str, Any, Any]] = []
         for name, p in self.model.named_parameters(remove_duplicate=False):
             if not p.requires_grad:
                 continue
             owner, _, local = name.rpartition(".")
             shared = first_name.setdefault(id(p), name)  # tied weights are one parameter
             self._places.append((shared, self.model.get_submodule(owner)._parameters, local))
+        self._places += [
+            (first_name[id(p)], owner, key)
+            for owner, key, p in held_parameters(self.model)
+            if id(p) in first_name
+        ]
+        self._recomputes = any(map(_checkpoints, self.model.modules()))
         self._bound: tuple[Tensor, ...] = ()
 
     def params(self) -> dict[str, Tensor]:
@@ -68,7 +82,13 @@ class Functional:
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """The module's output with these parameters; names beyond the module's are ignored."""
         self._bind(params)
-        return self.model(*args, **kwargs)
+        out = self.model(*args, **kwargs)
+        if self._recomputes and not torch.compiler.is_compiling():
+            # before the backward reaches what the module computed, it has the same weights again
+            for tensor in _tensors(out):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    tensor.register_hook(lambda grad: self._bind(params))
+        return out
 
     def _bind(self, params: Params) -> None:
         """Put the parameters in their places, unless they are there already."""
@@ -91,6 +111,25 @@ class Functional:
         for name, owner, local in self._places:
             owner[local] = params[name]
         self._bound = tensors
+
+
+def _checkpoints(part: nn.Module) -> bool:
+    """Whether a module's own code speaks of checkpoints."""
+    kinds = [k for k in type(part).__mro__ if not k.__module__.startswith("torch.")]
+    codes = [getattr(f, "__code__", None) for k in kinds for f in vars(k).values()]
+    return any("checkpoint" in name for code in codes if code for name in code.co_names)
+
+
+def _tensors(out: Any) -> Iterator[Tensor]:
+    """The tensors that a module returns."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, Mapping):
+        for item in out.values():
+            yield from _tensors(item)
+    elif isinstance(out, list | tuple):
+        for item in out:
+            yield from _tensors(item)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -14,6 +14,7 @@ from equigrad.problems.problem import (
     Problem,
     Regularizer,
     Velocity,
+    dense,
     pushed,
     scalar,
 )
@@ -98,12 +99,14 @@ class Bilevel(Problem):
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """`∂L_in/∂φ`, with its graph: using it once more takes a double backward."""
-        return torch.autograd.grad(
-            self.total_inner_loss(params, meta_params, step, randomness),
-            list(params.values()),
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
+        return dense(
+            torch.autograd.grad(
+                self.total_inner_loss(params, meta_params, step, randomness),
+                list(params.values()),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         )
 
     def velocity_at(
@@ -131,6 +134,7 @@ class Bilevel(Problem):
                     torch.zeros_like(p, requires_grad=False) if g is None else g
                     for g, p in zip(grads, leaves, strict=True)
                 )
+            grads = dense(grads)
             if loss.is_complex():  # autograd conjugates the holomorphic derivative
                 grads = tuple(g.conj().resolve_conj() for g in grads)
             if self.regularizer is None or pull is None:

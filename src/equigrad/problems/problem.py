@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError
 from equigrad.fields import Checked, Rule
+from equigrad.problems.refused import refuse_module
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]
@@ -126,6 +127,8 @@ class Problem(Checked, ABC):
         if self.modules is None:
             roots = (self.function("inner"), self.outer_loss, self.regularizer)
             object.__setattr__(self, "modules", find_modules(*roots))
+        for module in self.modules or ():
+            refuse_module(module)
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
@@ -291,6 +294,12 @@ def check_scalar(name: str, loss: object) -> None:
             f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with "
             f".mean(), or add it up with .sum() where samples=True"
         )
+    if loss.is_complex():
+        raise ProblemError(
+            f"{name} is complex; return a real number, such as .abs() or .real of it"
+        )
+    if loss.is_meta:
+        raise ProblemError(f"{name} is on the meta device: a module or data has no numbers yet")
     if not torch.isfinite(loss):
         raise ProblemError(
             f"{name} is {loss.item()} at the initial params; start where it is finite"
@@ -301,7 +310,14 @@ def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple
     """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative where numbers are complex."""
     seed = scalar(scale, loss)
     grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
-    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else grads
+    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else dense(grads)
+
+
+def dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same in ordinary tensors: embeddings with `sparse=True` have sparse gradients."""
+    if any(g.is_sparse for g in grads):
+        return tuple(g.to_dense() if g.is_sparse else g for g in grads)
+    return grads
 
 
 def pull_back(
@@ -315,13 +331,15 @@ def pull_back(
     varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
     if not varying:
         return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
-    return torch.autograd.grad(
-        [o for o, _ in varying],
-        inputs,
-        [a for _, a in varying],
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
+    return dense(
+        torch.autograd.grad(
+            [o for o, _ in varying],
+            inputs,
+            [a for _, a in varying],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
     )
 
 

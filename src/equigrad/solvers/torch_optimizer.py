@@ -20,7 +20,8 @@ class TorchOptimizer(Solver):
 
     The optimiser is never differentiated, so square roots, line searches and fused kernels are all
     fine. Weight decay inside the optimiser is not part of the inner loss that the estimators see:
-    put it into the loss.
+    put it into the loss. Implicit estimators refuse it where it adds to the gradient, as in SGD and
+    Adam, and say so where it acts beside it, as in AdamW.
 
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
@@ -52,6 +53,12 @@ class TorchOptimizer(Solver):
     def adaptive(self) -> bool:
         """Whether steps are scaled by the gradients that were seen: by all but SGD."""
         return self.optimizer is not torch.optim.SGD
+
+    def decay(self) -> tuple[float, bool]:
+        """The weight decay inside the optimiser, and whether it acts beside the gradient."""
+        defaults = self.init([torch.zeros(1, requires_grad=True)]).defaults
+        beside = defaults.get("decoupled_weight_decay", False) or self.optimizer in _BESIDE
+        return float(defaults.get("weight_decay", 0.0) or 0.0), bool(beside)
 
     def continues(self, other: Solver) -> bool:
         """Only from the same class of optimiser."""
@@ -93,6 +100,14 @@ class TorchOptimizer(Solver):
         else:
             _set_gradients(params, velocity)
             state.step()
+
+
+_BESIDE = tuple(
+    getattr(torch.optim, name)
+    for name in ("AdamW", "Muon", "Adafactor")
+    if hasattr(torch.optim, name)
+)
+"""Optimisers that shrink the weights themselves; of others, `decoupled_weight_decay` tells."""
 
 
 def _set_gradients(params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:

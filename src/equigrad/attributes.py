@@ -1,0 +1,259 @@
+"""What modules hold beside buffers: counters, running averages, hidden states, generators."""
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ProblemError
+
+LARGE = 2**16
+"""Entries beyond which a tensor is not copied, but watched for being written into."""
+
+DEPTH = 3
+"""How far containers and objects that a module holds are looked into."""
+
+LONG = 1000
+"""Containers with more entries are taken for data, which no evaluation changes."""
+
+_OWN = frozenset(vars(nn.Module()))
+"""What every module holds: parameters, buffers, modules, hooks and the training flag."""
+
+
+class KeptAttributes:
+    """Keeps the attributes and frozen parameters of some modules, as `KeptBuffers` does buffers.
+
+    torch's own modules have no attributes that change. Whatever an evaluation puts in the place of
+    an attribute, or writes into a tensor, container or random number generator that one holds, is
+    undone; not what it does to large tensors, long containers or deep inside objects.
+
+    Args:
+        modules: whatever a loss may call.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._holders = [
+            (path, part)
+            for module in modules
+            for path, part in module.named_modules()
+            if not type(part).__module__.startswith(("torch.", "equigrad."))
+        ]
+        self._frozen = [
+            (f"{path}.{name}".lstrip("."), p)
+            for path, part in self._holders
+            for name, p in part.named_parameters(recurse=False)
+            if not p.requires_grad
+        ]
+
+    def snapshot(self) -> "Attributes":
+        """What is held now."""
+        return Attributes(self._holders, self._frozen)
+
+
+class Attributes:
+    """What modules hold at a moment.
+
+    Args:
+        holders: modules, by their path.
+        frozen: parameters that do not learn, by name.
+    """
+
+    def __init__(
+        self, holders: list[tuple[str, nn.Module]], frozen: list[tuple[str, nn.Parameter]]
+    ) -> None:
+        seen: set[int] = set()
+        self._values = [
+            (path, part, {n: _Kept(v, seen) for n, v in vars(part).items() if n not in _OWN})
+            for path, part in holders
+        ]
+        self._frozen = [(name, p, _Kept(p, seen)) for name, p in frozen]
+
+    def changed(self) -> Iterator[str]:
+        """What is other than it was, in words."""
+        for path, part, values in self._values:
+            now, where = (
+                vars(part),
+                f"{type(part).__name__} {path!r}" if path else type(part).__name__,
+            )
+            for name in [n for n in now if n not in _OWN and n not in values]:
+                yield f"attribute {name!r} of {where}"
+            for name, kept in values.items():
+                if name not in now or now[name] is not kept.value or kept.changed():
+                    yield f"attribute {name!r} of {where}"
+        yield from (
+            f"frozen parameter {name!r}" for name, _, kept in self._frozen if kept.changed()
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back.
+
+        Raises:
+            ProblemError: a large frozen parameter has been written into, which was not copied.
+        """
+        for _, part, values in self._values:
+            now = vars(part)
+            for name in [n for n in now if n not in _OWN and n not in values]:
+                del now[name]
+            for name, kept in values.items():
+                kept.restore()
+                now[name] = kept.value
+        for name, _, kept in self._frozen:
+            if kept.changed() and not kept.restore():
+                raise ProblemError(
+                    f"an evaluation writes into the frozen parameter {name!r}, which is too large "
+                    f"to be kept for every phase: make it a buffer"
+                )
+
+
+class _Kept:
+    """A value, and what was inside.
+
+    Args:
+        value: anything.
+        seen: ids of what has been kept elsewhere, and need not be again.
+        depth: how far to look into it.
+    """
+
+    def __init__(self, value: Any, seen: set[int], depth: int = DEPTH) -> None:
+        self.value = value
+        self._version = value._version if _versioned(value) else 0
+        self._inside: list[_Kept] = []
+        self._copy: Any = None
+        if id(value) in seen:
+            return
+        if isinstance(value, Tensor):
+            seen.add(id(value))
+            self._copy = value.detach().clone() if value.numel() <= LARGE else None
+        elif (state := _state(value)) is not None:
+            seen.add(id(value))
+            self._copy = state
+        elif depth and isinstance(value, list | set | deque | dict) and len(value) <= LONG:
+            seen.add(id(value))
+            self._copy = dict(value) if isinstance(value, dict) else list(value)
+            items = self._copy.values() if isinstance(self._copy, dict) else self._copy
+            self._inside = [_Kept(item, seen, depth - 1) for item in items if _may_change(item)]
+        elif depth and isinstance(value, tuple) and len(value) <= LONG:
+            self._inside = [_Kept(item, seen, depth - 1) for item in value if _may_change(item)]
+        elif depth and _is_object(value):
+            seen.add(id(value))
+            self._copy = dict(vars(value))
+            items = [item for item in self._copy.values() if _may_change(item)]
+            self._inside = [_Kept(item, seen, depth - 1) for item in items]
+
+    def changed(self) -> bool:
+        """Whether what was inside is something else now."""
+        value, copy = self.value, self._copy
+        if isinstance(value, Tensor):
+            written = _versioned(value) and value._version != self._version
+            return written or (copy is not None and not torch.equal(value.detach(), copy))
+        if copy is None:
+            return any(kept.changed() for kept in self._inside)
+        if (state := _state(value)) is not None:
+            return not _same_state(state, copy)
+        now = vars(value) if isinstance(copy, dict) and not isinstance(value, dict) else value
+        return not _same_items(now, copy) or any(kept.changed() for kept in self._inside)
+
+    def restore(self) -> bool:
+        """Put back what was inside; returns whether that was possible."""
+        for kept in self._inside:
+            kept.restore()
+        value, copy = self.value, self._copy
+        if copy is None:
+            return not isinstance(value, Tensor)
+        if not self.changed():
+            return True
+        if isinstance(value, Tensor):
+            value.detach().copy_(copy)
+        elif (put := _put(value)) is not None:
+            put(copy)
+        elif isinstance(value, list):
+            value[:] = copy
+        else:
+            inside: Any = value if isinstance(value, set | deque | dict) else vars(value)
+            inside.clear()
+            (inside.extend if isinstance(inside, deque) else inside.update)(copy)
+        return True
+
+
+def _versioned(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a value can become another one and stay the same object."""
+    return not isinstance(value, int | float | complex | str | bytes | type | None | Callable)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether this is an object of the user's making, that is no module and no function."""
+    plain = isinstance(value, type | nn.Module | Callable)
+    return not plain and hasattr(value, "__dict__") and _made_by_user(type(value))
+
+
+def _made_by_user(kind: type) -> bool:
+    library = kind.__module__.split(".")[0]
+    return library not in ("torch", "equigrad") and library not in sys.stdlib_module_names
+
+
+def is_generator(value: object) -> bool:
+    """Whether this makes random numbers."""
+    numpy: Any = sys.modules.get("numpy")
+    theirs = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(value, (torch.Generator, random.Random, *theirs))
+
+
+def _state(value: Any) -> Any:
+    """Of a generator of random numbers or an array; None of anything else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, numpy.random.RandomState):
+        return value.get_state(legacy=False)
+    small = isinstance(value, numpy.ndarray) and value.size <= LARGE and value.flags.writeable
+    return value.copy() if small else None
+
+
+def _put(value: Any) -> Callable[[Any], Any] | None:
+    """How a state is written back."""
+    if isinstance(value, torch.Generator):
+        return value.set_state
+    if isinstance(value, random.Random):
+        return value.setstate
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        return lambda state: setattr(value.bit_generator, "state", state)
+    if isinstance(value, numpy.random.RandomState):
+        return value.set_state
+    return (lambda state: value.__setitem__(..., state)) if hasattr(value, "dtype") else None
+
+
+def _same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same_state(one[key], other[key]) for key in one)
+    return one.tobytes() == other.tobytes() if hasattr(one, "tobytes") else one == other
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    """Whether two containers hold the same objects, in the same places."""
+    if len(one) != len(other):
+        return False
+    if isinstance(other, dict):
+        return all(key in one and one[key] is value for key, value in other.items())
+    if isinstance(one, set):
+        return all(item in one for item in other)
+    return all(a is b for a, b in zip(one, other, strict=True))

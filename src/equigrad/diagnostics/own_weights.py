@@ -1,0 +1,122 @@
+"""Modules that are handed weights, and compute with their own."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.utils.checkpoint import CheckpointError
+
+from equigrad.errors import ProblemError
+
+
+class OwnWeights:
+    """Shifts the weights of modules while they compute with others that they were handed.
+
+    `torch.func.functional_call` puts other tensors in the places of a module's parameters for as
+    long as it calls it. What the module computes then depends on its own ones only where it holds
+    them a second time, or computes once more in the backward (gradient checkpointing).
+
+    Args:
+        modules: whatever a loss may call.
+
+    Attributes:
+        names: of the parameters that were replaced so far, by the module's own names.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._roots = [
+            (root, [p for path, part in root.named_modules() for p in _places(path, part)])
+            for root in modules
+        ]
+        self._inner = {id(part): i for i, (r, _) in enumerate(self._roots) for part in r.modules()}
+        self._kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._within: nn.Module | None = None
+        self._replaced: dict[int, nn.Parameter] = {}
+        self.names: list[str] = []
+
+    @contextmanager
+    def shifted_in_calls(self) -> Iterator[None]:
+        """While modules are called with other weights."""
+        handles = [
+            hooks.register_module_forward_pre_hook(self._enter),
+            hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._put_back()
+
+    @contextmanager
+    def shifted(self) -> Iterator[None]:
+        """While the backward of such calls runs."""
+        self._shift(self._replaced.values())
+        try:
+            yield
+        finally:
+            self._put_back()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        root = self._inner.get(id(module))
+        if root is None or self._within is not None:
+            return
+        places = self._roots[root][1]
+        found = [(n, own) for n, slots, local, own in places if slots.get(local) is not own]
+        if found:
+            self._within = module
+            self.names += [n for n, own in found if id(own) not in self._replaced]
+            self._replaced.update((id(own), own) for _, own in found)
+            self._shift([own for _, own in found])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._within:
+            self._put_back()
+
+    @torch.no_grad()
+    def _shift(self, weights: Iterable[nn.Parameter]) -> None:
+        for own in weights:
+            self._kept[id(own)] = own, own.detach().clone()
+            own.data.add_(0.5 + 0.5 * own.data.abs())
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for own, value in self._kept.values():
+            own.data.copy_(value)
+        self._kept.clear()
+        self._within = None
+
+
+@contextmanager
+def checkpoints_named() -> Iterator[None]:
+    """Say what to do where gradient checkpointing refuses a gradient.
+
+    Raises:
+        ProblemError: in the place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if "use_reentrant" in said or "Checkpointing is not compatible" in said:
+            what = "reentrant checkpoints give no gradients by torch.autograd.grad; set "
+            mend = "use_reentrant=False"
+        elif isinstance(error, CheckpointError):
+            what = "gradient checkpointing computed something else in the backward; call "
+            mend = "the module by equigrad.nn.Functional(module), or switch checkpointing off"
+        else:
+            raise
+        raise ProblemError(f"{what}{mend} ({said.splitlines()[0]})") from error
+
+
+def _places(path: str, part: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, nn.Parameter]]:
+    """A module's own parameters, where they lie."""
+    if isinstance(part, torch.jit.ScriptModule):
+        return
+    slots: dict[str, Any] = part._parameters
+    for local, own in slots.items():
+        if isinstance(own, nn.Parameter) and own.requires_grad:
+            yield f"{path}.{local}".lstrip("."), slots, local, own

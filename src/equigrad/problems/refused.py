@@ -1,0 +1,83 @@
+"""Modules and tensors that no meta-gradient is computed with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equigrad.errors import ProblemError
+
+
+def refuse_module(module: nn.Module) -> None:
+    """Raise a `ProblemError` where a module writes into its weights or belongs to many processes.
+
+    Args:
+        module: that a problem's functions call.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            _refuse_renormed(name, part)
+        if _processes(part) > 1:
+            raise ProblemError(
+                f"{type(part).__name__} {name or 'itself'!r} is shared by {_processes(part)} "
+                f"processes, and each would get a meta-gradient of its own data alone: its hooks "
+                f"average .grad, which equigrad never fills. Hand over the module inside "
+                f"(.module), and average result.grads over processes "
+                f"(torch.distributed.all_reduce) before result.assign()"
+            )
+        for local, p in part.named_parameters(recurse=False):
+            refuse_shards(f"{name}.{local}".lstrip("."), p)
+
+
+def refuse_tensor(name: str, tensor: Tensor) -> None:
+    """Raise a `ProblemError` where a parameter is none that settles or is learned.
+
+    Args:
+        name: what it is called.
+        tensor: φ or θ.
+    """
+    why = None
+    if tensor.is_complex():
+        why = "is complex: a loss of it has no gradient to descend; hand over torch.view_as_real"
+    elif not tensor.is_floating_point():
+        why = f"has dtype {tensor.dtype}, which has no gradient; use a floating-point tensor"
+    elif tensor.is_meta:
+        why = "is on the meta device, where there are shapes and no numbers; use .to_empty(…)"
+    elif tensor.layout != torch.strided:
+        why = f"has layout {tensor.layout}; call .to_dense() on it"
+    if why is not None:
+        raise ProblemError(f"{name} {why}")
+    refuse_shards(name, tensor)
+
+
+def refuse_shards(name: str, tensor: Tensor) -> None:
+    """Raise a `ProblemError` where a tensor lies on several processes (FSDP2's `DTensor`)."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    if mesh is not None and mesh.size() > 1:
+        raise ProblemError(
+            f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
+            f"would settle its own; gather it with .full_tensor()"
+        )
+
+
+def _refuse_renormed(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
+    if part.max_norm is not None and part.weight.requires_grad:
+        raise ProblemError(
+            f"{type(part).__name__} {name!r} has max_norm={part.max_norm:g}: it writes shorter "
+            f"rows into the weights that it is handed, so that what settles is not where a "
+            f"gradient vanishes. Set max_norm=None and add a penalty on long rows to the inner "
+            f"loss, or settle it as a FixedPoint whose map projects the rows"
+        )
+
+
+def _processes(part: nn.Module) -> int:
+    """How many processes share what a wrapper of torch's own, or one made from it, holds."""
+    wraps = any(
+        kind.__module__.startswith(
+            ("torch.nn.parallel.distributed", "torch.distributed", "deepspeed")
+        )
+        for kind in type(part).__mro__
+    )
+    if not wraps or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size(getattr(part, "process_group", None))

@@ -1,0 +1,170 @@
+"""An inner loss whose gradient is that of no function is named, and no other is."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss, relu, softmax
+
+import equigrad as eg
+from equigrad.testing import CASES
+
+X, V = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)).double().unbind()
+Y, W = torch.randn(2, 30, generator=torch.Generator().manual_seed(1)).double().unbind()
+DESCENT = eg.GradientDescent(lr=0.1, max_steps=300)
+ESTIMATORS = [eg.Contrastive(beta=0.01, scheme="symmetric"), eg.GMRES(), eg.T1T2()]
+
+
+def temporal_difference(p, m):
+    """A target that follows the prediction, held constant."""
+    target = (Y + m["bonus"] + 0.9 * V @ p["w"]).detach()
+    return (X @ p["w"] - target).square().mean() + 0.1 * (m["bonus"] * p["w"].sum()).mean()
+
+
+def pseudo_labels(p, m):
+    logits = X @ p["w"].reshape(4, 1) @ torch.ones(1, 3).double().cumsum(1) + p["b"]
+    labels = softmax(2 * logits, 1).detach()
+    pull = (p["w"] - 0.3).square().sum() + (p["b"] - torch.arange(3)).square().sum()
+    return cross_entropy(logits, labels) + 0.1 * m["bonus"].exp().mean() * pull
+
+
+def normalised_without_graph(p, m):
+    """Weights over their own norm, which is taken for a constant."""
+    with torch.no_grad():
+        size = p["w"].norm() + 1
+    return (X @ p["w"] / size - Y - m["bonus"]).square().mean() + 0.1 * p["w"].square().sum()
+
+
+class Doubled(torch.autograd.Function):
+    """A custom backward that is wrong by a factor that depends on the input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1 + 2 * x)
+
+
+def custom_backward(p, m):
+    return (Doubled.apply(X @ p["w"]) - Y - m["bonus"]).square().mean() + p["w"].square().sum()
+
+
+def semi_gradients(loss):
+    params = {"w": torch.zeros(4, dtype=torch.float64)}
+    if loss is pseudo_labels:
+        params["b"] = torch.zeros(3, dtype=torch.float64)
+    problem = eg.Bilevel(loss, lambda p, m: sum((q - 1).square().sum() for q in p.values()))
+    return problem, params, {"bonus": torch.zeros(30, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("loss", [temporal_difference, normalised_without_graph, custom_backward])
+def test_what_is_hidden_from_autograd_is_refused(loss, estimator):
+    with pytest.raises(eg.ProblemError, match=r"hidden from autograd.*FixedPoint"):
+        eg.meta_gradient(*semi_gradients(loss), solver=DESCENT, estimator=estimator)
+
+
+def test_a_gradient_whose_derivative_is_symmetric_serves_the_contrast_alone():
+    """`softmax(z) - softmax(2z)` is the gradient of a function, which autograd does not see."""
+    problem, params, meta = semi_gradients(pseudo_labels)
+    solver = eg.GradientDescent(lr=0.1, max_steps=20000, tol=1e-10)
+
+    def settled(bonus):
+        end = eg.settle(problem, params, {"bonus": meta["bonus"] + bonus}, solver=solver)
+        return problem.outer_loss(end.params, {}).item()
+
+    found = eg.meta_gradient(
+        problem, params, meta, solver=solver, estimator=eg.Contrastive(rtol=1e-4)
+    )
+    central = (settled(1e-3) - settled(-1e-3)) / 2e-3
+    assert found.grads["bonus"].sum().item() == pytest.approx(central, rel=1e-4)
+    fresh = eg.Bilevel(lambda p, m: problem.inner_loss(p, m), problem.outer_loss)
+    with pytest.raises(eg.ProblemError, match=r"hidden from autograd.*FixedPoint"):
+        eg.meta_gradient(fresh, params, meta, solver=solver, estimator=eg.GMRES())
+
+
+def test_under_a_tolerance_and_in_a_check_too():
+    solver = eg.GradientDescent(lr=0.1, max_steps=3000, tol=1e-9)
+    problem, params, meta = semi_gradients(normalised_without_graph)
+    with pytest.raises(eg.ProblemError, match="FixedPoint"):
+        eg.meta_gradient(problem, params, meta, solver=solver, estimator=eg.Contrastive(rtol=1e-3))
+    with pytest.raises(eg.ProblemError, match="FixedPoint"):
+        eg.check_meta_gradient(problem, params, meta, solver=solver)
+
+
+def test_evolution_strategies_serve_it():
+    result = eg.meta_gradient(
+        *semi_gradients(temporal_difference), solver=DESCENT, estimator=eg.EvolutionStrategies()
+    )
+    assert "hidden from autograd" in result.status
+
+
+def smooth(m):
+    torch.manual_seed(0)
+    net = eg.nn.Functional(m)
+    x, y = X.to(net.params().popitem()[1].dtype), Y[:, None].to(net.params().popitem()[1].dtype)
+    return net, x, y
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Hardtanh(), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.MaxPool1d(2), nn.Linear(4, 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("penalty", [torch.square, torch.abs])
+def test_networks_are_not_accused(make, dtype, penalty):
+    net, x, y = smooth(make().to(dtype))
+    problem = eg.Bilevel(
+        lambda p, m: (
+            mse_loss(net(p, x), y) + m["l"].exp() * sum(penalty(q).sum() for q in p.values())
+        ),
+        lambda p, m: mse_loss(net(p, x + 1), y),
+    )
+    meta = {"l": torch.tensor(-3.0, dtype=dtype)}
+    result = eg.meta_gradient(problem, net.params(), meta, solver=DESCENT)
+    assert "autograd" not in result.status
+    assert "function of" not in result.status
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_problems_with_known_answers_are_not_accused(case, dtype):
+    known = case(dtype)
+    result = eg.meta_gradient(known.problem, known.params, known.meta_params, solver=known.solver)
+    assert "autograd" not in result.status
+    assert "function of" not in result.status
+
+
+def test_one_parameter_at_a_kink_is_not_accused():
+    problem = eg.Bilevel(
+        lambda p, m: 0.5 * (p["w"] - 0.1).square().sum() + m["l"] * relu(p["w"]).sum(),
+        lambda p, m: (p["w"] - 1).square().sum(),
+    )
+    params = {"w": torch.zeros(3, dtype=torch.float64)}
+    meta = {"l": torch.ones((), dtype=torch.float64)}
+    still = eg.GradientDescent(lr=1e-300, max_steps=1)
+    result = eg.meta_gradient(problem, params, meta, solver=still, estimator=eg.T1T2())
+    assert "hidden" not in result.status
+
+
+def test_it_costs_four_evaluations_once():
+    problem, params, meta = semi_gradients(
+        lambda p, m: (X @ p["w"] - Y - m["bonus"]).square().mean()
+    )
+
+    def spent():
+        return eg.meta_gradient(problem, params, meta, solver=DESCENT).gradient_evaluations
+
+    first = spent()
+    assert first - spent() == 4
+    again = eg.Bilevel(problem.inner_loss, problem.outer_loss)
+    assert first - eg.meta_gradient(again, params, meta, solver=DESCENT).gradient_evaluations == 4
