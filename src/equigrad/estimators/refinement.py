@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
+from equigrad.estimators.refinement_pairs import Answer, Pair, enough, relative
 from equigrad.evaluation import Evaluation
-from equigrad.problems import Params
-from equigrad.solvers import Phase, Settled, Solver
+from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
 TIGHTER = 64
@@ -36,49 +35,6 @@ FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
 Obstacle = Literal["budget", "rounding", "restless"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The phases at ±β, their contrast, and what is wrong with it.
-
-    Attributes:
-        beta: β.
-        plus: the phase at β.
-        minus: the phase at -β.
-        grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
-        unsettled: estimated relative error from the residuals that are left.
-        lopsided: relative difference of the contrast with the free phase to this one, of order β.
-    """
-
-    beta: float
-    plus: Settled
-    minus: Settled
-    grads: dict[str, Tensor]
-    unsettled: float
-    lopsided: float
-
-    def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
-        """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
-        ratio = beta / self.beta
-        plus, minus = dict(free.params), dict(free.params)
-        for name, center in free.params.items():
-            up, down = self.plus.params[name] - center, self.minus.params[name] - center
-            even, odd = 0.5 * ratio**2 * (up + down), 0.5 * ratio * (up - down)
-            plus[name], minus[name] = center + even + odd, center + even - odd
-        return (
-            dataclasses.replace(self.plus, params=plus),
-            dataclasses.replace(self.minus, params=minus),
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A meta-gradient, the pairs it is made of, and its estimated relative error."""
-
-    error: float
-    grads: dict[str, Tensor]
-    pairs: tuple[Pair, ...]
 
 
 class Refinement:
@@ -149,6 +105,24 @@ class Refinement:
             self.evaluation.tally.note("∂L_out/∂φ is zero: only the direct term is left")
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
+        best, apart = self.refined()
+        if best.error <= self.rtol:
+            cancelled = self.cancelled(best.pairs[-1])
+            if cancelled > self.rtol:
+                self.rounds("the contrast to no digit")
+            best = dataclasses.replace(best, error=best.error + cancelled)
+        if best.error > self.rtol:
+            self.evaluation.tally.note(
+                f"rtol={self.rtol:g} not reached, the estimated error is {best.error:.1e}: "
+                f"{self.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
+            )
+        phases = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
+        if best.error <= self.rtol:  # however far they settled, it was enough
+            phases = [dataclasses.replace(s, phase=enough(s.phase)) for s in phases]
+        return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
+
+    def refined(self) -> tuple[Answer, float]:
+        """The best answer, and how far apart the last two contrasts were."""
         coarse, ratio = self.first_pair(), 2
         best = Answer(math.inf, coarse.grads, (coarse,))
         while True:
@@ -174,20 +148,7 @@ class Refinement:
             wider = self.four_points(coarse, fine)
             wider = dataclasses.replace(wider, error=max(wider.error, sides))
             best = min(best, wider, key=lambda answer: answer.error)
-        if best.error <= self.rtol:
-            cancelled = self.cancelled(best.pairs[-1])
-            if cancelled > self.rtol:
-                self.rounds("the contrast to no digit")
-            best = dataclasses.replace(best, error=best.error + cancelled)
-        if best.error > self.rtol:
-            self.evaluation.tally.note(
-                f"rtol={self.rtol:g} not reached, the estimated error is {best.error:.1e}: "
-                f"{self.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
-            )
-        phases = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
-        if best.error <= self.rtol:  # however far they settled, it was enough
-            phases = [dataclasses.replace(s, phase=enough(s.phase)) for s in phases]
-        return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
+        return best, apart
 
     def settle_free(self, beta: float) -> None:
         """Go on with the free phase until its residual is small beside the nudge."""
@@ -397,22 +358,3 @@ class Refinement:
             if self.obstacle:
                 return state
             begun, before, keep, chunk = phase, phase.residual, True, 2 * chunk
-
-
-def enough(phase: Phase) -> Phase:
-    """The report of a phase whose tolerance turned out not to be needed."""
-    if phase.outcome == "converged":
-        return phase
-    return dataclasses.replace(phase, outcome="stopped", tol=None)
-
-
-def relative(one: Params, other: Params) -> float:
-    """`‖one - other‖ / ‖other‖` over all names; 0 where they are the same."""
-    a, b = flatten(list(one.values())).double(), flatten(list(other.values())).double()
-    apart, size = (a - b).norm().item(), b.norm().item()
-    if not math.isfinite(apart):
-        raise SettlingError(
-            "the contrast of two phases is not finite: a derivative of a loss is NaN or infinite "
-            "where they settled"
-        )
-    return apart / size if size else math.inf if apart else 0.0

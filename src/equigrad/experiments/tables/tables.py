@@ -164,14 +164,7 @@ def read(
 def _parse(path: Path, file: TextIOWrapper, delimiter: str | None, decimal: Decimal) -> Table:
     lines = _lines(path, file)
     if delimiter is None:
-        blank: list[str] = []
-        head: list[str] = []
-        for line in lines:
-            (head if head or not line.isspace() else blank).append(line)
-            if len(head) == LONGEST_HEADER:
-                break
-        delimiter = max(DELIMITERS, key=lambda d: len(next(_reader(head, d), [])))
-        lines = chain(blank, head, lines)
+        delimiter, lines = _detected(lines)
     elif len(delimiter) != 1:
         raise DataError(f"delimiter must be one character, got {delimiter!r}")
     rows = _rows(path, _reader(lines, delimiter, strict=True))
@@ -201,6 +194,18 @@ def _parse(path: Path, file: TextIOWrapper, delimiter: str | None, decimal: Deci
         raise DataError(f"{path} has a header ({listed(names)}) and no rows")
     columns = {name: [row[i] for row in found] for i, name in enumerate(names)}
     return Table(str(path), columns, places, decimal)
+
+
+def _detected(lines: Iterator[str]) -> tuple[str, Iterator[str]]:
+    """The delimiter that divides the header into most fields, and all lines again."""
+    blank: list[str] = []
+    head: list[str] = []
+    for line in lines:
+        (head if head or not line.isspace() else blank).append(line)
+        if len(head) == LONGEST_HEADER:
+            break
+    delimiter = max(DELIMITERS, key=lambda d: len(next(_reader(head, d), [])))
+    return delimiter, chain(blank, head, lines)
 
 
 def _reader(lines: Iterable[str], delimiter: str, *, strict: bool = False) -> Any:

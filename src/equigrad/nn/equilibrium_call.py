@@ -1,0 +1,192 @@
+"""One pass of an equilibrium layer: a cell, its weights and inputs by name, and its start."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from equigrad.errors import (
+    ProblemError,
+)
+from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
+from equigrad.randomness import CommonRandomness
+from equigrad.solvers.phase import numbered
+from equigrad.vectors import tracked
+
+State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What settles: a tensor, a tuple or list of tensors, or a dictionary."""
+
+
+def kind_of(cell: nn.Module) -> type[Problem]:
+    """The problem that a cell is: one of an energy if it declares a primitive function of one."""
+    return EnergyBased if hasattr(cell, "primitive") else FixedPoint
+
+
+class Call:
+    """One pass: a cell, its weights and inputs by name, and where it starts.
+
+    Attributes:
+        tensors: weights and inputs, by name.
+        start: where h starts, by name.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, cell: nn.Module, inputs: tuple[Any, ...], start: State) -> None:
+        self.cell = cell
+        self._method = _Method(cell, "primitive" if kind_of(cell) is EnergyBased else "forward")
+        leaves, self._tree = tree_flatten(inputs)
+        # no weight can have such a name, since no module's name is empty
+        self._slots = [f"input..{i}" if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
+        given = {f"input..{i}": tracked(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        self._weights = dict(cell.named_parameters())
+        self.tensors: dict[str, Tensor] = {**self._weights, **given}
+        self.start = {name: tracked(part).detach() for name, part in _named(start).items()}
+        self._form = type(start)
+        self.seed: int | None = None
+        self._buffers = {n: b.detach().clone() for n, b in cell.named_buffers()}
+        device = next(iter(self.start.values())).device.type
+        self._autocast = device, torch.get_autocast_dtype(device)
+        self._lower = torch.is_autocast_enabled(device)
+
+        for name, x in given.items():
+            _check_finite(f"{name.replace('..', ' ')} of {type(cell).__name__}", x)
+        for name, part in self.start.items():
+            _check_finite(f"the start of {name!r} of {type(cell).__name__}", part)
+
+    def full_precision(self) -> AbstractContextManager[Any]:
+        """Where solvers and estimators compute as they are, and the cell alone under autocast."""
+        device, _ = self._autocast
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    def problem(self, tensors: Params, learned: Params, pressure: Params | None = None) -> Problem:
+        """The cell as a problem with θ = `learned`, judged by `⟨pressure, h⟩`."""
+
+        def outer_loss(params: Params, meta: Params) -> Tensor:
+            assert pressure is not None
+            products = [(params[name] * part).sum() for name, part in pressure.items()]
+            return torch.stack(products).sum()
+
+        known: Any = {
+            "outer_loss": outer_loss,
+            "modules": (),  # buffers are swapped, not changed
+            "reaches": {"inner": list(learned), "outer": []},
+            "samples": True,
+        }
+        if kind_of(self.cell) is EnergyBased:
+            return EnergyBased(
+                lambda params, meta: self._evaluate(params, {**tensors, **meta}),
+                activation=self.cell.activation,  # pyright: ignore
+                **known,
+            )
+        return FixedPoint(lambda params, meta: self._image(params, {**tensors, **meta}), **known)
+
+    @torch.no_grad()
+    def move_buffers(self, params: Params) -> None:
+        """Evaluate the cell once, and let it change its buffers."""
+        if self._buffers:
+            with CommonRandomness(params.values(), self.seed) as randomness, self._precision():
+                randomness.seed("inner", 0)
+                self._method.forward(*self._arguments(params, self.tensors))
+
+    def shaped(self, params: Params) -> Any:
+        """The state as the cell knows it."""
+        if issubclass(self._form, Tensor):
+            return params["h"]
+        return dict(params) if issubclass(self._form, Mapping) else tuple(params.values())
+
+    def _image(self, params: Params, tensors: Params) -> dict[str, Tensor]:
+        """`f(h, x)` by name, or a clear word where the cell returns something else."""
+        image = self._evaluate(params, tensors)
+        named = {"h": image} if isinstance(image, Tensor) else _named(image)
+        shapes, found = _shapes(params), _shapes(named)
+        if shapes != found:
+            raise ProblemError(
+                f"{type(self.cell).__name__} must return h as it starts, {shapes}, and returned "
+                f"{found}; give another start, or mend the cell"
+            )
+        return named
+
+    def _evaluate(self, params: Params, tensors: Params) -> Any:
+        """The cell at h, with these weights and inputs."""
+        arguments = self._arguments(params, tensors)
+        swapped = {
+            f"module.{name}": tensors[name]
+            for name, weight in self._weights.items()
+            if not _same(tensors[name], weight)
+        }
+        if self.cell.training:  # the same map at every step, also where buffers act on it
+            swapped |= {f"module.{name}": b.clone() for name, b in self._buffers.items()}
+        with self._precision():
+            if swapped:
+                return functional_call(self._method, swapped, arguments)
+            return self._method.forward(*arguments)
+
+    def _arguments(self, params: Params, tensors: Params) -> tuple[Any, ...]:
+        """The state and the inputs."""
+        leaves = [tensors[s] if isinstance(s, str) and s in tensors else s for s in self._slots]
+        return self.shaped(params), *tree_unflatten(leaves, self._tree)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the forward pass, for the cell."""
+        if not self._lower:
+            return nullcontext()
+        device, dtype = self._autocast
+        # h is a leaf that moves in place, and a cache would go on with what it was
+        return torch.autocast(device, dtype, cache_enabled=False)
+
+
+def _named(h: State) -> dict[str, Tensor]:
+    """The tensors of h by name, if they are what they have to be."""
+    if isinstance(h, Tensor):
+        named = {"h": h}
+    elif isinstance(h, Mapping):
+        named = dict(h)
+    else:
+        named = {f"h{i}": part for i, part in enumerate(h)} if isinstance(h, Sequence) else {}
+    parts = list(named.values())
+    if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
+        raise ProblemError(
+            f"h must be a tensor whose first dimension is one of samples, or a tuple or dictionary "
+            f"of such tensors, got {type(h).__name__}"
+            + (f" of {', '.join(type(p).__name__ for p in parts)}" if parts else "")
+        )
+    if len({len(p) for p in parts}) > 1:
+        raise ProblemError(f"all tensors of h must have equally many samples, got {_shapes(named)}")
+    return named
+
+
+def _shapes(named: Params) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for name, part in named.items()}
+
+
+def _same(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether the module's own weight does in place of a tensor: it need not be swapped."""
+    if tensor is weight:
+        return True
+    return not tensor.requires_grad and tensor.data_ptr() == weight.data_ptr()
+
+
+def _check_finite(what: str, x: Tensor) -> None:
+    finite = torch.isfinite(x.detach())
+    if not finite.all():
+        bad = torch.nonzero(~finite.reshape(len(x), -1).all(1)).flatten() if x.ndim else []
+        where = f" in {numbered([int(i) for i in bad])} of {len(x)}" if x.ndim else ""
+        raise ProblemError(f"{what} holds NaN or infinite values{where}; mend the data")
+
+
+class _Method(nn.Module):
+    """A module's method as its forward pass."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self._name = module, method
+
+    def forward(self, *inputs: Any) -> Any:
+        called = self.module if self._name == "forward" else getattr(self.module, self._name)
+        return called(*inputs)
