@@ -163,6 +163,18 @@ class TestEmbeddings:
         with pytest.raises(eg.ProblemError, match=r"'0' has max_norm=0\.5.*max_norm=None"):
             self.problem(self.module(kind, max_norm=0.5))
 
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+    def test_that_hold_a_row_from_learning_are_served(self, kind):
+        module = self.module(kind, padding_idx=0)
+        module(torch.zeros(1, 3, dtype=torch.long))
+        params = {n: p.detach() for n, p in module.named_parameters()}
+        meta = {"l": torch.tensor(0.0).double()}
+        for estimator in (eg.Contrastive(beta=0.01, scheme="symmetric"), eg.T1T2()):
+            result = eg.meta_gradient(
+                self.problem(module), params, meta, solver=DESCENT, estimator=estimator
+            )
+            assert "autograd" not in result.status
+
     def test_that_are_frozen_may_be_renormed(self):
         module = self.module(max_norm=0.5)
         module[0].weight.requires_grad_(False)
@@ -184,3 +196,50 @@ class TestForwardMode:
         found = eg.meta_gradient(*ridge(loss), solver=DESCENT, estimator=eg.ForwardMode())
         exact = eg.meta_gradient(*ridge(loss), solver=DESCENT, estimator=eg.Unrolled())
         torch.testing.assert_close(found.grads, exact.grads)
+
+
+class TestTensorsThatNothingSettles:
+    @pytest.mark.parametrize(
+        ("tensor", "words"),
+        [
+            (torch.ones(4, dtype=torch.complex64), "is complex"),
+            (torch.ones(4, device="meta"), "meta device"),
+            (torch.ones(4).to_sparse(), "to_dense"),
+            (torch.ones(4, dtype=torch.int64), "has no gradient"),
+        ],
+    )
+    @pytest.mark.parametrize("place", ["params", "meta_params"])
+    def test_parameters(self, tensor, words, place):
+        problem, params, meta = ridge()
+        given = {"params": params, "meta_params": meta}
+        name = next(iter(given[place]))
+        given[place] = {name: tensor}
+        with pytest.raises(eg.ProblemError, match=rf"{place}\['{name}'\].*{words}"):
+            eg.meta_gradient(problem, given["params"], given["meta_params"], solver=DESCENT)
+
+    def test_complex_losses(self):
+        _, params, meta = ridge()
+        problem = eg.Bilevel(
+            lambda p, m: (p["w"] * m["l"] * 1j).exp().sum(), lambda p, m: p["w"].sum()
+        )
+        with pytest.raises(eg.ProblemError, match=r"inner_loss is complex"):
+            eg.meta_gradient(problem, params, meta, solver=DESCENT)
+
+
+def test_a_nudge_that_rounding_swallows_is_no_gradient():
+    """Under autocast, where no phase can tell the nudged loss from the free one."""
+    problem, params, meta = ridge(dtype=torch.float32)
+    hidden = eg.Bilevel(
+        lambda p, m: (
+            (X.float() @ p["w"] - Y.float()).square().mean() + m["l"].exp() * p["w"].square().sum()
+        ),
+        problem.outer_loss,
+    )
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(eg.SettlingError, match="bfloat16"):
+        eg.meta_gradient(
+            hidden,
+            params,
+            meta,
+            solver=eg.LBFGS(tol=1e-4, max_steps=50),
+            estimator=eg.Contrastive(beta=1e-4),
+        )

@@ -84,7 +84,8 @@ class MetaGradient:
         status: in words: whether the free phase settled, then whatever is worth knowing.
         phases: a report for every phase, the free one first if there is one.
         gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
-            product counts as two).
+            product counts as two). Not counted are those by which a problem that is seen for the
+            first time is checked, four where nothing is wrong.
         error_estimate: estimated relative error of `grads`, where the estimator has one.
     """
 
@@ -268,6 +269,7 @@ def meta_gradient(
             estimator.check_settled(evaluation)
         with _explaining(evaluation):
             estimate = estimator.estimate(evaluation, solver)
+            error_estimate = estimate.error()
         free = estimate.phases[0]
         _judge(free, evaluation, solver)
         if evaluation.lower and any(s.phase.failed for s in estimate.phases):
@@ -275,7 +277,6 @@ def meta_gradient(
             _refuse_unanswered(estimate.phases[1:], said)
             evaluation.tally.note(said)
         first_look(evaluation, free, estimator)
-        error_estimate = estimate.error()
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.stage.named_buffers(free)
     remedy = (

@@ -155,6 +155,7 @@ def test_synapses_bind_them_all_and_make_ordinary_modules():
     expected = torch.tanh(linear(X, params["a.weight"], params["a.bias"])) @ params["a.weight"].T
     torch.testing.assert_close(synapse(params, X), expected)
     torch.testing.assert_close(module(X), expected)
+    assert isinstance(module, InList)
     assert module.held[0][0] is module.a.weight
 
 

@@ -1,14 +1,14 @@
 """What is looked at once, where a problem is seen for the first time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equigrad.buffers import find_generators
 from equigrad.diagnostics.own_weights import OwnWeights
@@ -52,7 +52,8 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
       autograd where the estimator takes it.
 
     Takes four gradient evaluations, more only where something is wrong, and none where the
-    function that settles has been seen before.
+    function that settles has been seen before. They are not counted: what a meta-gradient takes
+    does not depend on what has been called before it.
 
     Args:
         evaluation: of the problem.
@@ -66,7 +67,7 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     problem = evaluation.problem
     function = _given(problem.function("inner"))
     precise = not evaluation.lower and _precise(free)
-    twice = problem.symmetric and precise and estimator.traits.double_backward
+    twice = problem.symmetric and precise and estimator.differentiates_twice
     if problem.reaches is not None or _seen[twice].get(id(function)) is function:
         return
     look = _Look(evaluation, free, twice)
@@ -230,7 +231,7 @@ class _Look:
             f"GMRES()"
         )
         at_rest = estimator.traits.equilibrium and estimator.traits.energy
-        if apart > WRONG and (at_rest or estimator.traits.double_backward):
+        if apart > WRONG and (at_rest or estimator.differentiates_twice):
             raise ProblemError(said)
         self._evaluation.tally.note(said)
         return False
@@ -249,20 +250,16 @@ class _Look:
             )
         except RuntimeError:
             return None
-        self._evaluation.tally.spend(1)
         seen = self._split(ahead.value, pulled)
 
-        def apart(change: _Slope) -> float:
-            parts = ((seen.params, change.params), (seen.meta, change.meta))
-            return max(
-                (p - c).norm().item() / size if (size := max(c.norm(), p.norm()).item()) else 0.0
-                for p, c in parts
-            )
-
-        if not apart(ahead) > SUSPICIOUS:
+        if not max(_apart(seen.params, ahead.params), _apart(seen.meta, ahead.meta)) > SUSPICIOUS:
             return 0.0
         near, far = self._change(u, 1 / STRETCH), self._change(u, 1.0)
-        return min(apart(near), apart(far)) if _agree(near, far) else 0.0
+        # differences that depend on the distance are those of a kink, or rounding
+        if _apart(near.params, far.params) > SUSPICIOUS:
+            return 0.0
+        smooth = _apart(near.meta, far.meta) < SUSPICIOUS
+        return max(_apart(seen.params, far.params), smooth * _apart(seen.meta, far.meta))
 
     def _asymmetry(self, u: "_Move", v: "_Move", ahead: _Slope) -> float:
         """How far the gradient's derivative is from symmetric, along two directions."""
@@ -300,6 +297,7 @@ class _Look:
         params, meta = self._free.params, self._evaluation.meta_params
         moved = _flat(params) - _flat(self._evaluation.params)
         along = drawn(params, moved.norm().item())
+        self._hold(list(along.values()))
         across = drawn(meta, 1.0) if seed else {n: torch.zeros_like(m) for n, m in meta.items()}
         return _Move(along, across)
 
@@ -322,16 +320,20 @@ class _Look:
             grads = torch.autograd.grad(
                 value, leaves, create_graph=graph, allow_unused=True, materialize_grads=True
             )
-        evaluation.tally.spend(1)
         if graph:
             self._graph = leaves, grads
         return self._split(value, grads)
 
+    def _hold(self, tensors: list[Tensor]) -> None:
+        """Leave out what is kept from learning by design."""
+        for name, row in _padding(self._evaluation.problem.modules or ()):
+            if name in self._free.params and self._free.params[name].ndim == 2:
+                tensors[list(self._free.params).index(name)][row] = 0
+
     def _split(self, value: Tensor, grads: Sequence[Tensor]) -> _Slope:
-        grads, count = dense(tuple(grads)), len(self._free.params)
-        params, meta = (
-            flatten([g.detach() for g in part]) for part in (grads[:count], grads[count:])
-        )
+        grads, count = [g.detach().clone() for g in dense(tuple(grads))], len(self._free.params)
+        self._hold(grads)
+        params, meta = (flatten(part) for part in (grads[:count], grads[count:]))
         return _Slope(value.detach(), params, meta)
 
 
@@ -350,6 +352,14 @@ class _Move:
         return _Move(params, meta)
 
 
+def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
+    """Rows of embeddings that stand for no word, and get no gradient."""
+    for module in modules:
+        for path, part in module.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
+                yield f"{path}.weight".lstrip("."), part.padding_idx
+
+
 def _balanced(move: _Move, change: _Slope) -> _Move:
     """A direction whose parts in φ and in θ see as much of a change of the gradient."""
     params, meta = (
@@ -363,9 +373,10 @@ def _balanced(move: _Move, change: _Slope) -> _Move:
     )
 
 
-def _agree(one: _Slope, other: _Slope) -> bool:
-    """Whether two changes are of a smooth function, and not of a kink or of rounding."""
-    return _norm(one.minus(other)) <= SUSPICIOUS * _norm(other)
+def _apart(one: Tensor, other: Tensor) -> float:
+    """How much two vectors differ, relative to their size."""
+    size = max(one.norm().item(), other.norm().item())
+    return (one - other).norm().item() / size if size else 0.0
 
 
 def _dot(move: _Move, slope: _Slope) -> float:

@@ -132,6 +132,11 @@ class Estimator(Checked, ABC):
                 f"start, which vanishes at equilibrium, is not in the gradient"
             )
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether it takes autograd's word for the derivative of a gradient."""
+        return self.traits.double_backward
+
     def check_settled(self, evaluation: Evaluation) -> None:
         """Refuse to go on from a free phase of an earlier call, where this cannot.
 

@@ -85,6 +85,11 @@ class Implicit(Estimator):
             x, and what it leaves of the system.
         """
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Not by contrast."""
+        return super().differentiates_twice and self.products != "contrast"
+
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse what settles elsewhere than the residual says, and contrast of a map.
 
@@ -123,7 +128,8 @@ class Implicit(Estimator):
         """Settle, solve the linear system, and take the mixed derivative along its solution."""
         free = evaluation.settle(solver)
         pressure, direct = evaluation.outer_gradients(free)
-        flat = _widened(pressure, evaluation.tally.notes)
+        flat = flatten(list(pressure.values()))
+        flat = flat if torch.finfo(flat.dtype).bits >= 32 else flat.float()
         solved, mixed = self._mixed(evaluation, free, flat)
         grads = {name: direct[name] - mixed[name].to(direct[name].dtype) for name in direct}
         if solved is None or not self.solves:
@@ -191,6 +197,13 @@ class Implicit(Estimator):
             apart = max(share, (missing.norm() / (x + missing).norm()).item())
         weight = through / whole if whole else 1.0
         error = linear.accuracy + apart * (weight if apart < POOR else max(weight, 1.0))
+        if (precision := torch.finfo(linear.leaves[0].dtype)).bits < 32:
+            error = max(error, precision.eps)
+            notes.append(
+                f"params are {linear.leaves[0].dtype}: products with ∂r/∂φ have a relative error "
+                f"of about {precision.eps:.1g}, which the solution multiplies by the condition "
+                f"number; settle in float32 for more precision"
+            )
         if error > POOR:
             notes.append(
                 f"{type(self).__name__} leaves {share:.2g} of ∂L_out/∂φ unsolved, and the gradient "
@@ -209,17 +222,3 @@ def _compliance(linear: Linear, left: Tensor) -> float:
 
 def _norm(tensors: Params) -> float:
     return torch.stack([t.double().norm() for t in tensors.values()]).norm().item()
-
-
-def _widened(pressure: Params, notes: list[str]) -> Tensor:
-    """A flat vector in a precision that linear algebra has: float32 in place of 16 bits."""
-    vector = flatten(list(pressure.values()))
-    precision = torch.finfo(vector.dtype)
-    if precision.bits >= 32:
-        return vector
-    notes.append(
-        f"params are {vector.dtype}: products with ∂r/∂φ have a relative error of about "
-        f"{precision.eps:.1g}, which the solution multiplies by the condition number; settle in "
-        f"float32 for more precision"
-    )
-    return vector.float()
