@@ -159,6 +159,17 @@ def test_synapses_bind_them_all_and_make_ordinary_modules():
     assert module.held[0][0] is module.a.weight
 
 
+@pytest.mark.parametrize("kind", ALIASED)
+def test_weights_are_bound_again_after_a_module_was_put_back(kind):
+    """Two losses that share a functional, and phases that go back to where another one ended."""
+    plain, found = eg.nn.Functional(made(Tied)), eg.nn.Functional(made(kind))
+    params = away(plain.params())
+    found({n: p + 1 for n, p in params.items()}, X)
+    for estimator in (eg.Contrastive(nudge="force"), eg.ExactSolve(), eg.GMRES()):
+        one, other = (gradient(f, params, estimator) for f in (plain, found))
+        torch.testing.assert_close(one.grads, other.grads, rtol=1e-9, atol=1e-12)
+
+
 def test_a_modules_own_weights_may_be_constants():
     """A proximal centre, and a teacher with the same names, both of which require a gradient."""
     net, teacher = made(Tied), made(Tied)

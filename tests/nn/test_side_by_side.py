@@ -236,3 +236,26 @@ def test_copies_that_share_their_convolutions(batching, reference) -> None:
 
     for found, expected in zip(both(batching), both("loop"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("batching", ["loop", "vmap", "auto"])
+def test_what_a_module_keeps_of_a_call_is_forgotten(batching) -> None:
+    """Every copy, of every call, is the module as it was given."""
+
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, input):
+            self.calls = self.calls + 1
+            self.last = input
+            return super().forward(input) * self.calls
+
+    torch.manual_seed(0)
+    module = Counting(3, 2)
+    network = SideBySide(module, batching)
+    params = {n: p.expand(4, *p.shape) for n, p in network.params().items()}
+    x = torch.randn(4, 5, 3)
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    for _ in range(3):
+        torch.testing.assert_close(network(params, x), expected)
+    assert module.calls == 0

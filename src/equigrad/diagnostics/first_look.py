@@ -223,7 +223,7 @@ class _Look:
         name = self._evaluation.problem.name("inner")
         said = (
             f"the gradient of {name} is not what autograd takes it for: where it settled, its "
-            f"derivative differs by about {apart:.0%} from the second derivative of a function. "
+            f"derivative differs by about {apart:.1%} from the second derivative of a function. "
             f"Something in {name} is hidden from autograd (.detach(), torch.no_grad(), .data, a "
             f"custom backward), so that {type(estimator).__name__} differs from how the settled "
             f"params move with θ. Declare what settles a FixedPoint, whose map is a step of it "

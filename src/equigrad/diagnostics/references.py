@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from equigrad.errors import ConfigurationError, CurvatureError, DoubleBackwardError, SettlingError
+from equigrad.errors import (
+    ConfigurationError,
+    CurvatureError,
+    DoubleBackwardError,
+    ProblemError,
+    SettlingError,
+)
 from equigrad.estimators import Contrastive, Estimator, ExactSolve
 from equigrad.evaluation import Evaluation
 from equigrad.gradient import MetaGradient, meta_gradient
@@ -148,7 +154,7 @@ class References:
                 solver=self.solver,
                 estimator=ExactSolve(max_size=MOST_BY_EXACT_SOLVE, products="autograd"),
             )
-        except (ConfigurationError, CurvatureError, DoubleBackwardError):
+        except (ConfigurationError, CurvatureError, DoubleBackwardError, ProblemError):
             return None
         self.spent += result.gradient_evaluations
         return result.grads

@@ -58,11 +58,13 @@ class Functional:
             owner, _, local = name.rpartition(".")
             shared = first_name.setdefault(id(p), name)  # tied weights are one parameter
             self._places.append((shared, self.model.get_submodule(owner)._parameters, local))
-        self._places += [
+        again = [
             (first_name[id(p)], owner, key)
             for owner, key, p in held_parameters(self.model)
             if id(p) in first_name
         ]
+        self._places += again
+        self._holds = bool(again)  # where attributes that are put back may lag behind
         self._recomputes = any(map(_checkpoints, self.model.modules()))
         self._bound: tuple[Tensor, ...] = ()
 
@@ -100,7 +102,8 @@ class Functional:
                 f"params lack {', '.join(map(repr, missing))}; this module's are "
                 f"{', '.join(map(repr, self._initial))}"
             ) from None
-        if len(tensors) == len(self._bound) and all(map(_same, tensors, self._bound)):
+        known = len(tensors) == len(self._bound) and all(map(_same, tensors, self._bound))
+        if known and not self._holds:
             return
         for (name, initial), tensor in zip(self._initial.items(), tensors, strict=True):
             if tensor.shape != initial.shape:

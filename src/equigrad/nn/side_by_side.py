@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import conv1d, conv2d, conv3d
 
+from equigrad.attributes import KeptAttributes
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.fields import expect
 from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
@@ -58,6 +59,8 @@ class SideBySide:
         self._one = Functional(with_batch_statistics(model))
         self._shapes = {name: p.shape for name, p in self._one.params().items()}
         self._norms = [m for m in self._one.model.modules() if isinstance(m, BatchStatistics)]
+        self._held = KeptAttributes([self._one.model]).snapshot()
+        self._remembers: bool | None = None
         self._layers = _layers(self._one.model, set(self._shapes))
         self.batching = batching
         if batching.startswith("grouped") and self._layers is None:
@@ -182,11 +185,20 @@ class SideBySide:
     def _loop(self, params: Params, x: Tensor) -> Tensor:
         each = {name: p.unbind() for name, p in params.items()}
         return torch.stack(
-            [self._one({n: p[i] for n, p in each.items()}, one) for i, one in enumerate(x.unbind())]
+            [self._copy({n: p[i] for n, p in each.items()}, o) for i, o in enumerate(x.unbind())]
         )
 
     def _vmap(self, params: Params, x: Tensor) -> Tensor:
-        return vmap(self._one, randomness="different")(dict(params), x)
+        return vmap(self._copy, randomness="different")(dict(params), x)
+
+    def _copy(self, params: Params, x: Tensor) -> Tensor:
+        """One copy's outputs; whatever it keeps of a call, such as a counter, is forgotten."""
+        out = self._one(params, x)
+        if self._remembers is None:
+            self._remembers = any(True for _ in self._held.changed())
+        if self._remembers:
+            self._held.restore()
+        return out
 
     def _grouped(
         self, params: Params, x: Tensor, memory_format: torch.memory_format | None = None
