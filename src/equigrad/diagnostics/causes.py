@@ -55,6 +55,13 @@ class Evidence:
 def advice(evidence: Evidence) -> list[str]:
     """What to change, the most likely cause first."""
     said = list(evidence.faults)
+    check = evidence.check
+    if check.settled and check.stable and check.relative_error <= 2 * check.uncertainty:
+        return said or [
+            f"The reference is uncertain by {check.uncertainty:.1g}, and the error of "
+            f"{check.relative_error:.1g} is no more than that says: use torch.float64, settle to a "
+            f"smaller tol, or ask for a larger rtol"
+        ]
     said += _place(evidence)
     said += _settling(evidence)
     said += _nudge(evidence)

@@ -46,10 +46,10 @@ class ContrastError:
         """The estimated relative error."""
         return SAFETY * (self.finite + self.unsettled + self.rounding)
 
-    def sentence(self) -> str:
-        """The error, and what to change first."""
+    def sentence(self, *, advised: bool = True) -> str:
+        """The error, and what to change first, where that has not been said."""
         much = f"{100 * self.total:.0f} %" if self.total < 1 else "100 % or more"
-        return f"estimated error {much}: {self._advice()}"
+        return f"estimated error {much}" + (f": {self._advice()}" if advised else "")
 
     def _advice(self) -> str:
         if self.rounding > self.finite + self.unsettled:

@@ -174,7 +174,7 @@ class Contrastive(Estimator):
         states, halves = phases.run([node * beta for node in self.nodes], matched=self.matched)
         weights = [w / beta for w in self.weights]
         self._note_weak_contrast(evaluation, states, nudged_solver)
-        _note_departures(evaluation, states)
+        departed = _note_departures(evaluation, states)
         grads = evaluation.contrast(states, weights, direct)
         error = None
         if self.error:
@@ -193,7 +193,7 @@ class Contrastive(Estimator):
             )
             error = found.total
             if error > NAMED:
-                evaluation.tally.note(found.sentence())
+                evaluation.tally.note(found.sentence(advised=not departed))
         return Estimate(
             grads=grads,
             phases=(free, *(state for state in states if state is not free)),
@@ -241,11 +241,14 @@ class Contrastive(Estimator):
                 )
 
 
-def _note_departures(evaluation: Evaluation, states: list[Settled]) -> None:
-    """Say what helps where a nudged phase that no tolerance watched moved away from rest."""
-    if any(state.phase.grew for state in states if state.phase.beta != 0):
+def _note_departures(evaluation: Evaluation, states: list[Settled]) -> bool:
+    """Whether a nudged phase that no tolerance watched moved away from rest; says what helps."""
+    departed = any(state.phase.grew for state in states if state.phase.beta != 0)
+    if departed:
         evaluation.tally.note(
             "the contrast with a phase that moves away from rest is no gradient: lower beta, or "
-            "the nudged solver's step size; a map that is iterated may be damped "
-            "(Picard(damping=0.5))"
+            "the nudged solver's step size"
+            + "; a map that is iterated may be damped (Picard(damping=0.5))"
+            * (not evaluation.problem.symmetric)
         )
+    return departed

@@ -98,9 +98,10 @@ def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
     if unseen:
         raise ProblemError(
             f"meta-parameter {listed(unseen)} has no path to {problem.name('inner')} or "
-            f"outer_loss, so its meta-gradient cannot be told from zero. Use it, or leave it "
-            f"out. (If it is the initialisation of params: pass params that are computed from "
-            f"meta_params, with their graph; or make it the centre of a proximal term, as in "
+            f"outer_loss, so its meta-gradient cannot be told from zero. Use it (.detach(), "
+            f".item() and torch.no_grad() cut a path), or leave it out. (If it is the "
+            f"initialisation of params: pass params that are computed from meta_params, "
+            f"with their graph; or make it the centre of a proximal term, as in "
             f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
             f"forgotten where it started. If it is a learning rate or another setting of the "
             f"solver: {NO_STEP_SIZE}.)"

@@ -302,7 +302,8 @@ def check_scalar(name: str, loss: object) -> None:
         raise ProblemError(f"{name} is on the meta device: a module or data has no numbers yet")
     if not torch.isfinite(loss):
         raise ProblemError(
-            f"{name} is {loss.item()} at the initial params; start where it is finite"
+            f"{name} is {loss.item()} at the initial params; start where it is finite, and "
+            f"look for NaN and infinite values in the data"
         )
 
 
