@@ -1,5 +1,6 @@
-"""Several tensors as one vector."""
+"""Several tensors as one vector, and how far two are apart."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,19 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `flatten`."""
     parts = vector.split([t.numel() for t in like])
     return [part.view_as(t).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def relative(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """`‖one - other‖ / ‖other‖` over all entries; 0 where both are zero, infinite if `other` is."""
+    a, b = (flatten([t.detach() for t in tensors]).double() for tensors in (one, other))
+    apart, size = (a - b).norm().item(), b.norm().item()
+    return apart / size if size else math.inf if apart else 0.0
+
+
+def mismatch(one: Tensor, other: Tensor) -> float:
+    """`‖one - other‖` relative to the larger of the two; 0 where both are zero."""
+    size = max(one.norm().item(), other.norm().item())
+    return (one - other).norm().item() / size if size else 0.0
 
 
 def tracked(tensor: Tensor) -> Tensor:

@@ -284,3 +284,6 @@ def test_the_cost_is_said_before_and_capped():
     assert "up to 40 more" in said[0]
     assert len(found.directions) < 5
     assert "exact" not in found.reference
+    assert found.spent >= 40
+    assert "the budget is spent" in found.reference
+    assert f"{found.spent} for the references" in str(found)

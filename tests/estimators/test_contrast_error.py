@@ -209,3 +209,36 @@ def test_without_an_estimate_the_numbers_are_the_same():
     for name, grad in without.grads.items():
         assert torch.equal(grad, with_estimate.grads[name])
     assert with_estimate.gradient_evaluations == without.gradient_evaluations + 4
+
+
+def test_an_outer_loss_that_ends_near_by_is_named():
+    """At β > 0 the phase leaves where the outer loss is defined; the contrast itself is finite."""
+    result = eg.meta_gradient(
+        eg.Bilevel(
+            lambda p, m: 0.5 * (p["x"] - m["t"]).square().sum(),
+            lambda p, m: (p["x"] + (p["x"] + 1e-3).sqrt()).sum(),
+        ),
+        {"x": torch.zeros(2, dtype=torch.float64)},
+        {"t": torch.zeros(2, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.5, max_steps=50),
+    )
+    assert result.grads["t"].isfinite().all()
+    assert "estimated error 100 % or more" in result.status
+
+
+def test_the_outer_loss_is_not_evaluated_for_its_value_alone():
+    """Its gradient at the free solution, which is the force, has given it."""
+    case, calls = ZOO["logistic"](), []
+
+    def outer(p, m):
+        calls.append(1)
+        return case.problem.outer_loss(p, m)
+
+    assert isinstance(case.problem, eg.Bilevel)
+    problem = eg.Bilevel(case.problem.inner_loss, outer)
+    eg.meta_gradient(problem, case.params, case.meta_params, solver=DESCENT)  # has a first look
+    calls.clear()
+    result = eg.meta_gradient(problem, case.params, case.meta_params, solver=DESCENT)
+    assert len(calls) == 1 + 1 + 2  # the check, the force, and how it bends on both sides
+    exact = case.problem.outer_loss(result.params, case.meta_params).item()
+    assert result.outer_loss == pytest.approx(exact, rel=1e-12)

@@ -106,7 +106,7 @@ def check_meta_gradient(
             vectors=vectors,
             half_beta=half,
         )
-    return replace(check, advice=tuple(advice(evidence)))
+    return replace(check, advice=tuple(advice(evidence)), spent=references.spent)
 
 
 def _judge(
@@ -148,10 +148,13 @@ def _judge(
         0.0 if zero else ratio(estimate - truth, truth),
         1.0 if zero else (estimate.dot(truth) / (estimate.norm() * truth.norm())).item(),
         0.0 if zero else uncertainty,
-        said + "; the gradient is zero to rounding" * zero,
+        said
+        + "; the gradient is zero to rounding" * zero
+        + "; the budget is spent" * (references.spent >= references.budget),
         references.settled,
         references.settled and not references.leaves(),
         (),
         rtol,
+        references.spent,
     )
     return check, Vectors(estimate, truth, read(references.direct()), unseen), read

@@ -19,7 +19,7 @@ from equigrad.problems import pull_back
 from equigrad.problems.problem import dense
 from equigrad.randomness import Stream
 from equigrad.solvers import Settled
-from equigrad.vectors import flatten
+from equigrad.vectors import flatten, mismatch
 from equigrad.wording import listed
 
 SUSPICIOUS = 3e-3
@@ -252,14 +252,17 @@ class _Look:
             return None
         seen = self._split(ahead.value, pulled)
 
-        if not max(_apart(seen.params, ahead.params), _apart(seen.meta, ahead.meta)) > SUSPICIOUS:
+        if (
+            not max(mismatch(seen.params, ahead.params), mismatch(seen.meta, ahead.meta))
+            > SUSPICIOUS
+        ):
             return 0.0
         near, far = self._change(u, 1 / STRETCH), self._change(u, 1.0)
         # differences that depend on the distance are those of a kink, or rounding
-        if _apart(near.params, far.params) > SUSPICIOUS:
+        if mismatch(near.params, far.params) > SUSPICIOUS:
             return 0.0
-        smooth = _apart(near.meta, far.meta) < SUSPICIOUS
-        return max(_apart(seen.params, far.params), smooth * _apart(seen.meta, far.meta))
+        smooth = mismatch(near.meta, far.meta) < SUSPICIOUS
+        return max(mismatch(seen.params, far.params), smooth * mismatch(seen.meta, far.meta))
 
     def _asymmetry(self, u: "_Move", v: "_Move", ahead: _Slope) -> float:
         """How far the gradient's derivative is from symmetric, along two directions."""
@@ -371,12 +374,6 @@ def _balanced(move: _Move, change: _Slope) -> _Move:
         {n: t / shorter for n, t in move.params.items()},
         {n: t * longer for n, t in move.meta.items()},
     )
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    """How much two vectors differ, relative to their size."""
-    size = max(one.norm().item(), other.norm().item())
-    return (one - other).norm().item() / size if size else 0.0
 
 
 def _dot(move: _Move, slope: _Slope) -> float:

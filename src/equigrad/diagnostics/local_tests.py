@@ -1,7 +1,6 @@
 """Are a problem's functions what the estimators take them for? Tests around one place."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from equigrad.buffers import KeptBuffers
 from equigrad.problems import Params, Problem
 from equigrad.randomness import CommonRandomness, Stream
-from equigrad.vectors import flatten
+from equigrad.vectors import flatten, relative
 
 MISMATCH = 0.05
 """Relative difference of a derivative by autograd and by differences that is called one."""
@@ -117,7 +116,7 @@ class _Place:
         with torch.no_grad():
             zero = tuple(torch.zeros_like(p) for p in self.params.values())
             velocity = pull.add_velocity(zero, self.params)
-        if _apart([-g for g in grads], velocity) > MISMATCH:
+        if relative([-g for g in grads], velocity) > MISMATCH:
             yield (
                 "The regulariser's velocity is not minus the derivative of its penalty by φ: one "
                 "of the two is wrong (a factor, or a sign)"
@@ -125,7 +124,7 @@ class _Place:
         by_theta = [self._by_theta(place) for place in (self.params, self.settled)]
         difference = [a - b for a, b in zip(*(g.values() for g in by_theta), strict=True)]
         closed = pull.contrast([self.params, self.settled], [1.0, -1.0])
-        if _apart(difference, [closed[name].real for name in by_theta[0]]) > MISMATCH:
+        if relative(difference, [closed[name].real for name in by_theta[0]]) > MISMATCH:
             yield (
                 "The regulariser's contrast is not the difference of its penalty's derivatives by "
                 "θ: one of the two is wrong (a factor, or a sign)"
@@ -220,10 +219,3 @@ class _Place:
     @staticmethod
     def _eps(tensors: Params) -> float:
         return max(torch.finfo(t.dtype).eps for t in tensors.values())
-
-
-def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """`‖one - other‖ / ‖other‖`; 0 where both are zero."""
-    a, b = (flatten([t.detach() for t in tensors]).double() for tensors in (one, other))
-    apart, size = (a - b).norm().item(), b.norm().item()
-    return apart / size if size else math.inf if apart else 0.0

@@ -174,9 +174,11 @@ class References:
             return None
         torch.manual_seed(self.seed)
         less = replace(estimator, beta=estimator.beta / 2, error=False)
-        return meta_gradient(
+        result = meta_gradient(
             self.problem, params, self.meta_params, solver=solver, estimator=less
-        ).grads
+        )
+        self.spent += result.gradient_evaluations
+        return result.grads
 
     def _settle(
         self, meta_params: Params, start: Params, solver: Solver
@@ -187,7 +189,7 @@ class References:
         torch.manual_seed(self.seed)
         with Evaluation(self.problem, start, meta_params) as evaluation:
             settled = evaluation.settle(replace(solver, max_steps=min(limit, left)))
-            self.spent += settled.phase.steps
+            self.spent += evaluation.tally.gradient_evaluations
             return evaluation.outer_loss(settled).item(), settled.phase, settled.params
 
     def _settle_near(self, meta_params: Params) -> float:
@@ -206,7 +208,7 @@ def announcement(
     say(
         f"checking a gradient of {result.gradient_evaluations} gradient evaluations: up to "
         f"{budget:,} more, for a longer free phase, {4 * directions} phases at shifted θ and, "
-        f"where it is small, the exact solve"
+        f"where φ is small, the exact solve; where it is not right, one more at half the β"
     )
 
 

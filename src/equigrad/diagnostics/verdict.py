@@ -22,6 +22,7 @@ class Check:
         stable: whether φ comes back when it is pushed a little aside, as from a minimum.
         advice: what to change, a sentence each; empty where all is well.
         rtol: the error that was asked for.
+        spent: gradient evaluations that the references took.
     """
 
     result: MetaGradient
@@ -34,6 +35,7 @@ class Check:
     stable: bool
     advice: tuple[str, ...]
     rtol: float
+    spent: int
 
     @property
     def told(self) -> bool:
@@ -55,7 +57,8 @@ class Check:
             f"  reference   {self.reference}, uncertain by {self.uncertainty:.1g}",
             f"  free phase  {self.result.phases[0]}",
             *(f"  β = {phase.beta:<7g} {phase}" for phase in self.result.phases[1:]),
-            f"  gradients   {self.result.gradient_evaluations} for the estimate",
+            f"  gradients   {self.result.gradient_evaluations} for the estimate, "
+            f"{self.spent} for the references",
             "  along random unit directions of θ:   estimated     re-solved",
             *(
                 f"{'':39}{d.estimated:>13.6g} {d.reference:>13.6g} ± {d.uncertainty:.1g}"

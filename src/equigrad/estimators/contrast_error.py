@@ -10,7 +10,7 @@ import torch
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled
-from equigrad.vectors import flatten
+from equigrad.vectors import flatten, relative
 
 SAFETY = 3
 """The estimate is so many times what the differences say."""
@@ -87,13 +87,14 @@ def contrast_error(
 ) -> ContrastError:
     """Compare the contrast with that of half the steps, and the outer force at φ_β and φ_0.
 
-    Nudged phases of half the length leave a larger share of the nudge unanswered; what the contrast
-    has gained since, by what the share has lost, is what the share that is left is worth; without
-    that knowledge, it is taken to be worth itself. The outer
-    force at a nudged solution differs from that at the free one by a share of order β, its bend;
-    the error of finite β is the bend to the power of the scheme's order. Symmetric phases also tell
-    how far the response is from a straight line, again of order β, which takes the place of every
-    other factor: where the inner loss is quadratic and the nudge a force, both are exact.
+    Nudged phases of half the length leave a larger share of the nudge unanswered. What the contrast
+    has gained since, by what the share has lost, is what the share that is left is worth; where
+    that is not known, it is taken to be worth itself.
+
+    The outer force at a nudged solution differs from that at the free one by a share of order β,
+    its bend; the error of finite β is the bend to the power of the scheme's order. Symmetric phases
+    also tell how far the response is from a straight line, again of order β, which takes the place
+    of one bend in two: where the inner loss is quadratic and the nudge a force, both are exact.
 
     Args:
         evaluation: evaluates, and counts a gradient of the outer loss for up to two phases.
@@ -123,7 +124,7 @@ def contrast_error(
         unsettled = left
     else:
         before = max(_left(state.phase) for state in halves if state.phase.beta != 0)
-        changed = relative(half, full)
+        changed = relative([*half.values()], [*full.values()])
         unsettled = changed * left / (before - left) if before > left else max(changed, left)
     return ContrastError(finite, unsettled, _rounding(free, nudged), drift, adaptive)
 
@@ -132,7 +133,8 @@ def _bend(evaluation: Evaluation, at: Settled, force: Params) -> float:
     """How much the outer force differs from that at the free solution, relative to itself."""
     params = {n: p.real if p.is_complex() else p for n, p in at.params.items()}
     there, _ = evaluation.outer_gradients(dataclasses.replace(at, params=params))
-    return relative(there, force)
+    bend = relative([*there.values()], [*force.values()])
+    return math.inf if math.isnan(bend) else bend
 
 
 def _curved(free: Settled, plus: Settled, minus: Settled) -> float:
@@ -163,11 +165,3 @@ def _left(phase: Phase) -> float:
         return 0.0
     share = phase.residual / phase.start_residual
     return share if math.isfinite(share) else 1.0
-
-
-def relative(one: Params, other: Params) -> float:
-    """`‖one - other‖ / ‖other‖` over all names; 0 where they are the same."""
-    a = flatten([one[name] for name in other]).double()
-    b = flatten(list(other.values())).double()
-    apart, size = torch.linalg.vector_norm(a - b).item(), torch.linalg.vector_norm(b).item()
-    return apart / size if size else math.inf if apart else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from equigrad.estimators.linearisation import checked
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled
-from equigrad.vectors import flatten, unflatten
+from equigrad.vectors import flatten, mismatch, unflatten
 
 FACTOR = 8.0
 """Between two distances that are compared."""
@@ -133,7 +133,7 @@ class ContrastProducts:
         scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
         first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
         tried = {h: self._difference(unit, h) for h in (first, first / FACTOR)}
-        apart = {first: _apart(tried[first], tried[first / FACTOR])}
+        apart = {first: mismatch(tried[first], tried[first / FACTOR])}
         for _ in range(MOST):
             best = min(apart, key=lambda h: apart[h])
             beside = [h for h in (best * FACTOR, best / FACTOR) if h not in apart]
@@ -142,7 +142,7 @@ class ContrastProducts:
             for side in (beside[0], beside[0] / FACTOR):
                 if side not in tried:
                     tried[side] = self._difference(unit, side)
-            apart[beside[0]] = _apart(tried[beside[0]], tried[beside[0] / FACTOR])
+            apart[beside[0]] = mismatch(tried[beside[0]], tried[beside[0] / FACTOR])
         return Errors.of(apart)
 
     def _start(self) -> list[Tensor]:
@@ -176,9 +176,3 @@ class ContrastProducts:
 
 def _norm(tensors: list[Tensor]) -> float:
     return torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm().item()
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    """How much two products differ, relative to their size."""
-    size = max(one.norm().item(), other.norm().item())
-    return (one - other).norm().item() / size if size > 0 else 0.0

@@ -192,7 +192,7 @@ class Contrastive(Estimator):
                 adaptive=solver.adaptive,
             )
             error = found.total
-            if error > NAMED:
+            if not error <= NAMED:  # also where it is NaN
                 evaluation.tally.note(found.sentence(advised=not departed))
         return Estimate(
             grads=grads,

@@ -68,7 +68,7 @@ class Implicit(Estimator):
     """Whether the linear system is solved at all, so that what is left of it says something."""
 
     remedy: ClassVar[str] = "use GMRES() with more iterations"
-    """What to do about a poor solution; to be gone on with."""
+    """What to do about a poor solution; a sentence is built around it."""
 
     products: Literal["auto", "autograd", "contrast"] = "auto"
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from equigrad import vectors
 from equigrad.errors import SettlingError
 from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled
-from equigrad.vectors import flatten
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,15 @@ def enough(phase: Phase) -> Phase:
 
 
 def relative(one: Params, other: Params) -> float:
-    """`‖one - other‖ / ‖other‖` over all names; 0 where they are the same."""
-    a, b = flatten(list(one.values())).double(), flatten(list(other.values())).double()
-    apart, size = (a - b).norm().item(), b.norm().item()
-    if not math.isfinite(apart):
+    """`‖one - other‖ / ‖other‖` over all names.
+
+    Raises:
+        SettlingError: it is not finite, though `other` is not zero.
+    """
+    found = vectors.relative([*one.values()], [*other.values()])
+    if math.isnan(found) or (math.isinf(found) and any(t.any() for t in other.values())):
         raise SettlingError(
             "the contrast of two phases is not finite: a derivative of a loss is NaN or infinite "
             "where they settled"
         )
-    return apart / size if size else math.inf if apart else 0.0
+    return found

@@ -42,7 +42,8 @@ def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[
         torch._foreach_add_(total, grads, alpha=1 / len(steps))
         mean = mean + loss.detach() / len(steps)
         scene.tally.spend(1)
-    scene.judged.at, scene.judged.loss = at, mean
+    if at.phase.beta == 0 or scene.judged.at is None:  # nobody asks for it at a nudged solution
+        scene.judged.at, scene.judged.loss = at, mean
     direct = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
     direct.update(zip(names, total[len(params) :], strict=True))
     return dict(zip(params, total, strict=False)), direct

@@ -19,7 +19,7 @@ ANSWERED = 1e-2
 """A nudged phase under a tolerance goes on until this share of its first residual is left."""
 
 FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
-"""What to do where iterating a map diverges; to be gone on with."""
+"""What to do where iterating a map diverges; a sentence is built around it."""
 
 
 def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:

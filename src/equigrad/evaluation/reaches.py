@@ -18,7 +18,7 @@ NO_STEP_SIZE = (
     "a number that settles fast, and learn what moves the settled params: the strength or the "
     "centre of a regulariser, weights of losses or samples, parts of the model"
 )
-"""Why a learning rate has no meta-gradient, and what has one; to be gone on with."""
+"""Why a learning rate has no meta-gradient, and what has one; a sentence is built around it."""
 
 
 @dataclass(frozen=True)

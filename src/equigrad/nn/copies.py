@@ -22,7 +22,7 @@ def copied(module: Module) -> Module:
     """
     memo: dict[int, Any] = {}
     for value in _attributes(module):
-        memo.update((id(t), t.detach().clone()) for t in _tensors(value) if not t.is_leaf)
+        memo.update((id(t), t.detach().clone()) for t in tensors_in(value) if not t.is_leaf)
     try:
         return copy.deepcopy(module, dict(memo))
     except (TypeError, NotImplementedError):  # what cannot be pickled has no copy either
@@ -93,12 +93,13 @@ def _hooks(name: str) -> bool:
     return name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in mappings, lists and tuples, however deep."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

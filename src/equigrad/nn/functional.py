@@ -1,13 +1,12 @@
 """A module as a function of its parameters."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.nn.copies import copied, held_parameters
+from equigrad.nn.copies import copied, held_parameters, tensors_in
 from equigrad.problems import Params
 from equigrad.problems.refused import refuse_module
 
@@ -87,7 +86,7 @@ class Functional:
         out = self.model(*args, **kwargs)
         if self._recomputes and not torch.compiler.is_compiling():
             # before the backward reaches what the module computed, it has the same weights again
-            for tensor in _tensors(out):
+            for tensor in tensors_in(out):
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     tensor.register_hook(lambda grad: self._bind(params))
         return out
@@ -121,18 +120,6 @@ def _checkpoints(part: nn.Module) -> bool:
     kinds = [k for k in type(part).__mro__ if not k.__module__.startswith("torch.")]
     codes = [getattr(f, "__code__", None) for k in kinds for f in vars(k).values()]
     return any("checkpoint" in name for code in codes if code for name in code.co_names)
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    """The tensors that a module returns."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, Mapping):
-        for item in out.values():
-            yield from _tensors(item)
-    elif isinstance(out, list | tuple):
-        for item in out:
-            yield from _tensors(item)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""How data are divided between a learner, its judge and the last word."""
+"""How data are divided into training, validation and test set."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +14,12 @@ from equigrad.training.targets import Classes, Target
 
 @dataclass(frozen=True)
 class Split:
-    """What the learner sees, what judges it, and what neither saw: inputs and targets.
+    """A training, a validation and a test set: inputs and targets.
 
     Attributes:
-        train: for the learner.
-        validation: for its judge.
-        test: for neither; None where nothing is held back.
+        train: what the learner sees.
+        validation: what strengths are fitted to.
+        test: what neither has seen; None where nothing is held back.
         target: what is learned.
         encoding: what turned the user's data into inputs, which a saved model needs.
         inputs: names of the inputs, where they have any.
