@@ -360,7 +360,8 @@ def test_mini_batches_are_refused():
         )
 
 
-def test_a_gradient_that_is_zero():
+@pytest.mark.parametrize("beta", [1e-2, 1e-3])
+def test_a_gradient_that_is_zero(beta):
     """θ turns the settled params around a circle on which the outer loss is constant."""
     problem = eg.Bilevel(
         lambda p, m: (p["w"] - torch.stack([m["t"].cos(), m["t"].sin()])).square().sum(),
@@ -371,7 +372,7 @@ def test_a_gradient_that_is_zero():
         {"w": torch.zeros(2, dtype=torch.float64)},
         {"t": torch.tensor(0.5, dtype=torch.float64)},
         solver=eg.LBFGS(),
-        estimator=eg.Contrastive(rtol=1e-3, budget=5000),
+        estimator=eg.Contrastive(rtol=1e-3, beta=beta, budget=5000),
     )
     assert result.grads["t"].abs() < 1e-3
     # no relative error can be had for what is zero
