@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: run test install lint types unit format clean
+.PHONY: run test install lint types unit docs format clean
 
 run: install
 	$(BIN)/equigrad run digits
@@ -33,9 +33,14 @@ types: install
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadscope
 
+# The pages in site/: every warning is an error, and every script of the gallery runs.
+docs: install
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -b html docs site
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv runs site docs/gallery .pytest_cache .ruff_cache

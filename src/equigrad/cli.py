@@ -32,6 +32,9 @@ VERBS = {
 }
 
 
+SHELLS = ("bash", "zsh", "tcsh")
+"""Whose completion is written by `shtab`."""
+
 ROOMY = 100
 """Columns of a terminal from which on a table need not spare its spaces."""
 
@@ -66,6 +69,9 @@ def dispatch(arguments: Sequence[str]) -> None:
         parser.print_help()
         return
     verb = arguments[0]
+    if verb.startswith("--completion"):
+        print_completion(parser, arguments)
+        return
     refuse_unknown(parser, "command", verb, verbs)
     named = {command.name: command for command in COMMANDS if command.verb == verb}
     if named and len(arguments) > 1:
@@ -96,6 +102,9 @@ def parsers(
         epilog="`equigrad run digits --help` shows a command's options.",
     )
     parser.add_argument("--version", action="version", version=f"equigrad {__version__}")
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print what completes commands and names in a shell"
+    )
     verbs = parser.add_subparsers(
         dest="verb",
         required=True,
@@ -140,6 +149,16 @@ def parsers(
     return parser, verbs.choices
 
 
+def print_completion(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Print a shell's completion script of commands, experiments and figures."""
+    require_extras("shtab")
+    import shtab
+
+    peek = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False)
+    peek.add_argument("--completion", choices=SHELLS)
+    print(shtab.complete(parser, peek.parse_args(arguments).completion))
+
+
 def refuse_unknown(
     parser: argparse.ArgumentParser, what: str, word: str, known: Collection[str]
 ) -> None:
@@ -148,9 +167,9 @@ def refuse_unknown(
         parser.error(f"there is no {what} {word!r}.{meant(word, known)} See `equigrad list`.")
 
 
-def require_extras() -> None:
+def require_extras(*more: str) -> None:
     """End where the packages are missing that all but the help needs."""
-    missing = [package for package in ("rich", "tyro") if find_spec(package) is None]
+    missing = [package for package in ("rich", "tyro", *more) if find_spec(package) is None]
     if missing:
         raise SystemExit(
             f"the command line needs the extra packages of equigrad[experiments] "

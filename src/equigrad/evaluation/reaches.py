@@ -150,7 +150,7 @@ class _Trial:
             raise ProblemError(
                 f"{self._problem.name(stream)} does not depend on params: no gradient reaches "
                 f"any of {listed(params)}. Compute it from the params that it is handed, "
-                f"for example with torch.func.functional_call"
+                f"for example with equigrad.nn.Functional(module)"
             )
         there = zip(self._meta, reached[len(params) :], strict=True)
         return moves, {name for name, r in there if r}
