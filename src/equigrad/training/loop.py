@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from equigrad.solvers import Solver
 
 Row = dict[str, float | int | str]
 """What is logged of one outer step."""
+
+
+class Carried(Protocol):
+    """What else goes on from one outer step to the next, and into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        ...
 
 
 @dataclass
@@ -37,6 +49,7 @@ class OuterState:
         history: a row an outer step.
         copies: further values of θ worth keeping (an average, for example), by what they are.
         ends: whether the step under way is the last.
+        carried: what else goes on from step to step.
     """
 
     meta_params: dict[str, Tensor]
@@ -50,6 +63,7 @@ class OuterState:
     history: list[Row] = field(default_factory=list)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     ends: bool = False
+    carried: Carried | None = None
 
     @property
     def share(self) -> float:
@@ -70,6 +84,7 @@ class OuterState:
             "seconds": self.seconds,
             "history": self.history,
             "copies": self.copies,
+            **({} if self.carried is None else {"carried": self.carried.state_dict()}),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -98,6 +113,8 @@ class OuterState:
             what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
             for what, copy in state["copies"].items()
         }
+        if self.carried is not None:
+            self.carried.load_state_dict(state["carried"])
         torch.set_rng_state(state["rng"].cpu())
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
@@ -222,6 +239,7 @@ def descend(
     project: Callable[[dict[str, Tensor]], None] | None = None,
     evaluate: Callable[[OuterState, MetaGradient], Mapping[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
+    carried: Carried | None = None,
 ) -> OuterState:
     """The loop itself: go down along whatever gradient of θ one is handed.
 
@@ -237,6 +255,7 @@ def descend(
         evaluate: metrics to log, after the optimiser's step. The state's clock then says whether
             this step is the last.
         callbacks: as for `learn`.
+        carried: what else the gradient keeps from step to step.
 
     Returns:
         The state after the last step.
@@ -256,7 +275,7 @@ def descend(
             f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
             f"meta_params.values(), the same tensors that are passed as meta_params"
         )
-    state = OuterState(meta_params, optimizer, dict(params or {}), steps, limit)
+    state = OuterState(meta_params, optimizer, dict(params or {}), steps, limit, carried=carried)
     error: BaseException | None = None
     try:
         for callback in callbacks:
