@@ -255,3 +255,19 @@ def test_damaged_and_foreign_checkpoints(tmp_path, monkeypatch, capsys):
     code, said = call_main(*words, "--resume", "--seed", 3, capsys=capsys)
     assert code == 2
     assert "seed: there 0, here 3" in said
+
+
+def test_a_quiet_run_says_nothing_and_leaves_its_words_in_the_folder(tmp_path, capsys):
+    words = ("run", "digits", "--scale", "smoke", "--no-compare", "--quiet")
+    code, said = call_main(*words, "--out", tmp_path / "run", capsys=capsys)
+    assert (code, said) == (0, "")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "contrastive 3/3" in log
+    assert "saved in" in log
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_commands_and_experiments(shell, capsys):
+    code, said = call_main("--completion", shell, capsys=capsys)
+    assert code == 0
+    assert all(word in said for word in ("reproduce", "digits", "table2", "--csv"))

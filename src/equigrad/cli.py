@@ -273,9 +273,9 @@ def examine(target: str, **options: Any) -> None:
 def execute(command: "Command", arguments: Sequence[str]) -> None:
     """Read the command's options and do its work; `CHOOSERS` or a file decide the defaults."""
     import tyro
-    from rich.console import Console
 
     from equigrad.experiments.runs.config_file import CHOOSERS, read_config
+    from equigrad.experiments.runs.console import LoggedConsole
     from equigrad.experiments.runs.run_directory import default_directory
     from equigrad.training.processes import processes
 
@@ -301,6 +301,11 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
         resume: Annotated[
             bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run in --out.")
         ] = False,
+        quiet: Annotated[
+            bool,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.arg(help="Print nothing; the run's folder still has log.txt."),
+        ] = False,
     ) -> None:
         if resume and out is None:
             raise RunError("nothing to resume in a new folder; name the run with --out")
@@ -308,7 +313,7 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
             raise RunError(f"nothing to resume in {out}: there is no such folder")
         with processes() as here, folder_of(here, out, resume) as given:
             folder = given or default_directory(command.name)
-            console = Console(quiet=not here.leads, markup=False)
+            console = LoggedConsole(folder, quiet=quiet or not here.leads, markup=False)
             try:
                 command.work(options, folder, resume=resume, console=console)
             except KeyboardInterrupt:
@@ -319,7 +324,7 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
 
     order_options(type(getattr(defaults, "experiment", defaults)))
     work.__annotations__["options"] = Annotated[type(defaults), tyro.conf.arg(name="")]
-    work.__defaults__ = (defaults, None, None, False)
+    work.__defaults__ = (defaults, None, None, False, False)
     tyro.cli(
         work,
         prog=f"equigrad {command.verb} {command.name}",
