@@ -10,6 +10,7 @@ solver. What serves a model without double backward is tried on a small attentio
 import dataclasses
 import statistics
 import time
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -35,7 +36,8 @@ RULES: dict[str, tuple[eg.Solver, eg.Estimator]] = {
 def digits(dtype: torch.dtype) -> tuple[eg.Bilevel, dict, dict]:
     """The problem of the README, its start and its weights, in a dtype."""
     torch.manual_seed(0)
-    x, y = map(torch.tensor, shuffle(*load_digits(return_X_y=True), random_state=0))
+    images: Any = shuffle(*load_digits(return_X_y=True), random_state=0)
+    x, y = map(torch.tensor, images)
     x = x.to(dtype) / 16
     noisy = torch.where(torch.rand(500) < 0.5, torch.randint(10, (500,)), y[:500])
     net = eg.nn.Functional(torch.nn.Linear(64, 10).to(dtype))

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import equigrad as eg
 from equigrad.experiments.data import mnist
+from equigrad.problems import Params
 from equigrad.training import Callback, learn
 from equigrad.training.directions import AdaptiveBeta, Contrasts, Direction, LinearSystem
 from equigrad.training.single_loop import learn_jointly
@@ -45,14 +46,14 @@ class Cleaning:
         self.batches = list(order.split(BATCH))
         self.valid_batches = list(torch.randperm(SIZE, generator=draw).split(BATCH))
 
-    def inner(self, params: eg.problems.Params, meta: eg.problems.Params, rows: Tensor) -> Tensor:
+    def inner(self, params: Params, meta: Params, rows: Tensor) -> Tensor:
         """The weighted loss of some training images, with the ridge."""
         logits = functional.linear(self.x[rows], params["weight"], params["bias"])
         losses = functional.cross_entropy(logits, self.y[rows], reduction="none")
         ridge = RIDGE * params["weight"].square().sum()
         return (meta["w"][rows].sigmoid() * losses).mean() + ridge
 
-    def outer(self, params: eg.problems.Params, meta: eg.problems.Params, rows: Tensor) -> Tensor:
+    def outer(self, params: Params, meta: Params, rows: Tensor) -> Tensor:
         """The loss of some validation images."""
         logits = functional.linear(self.valid_x[rows], params["weight"], params["bias"])
         return functional.cross_entropy(logits, self.valid_y[rows])
@@ -72,7 +73,7 @@ class Cleaning:
         params = {"weight": torch.zeros(10, 784), "bias": torch.zeros(10)}
         return params, {"w": torch.zeros(SIZE, requires_grad=True)}
 
-    def judged(self, params: eg.problems.Params, weights: Tensor | None) -> str:
+    def judged(self, params: Params, weights: Tensor | None) -> str:
         """Validation loss, test accuracy and F1, as cells of a table."""
         with torch.no_grad():
             loss = self.outer(params, {}, torch.arange(SIZE)).item()
@@ -156,7 +157,7 @@ def trained(data: Cleaning, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """φ settled on some images, all with the weight one."""
     x, y = data.x[rows], labels[rows]
 
-    def loss(params: eg.problems.Params, meta: eg.problems.Params) -> Tensor:
+    def loss(params: Params, meta: Params) -> Tensor:
         logits = functional.linear(x, params["weight"], params["bias"])
         return functional.cross_entropy(logits, y) + RIDGE * params["weight"].square().sum()
 
@@ -167,7 +168,7 @@ def trained(data: Cleaning, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="beginnings of methods' names")

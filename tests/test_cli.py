@@ -270,4 +270,4 @@ def test_a_quiet_run_says_nothing_and_leaves_its_words_in_the_folder(tmp_path, c
 def test_a_shell_completes_commands_and_experiments(shell, capsys):
     code, said = call_main("--completion", shell, capsys=capsys)
     assert code == 0
-    assert all(word in said for word in ("reproduce", "digits", "table2", "--csv"))
+    assert all(word in said for word in ("reproduce", "digits", "table2", "csv"))

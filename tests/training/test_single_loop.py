@@ -7,7 +7,7 @@ from torch.nn import functional
 import equigrad as eg
 from equigrad.training import Checkpoint
 from equigrad.training.directions import AdaptiveBeta, Contrasts, LinearSystem
-from equigrad.training.single_loop import learn_jointly
+from equigrad.training.single_loop import Carriage, learn_jointly
 
 
 def quadratic(batches=0):
@@ -35,6 +35,17 @@ def quadratic(batches=0):
     best = torch.linalg.solve(s.T @ s + 0.1 * torch.eye(4, dtype=torch.float64), s.T @ c)
     meta = {"t": torch.zeros(4, dtype=torch.float64, requires_grad=True)}
     return problem, {"w": torch.zeros(6, dtype=torch.float64)}, meta, best
+
+
+def carried(state) -> Carriage:
+    assert isinstance(state.carried, Carriage)
+    return state.carried
+
+
+def grad_of(meta, name="t") -> torch.Tensor:
+    grad = meta[name].grad
+    assert grad is not None
+    return grad
 
 
 def learned(direction, *, steps=800, solver=None, batches=0, lr=0.1, **options):
@@ -95,7 +106,7 @@ def held(direction, inner_steps):
 def test_two_forward_points_are_f2sa(lam):
     r"""`∂ₓf(y) + λ [∂ₓg(y) - ∂ₓg(z)]`, y the minimum of f + λ g and z that of g (Kwon et al.)."""
     problem, params, meta, _ = held(Contrasts(beta=1 / lam), 400)
-    grad = meta["t"].grad
+    grad = grad_of(meta)
     theta = meta["t"].detach().requires_grad_()
 
     def f(w):
@@ -121,7 +132,7 @@ def test_at_rest_the_linear_system_is_implicit_differentiation():
     exact = eg.meta_gradient(
         problem, params, meta, solver=eg.LBFGS(tol=1e-12), estimator=eg.ExactSolve()
     )
-    torch.testing.assert_close(meta["t"].grad, exact.grads["t"], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(grad_of(meta), exact.grads["t"], rtol=1e-8, atol=1e-10)
 
 
 def test_one_step_of_the_linear_system_from_zero_is_t1t2_times_the_step_size():
@@ -141,9 +152,7 @@ def test_one_step_of_the_linear_system_from_zero_is_t1t2_times_the_step_size():
         problem, rest, meta, solver=eg.LBFGS(tol=1e-12), estimator=eg.T1T2()
     ).grads["t"]
     direct = 0.1 * meta["t"].detach()
-    torch.testing.assert_close(
-        meta["t"].grad - direct, 0.2 * (t1t2 - direct), rtol=1e-7, atol=1e-10
-    )
+    torch.testing.assert_close(grad_of(meta) - direct, 0.2 * (t1t2 - direct), rtol=1e-7, atol=1e-10)
 
 
 def test_batches_that_states_share_cancel_in_the_contrast():
@@ -155,7 +164,7 @@ def test_adaptive_beta_follows_the_rule_of_bome():
     _, error = learned(Contrasts(beta=AdaptiveBeta(eta=0.5)), steps=1500)
     assert error < 0.02
     problem, _, meta, state = held(Contrasts(beta=AdaptiveBeta(most=0.5)), 3)
-    free, nudged = (s.tensors["w"] for s in state.carried.states)
+    free, nudged = (s.tensors["w"] for s in carried(state).states)
     theta = meta["t"].detach().requires_grad_()
     w = nudged.detach().requires_grad_()
     inner, outer = problem.inner_loss, problem.outer_loss
@@ -164,7 +173,7 @@ def test_adaptive_beta_follows_the_rule_of_bome():
     f = torch.cat(torch.autograd.grad(outer({"w": w}, {"t": theta}), [w, theta]))
     weight = max(0.5 * q.dot(q) - f.dot(q), torch.tensor(0.0).double()) / q.dot(q)
     expected = min(max(1 / weight.item() if weight > 0 else math.inf, 1e-3), 0.5)
-    assert state.carried.beta == pytest.approx(expected, rel=1e-9)
+    assert carried(state).beta == pytest.approx(expected, rel=1e-9)
 
 
 def test_three_points_estimate_what_two_of_them_miss():
@@ -191,7 +200,7 @@ def test_three_points_estimate_what_two_of_them_miss():
     exact = eg.meta_gradient(
         problem, params, meta, solver=eg.LBFGS(tol=1e-12), estimator=eg.ExactSolve()
     ).grads["t"]
-    true = ((meta["t"].grad - exact).norm() / exact.norm()).item()
+    true = ((grad_of(meta) - exact).norm() / exact.norm()).item()
     assert true < seen[0] < 1
 
 
@@ -250,7 +259,7 @@ def test_what_was_stopped_resumes_to_the_same_bits(solver, direction, tmp_path):
     run(4, False, tmp_path / "cut.pt")
     cut = run(9, True, tmp_path / "cut.pt")
     assert torch.equal(whole.meta_params["w"], cut.meta_params["w"])
-    for one, other in zip(whole.carried.states, cut.carried.states, strict=True):
+    for one, other in zip(carried(whole).states, carried(cut).states, strict=True):
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
         assert all(torch.equal(a, b) for a, b in zip(one.buffers, other.buffers, strict=True))
 

@@ -24,7 +24,7 @@ from equigrad.vectors import tracked
 
 
 @dataclass
-class _Carried:
+class Carriage:
     """The states, as a checkpoint knows them.
 
     Attributes:
@@ -146,7 +146,7 @@ def learn_jointly(
     for start in direction.starts(params):
         tensors = {n: tracked(p).detach().clone().requires_grad_() for n, p in start.items()}
         states.append(State(tensors, solver.init(list(tensors.values())), buffers))
-    carried = _Carried(states)
+    carried = Carriage(states)
 
     def gradient(state: OuterState) -> MetaGradient:
         beta = carried.beta or direction.strength(state.share)
