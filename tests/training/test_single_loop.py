@@ -303,3 +303,13 @@ def test_bad_input_is_a_sentence():
         Contrasts(beta=AdaptiveBeta(), points=3)
     with pytest.raises(eg.SettlingError, match="take smaller steps"):
         call(solver=eg.GradientDescent(lr=1e6), steps=200)
+
+
+def test_the_learner_of_symmetric_states_is_not_the_nudged_one():
+    """Between the two: to second order in β where the free problem settles."""
+    problem, params, meta, state = held(Contrasts(beta=0.02, scheme="symmetric"), 400)
+    free = eg.settle(problem, params, meta, solver=eg.LBFGS(tol=1e-12)).params["w"]
+    nudged = carried(state).states[0].tensors["w"]
+    assert (state.params["w"] - free).norm() < 0.05 * (nudged - free).norm()
+    outer = problem.outer_loss({"w": free}, meta).item()
+    assert state.history[-1]["outer_loss"] == pytest.approx(outer, rel=1e-2)

@@ -90,7 +90,7 @@ class Turn:
 
     Attributes:
         grads: the direction against which θ moves, by name.
-        outer_loss: on the step's batch.
+        outer_loss: on the step's batch, of the learner; of symmetric states their mean.
         error: estimated relative error for the states being at rest, where there is an estimate.
         beta: for the next step, where the direction adapts it.
     """
@@ -111,6 +111,10 @@ class Direction(Checked, ABC):
     @abstractmethod
     def strength(self, share: float) -> float:
         """The nudging strength β when a share of the loop is done."""
+
+    def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
+        """The φ that has been learned: where the first state is."""
+        return {name: t.detach().clone() for name, t in states[0].tensors.items()}
 
     @abstractmethod
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
@@ -195,6 +199,13 @@ class Contrasts(Direction):
         )
         return beta
 
+    def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
+        """The free state; of symmetric ones, half-way between the first two."""
+        if self.scheme == "forward":
+            return super().learner(states)
+        one, other = (state.tensors for state in states[:2])
+        return {name: torch.lerp(p.detach(), other[name].detach(), 0.5) for name, p in one.items()}
+
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
         """Down the inner loss and its share of the outer one."""
         beta = float(self._rule.nodes[index].real) * place.beta
@@ -216,9 +227,10 @@ class Contrasts(Direction):
             error = _distance(rough, grads)
         if isinstance(self.beta, AdaptiveBeta):
             beta = _adapted(self.beta, place)
-        loss = outer[0][1]
-        assert loss is not None
-        return Turn(grads, loss, error, beta)
+        judged = [
+            loss for _, loss in outer[: 1 if self.scheme == "forward" else 2] if loss is not None
+        ]
+        return Turn(grads, torch.stack(judged).mean(), error, beta)
 
     def _contrast(
         self,

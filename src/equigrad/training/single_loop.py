@@ -98,7 +98,8 @@ def learn_jointly(
         steps: outer steps to have taken at the end, those before a resume included.
         inner_steps: steps of every state for each of θ.
         project: keeps θ feasible, in place, after every step.
-        evaluate: metrics of the first state, logged every step.
+        evaluate: metrics of the learner, logged every step: of the free state, or of the middle of
+            symmetric ones.
         callbacks: watch the loop, in this order, as of `learn`; a `Checkpoint` resumes to the same
             bits.
 
@@ -160,7 +161,7 @@ def learn_jointly(
             stage.stand_at(_moment(states[0]))
             turn = direction.turn(place)
         carried.beta = turn.beta
-        state.params = {name: t.detach().clone() for name, t in states[0].tensors.items()}
+        state.params = direction.learner(states)
         return MetaGradient(
             grads=turn.grads,
             params=state.params,
