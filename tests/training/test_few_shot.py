@@ -1,8 +1,10 @@
 """Meta-training: averages, the best by validation, resuming, and honest intervals."""
 
 import math
+import random
 import time
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -13,20 +15,20 @@ from equigrad.tasks import FewShotLearner, Sinusoids
 from equigrad.training.few_shot import chosen, judge, learn_tasks, mean_squared_error
 
 
-def learner() -> FewShotLearner:
+def learner(*layers: nn.Module, batching: str = "grouped") -> FewShotLearner:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 1))
+    net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), *layers, nn.Linear(10, 1))
     return FewShotLearner(
         model=ComplexSynapse(net, 0.1, center="init", learn=("center",)),
         loss=nn.functional.mse_loss,
         solver=eg.GradientDescent(lr=0.05, max_steps=10),
         estimator=eg.Contrastive(beta=0.1),
-        batching="grouped",
+        batching=batching,
     )
 
 
-def run(steps: int, callbacks=(), **options):
-    one = learner()
+def run(steps: int, callbacks=(), layers=(), batching="grouped", **options):
+    one = learner(*layers, batching=batching)
     meta_params = one.model.meta_params()
     optimizer = torch.optim.Adam(meta_params.values(), lr=0.01)
     return learn_tasks(
@@ -93,6 +95,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path) -> None:
     for what in ("average", "best"):
         for name, value in whole.copies[what].items():
             assert resumed.copies[what][name].equal(value)
+    assert all(resumed.meta_params[n].equal(m) for n, m in whole.meta_params.items())
+
+
+class Jitter(nn.Module):
+    """Noise in place of dropout, one number a call from each generator that a module may use."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * numpy.random.rand())
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.2), nn.AlphaDropout(0.2), Jitter()])
+@pytest.mark.parametrize("stopped", [1, 3])
+def test_a_stopped_run_with_noise_goes_on_to_the_same_bits(tmp_path, layer, stopped) -> None:
+    options = {"layers": [layer], "batching": "loop"}
+    path = tmp_path / "checkpoint.pt"
+    whole = run(6, **options)
+    run(stopped, [eg.training.Checkpoint(path)], **options)
+    resumed = run(6, [eg.training.Checkpoint(path, resume=True)], **options)
     assert all(resumed.meta_params[n].equal(m) for n, m in whole.meta_params.items())
 
 
