@@ -11,11 +11,12 @@ from torch import nn
 
 import equigrad as eg
 from equigrad.nn import ComplexSynapse
+from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import FewShotLearner, Sinusoids
 from equigrad.training.few_shot import chosen, judge, learn_tasks, mean_squared_error
 
 
-def learner(*layers: nn.Module, batching: str = "grouped") -> FewShotLearner:
+def learner(*layers: nn.Module, batching: Batching = "grouped") -> FewShotLearner:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), *layers, nn.Linear(10, 1))
     return FewShotLearner(
