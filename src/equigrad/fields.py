@@ -12,8 +12,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
+from equigrad.construction import Constructed
 from equigrad.errors import ConfigurationError, EquigradError
-from equigrad.wording import meant
+from equigrad.wording import meant, shown
 
 Test = Callable[[Any], bool]
 
@@ -31,6 +32,10 @@ class Rule:
     words: str = ""
     holds: Test = lambda value: True
     remedy: str = ""
+
+    def __repr__(self) -> str:
+        """In words, as signatures and `help` show annotations."""
+        return self.words or self.remedy
 
 
 def at_least(least: float) -> Rule:
@@ -54,10 +59,11 @@ Counts = Annotated[tuple[Count, ...], DIFFERENT]
 Positives = Annotated[tuple[Positive, ...], DIFFERENT]
 
 
-class Checked:
+class Checked(metaclass=Constructed):
     """Base of dataclasses whose fields have to be what their annotations say.
 
-    What relates several fields is for `require`, in a `__post_init__` that calls this one first.
+    An argument that is no field is refused, with what was meant (`equigrad.construction`). What
+    relates several fields is for `require`, in a `__post_init__` that calls this one first.
 
     Attributes:
         refusal: class attribute; what is raised otherwise.
@@ -69,8 +75,13 @@ class Checked:
         for name, kind in _fields(type(self)):
             value = getattr(self, name)
             if not (kind.allows(value) or self._awaited(value)):
-                who = f"{type(self).__name__}({name}={_shown(value)})"
+                who = f"{type(self).__name__}({name}={shown(value)})"
                 raise self.refusal(f"{who}: {_refused(kind, name, value)}")
+
+    @classmethod
+    def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
+        """Where an argument belongs that is no field, a sentence; empty where nobody knows."""
+        return ""
 
     def _awaited(self, value: object) -> bool:
         """Whether a value stands for one that is still to be given, and is not checked."""
@@ -113,19 +124,12 @@ class _Kind(NamedTuple):
 
 
 def _refused(kind: _Kind, name: str, value: Any) -> str:
-    said = f"{name} must be {kind}, got {_shown(value)}"
+    said = f"{name} must be {kind}, got {shown(value)}"
     if not (kind.typed(value) or value is None or isinstance(value, type)):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         said += f" ({_a(type(value).__name__)}{shape})"
     near = meant(value, [w.strip("'") for w in kind.options]) if isinstance(value, str) else ""
     return said + (f"; {kind.remedy}" if kind.remedy else "") + ("." if near else "") + near
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _a(noun: str) -> str:

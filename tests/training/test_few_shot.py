@@ -28,7 +28,7 @@ def learner(*layers: nn.Module, batching: Batching = "grouped") -> FewShotLearne
     )
 
 
-def run(steps: int, callbacks=(), layers=(), batching="grouped", **options):
+def run(steps: int, callbacks=(), layers=(), batching: Batching = "grouped", **options):
     one = learner(*layers, batching=batching)
     meta_params = one.model.meta_params()
     optimizer = torch.optim.Adam(meta_params.values(), lr=0.01)

@@ -150,7 +150,7 @@ def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> A
         return dataclasses.replace(start, **values)
     try:
         return made(**values)
-    except TypeError as error:
+    except (TypeError, ConfigurationError) as error:
         raise ConfigurationError(f"{where.rstrip('.')}: {error}") from error
 
 

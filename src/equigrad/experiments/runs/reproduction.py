@@ -4,7 +4,7 @@ import csv
 import functools
 import io
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ SAVE_EVERY = 1.0
 """Seconds between two writes of the table."""
 
 
-class Reproduction(Checked, ABC):
+class Reproduction(Checked):
     """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
 
     Attributes:
