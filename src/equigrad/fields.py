@@ -18,6 +18,12 @@ from equigrad.wording import meant, shown
 
 Test = Callable[[Any], bool]
 
+MOST = 2**63
+"""Whole numbers of this size or more are no sizes, counts or seeds: they do not fit 64 bits."""
+
+LARGEST = 3.4e38
+"""Beyond this, a number is infinite in single precision."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -52,6 +58,7 @@ Infinite = Annotated[Any, Rule("math.inf", lambda value: isinstance(value, float
 Count = Annotated[int, at_least(1)]
 CountFrom0 = Annotated[int, at_least(0)]
 CountFrom2 = Annotated[int, at_least(2)]
+Threads = Annotated[int, Rule("from 1 to 1024", lambda count: 1 <= count <= 1024)]
 
 SOME = Rule(", at least one", lambda items: len(items) > 0)
 DIFFERENT = Rule(", at least one and none twice", lambda items: len({*items}) == len(items) > 0)
@@ -128,6 +135,8 @@ def _refused(kind: _Kind, name: str, value: Any) -> str:
     if not (kind.typed(value) or value is None or isinstance(value, type)):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         said += f" ({_a(type(value).__name__)}{shape})"
+    if kind.typed(value) and isinstance(value, Real) and _beyond(value):
+        said += " (too large to compute with)"
     near = meant(value, [w.strip("'") for w in kind.options]) if isinstance(value, str) else ""
     return said + (f"; {kind.remedy}" if kind.remedy else "") + ("." if near else "") + near
 
@@ -163,7 +172,8 @@ def _kind(annotation: Any) -> _Kind:
         return _Kind(words, _is_a(str), lambda value: isinstance(value, str) and value in args)
     if origin in _FORMS:
         return _FORMS[origin](*args)
-    if isinstance(origin, type) and not getattr(origin, "_is_protocol", False):
+    abstract = getattr(origin, "_is_protocol", False)
+    if isinstance(origin, type) and (not abstract or getattr(origin, "_is_runtime_protocol", 0)):
         return _typed(_a(origin.__name__), _is_a(origin))
     return _typed(ANYTHING, lambda value: True)
 
@@ -208,6 +218,15 @@ def _number(kind: type, *plain: type) -> Test:
     return typed
 
 
+def _beyond(value: Any) -> bool:
+    """Whether a number is too large to be computed with."""
+    return abs(value) >= (MOST if isinstance(value, Integral) else LARGEST) and abs(value) != inf
+
+
+def _within(typed: Test) -> Test:
+    return lambda value: typed(value) and -inf < value < inf and not _beyond(value)
+
+
 def _sequence(*_: Any) -> _Kind:
     def typed(value: Any) -> bool:
         indexable = hasattr(value, "__getitem__") and hasattr(value, "__len__")
@@ -244,12 +263,12 @@ def _mapping(names: Any = Any, values: Any = Any) -> _Kind:
 
 
 ANYTHING = "anything"
-_REAL, _TRUTH = _number(Real, float, int), _number(bool, bool)
+_REAL, _WHOLE, _TRUTH = _number(Real, float, int), _number(Integral, int), _number(bool, bool)
 _FORMS: dict[Any, Callable[..., _Kind]] = {
     Any: lambda: _typed(ANYTHING, lambda value: True),
     bool: lambda: _Kind(("True", "False"), _TRUTH, _TRUTH),
-    int: lambda: _typed("a whole number", _number(Integral, int)),
-    float: lambda: _typed("a finite number", _REAL, lambda v: _REAL(v) and -inf < v < inf),
+    int: lambda: _typed("a whole number", _WHOLE, _within(_WHOLE)),
+    float: lambda: _typed("a finite number", _REAL, _within(_REAL)),
     str: lambda: _typed("a string", _is_a(str)),
     Path: lambda: _typed("a path", _is_a(str | PathLike)),
     NoneType: lambda: _typed("None", lambda value: value is None),

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from typing import Any
 
 import numpy
 import pytest
@@ -144,6 +145,64 @@ def test_bad_counts_are_named() -> None:
         run(1, keep_best="lowest")
     with pytest.raises(eg.ConfigurationError, match="tasks must be a whole number of at least 2"):
         judge(learner(), {}, Sinusoids(), mean_squared_error, tasks=1)
+
+
+def learned(**changed) -> object:
+    one = learner()
+    theta = one.model.meta_params()
+    given: Any = {
+        "learner": one,
+        "meta_params": theta,
+        "sampler": Sinusoids(seed=1),
+        "tasks": 2,
+        "optimizer": torch.optim.SGD(theta.values(), lr=0.1),
+        "steps": 1,
+    } | changed
+    return learn_tasks(**given)
+
+
+def judged(**changed) -> object:
+    one = learner()
+    given: Any = {
+        "learner": one,
+        "meta_params": one.model.meta_params(),
+        "sampler": Sinusoids(seed=1),
+        "metric": mean_squared_error,
+        "tasks": 2,
+    } | changed
+    return judge(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value", "message"),
+    [
+        *(
+            (call, *rest)
+            for call in (learned, judged)
+            for rest in (
+                ("learner", None, "learner must be a FewShotLearner, got None"),
+                ("learner", nn.Linear(1, 1), "learner must be a FewShotLearner"),
+                ("sampler", 3, "sampler must be a TaskSampler, got 3"),
+                ("sampler", None, "sampler must be a TaskSampler, got None"),
+                ("meta_params", None, "meta_params must map names to tensors"),
+                ("meta_params", {}, "meta_params is empty"),
+                ("tasks", math.nan, "tasks must be a whole number"),
+                ("steps", math.nan, "steps must be a whole number"),
+            )
+        ),
+        (judged, "metric", 3, "metric must be a function, got 3"),
+        (learned, "callbacks", 3, "each a Callback, got 3"),
+        (learned, "callbacks", [3], "each a Callback, got"),
+        (learned, "callbacks", None, "each a Callback, got None"),
+        (learned, "optimizer", None, "optimizer must be an Optimizer, got None"),
+        (learned, "limit", math.nan, "limit must be a finite number above 0 or math.inf"),
+        (learned, "validate", lambda theta: {}, "validate must return metrics by name, at least"),
+        (learned, "validate", lambda theta: None, "validate must return metrics by name"),
+    ],
+)
+def test_what_nothing_can_be_learned_with_is_named(call, name, value, message) -> None:
+    with pytest.raises(eg.EquigradError, match=message):
+        call(**{name: value})
 
 
 def test_a_score_that_is_no_number_is_never_the_best() -> None:

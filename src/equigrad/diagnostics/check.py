@@ -78,6 +78,7 @@ def check_meta_gradient(
     expect(Count, directions=directions)
     expect(Count | None, budget=budget)
     expect(Positive, rtol=rtol)
+    expect(int, seed=seed)
     estimator = Contrastive() if estimator is None else estimator
     directions = min(directions, sum(m.numel() for m in meta_params.values()))
     with torch.random.fork_rng(devices=[]):

@@ -21,7 +21,7 @@ from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, ScaleName
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.run_folders import IN_TABLE
-from equigrad.fields import Checked, Count, require
+from equigrad.fields import Checked, Threads, require
 from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
 
@@ -77,7 +77,7 @@ class ByExperiments(Reproduction):
     scale: ScaleName = "small"
     """Presets the hyperparameters; `paper` takes those of the paper."""
 
-    threads: Count = 2
+    threads: Threads = 2
     """CPU threads."""
 
     device: DeviceName = "auto"
