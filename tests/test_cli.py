@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from equigrad.cli import say_how_to_resume
+import equigrad as eg
+from equigrad.cli import say_how_to_resume, too_large
+from equigrad.training import loop
 from helpers import call_main
 
 RUN = [sys.executable, "-c", "from equigrad.cli import main; main()"]
@@ -222,6 +225,98 @@ def test_wrong_words_end_with_code_2(tmp_path, monkeypatch, capsys, arguments, m
     code, said = call_main(*SMOKE, *arguments, capsys=capsys)
     assert code == 2
     assert message in said
+
+
+DEEP = 200_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"experiment": ', "is not JSON"),
+        ("[" * DEEP, "nested more than 100 levels deep"),
+        ('{"config":' * DEEP, "nested more than 100 levels deep"),
+        ('{"config":' * 150 + "1" + "}" * 150, "nested more than 100 levels deep"),
+        ("null", "must hold a JSON object, got NoneType"),
+        ('{"experiment": "digits", "config": 3}', "holds no configuration"),
+        ('{"experiment": "digits", "config": {"seed": 1e23}}', "seed must be int, got 1e+23"),
+        (
+            '{"experiment": "digits", "config": {"seed": 100000000000000000000000}}',
+            "(too large to compute with)",
+        ),
+        ('{"experiment": "digits", "config": {"seed": ' + "1" * 5000 + "}}", "is not JSON"),
+    ],
+)
+def test_a_file_of_settings_that_is_none_is_named(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(content)
+    code, said = call_main(*SMOKE, "--config", "mine.json", capsys=capsys)
+    assert (code, "mine.json" in said or "Digits" in said) == (2, True)
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seed", 10**23, "(too large to compute with)"),
+        ("--seed", 2**64, "(too large to compute with)"),
+        ("--threads", 10**23, "threads must be a whole number from 1 to 1024"),
+        ("--threads", 2**31, "threads must be a whole number from 1 to 1024"),
+        ("--hidden", 10**23, "hidden must be a tuple of values, each a whole number"),
+        ("--hidden", 9 * 10**18, "there is not enough memory"),
+        ("--outer-steps", 10**23, "(too large to compute with)"),
+        ("--outer-lr", 1e39, "(too large to compute with)"),
+        ("--initial-strength", 1e39, "(too large to compute with)"),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with(
+    tmp_path, monkeypatch, capsys, option, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, said = call_main(*SMOKE, option, value, "--out", "run", capsys=capsys)
+    assert code == 2
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("value cannot be converted to type float without overflow"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError(), False),
+    ],
+)
+def test_what_is_too_large_is_said_and_other_errors_are_kept(error, known):
+    assert isinstance(too_large(error), eg.ConfigurationError) == known
+
+
+@pytest.mark.parametrize("name", ["result.json", "baselines.json", "config.json"])
+def test_damaged_files_of_a_run_are_named(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMOKE, "--out", "run"]
+    assert call_main(*words, capsys=capsys)[0] == 0
+    for content in ("{", "[]", "", "[" * DEEP, "{}", '{"metrics": 3, "config": 3}'):
+        (tmp_path / "run" / name).write_text(content)
+        code, said = call_main(*words, "--resume", capsys=capsys)
+        assert (code, "give another --out" in said) == (2, True)
+
+
+def test_a_folder_that_is_removed_under_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    evaluate, steps = loop._row, iter(range(9))
+
+    def remove(*row):
+        if next(steps) == 1:
+            shutil.rmtree(tmp_path / "run")
+        return evaluate(*row)
+
+    monkeypatch.setattr(loop, "_row", remove)
+    code, said = call_main(*SMOKE, "--checkpoint-every", 100, "--out", "run", capsys=capfd)
+    assert code == 2
+    assert "RunError: cannot write run/t1t2/metrics.jsonl: No such file" in said
+    assert "Traceback" not in said
 
 
 def test_folders_that_cannot_be_used(tmp_path, monkeypatch, capsys):

@@ -62,7 +62,7 @@ def wrong(allowed: tuple[Any, ...]) -> Iterator[Any]:
     if not words and not {*allowed} & {*NUMBERS, bool}:
         return
     yield from (math.nan, math.inf, -math.inf, 1j, "0.1", "no", [], torch.ones(3), np.ones(3))
-    yield from (torch.tensor(math.nan), np.float32("nan"), torch.ones, float)
+    yield from (torch.tensor(math.nan), np.float32("nan"), torch.ones, float, 10**40, -1e39)
     yield from (word[:-1] for word in words)
     yield from () if NoneType in allowed else (None,)
     yield from (1, 0) if bool in allowed else (True, np.True_)

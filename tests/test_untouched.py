@@ -284,3 +284,28 @@ def test_modules_are_found_where_people_keep_them():
 
 
 GLOBAL_NET = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(("steps", "tol", "first"), [(4, None, 1), (5, None, 2), (60, 1e-3, 0)])
+def test_nudged_phases_go_on_with_the_numbers_of_the_free_one(steps, tol, first):
+    seen: list[int] = []
+
+    def inner(p, m, batch):
+        seen.append(batch)
+        return (p["w"] - m["c"] - batch).square().sum()
+
+    result = eg.meta_gradient(
+        eg.Bilevel(inner, lambda p, m: p["w"].square().sum(), inner_batches=[0, 1, 2]),
+        {"w": torch.zeros(1, dtype=torch.float64)},
+        {"c": torch.ones(1, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1, max_steps=steps, tol=tol),
+        estimator=eg.Contrastive(
+            beta=0.1, error=False, nudged_solver=eg.GradientDescent(lr=0.1, max_steps=3)
+        ),
+    )
+    free, *nudged = (phase.steps for phase in result.phases)
+    assert result.phases[0].outcome == ("stopped" if tol is None else "converged")
+    assert nudged == [3, 3]
+    taken = seen[1 + free :] if tol is None else seen[-4 - 6 - 6 :]
+    passes = [taken[:3], taken[3:6]]
+    assert passes == [[(first + k) % 3 for k in range(3)]] * 2

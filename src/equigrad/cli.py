@@ -35,6 +35,9 @@ VERBS = {
 SHELLS = ("bash", "zsh", "tcsh")
 """Whose completion is written by `shtab`."""
 
+MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+"""What torch says where a tensor finds no room."""
+
 ROOMY = 100
 """Columns of a terminal from which on a table need not spare its spaces."""
 
@@ -47,17 +50,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         dispatch(arguments)
     except EquigradError as error:
-        from rich.console import Console
-
-        complaints = Console(stderr=True)
-        complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
-        complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        complain(error)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if (beyond := too_large(error)) is None:
+            raise
+        complain(beyond)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # whoever read our words, `head` for example, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+
+
+def complain(error: EquigradError) -> None:
+    """Say on standard error what the user can mend."""
+    from rich.console import Console
+
+    complaints = Console(stderr=True)
+    complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
+    complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
+
+
+def too_large(error: Exception) -> EquigradError | None:
+    """What torch's error says, where a setting is too large for the memory or for the dtype."""
+    said = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or any(words in said for words in MEMORY):
+        return ConfigurationError(
+            f"there is not enough memory ({said or 'MemoryError'}): lower what sets the size of "
+            f"the network, the images or a batch"
+        )
+    if "without overflow" in said:
+        return ConfigurationError(
+            f"a setting is too large for the dtype ({said}): lower it, or take --dtype float64"
+        )
+    return None
 
 
 def dispatch(arguments: Sequence[str]) -> None:

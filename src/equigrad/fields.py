@@ -12,10 +12,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
+from equigrad.construction import Constructed
 from equigrad.errors import ConfigurationError, EquigradError
-from equigrad.wording import meant
+from equigrad.wording import meant, shown
 
 Test = Callable[[Any], bool]
+
+MOST = 2**63
+"""Whole numbers of this size or more are no sizes, counts or seeds: they do not fit 64 bits."""
+
+LARGEST = 3.4e38
+"""Beyond this, a number is infinite in single precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +39,10 @@ class Rule:
     holds: Test = lambda value: True
     remedy: str = ""
 
+    def __repr__(self) -> str:
+        """In words, as signatures and `help` show annotations."""
+        return self.words or self.remedy
+
 
 def at_least(least: float) -> Rule:
     """So much, or more."""
@@ -47,6 +58,7 @@ Infinite = Annotated[Any, Rule("math.inf", lambda value: isinstance(value, float
 Count = Annotated[int, at_least(1)]
 CountFrom0 = Annotated[int, at_least(0)]
 CountFrom2 = Annotated[int, at_least(2)]
+Threads = Annotated[int, Rule("from 1 to 1024", lambda count: 1 <= count <= 1024)]
 
 SOME = Rule(", at least one", lambda items: len(items) > 0)
 DIFFERENT = Rule(", at least one and none twice", lambda items: len({*items}) == len(items) > 0)
@@ -54,10 +66,11 @@ Counts = Annotated[tuple[Count, ...], DIFFERENT]
 Positives = Annotated[tuple[Positive, ...], DIFFERENT]
 
 
-class Checked:
+class Checked(metaclass=Constructed):
     """Base of dataclasses whose fields have to be what their annotations say.
 
-    What relates several fields is for `require`, in a `__post_init__` that calls this one first.
+    An argument that is no field is refused, with what was meant (`equigrad.construction`). What
+    relates several fields is for `require`, in a `__post_init__` that calls this one first.
 
     Attributes:
         refusal: class attribute; what is raised otherwise.
@@ -69,8 +82,13 @@ class Checked:
         for name, kind in _fields(type(self)):
             value = getattr(self, name)
             if not (kind.allows(value) or self._awaited(value)):
-                who = f"{type(self).__name__}({name}={_shown(value)})"
+                who = f"{type(self).__name__}({name}={shown(value)})"
                 raise self.refusal(f"{who}: {_refused(kind, name, value)}")
+
+    @classmethod
+    def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
+        """Where an argument belongs that is no field, a sentence; empty where nobody knows."""
+        return ""
 
     def _awaited(self, value: object) -> bool:
         """Whether a value stands for one that is still to be given, and is not checked."""
@@ -113,19 +131,14 @@ class _Kind(NamedTuple):
 
 
 def _refused(kind: _Kind, name: str, value: Any) -> str:
-    said = f"{name} must be {kind}, got {_shown(value)}"
+    said = f"{name} must be {kind}, got {shown(value)}"
     if not (kind.typed(value) or value is None or isinstance(value, type)):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         said += f" ({_a(type(value).__name__)}{shape})"
+    if kind.typed(value) and isinstance(value, Real) and _beyond(value):
+        said += " (too large to compute with)"
     near = meant(value, [w.strip("'") for w in kind.options]) if isinstance(value, str) else ""
     return said + (f"; {kind.remedy}" if kind.remedy else "") + ("." if near else "") + near
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _a(noun: str) -> str:
@@ -159,7 +172,8 @@ def _kind(annotation: Any) -> _Kind:
         return _Kind(words, _is_a(str), lambda value: isinstance(value, str) and value in args)
     if origin in _FORMS:
         return _FORMS[origin](*args)
-    if isinstance(origin, type) and not getattr(origin, "_is_protocol", False):
+    abstract = getattr(origin, "_is_protocol", False)
+    if isinstance(origin, type) and (not abstract or getattr(origin, "_is_runtime_protocol", 0)):
         return _typed(_a(origin.__name__), _is_a(origin))
     return _typed(ANYTHING, lambda value: True)
 
@@ -204,6 +218,15 @@ def _number(kind: type, *plain: type) -> Test:
     return typed
 
 
+def _beyond(value: Any) -> bool:
+    """Whether a number is too large to be computed with."""
+    return abs(value) >= (MOST if isinstance(value, Integral) else LARGEST) and abs(value) != inf
+
+
+def _within(typed: Test) -> Test:
+    return lambda value: typed(value) and -inf < value < inf and not _beyond(value)
+
+
 def _sequence(*_: Any) -> _Kind:
     def typed(value: Any) -> bool:
         indexable = hasattr(value, "__getitem__") and hasattr(value, "__len__")
@@ -240,12 +263,12 @@ def _mapping(names: Any = Any, values: Any = Any) -> _Kind:
 
 
 ANYTHING = "anything"
-_REAL, _TRUTH = _number(Real, float, int), _number(bool, bool)
+_REAL, _WHOLE, _TRUTH = _number(Real, float, int), _number(Integral, int), _number(bool, bool)
 _FORMS: dict[Any, Callable[..., _Kind]] = {
     Any: lambda: _typed(ANYTHING, lambda value: True),
     bool: lambda: _Kind(("True", "False"), _TRUTH, _TRUTH),
-    int: lambda: _typed("a whole number", _number(Integral, int)),
-    float: lambda: _typed("a finite number", _REAL, lambda v: _REAL(v) and -inf < v < inf),
+    int: lambda: _typed("a whole number", _WHOLE, _within(_WHOLE)),
+    float: lambda: _typed("a finite number", _REAL, _within(_REAL)),
     str: lambda: _typed("a string", _is_a(str)),
     Path: lambda: _typed("a path", _is_a(str | PathLike)),
     NoneType: lambda: _typed("None", lambda value: value is None),

@@ -26,6 +26,14 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:40]}…")
 
 
+def shown(value: object) -> str:
+    """Any value as an error shows it, in one line."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def meant(word: str, known: Iterable[str]) -> str:
     """What was meant by a word that is not known, with a space before it; empty where nobody knows.
 

@@ -179,3 +179,40 @@ def test_an_initialisation_has_no_gradient_at_equilibrium_to_compare_with():
         eg.check_meta_gradient(
             case.problem, case.params, case.meta_params, solver=case.solver, estimator=eg.MAML()
         )
+
+
+@pytest.mark.parametrize(("entries", "directions"), [(1, 1), (2, 2), (3, 3), (5, 3)])
+def test_no_direction_is_re_solved_twice(entries, directions):
+    def inner_loss(p, m):
+        return 0.5 * (p["w"] - m["a"] - m["b"].sum()).square().sum()
+
+    theta = {
+        "a": torch.tensor(0.3, dtype=torch.float64),
+        "b": torch.linspace(0.5, 1.5, entries - 1, dtype=torch.float64),
+    }
+    if entries == 1:
+        theta = {"a": theta["a"]}
+
+        def inner_loss(p, m):
+            return 0.5 * (p["w"] - m["a"]).square().sum()
+
+    check = eg.check_meta_gradient(
+        eg.Bilevel(inner_loss, lambda p, m: p["w"].square().sum()),
+        {"w": torch.ones(2, dtype=torch.float64)},
+        theta,
+        solver=eg.GradientDescent(lr=0.5, tol=1e-9),
+    )
+    assert check.passed
+    assert len(check.directions) == directions
+    if entries <= 3:  # the axes: each is one entry of the gradient
+        flat = torch.cat([g.reshape(-1) for g in check.result.grads.values()])
+        assert [d.estimated for d in check.directions] == pytest.approx(flat.tolist())
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**64, 0.5, float("nan"), None])
+def test_a_seed_that_is_none_is_named(seed):
+    q = Quadratic()
+    with pytest.raises(eg.ConfigurationError, match="^seed must be a whole number, got"):
+        eg.check_meta_gradient(
+            q.problem, q.params(), q.meta_params(), solver=q.solver(3), seed=seed
+        )

@@ -245,7 +245,10 @@ def test_gradient_evaluations_are_counted(quadratic, error):
         ({"beta": 0.0}, "beta must be a finite number other than 0, got 0.0"),
         ({"beta": float("nan")}, "beta must be"),
         ({"points": 1}, "points must be a whole number of at least 2, got 1"),
-        ({"scheme": "symmetric", "points": 3}, "even number of points, got 3"),
+        (
+            {"scheme": "symmetric", "points": 3},
+            r"^Contrastive\(points=3\): .* the default, needs an even number of points, got 3",
+        ),
         ({"scheme": "central"}, "'forward', 'symmetric' or 'holomorphic', got 'central'"),
         ({"momentum": "drop"}, "'keep' or 'reset', got 'drop'"),
     ],

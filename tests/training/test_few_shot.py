@@ -1,32 +1,36 @@
 """Meta-training: averages, the best by validation, resuming, and honest intervals."""
 
 import math
+import random
 import time
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import equigrad as eg
 from equigrad.nn import ComplexSynapse
+from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import FewShotLearner, Sinusoids
 from equigrad.training.few_shot import chosen, judge, learn_tasks, mean_squared_error
 
 
-def learner() -> FewShotLearner:
+def learner(*layers: nn.Module, batching: Batching = "grouped") -> FewShotLearner:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 1))
+    net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), *layers, nn.Linear(10, 1))
     return FewShotLearner(
         model=ComplexSynapse(net, 0.1, center="init", learn=("center",)),
         loss=nn.functional.mse_loss,
         solver=eg.GradientDescent(lr=0.05, max_steps=10),
         estimator=eg.Contrastive(beta=0.1),
-        batching="grouped",
+        batching=batching,
     )
 
 
-def run(steps: int, callbacks=(), **options):
-    one = learner()
+def run(steps: int, callbacks=(), layers=(), batching: Batching = "grouped", **options):
+    one = learner(*layers, batching=batching)
     meta_params = one.model.meta_params()
     optimizer = torch.optim.Adam(meta_params.values(), lr=0.01)
     return learn_tasks(
@@ -96,6 +100,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path) -> None:
     assert all(resumed.meta_params[n].equal(m) for n, m in whole.meta_params.items())
 
 
+class Jitter(nn.Module):
+    """Noise in place of dropout, one number a call from each generator that a module may use."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * numpy.random.rand())
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.2), nn.AlphaDropout(0.2), Jitter()])
+@pytest.mark.parametrize("stopped", [1, 3])
+def test_a_stopped_run_with_noise_goes_on_to_the_same_bits(tmp_path, layer, stopped) -> None:
+    options = {"layers": [layer], "batching": "loop"}
+    path = tmp_path / "checkpoint.pt"
+    whole = run(6, **options)
+    run(stopped, [eg.training.Checkpoint(path)], **options)
+    resumed = run(6, [eg.training.Checkpoint(path, resume=True)], **options)
+    assert all(resumed.meta_params[n].equal(m) for n, m in whole.meta_params.items())
+
+
 def test_scores_are_means_over_tasks_with_their_interval() -> None:
     one, sampler = learner(), Sinusoids(seed=7)
     meta_params = one.model.meta_params()
@@ -123,6 +145,64 @@ def test_bad_counts_are_named() -> None:
         run(1, keep_best="lowest")
     with pytest.raises(eg.ConfigurationError, match="tasks must be a whole number of at least 2"):
         judge(learner(), {}, Sinusoids(), mean_squared_error, tasks=1)
+
+
+def learned(**changed) -> object:
+    one = learner()
+    theta = one.model.meta_params()
+    given: Any = {
+        "learner": one,
+        "meta_params": theta,
+        "sampler": Sinusoids(seed=1),
+        "tasks": 2,
+        "optimizer": torch.optim.SGD(theta.values(), lr=0.1),
+        "steps": 1,
+    } | changed
+    return learn_tasks(**given)
+
+
+def judged(**changed) -> object:
+    one = learner()
+    given: Any = {
+        "learner": one,
+        "meta_params": one.model.meta_params(),
+        "sampler": Sinusoids(seed=1),
+        "metric": mean_squared_error,
+        "tasks": 2,
+    } | changed
+    return judge(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value", "message"),
+    [
+        *(
+            (call, *rest)
+            for call in (learned, judged)
+            for rest in (
+                ("learner", None, "learner must be a FewShotLearner, got None"),
+                ("learner", nn.Linear(1, 1), "learner must be a FewShotLearner"),
+                ("sampler", 3, "sampler must be a TaskSampler, got 3"),
+                ("sampler", None, "sampler must be a TaskSampler, got None"),
+                ("meta_params", None, "meta_params must map names to tensors"),
+                ("meta_params", {}, "meta_params is empty"),
+                ("tasks", math.nan, "tasks must be a whole number"),
+                ("steps", math.nan, "steps must be a whole number"),
+            )
+        ),
+        (judged, "metric", 3, "metric must be a function, got 3"),
+        (learned, "callbacks", 3, "each a Callback, got 3"),
+        (learned, "callbacks", [3], "each a Callback, got"),
+        (learned, "callbacks", None, "each a Callback, got None"),
+        (learned, "optimizer", None, "optimizer must be an Optimizer, got None"),
+        (learned, "limit", math.nan, "limit must be a finite number above 0 or math.inf"),
+        (learned, "validate", lambda theta: {}, "validate must return metrics by name, at least"),
+        (learned, "validate", lambda theta: None, "validate must return metrics by name"),
+    ],
+)
+def test_what_nothing_can_be_learned_with_is_named(call, name, value, message) -> None:
+    with pytest.raises(eg.EquigradError, match=message):
+        call(**{name: value})
 
 
 def test_a_score_that_is_no_number_is_never_the_best() -> None:

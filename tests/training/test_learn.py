@@ -1,7 +1,10 @@
+import copy
 import json
 import os
+import shutil
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -272,3 +275,135 @@ def test_checkpoint_every():
         eg.ConfigurationError, match="every must be a whole number of at least 1, got 0"
     ):
         Checkpoint(None, every=0)  # pyright: ignore[reportArgumentType]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"steps": n}, "steps must be a whole number") for n in (NAN, 2.5, "3", None, 10**23)),
+        *(({"callbacks": c}, "each a Callback, got") for c in (3, None, [3], [Callback], "log")),
+        ({"optimizer": lambda tensors, lr: None}, "optimizer must be an Optimizer, got None"),
+        ({"optimizer": lambda tensors, lr: lr}, "optimizer must be an Optimizer, got 0.2"),
+        ({"evaluate": 3}, "evaluate must be a function, or None, got 3"),
+        ({"evaluate": lambda params: 3}, "must return metrics by name, .*got 3"),
+        ({"evaluate": lambda params: None}, "must return metrics by name, .*got None"),
+        ({"evaluate": lambda params: {"a": "good"}}, "must return metrics by name"),
+        ({"evaluate": lambda params: {"a": torch.ones(2)}}, "must return metrics by name"),
+        ({"evaluate": lambda params: {3: 0.5}}, "must return metrics by name"),
+    ],
+)
+def test_what_no_loop_can_be_made_of_is_named(options, message):
+    with pytest.raises(eg.ConfigurationError, match=message):
+        go(**options)
+
+
+@pytest.mark.parametrize("which", ["params", "meta_params"])
+@pytest.mark.parametrize("given", [None, 3, [torch.ones(5)], {}, {"w": 3.0}, {"w": None}])
+def test_params_that_are_none_are_named(which, given):
+    problem, _ = ridge()
+    theta = {"rho": torch.zeros((), dtype=torch.float64, requires_grad=True)}
+    start = {"w": torch.zeros(5, dtype=torch.float64)}
+    with pytest.raises(eg.ProblemError, match=f"^{which}"):
+        learn(
+            problem,
+            **{"params": start, "meta_params": theta, which: given},
+            solver=eg.GradientDescent(max_steps=3),
+            estimator=eg.Contrastive(),
+            optimizer=torch.optim.SGD(theta.values()),
+            steps=1,
+        )
+
+
+def test_metrics_may_be_numbers_of_torch_or_numpy(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    metrics = {"a": torch.tensor(2.0), "b": numpy.float32(0.5), "c": True, "d": NAN}
+    state = go(steps=1, evaluate=lambda params: metrics, callbacks=[JsonLines(log)])
+    assert [state.history[0][name] for name in "abc"] == [2.0, 0.5, True]
+    assert json.loads(log.read_text())["a"] == 2.0
+
+
+STATE = ("meta_params", "optimizer", "params", "step", "gradient_evaluations", "seconds", "copies")
+
+
+@pytest.mark.parametrize("place", [(), ("state",), *[("state", n) for n in (*STATE, "history")]])
+def test_a_checkpoint_whose_content_is_no_state_is_refused(tmp_path, place):
+    path = tmp_path / "checkpoint.pt"
+    go(steps=2, callbacks=[Checkpoint(path)])
+    whole = torch.load(path, weights_only=True)
+    for harm in (None, "x", NAN, [1], torch.ones(3), {"u": torch.ones(1)}):
+        content = copy.deepcopy(whole)
+        inner = content
+        for name in place[:-1]:
+            inner = inner[name]
+        if place:
+            inner[place[-1]] = harm
+        torch.save(content if place else harm, path)
+        with pytest.raises(eg.RunError, match=r"checkpoint\.pt (does not fit|is not a|belong)"):
+            go(callbacks=[Checkpoint(path, resume=True)])
+        if place:
+            del inner[place[-1]]
+            torch.save(content, path)
+            with pytest.raises(eg.RunError, match=r"checkpoint\.pt (does not fit this|is not a)"):
+                go(callbacks=[Checkpoint(path, resume=True)])
+
+
+@pytest.mark.parametrize("place", ["meta_params", "params", "copies"])
+def test_a_checkpoint_with_another_name_of_a_parameter_is_refused(tmp_path, place):
+    path = tmp_path / "checkpoint.pt"
+
+    class Keep(Callback):
+        def on_step(self, state, result):
+            state.copies["best"] = {n: m.detach().clone() for n, m in state.meta_params.items()}
+
+    go(steps=2, callbacks=[Keep(), Checkpoint(path)])
+    content = torch.load(path, weights_only=True)
+    renamed = content["state"][place]
+    renamed = renamed["best"] if place == "copies" else renamed
+    name = next(iter(renamed))
+    renamed[f"{name[:-1]}~"] = renamed.pop(name)
+    torch.save(content, path)
+    with pytest.raises(eg.RunError, match=f"does not fit this run .*{name[:-1]}~"):
+        go(callbacks=[Checkpoint(path, resume=True)])
+
+
+class Remove(Callback):
+    """Removes something after a step."""
+
+    def __init__(self, step, remove):
+        self.step, self.remove = step, remove
+
+    def on_step(self, state, result):
+        if state.step == self.step:
+            self.remove()
+
+
+@pytest.mark.parametrize("watch", [Checkpoint, JsonLines, TensorBoard])
+def test_a_folder_that_is_removed_under_a_run_is_named(tmp_path, watch, capfd):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    watching = watch(folder if watch is TensorBoard else folder / "file")
+    with pytest.raises(eg.RunError, match=r"cannot write .*run/file|run is gone"):
+        go(steps=4, callbacks=[watching, Remove(2, lambda: shutil.rmtree(folder))])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_log_that_is_removed_under_a_run_is_written_again(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    state = go(steps=4, callbacks=[JsonLines(log), Remove(2, log.unlink)])
+    assert [json.loads(line) for line in log.read_text().splitlines()] == state.history
+
+
+@pytest.mark.parametrize("watch", [Checkpoint, JsonLines, TensorBoard])
+@pytest.mark.parametrize("path", [None, 3, 1.5])
+def test_paths_that_are_none(watch, path):
+    with pytest.raises(eg.ConfigurationError, match="must be a path, got"):
+        watch(path)
+
+
+def test_a_folder_for_events_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(eg.RunError, match="cannot write events to"):
+        go(steps=1, callbacks=[TensorBoard(tmp_path / "file" / "run")])

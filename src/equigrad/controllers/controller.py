@@ -1,7 +1,7 @@
 """What a controller is."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Controlled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controller(Checked, ABC):
+class Controller(Checked):
     r"""Adds a control ψ to the velocity, so that the outer loss becomes small.
 
         τ dφ/dt = velocity(φ, θ) + ψ

@@ -51,8 +51,8 @@ def check_meta_gradient(
         meta_params: as for `meta_gradient`.
         solver: as for `meta_gradient`.
         estimator: what is checked.
-        directions: how many directions to re-solve along; fewer, but at least one, where the budget
-            is spent.
+        directions: how many directions to re-solve along: the axes of a θ that has no more entries,
+            and fewer, but at least one, where the budget is spent.
         rtol: relative error to pass.
         seed: draws the directions.
         budget: gradient evaluations that the references may take; by default ten times what the
@@ -78,7 +78,9 @@ def check_meta_gradient(
     expect(Count, directions=directions)
     expect(Count | None, budget=budget)
     expect(Positive, rtol=rtol)
+    expect(int, seed=seed)
     estimator = Contrastive() if estimator is None else estimator
+    directions = min(directions, sum(m.numel() for m in meta_params.values()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = meta_gradient(problem, params, meta_params, solver=solver, estimator=estimator)

@@ -16,6 +16,7 @@ from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
+from equigrad.problems.calls import given
 from equigrad.problems.problem import dense
 from equigrad.randomness import Stream
 from equigrad.solvers import Settled
@@ -65,7 +66,7 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
             or the gradient of the inner loss is none.
     """
     problem = evaluation.problem
-    function = _given(problem.function("inner"))
+    function = given(problem.function("inner"))
     precise = not evaluation.lower and _precise(free)
     twice = problem.symmetric and precise and estimator.differentiates_twice
     if problem.reaches is not None or _seen[twice].get(id(function)) is function:
@@ -86,13 +87,6 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
 def _precise(at: Settled) -> bool:
     """Whether differences of gradients say anything about derivatives."""
     return all(torch.finfo(p.dtype).bits >= 32 for p in at.params.values())
-
-
-def _given(function: Any) -> Any:
-    """The user's own function, which autocast and samples that are held have wrapped."""
-    while hasattr(function, "function"):
-        function = function.function
-    return function
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 from equigrad.solvers.phase import resting
+from equigrad.vectors import unflatten
 
 MORE_STEPS = 10
 """How many times longer the reference may settle than the estimate did."""
@@ -94,7 +95,15 @@ class References:
         return self.phase.residual <= UNSETTLED * start
 
     def units(self, count: int) -> list[Params]:
-        """Random unit directions of θ."""
+        """Unit directions of θ: random ones, or its axes where it has no more than so many."""
+        entries = sum(m.numel() for m in self.meta_params.values())
+        if entries <= count:
+            axes = torch.eye(entries, dtype=torch.float64)
+            like = list(self.meta_params.values())
+            return [
+                dict(zip(self.meta_params, unflatten(axis.to(like[0].device), like), strict=True))
+                for axis in axes
+            ]
         generator = torch.Generator().manual_seed(self.seed)
         units = []
         for _ in range(count):

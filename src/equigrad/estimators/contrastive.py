@@ -105,14 +105,18 @@ class Contrastive(Estimator):
         super().__post_init__()
         require(
             self.scheme != "symmetric" or self.points % 2 == 0,
-            f"a symmetric scheme needs an even number of points, got {self.points}; or take "
-            f'scheme="forward"',
+            f"Contrastive(points={self.points}): a symmetric scheme, the default, needs an even "
+            f'number of points, got {self.points}; or take scheme="forward"',
         )
         if self.rtol is None:
             return
         chosen = ("scheme", "points", "sign", "matched", "nudge", "nudged_solver")
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
-        require(not given, f"rtol chooses {' and '.join(given)}; give one or the other")
+        require(
+            not given,
+            f"Contrastive(rtol={self.rtol:g}): rtol chooses {' and '.join(given)}; give one or the "
+            f"other",
+        )
 
     @property
     def nodes(self) -> tuple[complex, ...]:

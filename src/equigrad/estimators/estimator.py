@@ -1,6 +1,6 @@
 """What an estimator is."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -88,7 +88,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimator(Checked, ABC):
+class Estimator(Checked):
     """How the gradient of θ is had from a problem that settles."""
 
     traits: ClassVar[Traits]

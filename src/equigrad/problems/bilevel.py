@@ -35,9 +35,13 @@ class Bilevel(Problem):
         outer_loss: the same for the loss that judges the settled φ. May depend on θ directly.
         regularizer: an optional further term of the inner loss in closed form, for example
             `equigrad.nn.ComplexSynapse`. The inner loss is then `inner_loss + regularizer`.
-        inner_batches: mini-batches of the inner loss, a sequence. Step t of a phase sees batch
-            `t mod len`; the loss as a whole is the mean over batches.
-        outer_batches: the same for the outer loss.
+        inner_batches: mini-batches of the inner loss, a sequence. Step t of the free phase, from
+            t = 0, sees batch `t mod len`. Every nudged phase goes on with the numbers of the steps
+            where the free phase ended, so that its k-th step after T free ones sees batch
+            `(T + k) mod len`, as those of all other nudged phases do (a free phase that met a
+            tolerance has T rounded up to a whole pass). The loss as a whole is the mean over
+            batches.
+        outer_batches: the same for the outer loss, by the same numbers of steps.
         modules: modules that the losses call. Their buffers and training flags are the same at the
             start of every nudged phase and are put back after the call. By default they are looked
             for in the closures and named globals of the losses.

@@ -1,6 +1,6 @@
 """What is to be settled, and by what it is judged: the base of all problems."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError
 from equigrad.fields import Checked, Rule
+from equigrad.problems.calls import refuse_call
 from equigrad.problems.refused import refuse_module
 from equigrad.randomness import CommonRandomness, Stream
 
@@ -87,7 +88,7 @@ class Part:
     of_data: bool = True
 
 
-class Problem(Checked, ABC):
+class Problem(Checked):
     r"""What settles, and by what it is judged.
 
     The base of `Bilevel`, `FixedPoint` and `EnergyBased`.
@@ -242,6 +243,10 @@ class Problem(Checked, ABC):
             if batches is None:
                 return function(params, meta_params)
             return function(params, meta_params, batches[step % len(batches)])
+        except TypeError:
+            known = f"{stream}_batches" if f"{stream}_batches" in vars(self) else None
+            refuse_call(self.name(stream), function, known, 2 if batches is None else 3)
+            raise
         except RuntimeError as error:
             if "nference tensor" not in str(error) and "inference mode" not in str(error).lower():
                 raise

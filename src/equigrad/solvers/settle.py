@@ -152,8 +152,9 @@ def _diverged(
     if step == 0:
         remedy = "It is so at the start: mend the function, or start elsewhere"
     return SettlingError(
-        f"the phase with β = {beta:g} diverged: the velocity is {residual.norm} at step "
-        f"{step}{residual.where()}. {_for_learners(solver, beta) if remedy is None else remedy}"
+        f"the phase with β = {beta:g} diverged: its residual, the norm of the gradient or of a "
+        f"map's step, is {residual.norm} at step {step}{residual.where()}. "
+        f"{_for_learners(solver, beta) if remedy is None else remedy}"
     )
 
 

@@ -1,6 +1,6 @@
 """What a solver is."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -44,7 +44,7 @@ class Objective:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solver(Checked, ABC):
+class Solver(Checked):
     """How a phase settles: a rule that moves the parameters, and when to stop.
 
     Attributes:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError
 from equigrad.fields import Rule
 from equigrad.solvers.solver import Objective, Solver
+from equigrad.wording import meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,14 @@ class TorchOptimizer(Solver):
             inspect.signature(self.optimizer).bind([], **self.options)
         except TypeError as error:
             self._refused(error)
+
+    @classmethod
+    def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
+        """The optimiser's own arguments go into `options`."""
+        optimizer = given.get("optimizer", torch.optim.Optimizer)
+        if meant(name, [f.name for f in fields(cls)]) and name not in _takes(optimizer):
+            return ""
+        return f" What the optimizer takes goes into options={{{name!r}: {given[name]!r}}}."
 
     @property
     def adaptive(self) -> bool:
@@ -108,6 +117,11 @@ _BESIDE = tuple(
     if hasattr(torch.optim, name)
 )
 """Optimisers that shrink the weights themselves; of others, `decoupled_weight_decay` tells."""
+
+
+def _takes(optimizer: Any) -> Mapping[str, Any]:
+    """The arguments of a class of optimiser, if it is one."""
+    return inspect.signature(optimizer).parameters if callable(optimizer) else {}
 
 
 def _set_gradients(params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:

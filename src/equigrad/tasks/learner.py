@@ -168,7 +168,8 @@ class FewShotLearner(Checked):
         chunks = tasks.chunks(1 if self.estimator.traits.one_system else self.chunk_size)
         if self._reaches is None:  # the same for all tasks: found out and checked once
             first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
-            with Evaluation(first, start, meta_params) as evaluation:
+            # with a seed of its own: torch's generator stands as in a process that knows already
+            with Evaluation(first, start, meta_params, seed=0) as evaluation:
                 object.__setattr__(self, "_reaches", evaluation.reaches.functions)
         results = [
             meta_gradient(

@@ -1,13 +1,14 @@
 """Where tasks come from."""
 
 import hashlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from equigrad.tasks.batch import TaskBatch
 
 
+@runtime_checkable
 class TaskSampler(Protocol):
     """Anything that draws batches of tasks.
 

@@ -37,6 +37,7 @@ class Checkpoint(Callback):
         self, path: Path | str, every: int = 1, *, resume: bool = False, identity: str = ""
     ) -> None:
         expect(Count, every=every)
+        expect(Path, path=path)
         self.path, self.every = Path(path), every
         self.resume, self.identity = resume, identity
         self._whole: dict[str, Any] | None = None
@@ -48,9 +49,10 @@ class Checkpoint(Callback):
             loaded = load_checkpoint(self.path, self.identity)
             try:
                 state.load_state_dict(loaded["state"])
-            except (KeyError, ValueError, RuntimeError) as error:
+            except Exception as error:  # what is no state raises one of half a dozen kinds
                 raise RunError(
-                    f"{self.path} does not fit this run ({error}); give another --out"
+                    f"{self.path} does not fit this run ({type(error).__name__}: {error}); give "
+                    f"another --out"
                 ) from error
             self._saved_step = state.step
         self._keep(state)
@@ -95,9 +97,9 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
     if not isinstance(loaded, dict) or loaded.get("format") != CHECKPOINT:
         raise RunError(f"{path} is not a checkpoint of equigrad ('{CHECKPOINT}'). {remedy}")
-    if loaded["identity"] != identity:
+    if (there := loaded.get("identity")) != identity:
         raise RunError(
-            f"{path} belongs to a run with other settings.\n  there: {loaded['identity']}\n"
+            f"{path} belongs to a run with other settings.\n  there: {there}\n"
             f"  here:  {identity}\nResume with the settings it was started with. {remedy}"
         )
     return loaded

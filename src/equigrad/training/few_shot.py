@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from equigrad.errors import ConfigurationError
+from equigrad.evaluation import check_tensors
 from equigrad.fields import Count, CountFrom0, CountFrom2, expect, require
 from equigrad.gradient import MetaGradient
 from equigrad.problems import Params
@@ -15,6 +17,7 @@ from equigrad.tasks import FewShotLearner, TaskSampler
 from equigrad.tasks.learner import Statistics
 from equigrad.training.loop import Callback, OuterState, descend
 from equigrad.training.processes import InStep, agreed, gathered, place, shared_meta_gradient
+from equigrad.wording import shown
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scores`: both tasks × n × …, a score a task."""
@@ -88,9 +91,13 @@ def judge(
     Raises:
         ConfigurationError: fewer than two tasks, or at_once < 1.
     """
+    expect(FewShotLearner, learner=learner)
+    expect(TaskSampler, sampler=sampler)
+    expect(Callable, metric=metric)
     expect(CountFrom2, tasks=tasks)
     expect(Count, at_once=at_once)
     expect(CountFrom0 | None, steps=steps)
+    check_tensors("meta_params", meta_params)
     like = next(iter(meta_params.values()))
     here, scores = place(), {}
     draws = list(enumerate(range(0, tasks, at_once)))
@@ -150,6 +157,10 @@ def learn_tasks(
     Raises:
         ConfigurationError: a count < 1, or keep_best without validate.
     """
+    expect(FewShotLearner, learner=learner)
+    expect(TaskSampler, sampler=sampler)
+    check_tensors("meta_params", meta_params)
+    expect(tuple[Callback, ...], callbacks=callbacks)
     expect(Count, tasks=tasks, validate_every=validate_every)
     expect(CountFrom0 | None, average_from=average_from)
     expect(Callable | None, validate=validate)
@@ -173,6 +184,10 @@ def learn_tasks(
             return {}
         now = state.copies.get("average", state.meta_params)
         metrics = validate(now)
+        if not isinstance(metrics, Mapping) or not metrics:
+            raise ConfigurationError(
+                f"validate must return metrics by name, at least one, got {shown(metrics)}"
+            )
         name, score = next(iter(metrics.items()))
         before = [float(row[name]) for row in state.history if name in row]
         sign = 1 if keep_best == "highest" else -1

@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -9,6 +10,33 @@ from typing import IO, Any
 import torch
 
 from equigrad.errors import RunError
+
+DEEPEST = 100
+"""Levels of nested JSON beyond which it is none of ours, and is not looked into."""
+
+
+def load_json(content: bytes | str) -> Any:
+    """What some JSON holds.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [item for value in level for item in _items(value)]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    return found
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from equigrad.errors import RunError
+from equigrad.fields import expect
 from equigrad.gradient import MetaGradient
 from equigrad.training.files import write_whole
 from equigrad.training.loop import Callback, OuterState
@@ -22,6 +23,7 @@ class JsonLines(Callback):
     """
 
     def __init__(self, path: Path | str) -> None:
+        expect(Path, path=path)
         self.path = Path(path)
         self._file: TextIO | None = None
 
@@ -31,8 +33,12 @@ class JsonLines(Callback):
         self._file = self.path.open("a")
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Write the step's line."""
+        """Write the step's line; all of them, where the file has been removed."""
         assert self._file is not None
+        if not self.path.exists():  # removed under the run, which would write into nothing
+            self._file.close()
+            self.on_start(state)
+            return
         try:
             self._file.write(json.dumps(state.history[-1]) + "\n")
             self._file.flush()
@@ -55,21 +61,30 @@ class TensorBoard(Callback):
 
     Args:
         folder: where the event files go. Needs the package `tensorboard`.
+
+    Raises:
+        RunError: it cannot be written to, or is removed while the loop runs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        expect(Path, folder=folder)
+        self.folder = Path(folder)
         self._writer: SummaryWriter | None = None
 
     def on_start(self, state: OuterState) -> None:
         """Open the writer; steps that will be taken again are purged."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=state.step)
+        try:
+            self._writer = SummaryWriter(str(self.folder), purge_step=state.step)
+        except OSError as error:
+            raise RunError(f"cannot write events to {self.folder}: {error.strerror}") from error
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
         """Write the step's numbers."""
         assert self._writer is not None
+        if not self.folder.exists():
+            raise RunError(f"{self.folder} is gone: it was removed while the run went on")
         row = state.history[-1]
         for name, value in row.items():
             if name != "outer_step" and not isinstance(value, str):
@@ -78,5 +93,6 @@ class TensorBoard(Callback):
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
         """Close the writer."""
         if self._writer is not None:
-            self._writer.close()
+            if self.folder.exists():  # its thread would end in a traceback
+                self._writer.close()
             self._writer = None

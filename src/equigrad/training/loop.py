@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
-from equigrad.fields import CountFrom0, Infinite, Positive, expect
+from equigrad.evaluation import check_tensors
+from equigrad.fields import CountFrom0, Infinite, NotNegative, Positive, expect
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
+from equigrad.wording import shown
 
 Row = dict[str, float | int | str]
 """What is logged of one outer step."""
@@ -90,7 +93,14 @@ class OuterState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            Exception: it is of another loop, or was never returned by `state_dict`.
+        """
+        expect(CountFrom0, step=state["step"], gradient_evaluations=state["gradient_evaluations"])
+        expect(NotNegative, seconds=state["seconds"])
+        expect(tuple[dict, ...], history=state["history"])
         for what, mine in (("meta_params", self.meta_params), ("params", self.params)):
             there = {name: tuple(t.shape) for name, t in state[what].items()}
             here = {name: tuple(t.shape) for name, t in mine.items()}
@@ -200,6 +210,8 @@ def learn(
     expect(Literal["cold", "warm"], start=start)
     expect(CountFrom0, steps=steps)
     expect(Callable | None, evaluate=evaluate)
+    check_tensors("params", params)
+    check_tensors("meta_params", meta_params)
     computed = [name for name, p in params.items() if p.grad_fn is not None]
     if computed:
         raise ConfigurationError(
@@ -292,7 +304,7 @@ def descend(
             before = state.seconds
             state.seconds = before + time.perf_counter() - began
             state.ends = state.step + 1 >= steps or state.seconds >= limit
-            metrics = {} if evaluate is None else dict(evaluate(state, result))
+            metrics = {} if evaluate is None else _metrics(evaluate(state, result))
             state.seconds = before + time.perf_counter() - began
             state.history.append(_row(state, result, metrics))
             state.step += 1
@@ -306,6 +318,18 @@ def descend(
             for callback in callbacks:
                 ends.callback(callback.on_end, state, error)
     return state
+
+
+def _metrics(found: object) -> dict[str, float]:
+    """What a user's function makes of a step, if it is what a row can hold."""
+    if isinstance(found, Mapping):
+        row = {n: v.item() if getattr(v, "ndim", 1) == 0 else v for n, v in found.items()}
+        if all(isinstance(name, str) and isinstance(v, Real) for name, v in row.items()):
+            return row
+    raise ConfigurationError(
+        f"evaluate and validate must return metrics by name, such as {{'accuracy': 0.9}}, got "
+        f"{shown(found)}"
+    )
 
 
 def _row(state: OuterState, result: MetaGradient, metrics: Mapping[str, float]) -> Row:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.fields import Count, Infinite, NotNegative, Positive, expect, require
+from equigrad.fields import MOST, Count, Infinite, NotNegative, Positive, expect, require
 from equigrad.gradient import MetaGradient, meta_gradient
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
@@ -92,6 +92,7 @@ def train_network(
         f"batch_size must be at most the {len(x)} examples there are, got {batch_size}",
     )
     expect(NotNegative | Infinite, epochs=epochs)
+    expect(int, seed=seed)
     expect(Positive | None, clip=clip)
     meta_params: dict[str, Tensor] = dict(network.named_parameters())
     learned = {name: p for name, p in meta_params.items() if p.requires_grad}
@@ -104,7 +105,7 @@ def train_network(
         epoch, batch = divmod(step, each)
         if epoch not in order:
             order.clear()
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            generator = torch.Generator().manual_seed((1_000_003 * seed + epoch) % MOST)
             order[epoch] = torch.randperm(len(x), generator=generator).to(x.device)
         return order[epoch][batch * batch_size : (batch + 1) * batch_size]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, DataError
+from equigrad.fields import expect
 from equigrad.training.targets import Classes, Target
 
 
@@ -98,6 +99,7 @@ def divide(
         >>> len(rows.train), len(rows.validation), len(rows.test)
         (6, 6, 3)
     """
+    expect(int, seed=seed)
     present, counts = (found.tolist() for found in groups.unique(return_counts=True))
     parts = 2 + (test_share > 0)
     few = [(g, n) for g, n in zip(present, counts, strict=True) if n < parts]

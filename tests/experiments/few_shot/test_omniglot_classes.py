@@ -1,7 +1,9 @@
 """Omniglot's divisions: what each part holds, and that none of it is on two sides."""
 
+import json
 import os
 from functools import cache
+from typing import get_args
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.data import omniglot_archives as drawings
 from equigrad.experiments.data.files import FOLDER
-from equigrad.experiments.few_shot.omniglot_classes import omniglot
+from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
 from equigrad.tasks import NWayKShot
+from helpers import call_main
 
 needs_data = pytest.mark.skipif(
     FOLDER not in os.environ, reason=f"{FOLDER} names no folder with the images"
@@ -42,6 +45,20 @@ def sizes(split):
 
 
 @pytest.mark.usefixtures("made_up_characters")
+@pytest.mark.parametrize("scale", ["paper", "smoke"])
+@pytest.mark.parametrize("split", get_args(SplitName))
+def test_every_split_runs_at_every_scale(scale, split, tmp_path, capsys):
+    short = ["--side", 16, "--filters", 2, "--tasks", 1, "--outer-steps", 1, "--threads", 1]
+    short += ["--solver.max-steps", 1, "--nudged-steps", 1, "--test-steps", 1, "--test-tasks", 2]
+    words = ["--scale", scale, "--split", split, *short, "--out", tmp_path / "run"]
+    code, said = call_main("run", "omniglot", *words, capsys=capsys)
+    assert code == 0, said
+    assert f"Omniglot {split}: " in said
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert ("validation_accuracy" in metrics) == (scale != "paper")
+
+
+@pytest.mark.usefixtures("made_up_characters")
 def test_parts_are_as_their_name_says():
     split = omniglot(side=4)
     assert sizes(split) == {"train": 864, "validation": 100, "test": 659}
@@ -60,6 +77,10 @@ def test_parts_are_as_their_name_says():
     mixed = omniglot("1100-100-423", side=4)
     assert sizes(mixed) == {"train": 1100, "validation": 100, "test": 423}
     assert mixed.note.startswith("Omniglot 1100-100-423: 1100 classes for meta-training, 100 for")
+    whole = omniglot("1100-100-423", side=4, held_out=0)
+    assert sizes(whole) == {"train": 1100, "test": 423}
+    assert (whole.train.names, whole.test.names) == (mixed.train.names, mixed.test.names)
+    assert whole.note == f"{mixed.note}; validation is left aside"
     # by chance, 964 / 1623 of every part are of the background
     for part in mixed.parts.values():
         share = sum(name.startswith("background") for name in part.names) / len(part)

@@ -241,6 +241,10 @@ def test_models_that_cannot_be_asked(run_folder, tmp_path, capsys):
         code, said = said_of(broken)
         assert (code, f"{broken} cannot be read" in said, "checksum" in said) == (2, True, True)
     later = torch.load(run_folder / "kinds" / "model.pt", weights_only=True)
+    renamed = {f"{name}x": p for name, p in later["params"].items()}
+    torch.save({**later, "params": renamed}, broken)
+    code, said = said_of(broken)
+    assert (code, "cannot be read as a model" in said) == (2, True)
     torch.save({**later, "format": "equigrad model 9"}, broken)
     code, said = said_of(broken)
     assert (code, PREDICTOR in said) == (2, True)

@@ -100,7 +100,7 @@ class Omniglot(FewShot):
     """How characters are divided between meta-training, validation and test."""
 
     held_out: int = 100
-    """Characters of the background for validation; 0, as in the paper, keeps the last state."""
+    """Characters for validation; 0, as in the paper, keeps the last state."""
 
     rotations: bool = True
     """In meta-training, whether a character turned by 90°, 180° or 270° is another class."""

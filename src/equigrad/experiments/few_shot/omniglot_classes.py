@@ -34,12 +34,13 @@ def omniglot(
       alphabets are the meta-test, in their order. Of the 964 background characters, `held_out` are
       for validation. Zucchet et al. 2022 learned from all 964 and had no validation: `held_out=0`.
     - `1100-100-423`: all characters together, divided at random; the alphabets are on all sides.
-      The sizes are those of learn2learn, the draw is our own.
+      The sizes are those of learn2learn, the draw is our own. With `held_out=0` the 100 are left
+      aside.
 
     Args:
         split_name: which division.
         side: height and width of a drawing.
-        held_out: background characters for validation; 0 for none.
+        held_out: characters for validation: any number of the background, or 0 for none.
         seed: draws which characters are for what; keep it while the seed of a run changes.
 
     Returns:
@@ -55,14 +56,17 @@ def omniglot(
             f"got {split_name!r}"
         )
     if split_name == "1100-100-423":
-        if held_out != HELD_OUT:
+        if held_out not in (0, HELD_OUT):
             raise ConfigurationError(
                 f"{split_name} has {HELD_OUT} characters for validation, and held_out asks for "
-                f"{held_out}; leave it out, or take 'background-evaluation'"
+                f"{held_out}; take {HELD_OUT}, 0 for none, or 'background-evaluation'"
             )
         everything = _characters("background", "evaluation", side=side)
         split = split_classes(everything, train=1100, validation=HELD_OUT, test=423, seed=seed)
-        return replace(split, note=f"Omniglot {split_name}: {split.note}")
+        note = f"Omniglot {split_name}: {split.note}"
+        if held_out == 0:
+            return replace(split, validation=None, note=f"{note}; validation is left aside")
+        return replace(split, note=note)
     background = _characters("background", side=side)
     if not 0 <= held_out < len(background):
         raise ConfigurationError(

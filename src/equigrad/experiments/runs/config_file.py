@@ -1,13 +1,13 @@
 """Settings read from JSON: a run's `config.json`, a search's `best.json`, or a part of one."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from equigrad.errors import ConfigurationError
+from equigrad.training.files import load_json
 
 CHOOSERS = ("setting", "scale", "estimator", "method")
 """Options that choose the defaults of the others."""
@@ -69,7 +69,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ConfigurationError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path.read_bytes())
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -150,7 +150,7 @@ def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> A
         return dataclasses.replace(start, **values)
     try:
         return made(**values)
-    except TypeError as error:
+    except (TypeError, ConfigurationError) as error:
         raise ConfigurationError(f"{where.rstrip('.')}: {error}") from error
 
 

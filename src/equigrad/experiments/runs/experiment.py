@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
 
 from equigrad.estimators import Estimator
-from equigrad.fields import Checked, Count, CountFrom0, Positive, expect, require
+from equigrad.fields import Checked, Count, CountFrom0, Positive, Threads, expect, require
 from equigrad.training.device import DeviceName, DtypeName
 
 ScaleName = Literal["smoke", "small", "paper"]
@@ -59,7 +59,7 @@ class Experiment(Checked):
     dtype: DtypeName = "float32"
     """Floating-point type."""
 
-    threads: Count = 2
+    threads: Threads = 2
     """CPU threads."""
 
     @property

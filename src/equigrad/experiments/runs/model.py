@@ -182,7 +182,10 @@ def load_model(path: Path | str) -> Model:
         "a model is saved at the end of `equigrad run tabular`, `run folder` and `run equilibrium`"
     )
     with saved_model(path, PREDICTOR, what="a model", saved=saved) as loaded:
-        return Model(params=loaded["params"], **{part: _made(loaded.get(part)) for part in PARTS})
+        parts = {part: _made(loaded.get(part)) for part in PARTS}
+        model = Model(params=loaded["params"], **parts)
+        model.network()  # whether its weights fit
+        return model
 
 
 def restored(kind: type[Configured], written: Mapping[str, Any]) -> Configured:

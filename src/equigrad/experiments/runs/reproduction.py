@@ -4,7 +4,7 @@ import csv
 import functools
 import io
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, ScaleName
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.run_folders import IN_TABLE
-from equigrad.fields import Checked, Count, require
+from equigrad.fields import Checked, Threads, require
 from equigrad.training.device import DeviceName
 from equigrad.training.files import write_whole
 
@@ -33,7 +33,7 @@ SAVE_EVERY = 1.0
 """Seconds between two writes of the table."""
 
 
-class Reproduction(Checked, ABC):
+class Reproduction(Checked):
     """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
 
     Attributes:
@@ -77,7 +77,7 @@ class ByExperiments(Reproduction):
     scale: ScaleName = "small"
     """Presets the hyperparameters; `paper` takes those of the paper."""
 
-    threads: Count = 2
+    threads: Threads = 2
     """CPU threads."""
 
     device: DeviceName = "auto"

@@ -12,7 +12,7 @@ from typing import Any
 from equigrad.errors import RunError
 from equigrad.experiments.runs.experiment import Experiment
 from equigrad.training.device import pick_device
-from equigrad.training.files import write_whole
+from equigrad.training.files import load_json, write_whole
 
 
 class RunDirectory:
@@ -142,14 +142,25 @@ def default_directory(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+class _Content(dict[str, Any]):
+    """What a file of JSON holds."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise RunError(f"{self._path} is damaged: it lacks {key!r}; give another --out")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = load_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); give another --out") from error
-    return content
+    return _Content(path, content)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """Reading of run directories for the report, unfinished and damaged ones included."""
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from equigrad.errors import RunError
-from equigrad.training.files import load_tensors
+from equigrad.training.files import load_json, load_tensors
 
 T = TypeVar("T")
 
@@ -196,7 +195,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    found = json.loads(content)
+    found = load_json(content)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON object was expected, not {type(found).__name__}")
     return found

@@ -25,7 +25,7 @@ from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
 from equigrad.experiments.runs.model import Model
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
-from equigrad.fields import Count, CountFrom0, NotNegative, Positive, require
+from equigrad.fields import Count, CountFrom0, NotNegative, Positive, Threads, require
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
 from equigrad.training import (
@@ -161,7 +161,7 @@ class LearningAlike(StrengthLearning):
     nudged_steps: Count = 100
     """Steps of each nudged phase."""
 
-    threads: Count = 1
+    threads: Threads = 1
     """CPU threads."""
 
     def recipe(self, name: EstimatorName) -> Recipe:
