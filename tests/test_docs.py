@@ -42,6 +42,17 @@ def test_the_accuracy_page_keeps_its_promise():
     assert error <= result.error_estimate <= 1e-3
 
 
+def test_the_page_on_argmin_gives_its_gradients():
+    (scope,) = run_examples("argmin.md", "eg.argmin(")
+    grads = [p.grad for p in scope["net"].parameters()]
+    assert all(grad.any() for grad in grads)
+    assert scope["log"].grad.any()
+    assert scope["fit"].gradient.error_estimate < 0.1
+    (scope,) = run_examples("argmin.md", "eg.fixed_point(")
+    assert scope["rest"].phase.outcome == "converged"
+    assert scope["w"].grad.any()
+
+
 def test_the_page_on_equilibrium_layers_settles():
     scopes = run_examples("equilibrium-layers.md", "eg.nn.EquilibriumLayer(\n")
     assert len(scopes) == 2
