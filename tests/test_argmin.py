@@ -373,6 +373,7 @@ def test_a_learner_that_diverges_is_named():
             eg.ProblemError,
             "start 'w', 'b' requires a gradient.*forgotten where it started.*Unrolled",
         ),
+        ({"samples": True}, eg.ProblemError, r"dimension of all params.*'w' \(3,\), 'b' \(\)"),
         ({"solver": None}, eg.ConfigurationError, "solver"),
         ({"estimator": 3}, eg.ConfigurationError, "estimator"),
         ({"estimator": eg.LeastControl()}, eg.ConfigurationError, "argmin knows its loss by"),
@@ -425,6 +426,25 @@ def test_a_start_that_is_learned(estimator):
         p = {n: t - 0.05 * g for (n, t), g in zip(p.items(), slopes, strict=True)}
     exact = torch.autograd.grad(p["w"].sum() + p["b"].square(), [*first.values(), s])
     torch.testing.assert_close(found, exact, atol=0, rtol=1e-12)
+
+
+def test_a_start_that_is_among_the_meta_parameters():
+    """From θ, in a valley towards θ: both paths count."""
+    theta = {"w": torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)}
+
+    def loss(p, m):
+        return 0.5 * (p["w"] - 3).square().sum() + 0.5 * (p["w"] - m["w"]).square().sum()
+
+    solver = eg.GradientDescent(lr=0.1, max_steps=2)
+    fit = eg.argmin(loss, theta, theta, solver=solver, estimator=eg.Unrolled())
+    (grad,) = torch.autograd.grad(fit["w"].sum(), theta["w"])
+    # w ← 0.8 w + 0.1 θ + 0.3, twice from θ
+    torch.testing.assert_close(grad, torch.full((2,), 0.9 * 0.8 + 0.1, dtype=F64))
+    fit = eg.argmin(
+        lambda p, m: loss(p, {"w": 0}), theta, theta, solver=solver, estimator=eg.MAML()
+    )
+    (grad,) = torch.autograd.grad(fit["w"].sum(), theta["w"])
+    torch.testing.assert_close(grad, torch.full((2,), 0.64, dtype=F64))
 
 
 def settled_from(first, s, estimator):

@@ -11,7 +11,7 @@ from torch import Tensor
 from equigrad.buffers import find_modules
 from equigrad.diagnostics.first_look import first_look
 from equigrad.diagnostics.own_weights import checkpoints_named
-from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, START, Equilibrium, LinearLoss
+from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium, LinearLoss
 from equigrad.errors import ConfigurationError, ProblemError, SettlingWarning
 from equigrad.estimators import Adjoint, Contrastive, Estimator, Reptile
 from equigrad.estimators.estimator import serving
@@ -223,8 +223,8 @@ class _Call:
         self._check(start)
         recorded = torch.is_grad_enabled()
         tensors = dict(self.meta_params)
-        if any(p.requires_grad for p in start.values()):
-            tensors |= {START + name: p for name, p in start.items()}
+        sources = self._sources(start)
+        tensors |= {own: start[name] for name, own in sources.items()}
         learned = {n: t.detach().requires_grad_() for n, t in tensors.items() if t.requires_grad}
         learned = learned if recorded else {}
         floats = {n: t.detach() for n, t in tensors.items() if t.is_floating_point()}
@@ -238,14 +238,14 @@ class _Call:
             reaches=None if learned else {"inner": [*floats], "outer": []},
             **known,
         )
-        begin = {n: learned.get(START + n, p.detach()) for n, p in start.items()}
+        begin = {n: learned.get(sources.get(n, ""), p.detach()) for n, p in start.items()}
         report = _Report()
         with (
             torch.inference_mode(False),
             checkpoints_named(),
             Evaluation(made, begin, learned or floats) as evaluation,
         ):
-            equilibrium = self._equilibrium(evaluation, report)
+            equilibrium = self._equilibrium(evaluation, sources, report)
             if recorded:
                 self._look_for_strays(evaluation)
             if learned:
@@ -286,7 +286,14 @@ class _Call:
                 "FirstOrderMAML() or MAML()"
             )
 
-    def _equilibrium(self, evaluation: Evaluation, report: _Report) -> Equilibrium:
+    def _sources(self, start: Params) -> dict[str, str]:
+        """The names of what params start from where that is learned: those of θ, or their own."""
+        named = {id(tensor): name for name, tensor in self.meta_params.items()}
+        return {n: named.get(id(p), f"start {n}") for n, p in start.items() if p.requires_grad}
+
+    def _equilibrium(
+        self, evaluation: Evaluation, sources: dict[str, str], report: _Report
+    ) -> Equilibrium:
         """What the graph keeps."""
         if self.estimator.traits.minimum:
             why = KNOWN_BY_ITS_COTANGENT.format(who=self.kind, cotangent="∂L/∂φ*", state="φ*")
@@ -306,6 +313,7 @@ class _Call:
             estimator=self.estimator,
             say=self._say,
             samples=self.samples,
+            sources=sources,
             report=report,
         )
 

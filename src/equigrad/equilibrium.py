@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,6 @@ from equigrad.problems.lowered import full_precision
 from equigrad.results import MetaGradient
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
-
-START = "start.."
-"""Begins the names of what settling starts from, where that is learned."""
 
 NEGLIGIBLE = 1e-2
 """With an estimated error below this, what an estimator has to say is no warning."""
@@ -63,6 +60,7 @@ class Equilibrium:
         estimator: how the gradient is had.
         say: tells the user, once for `forward` and once for `backward`.
         samples: whether samples settle on their own.
+        sources: the tensors that params start from, where those are learned, by name of both.
         report: is handed what every backward pass found; None where nobody wants an estimate of
             its error.
     """
@@ -73,6 +71,7 @@ class Equilibrium:
     estimator: Estimator
     say: Callable[[str, Callable[[], str]], None]
     samples: bool
+    sources: Mapping[str, str] = field(default_factory=dict)
     report: Callable[[MetaGradient], None] | None = None
 
     def settle(self, evaluation: Evaluation) -> Settled:
@@ -109,8 +108,8 @@ class Equilibrium:
         Args:
             settled: where it ended.
             seed: of the random numbers that it drew.
-            tensors: by name, whatever the problem is made of. Those named `START` and a name of φ
-                are what that started from.
+            tensors: by name, whatever the problem is made of, and what it started from where that
+                is learned.
             start: where it started, for estimators that take the steps again.
         """
         outputs = _Equilibrium.apply(self, settled, seed, start, list(tensors), *tensors.values())
@@ -142,7 +141,8 @@ class Equilibrium:
         params, end = settled.params, settled
         if not self.estimator.traits.equilibrium and start is not None:
             learned = {name: t.detach().requires_grad_() for name, t in learned.items()}
-            params, end = {n: learned.get(START + n, p) for n, p in start.items()}, None
+            sources = self.sources
+            params, end = {n: learned.get(sources.get(n, ""), p) for n, p in start.items()}, None
         with (
             full_precision([*params.values(), *learned.values()]),
             Evaluation(

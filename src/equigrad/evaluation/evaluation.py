@@ -5,14 +5,13 @@ from typing import Self
 
 from torch import nn
 
-from equigrad.errors import ProblemError
 from equigrad.evaluation import derivatives, phases
 from equigrad.evaluation.reaches import find_reaches
 from equigrad.evaluation.scene import Judged, Scene
 from equigrad.evaluation.stage import Stage
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
-from equigrad.evaluation.tensors import check_tensors
+from equigrad.evaluation.tensors import check_samples, check_tensors
 from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import lower_precision, lowered
 from equigrad.solvers import Settled
@@ -50,8 +49,8 @@ class Evaluation(Scene):
     ) -> None:
         check_tensors("params", params)
         check_tensors("meta_params", meta_params)
-        if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
-            raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
+        if problem.samples:
+            check_samples(params)
         given = [*params.values(), *meta_params.values()]
         lower, problem = lower_precision(given), lowered(problem, given)
         start, tally = Start(params, meta_params), Tally()
