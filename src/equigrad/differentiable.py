@@ -243,7 +243,7 @@ class _Call:
         with (
             torch.inference_mode(False),
             checkpoints_named(),
-            Evaluation(made, begin, learned or floats) as evaluation,
+            Evaluation(made, begin, learned or floats, solver=self.solver) as evaluation,
         ):
             equilibrium = self._equilibrium(evaluation, sources, report)
             if recorded:

@@ -146,7 +146,7 @@ class Equilibrium:
         with (
             full_precision([*params.values(), *learned.values()]),
             Evaluation(
-                self.problem(tensors, learned, unit), params, learned, end, seed
+                self.problem(tensors, learned, unit), params, learned, end, seed, self.solver
             ) as evaluation,
         ):
             judged = self.report is not None

@@ -75,7 +75,10 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
     expect(Problem, problem=problem)
     expect(Solver, solver=solver)
     check_settings(solver)
-    with checkpoints_named(), Evaluation(problem, params, meta_params) as evaluation:
+    with (
+        checkpoints_named(),
+        Evaluation(problem, params, meta_params, solver=solver) as evaluation,
+    ):
         with _explaining(evaluation):
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
@@ -162,7 +165,10 @@ def meta_gradient(
         expect(Settled, settled=settled)
         settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
-    with checkpoints_named(), Evaluation(problem, params, meta_params, end, seed) as evaluation:
+    with (
+        checkpoints_named(),
+        Evaluation(problem, params, meta_params, end, seed, solver) as evaluation,
+    ):
         result = estimated(evaluation, solver, estimator, first=True)
     remedy = (
         "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"

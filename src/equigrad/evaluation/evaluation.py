@@ -14,7 +14,7 @@ from equigrad.evaluation.tally import Tally
 from equigrad.evaluation.tensors import check_samples, check_tensors
 from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import lower_precision, lowered
-from equigrad.solvers import Settled
+from equigrad.solvers import Settled, Solver
 from equigrad.vectors import tracked
 from equigrad.wording import listed
 
@@ -34,6 +34,7 @@ class Evaluation(Scene):
         meta_params: θ.
         settled: where the free phase has ended already, if it has.
         seed: of the random numbers that it drew, in that case.
+        solver: of which θ may be settings.
 
     Raises:
         ProblemError: losses or parameters are not what they have to be.
@@ -46,6 +47,7 @@ class Evaluation(Scene):
         meta_params: Params,
         settled: Settled | None = None,
         seed: int | None = None,
+        solver: Solver | None = None,
     ) -> None:
         check_tensors("params", params)
         check_tensors("meta_params", meta_params)
@@ -68,7 +70,10 @@ class Evaluation(Scene):
         stage = Stage(problem.modules or (), tensors, seed)
         with ExitStack() as opened:
             opened.enter_context(stage)
-            reaches = find_reaches(problem, detached, constants, start, stage.randomness, tally)
+            schedules = {} if solver is None else solver.schedules()
+            reaches = find_reaches(
+                problem, detached, constants, start, stage.randomness, tally, schedules
+            )
             opened.pop_all()
         super().__init__(
             problem=problem,

@@ -61,6 +61,10 @@ class Position:
             self._seen = versions, self.velocity(self.params, self.step)
         return self._seen[1]
 
+    def number(self) -> int:
+        """That of the step that comes next."""
+        return self.step
+
     def loss(self) -> Tensor:
         """The loss without a gradient."""
         return self._loss(self.params, self.step)
