@@ -53,6 +53,13 @@ def test_the_page_on_argmin_gives_its_gradients():
     assert scope["w"].grad.any()
 
 
+def test_the_page_on_learned_rates_has_a_gradient_of_each():
+    (scope,) = run_examples("learned-rates.md")
+    result = scope["result"]
+    assert sorted(result.grads) == ["bias", "weight"]
+    assert all(grad < 0 for grad in result.grads.values())  # larger steps would do better
+
+
 def test_the_page_on_equilibrium_layers_settles():
     scopes = run_examples("equilibrium-layers.md", "eg.nn.EquilibriumLayer(\n")
     assert len(scopes) == 2

@@ -22,6 +22,7 @@ class RuleSteps(Solver):
     """
 
     differentiable: ClassVar[bool] = True
+    functional: ClassVar[bool] = True
 
     rule: UpdateRule
     options: Mapping[str, Any]

@@ -68,11 +68,14 @@ class Solver(Checked, ABC):
             where the one before at least halved it.
         differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
             alone and evaluates no `objective`, so that it can be differentiated as it stands.
+        functional: class attribute; whether `update`, where a graph is recorded, puts new tensors
+            into its lists and leaves those that were there as they are.
     """
 
     fixed_loss: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
+    functional: ClassVar[bool] = False
 
     max_steps: Count | None = 1000
     tol: Annotated[Positive | None, Rule(remedy="None runs all max_steps")] = None

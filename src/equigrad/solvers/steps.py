@@ -136,8 +136,9 @@ class RecordedSteps(EagerSteps):
     def take(self) -> bool:
         """Move copies: the parameters before are part of the graph."""
         with torch.enable_grad():
-            self.leaves = [p.clone() for p in self.leaves]
-            self.state = [s.clone() for s in self.state]
+            kept = self.solver.functional
+            self.leaves = [p if kept else p.clone() for p in self.leaves]
+            self.state = [s if kept else s.clone() for s in self.state]
             self.solver.update(self.leaves, self._velocity, self.state, self.objective)
         self.position.params = dict(zip(self.position.params, self.leaves, strict=True))
         self._advance(1)

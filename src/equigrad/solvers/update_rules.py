@@ -23,7 +23,7 @@ class UpdateRule:
 
     Attributes:
         step: `(p, g, buffers, settings, t) -> p, buffers`.
-        buffers: how many a parameter has.
+        buffers: how many a parameter has, used or not.
     """
 
     step: Step
@@ -34,7 +34,7 @@ def sgd(
     p: Tensor, g: Tensor, buffers: Buffers, o: dict[str, Any], t: int
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.optim.SGD`."""
-    g = g + o["weight_decay"] * p
+    g = _pulled(p, g, o)
     if is_zero(o["momentum"]):
         return p - o["lr"] * g, [*buffers]
     (m,) = buffers
@@ -50,9 +50,11 @@ def adam(
     p, g = _decayed(p, g, o)
     m, v, top = buffers
     b1, b2 = o["betas"]
-    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g * g
-    top = torch.maximum(top, v) if o["amsgrad"] else v
-    size = root(top) / (1 - b2**t) ** 0.5 + o["eps"]
+    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g.square()
+    largest = v
+    if o["amsgrad"]:
+        largest = top = torch.maximum(top, v)
+    size = root(largest) / (1 - b2**t) ** 0.5 + o["eps"]
     return p - o["lr"] / (1 - b1**t) * m / size, [m, v, top]
 
 
@@ -60,21 +62,25 @@ def rmsprop(
     p: Tensor, g: Tensor, buffers: Buffers, o: dict[str, Any], t: int
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.optim.RMSprop`."""
-    g = g + o["weight_decay"] * p
+    g = _pulled(p, g, o)
     square, mean, m = buffers
     alpha = o["alpha"]
-    square, mean = alpha * square + (1 - alpha) * g * g, mean + (1 - alpha) * (g - mean)
-    size = root(square - mean * mean if o["centered"] else square) + o["eps"]
-    m = g / size if is_zero(o["momentum"]) else o["momentum"] * m + g / size
-    return p - o["lr"] * m, [square, mean, m]
+    variance = square = alpha * square + (1 - alpha) * g.square()
+    if o["centered"]:
+        mean = mean + (1 - alpha) * (g - mean)
+        variance = square - mean.square()
+    move = g / (root(variance) + o["eps"])
+    if not is_zero(o["momentum"]):
+        move = m = o["momentum"] * m + move
+    return p - o["lr"] * move, [square, mean, m]
 
 
 def adagrad(
     p: Tensor, g: Tensor, buffers: Buffers, o: dict[str, Any], t: int
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.optim.Adagrad`."""
-    g = g + o["weight_decay"] * p
-    total = buffers[0] + g * g
+    g = _pulled(p, g, o)
+    total = buffers[0] + g.square()
     if t == 1:
         total = total + o["initial_accumulator_value"]
     lr = o["lr"] / (1 + (t - 1) * o["lr_decay"])
@@ -85,7 +91,7 @@ def adamax(
     p: Tensor, g: Tensor, buffers: Buffers, o: dict[str, Any], t: int
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.optim.Adamax`."""
-    g = g + o["weight_decay"] * p
+    g = _pulled(p, g, o)
     m, top = buffers
     b1, b2 = o["betas"]
     m, top = m + (1 - b1) * (g - m), torch.maximum(b2 * top, g.abs() + o["eps"])
@@ -102,7 +108,7 @@ def nadam(
     now, then = (b1 * (1 - 0.5 * 0.96 ** (k * o["momentum_decay"])) for k in (t, t + 1))
     # the product of all of them so far; its buffer begins at zero
     product = now * (1 if t == 1 else product) + torch.zeros_like(product)
-    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g * g
+    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g.square()
     size = root(v / (1 - b2**t)) + o["eps"]
     move = (1 - now) / (1 - product) * g + then / (1 - product * then) * m
     return p - o["lr"] * move / size, [m, v, product]
@@ -115,7 +121,7 @@ def radam(
     p, g = _decayed(p, g, o)
     m, v = buffers
     b1, b2 = o["betas"]
-    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g * g
+    m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g.square()
     move = m / (1 - b1**t)
     b2 = torch.as_tensor(b2, dtype=p.dtype if isinstance(b2, Tensor) else torch.float64)
     most = 2 / (1 - b2) - 1
@@ -140,9 +146,8 @@ UPDATE_RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
 
 
 def root(square: Tensor) -> Tensor:
-    """The square root of what is positive; zero, with a derivative of zero, elsewhere."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    """The square root; where it meets zero, next to it, with a derivative of zero."""
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 def is_zero(setting: Any) -> bool:
@@ -150,8 +155,13 @@ def is_zero(setting: Any) -> bool:
     return not isinstance(setting, Tensor) and setting == 0
 
 
+def _pulled(p: Tensor, g: Tensor, o: dict[str, Any]) -> Tensor:
+    """The gradient with the weight decay in it."""
+    return g if is_zero(o["weight_decay"]) else g + o["weight_decay"] * p
+
+
 def _decayed(p: Tensor, g: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The weight decay: beside the gradient, or in it."""
-    if o["decoupled_weight_decay"]:
-        return p * (1 - o["lr"] * o["weight_decay"]), g
-    return p, g + o["weight_decay"] * p
+    if not o["decoupled_weight_decay"] or is_zero(o["weight_decay"]):
+        return p, _pulled(p, g, o)
+    return p * (1 - o["lr"] * o["weight_decay"]), g
