@@ -72,6 +72,24 @@ def test_the_accuracy_page_keeps_its_promise():
     assert error <= result.error_estimate <= 1e-3
 
 
+def test_the_page_on_argmin_gives_its_gradients():
+    (scope,) = run_examples("argmin.md", "eg.argmin(")
+    grads = [p.grad for p in scope["net"].parameters()]
+    assert all(grad.any() for grad in grads)
+    assert scope["log"].grad.any()
+    assert scope["fit"].gradient.error_estimate < 0.1
+    (scope,) = run_examples("argmin.md", "eg.fixed_point(")
+    assert scope["rest"].phase.outcome == "converged"
+    assert scope["w"].grad.any()
+
+
+def test_the_page_on_learned_rates_has_a_gradient_of_each():
+    (scope,) = run_examples("learned-rates.md")
+    result = scope["result"]
+    assert sorted(result.grads) == ["bias", "weight"]
+    assert all(grad < 0 for grad in result.grads.values())  # larger steps would do better
+
+
 def test_the_page_on_equilibrium_layers_settles():
     scopes = run_examples("equilibrium-layers.md", "eg.nn.EquilibriumLayer(\n")
     assert len(scopes) == 2

@@ -14,6 +14,7 @@ import torch
 import equigrad as eg
 from equigrad.fields import DIFFERENT, Checked, Count, Positive, Rule, expect
 from equigrad.nn import LearnedStart
+from equigrad.solvers.update_rules import UPDATE_RULES
 
 NUMBERS = (float, int)
 GIVEN: dict[str, Any] = {
@@ -22,6 +23,8 @@ GIVEN: dict[str, Any] = {
     "model": LearnedStart(torch.nn.Linear(1, 1)),
     "solver": eg.Picard(),
     "estimator": eg.Contrastive(),
+    "rule": UPDATE_RULES[torch.optim.SGD],
+    "options": {},
 }
 """Values of fields without a default; others are functions."""
 
@@ -90,6 +93,8 @@ def test_no_family_is_left_out():
 def test_a_wrong_value_is_named(kind, name, values):
     right = make(kind)
     for value in values:
+        if name in kind.scheduled and value is torch.ones:  # a function of θ and the step, maybe
+            continue
         with pytest.raises(eg.EquigradError) as caught:
             replace(right, **{name: value})
         said = str(caught.value)

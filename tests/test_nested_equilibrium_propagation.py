@@ -151,7 +151,7 @@ def test_an_estimator_with_second_derivatives_is_told_that_there_are_none():
     problem, params, meta = learning()
     with pytest.raises(
         eg.DoubleBackwardError,
-        match="EquilibriumLayer is an estimate that cannot be differentiated",
+        match=r"EquilibriumLayer\(Cell\) is an estimate that cannot be differentiated",
     ):
         eg.meta_gradient(
             problem, params, meta, solver=LEARNER, estimator=eg.GMRES(products="autograd")

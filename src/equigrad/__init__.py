@@ -6,6 +6,7 @@ from equigrad.diagnostics.check import check_meta_gradient
 from equigrad.diagnostics.contraction import spectral_radius
 from equigrad.diagnostics.optimality import column_space_condition
 from equigrad.diagnostics.verdict import Check
+from equigrad.differentiable import SettledParams, argmin, fixed_point
 from equigrad.errors import (
     ConfigurationError,
     CurvatureError,
@@ -100,14 +101,17 @@ __all__ = [
     "Reptile",
     "RunError",
     "Settled",
+    "SettledParams",
     "SettlingError",
     "SettlingWarning",
     "Solver",
     "TorchOptimizer",
     "Unrolled",
+    "argmin",
     "check_meta_gradient",
     "column_space_condition",
     "controllers",
+    "fixed_point",
     "keep_freed_memory",
     "meta_gradient",
     "nn",

@@ -74,14 +74,18 @@ class Checked(metaclass=Constructed):
 
     Attributes:
         refusal: class attribute; what is raised otherwise.
+        scheduled: class attribute; the fields that may be a function instead. Their annotations do
+            not say so, since a command line gives values alone.
     """
 
     refusal: ClassVar[type[EquigradError]] = ConfigurationError
+    scheduled: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, kind in _fields(type(self)):
             value = getattr(self, name)
-            if not (kind.allows(value) or self._awaited(value)):
+            given = name in self.scheduled and callable(value) and not isinstance(value, type)
+            if not (given or kind.allows(value) or self._awaited(value)):
                 who = f"{type(self).__name__}({name}={shown(value)})"
                 raise self.refusal(f"{who}: {_refused(kind, name, value)}")
 

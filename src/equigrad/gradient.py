@@ -1,10 +1,9 @@
 """The one call: a problem, where to start, how to settle, how to estimate."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -13,116 +12,16 @@ from equigrad import solvers
 from equigrad.diagnostics.contraction import explained, verdict
 from equigrad.diagnostics.first_look import first_look
 from equigrad.diagnostics.own_weights import checkpoints_named
-from equigrad.errors import ConfigurationError, ProblemError, SettlingError
+from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
-from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
+from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation
 from equigrad.fields import expect
 from equigrad.problems import Params, Problem
+from equigrad.results import MetaGradient, Settled
 from equigrad.solvers import Phase, Solver
-from equigrad.wording import listed
 
 UNANSWERED = 0.5
 """Phases that have this share of their first residuals left have not answered their nudges."""
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Where a problem has settled, for any number of meta-gradients to start from.
-
-    Attributes:
-        params: the settled φ.
-        buffers: the buffers of the problem's modules there, by name, as in `MetaGradient`.
-        status: in words: whether it settled, then whatever is worth knowing.
-        phase: the report.
-    """
-
-    params: dict[str, Tensor] = field(repr=False)
-    buffers: dict[str, Tensor] = field(repr=False)
-    status: str
-    phase: Phase
-    _end: solvers.Settled = field(repr=False)
-    _seed: int = field(repr=False)
-    _solver: Solver = field(repr=False)
-    _given: dict[str, dict[str, Tensor]] = field(repr=False)
-
-    def _for(self, solver: Solver) -> solvers.Settled:
-        """The free phase's end, with the solver's state where this one can go on from it."""
-        if solver.continues(self._solver):
-            return self._end
-        return dataclasses.replace(self._end, solver_state=None)
-
-    def _require(self, **given: Params) -> None:
-        """Refuse parameters other than those that it settled with."""
-        for what, tensors in given.items():
-            check_tensors(what, tensors)
-            own = self._given[what]
-            if own.keys() != tensors.keys():
-                raise ProblemError(
-                    f"settled is of {what} {listed(own)}, and this call has {listed(tensors)}"
-                )
-            for name, tensor in own.items():
-                if not _same(tensor, tensors[name]):
-                    raise ProblemError(
-                        f"settled is of other values of {what} {name!r} than this call has: it is "
-                        f"where they led, and no other; settle again"
-                    )
-
-
-@dataclass(frozen=True)
-class MetaGradient:
-    """An estimate of `dL_out(φ*(θ), θ)/dθ`, and how it came about.
-
-    Attributes:
-        grads: one tensor a meta-parameter, of its shape, dtype and device.
-        params: the settled φ of the free phase; of the controlled one where an estimator settles
-            no other, which `status` then says.
-        buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
-            for example), by the module's own names; where several of `problem.modules` have some,
-            each name begins with its module's position there. The modules themselves are as they
-            were.
-        outer_loss: `L_out` there, averaged over its batches.
-        status: in words: whether the free phase settled, then whatever is worth knowing.
-        phases: a report for every phase, the free one first if there is one.
-        gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
-            product counts as two). Not counted are those by which a problem that is seen for the
-            first time is checked, four where nothing is wrong.
-        error_estimate: estimated relative error of `grads`, where the estimator has one.
-    """
-
-    grads: dict[str, Tensor] = field(repr=False)
-    params: dict[str, Tensor] = field(repr=False)
-    buffers: dict[str, Tensor] = field(repr=False)
-    outer_loss: float
-    status: str
-    phases: tuple[Phase, ...]
-    gradient_evaluations: int
-    error_estimate: float | None
-    _meta_params: Params = field(repr=False)
-
-    def assign(self) -> None:
-        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.
-
-        A tensor that is a meta-parameter under several names gets the sum of their gradients.
-
-        Raises:
-            ProblemError: a meta-parameter is computed from other tensors, where no optimiser would
-                look for a gradient. None is written then.
-        """
-        for name in self.grads:
-            tensor = self._meta_params[name]
-            if not tensor.is_leaf and not tensor.retains_grad:
-                raise ProblemError(
-                    f"meta-parameter {name!r} is computed from other tensors, and a .grad written "
-                    f"to it would not reach them. To add to theirs, call torch.autograd.backward("
-                    f"[meta_params[n] for n in result.grads], list(result.grads.values())); or let "
-                    f"meta_params hold those tensors and compute {name!r} in the losses"
-                )
-        total: dict[int, Tensor] = {}
-        for name, grad in self.grads.items():
-            key = id(self._meta_params[name])
-            total[key] = total[key] + grad if key in total else grad.clone()
-        for name in self.grads:
-            self._meta_params[name].grad = total[id(self._meta_params[name])]
 
 
 @torch.inference_mode(False)
@@ -175,8 +74,11 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
     """
     expect(Problem, problem=problem)
     expect(Solver, solver=solver)
-    _check_settings(solver)
-    with checkpoints_named(), Evaluation(problem, params, meta_params) as evaluation:
+    check_settings(solver)
+    with (
+        checkpoints_named(),
+        Evaluation(problem, params, meta_params, solver=solver) as evaluation,
+    ):
         with _explaining(evaluation):
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
@@ -257,44 +159,79 @@ def meta_gradient(
     expect(Problem, problem=problem)
     expect(Solver, solver=solver)
     expect(Estimator, estimator=estimator)
-    _check_settings(solver)
+    check_settings(solver)
     end = seed = None
     if settled is not None:
         expect(Settled, settled=settled)
         settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
-    with checkpoints_named(), Evaluation(problem, params, meta_params, end, seed) as evaluation:
-        estimator.check(evaluation, solver)
-        if settled is not None:
-            estimator.check_settled(evaluation)
-        with _explaining(evaluation):
-            estimate = estimator.estimate(evaluation, solver)
-            error_estimate = estimate.error()
-        free = estimate.phases[0]
-        _judge(free, evaluation, solver)
-        if evaluation.lower and any(s.phase.failed for s in estimate.phases):
-            said = _rounding(evaluation.lower, problem.symmetric)
-            _refuse_unanswered(estimate.phases[1:], said)
-            evaluation.tally.note(said)
-        first_look(evaluation, free, estimator)
-        outer_loss = evaluation.outer_loss(free).item()
-        buffers = evaluation.stage.named_buffers(free)
+    with (
+        checkpoints_named(),
+        Evaluation(problem, params, meta_params, end, seed, solver) as evaluation,
+    ):
+        result = estimated(evaluation, solver, estimator, first=True)
     remedy = (
         "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"
     )
-    _check_finite(estimate.grads, outer_loss, remedy)
+    _check_finite(result.grads, result.outer_loss, remedy)
+    return result
+
+
+def estimated(
+    evaluation: Evaluation,
+    solver: Solver,
+    estimator: Estimator,
+    *,
+    first: bool,
+    judged: bool = True,
+) -> MetaGradient:
+    """What an estimator says of an evaluation's problem: the one way to every gradient.
+
+    Args:
+        evaluation: of the problem, and of its free phase where that has been settled.
+        solver: settles the phases.
+        estimator: how the gradient is had.
+        first: whether nobody has looked yet at the problem where it settles.
+        judged: whether an estimate of the error may take further evaluations.
+    """
+    estimator.check(evaluation, solver)
+    if evaluation.settled is not None:
+        estimator.check_settled(evaluation)
+    with _explaining(evaluation):
+        estimate = estimator.estimate(evaluation, solver)
+        error_estimate = estimate.error() if judged else estimate.error_estimate
+    free = estimate.phases[0]
+    if first:
+        _look(evaluation, solver, estimator, estimate.phases)
+    outer_loss = evaluation.outer_loss(free).item()
     phases = tuple(settled.phase for settled in estimate.phases)
     return MetaGradient(
         grads=estimate.grads,
         params=free.params,
-        buffers=buffers,
+        buffers=evaluation.stage.named_buffers(free),
         outer_loss=outer_loss,
         status=_status(phases, estimate.grads, evaluation.tally.notes),
         phases=phases,
         gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=error_estimate,
-        _meta_params=meta_params,
+        _meta_params=evaluation.start.meta_params,
     )
+
+
+def _look(
+    evaluation: Evaluation,
+    solver: Solver,
+    estimator: Estimator,
+    phases: tuple[solvers.Settled, ...],
+) -> None:
+    """Note, or refuse, what is wrong with a problem that nobody has looked at yet."""
+    free = phases[0]
+    _judge(free, evaluation, solver)
+    if evaluation.lower and any(s.phase.failed for s in phases):
+        said = _rounding(evaluation.lower, evaluation.problem.symmetric)
+        _refuse_unanswered(phases[1:], said)
+        evaluation.tally.note(said)
+    first_look(evaluation, free, estimator)
 
 
 @contextmanager
@@ -315,16 +252,11 @@ def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> Non
         evaluation.tally.note(verdict(evaluation, free, solver))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are alike in dtype and device, and equal."""
-    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
-
-
 def _copies(tensors: Params) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _check_settings(solver: Solver) -> None:
+def check_settings(solver: Solver) -> None:
     """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
     options = getattr(solver, "options", None)
     settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}

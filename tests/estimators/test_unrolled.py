@@ -283,11 +283,17 @@ def test_segments_hold_the_graph_of_one_segment_at_a_time():
 
 def test_a_solver_that_cannot_be_differentiated():
     quadratic = Quadratic(dim=3)
-    adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, max_steps=5)
+    solvers = {
+        "LBFGS": eg.TorchOptimizer(optimizer=torch.optim.LBFGS, max_steps=5),
+        "Adadelta": eg.TorchOptimizer(optimizer=torch.optim.Adadelta, max_steps=5),
+        "LBFGS ": eg.LBFGS(max_steps=5),
+        "BlackBox": eg.BlackBox(lambda objective, x: x),
+    }
     for estimator in (eg.Unrolled(), eg.ForwardMode(), eg.Unrolled(segment=2)):
-        for solver in (adam, eg.LBFGS(max_steps=5), eg.BlackBox(lambda objective, x: x)):
+        for name, solver in solvers.items():
             with pytest.raises(
-                eg.ConfigurationError, match=f"{type(solver).__name__} are not.*GradientDescent"
+                eg.ConfigurationError,
+                match=f"{name.strip()} are not.*GradientDescent.*Adam.*RAdam",
             ):
                 eg.meta_gradient(
                     quadratic.problem,

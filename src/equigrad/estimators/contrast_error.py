@@ -94,10 +94,12 @@ def contrast_error(
     The outer force at a nudged solution differs from that at the free one by a share of order β,
     its bend; the error of finite β is the bend to the power of the scheme's order. Symmetric phases
     also tell how far the response is from a straight line, again of order β, which takes the place
-    of one bend in two: where the inner loss is quadratic and the nudge a force, both are exact.
+    of one bend in two: where the inner loss is quadratic and the nudge a force, both are exact. An
+    outer loss that is linear, as that of `argmin`, has no bend; then the inner velocity's is taken.
 
     Args:
-        evaluation: evaluates, and counts a gradient of the outer loss for up to two phases.
+        evaluation: evaluates, and counts a gradient of the outer loss for up to two phases, and
+            five of the inner one where that is linear.
         free: the free solution.
         ends: where the phases ended.
         halves: where they stood half-way, if that is known.
@@ -113,7 +115,9 @@ def contrast_error(
     if not size > 0:
         return ContrastError()
     bend = max(_bend(evaluation, state, force) for state in nudged[:2])
-    if symmetric:
+    if bend == 0:
+        finite = _uneven(evaluation, free, nudged[0]) ** order
+    elif symmetric:
         curved = _curved(free, nudged[0], nudged[1])
         finite = bend * curved * max(bend, curved) ** (order - 2)
     else:
@@ -145,6 +149,30 @@ def _curved(free: Settled, plus: Settled, minus: Settled) -> float:
     )
     even, odd = (up + down - 2 * center).norm().item(), (up - down).norm().item()
     return even / odd if odd else math.inf if even else 0.0
+
+
+def _uneven(evaluation: Evaluation, free: Settled, at: Settled) -> float:
+    """The bend of the inner velocity, of first order in β: how far from a straight line it is.
+
+    Seen at whole and half the way to the nudged solution and as far on the other side, on the first
+    batch: its even part, and the root of the odd part that is of second order.
+    """
+    scene = evaluation.holding(free)
+    velocity, moves = scene.velocity(), []
+    for share in (1.0, 0.5, 0.0, -0.5, -1.0):
+        scene.stage.stand_at(free)
+        params = {
+            n: (p + share * (at.params[n].real - p)).requires_grad_()
+            for n, p in free.params.items()
+        }
+        with torch.no_grad():
+            moves.append(flatten(velocity(params, 0)[0]).double())
+    evaluation.tally.spend(len(moves))
+    ahead, nearer, center, other, behind = moves
+    whole = (ahead - behind).norm().item()
+    even = (ahead + behind - 2 * center).norm().item()
+    odd = ((ahead - behind) - 2 * (nearer - other)).norm().item()
+    return max(even / whole, (odd / whole) ** 0.5) if whole else 0.0
 
 
 def _rounding(free: Settled, nudged: Sequence[Settled]) -> float:

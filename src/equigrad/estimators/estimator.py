@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError, ProblemError
-from equigrad.evaluation import Evaluation
+from equigrad.evaluation import NO_STEP_SIZE, Evaluation
 from equigrad.fields import Checked
 from equigrad.problems import EnergyBased, Problem
 from equigrad.solvers import Settled, Solver
@@ -61,6 +61,7 @@ class Traits:
         return (
             self.fit(evaluation.problem)
             and (self.sees_start or not evaluation.reaches.only_start)
+            and (self.steps or not evaluation.reaches.only_solver)
             and (not self.needs_start or bool(evaluation.reaches.start))
         )
 
@@ -120,6 +121,7 @@ class Estimator(Checked):
                 f"proximal term, as in equigrad.nn.ComplexSynapse(learn=('center',)), or use an "
                 f"estimator of finitely many steps that sees the start: {seeing}"
             )
+        self._check_settings_of_the_solver(evaluation)
         if traits.needs_start and not reaches.start:
             raise ProblemError(
                 f"{who} sees θ through the initialisation alone, and these params do not depend on "
@@ -131,6 +133,22 @@ class Estimator(Checked):
                 f"params start at a function of {listed(reaches.start)}: the path through the "
                 f"start, which vanishes at equilibrium, is not in the gradient"
             )
+
+    def _check_settings_of_the_solver(self, evaluation: Evaluation) -> None:
+        """Refuse θ that act through the solver alone, or say that this path is left out."""
+        reaches, who = evaluation.reaches, type(self).__name__
+        if not reaches.solver or self.traits.steps:
+            return
+        if reaches.only_solver:
+            raise ProblemError(
+                f"meta-parameter {listed(reaches.only_solver)} is a setting of the solver, and "
+                f"{who} has the gradient of what has settled: {NO_STEP_SIZE}; or learn the steps "
+                f"themselves, with {serving(evaluation, lambda t: t.steps)}"
+            )
+        evaluation.tally.note(
+            f"the solver's settings are a function of {listed(reaches.solver)}: that path, which "
+            f"vanishes at equilibrium, is not in the gradient"
+        )
 
     @property
     def differentiates_twice(self) -> bool:

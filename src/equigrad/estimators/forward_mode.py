@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from equigrad.errors import ConfigurationError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
-from equigrad.estimators.replay import replay, require_differentiable
+from equigrad.estimators.replay import recorded, replay
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Count
 from equigrad.problems import Params
@@ -69,7 +69,7 @@ class ForwardMode(Estimator):
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse too many meta-parameters, and a solver that cannot be differentiated."""
         super().check(evaluation, solver)
-        require_differentiable(solver, type(self).__name__)
+        recorded(solver, type(self).__name__)
         size = sum(m.numel() for m in evaluation.meta_params.values())
         if size > self.max_size:
             raise ConfigurationError(
@@ -79,6 +79,7 @@ class ForwardMode(Estimator):
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, then carry one tangent after another along the same steps."""
+        solver = recorded(solver, type(self).__name__)
         free, (start,) = evaluation.settle_recorded(solver)
         pressure, direct = evaluation.outer_gradients(free)
         meta = list(evaluation.meta_params.values())

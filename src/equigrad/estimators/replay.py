@@ -10,6 +10,7 @@ from equigrad.errors import ConfigurationError
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver, settle
+from equigrad.solvers.update_rules import UPDATE_RULES
 
 _NO_VALUE: Any = None
 """A differentiable solver does not look at the loss."""
@@ -48,6 +49,7 @@ def replay(
         _NO_VALUE,
         params,
         solver,
+        meta_params=meta_params,
         previous=state,
         first_step=steps.start,
         steps=len(steps),
@@ -57,11 +59,23 @@ def replay(
     )
 
 
-def require_differentiable(solver: Solver, who: str) -> None:
-    """Refuse a solver whose steps cannot be differentiated as they stand."""
-    if not solver.differentiable:
+def recorded(solver: Solver, who: str) -> Solver:
+    """A solver that takes the same steps such that they can be differentiated.
+
+    Raises:
+        ConfigurationError: they cannot be.
+    """
+    found = solver.recorded()
+    if found is None:
+        what = getattr(solver, "optimizer", type(solver)).__name__
         raise ConfigurationError(
-            f"{who} differentiates the solver's steps, and those of {type(solver).__name__} are "
-            f"not plain tensor arithmetic; use GradientDescent, or an estimator that asks nothing "
-            f"of the solver"
+            f"{who} differentiates the solver's steps, and those of {what} are not plain tensor "
+            f"arithmetic; use GradientDescent, TorchOptimizer with {_served()}, or an estimator "
+            f"that asks nothing of the solver"
         )
+    return found
+
+
+def _served() -> str:
+    *names, last = (optimizer.__name__ for optimizer in UPDATE_RULES)
+    return f"{', '.join(names)} or {last}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import second_derivatives
-from equigrad.estimators.replay import replay, require_differentiable
+from equigrad.estimators.replay import recorded, replay
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Count
 from equigrad.problems import pull_back
@@ -78,10 +78,11 @@ class Unrolled(Estimator):
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
         """Also refuse a solver whose steps cannot be differentiated."""
         super().check(evaluation, solver)
-        require_differentiable(solver, type(self).__name__)
+        recorded(solver, type(self).__name__)
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, then pull the outer gradient back through the steps."""
+        solver = recorded(solver, type(self).__name__)
         free, moments, last = self._settle(evaluation, solver)
         end = free.end_step
         first = 0 if self.truncation is None else max(0, end - self.truncation)

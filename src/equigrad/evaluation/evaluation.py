@@ -5,17 +5,16 @@ from typing import Self
 
 from torch import nn
 
-from equigrad.errors import ProblemError
 from equigrad.evaluation import derivatives, phases
 from equigrad.evaluation.reaches import find_reaches
 from equigrad.evaluation.scene import Judged, Scene
 from equigrad.evaluation.stage import Stage
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
-from equigrad.evaluation.tensors import check_tensors
+from equigrad.evaluation.tensors import check_samples, check_tensors
 from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import lower_precision, lowered
-from equigrad.solvers import Settled
+from equigrad.solvers import Settled, Solver
 from equigrad.vectors import tracked
 from equigrad.wording import listed
 
@@ -35,6 +34,7 @@ class Evaluation(Scene):
         meta_params: θ.
         settled: where the free phase has ended already, if it has.
         seed: of the random numbers that it drew, in that case.
+        solver: of which θ may be settings.
 
     Raises:
         ProblemError: losses or parameters are not what they have to be.
@@ -47,11 +47,12 @@ class Evaluation(Scene):
         meta_params: Params,
         settled: Settled | None = None,
         seed: int | None = None,
+        solver: Solver | None = None,
     ) -> None:
         check_tensors("params", params)
         check_tensors("meta_params", meta_params)
-        if problem.samples and any(p.ndim and len(p) == 0 for p in params.values()):
-            raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
+        if problem.samples:
+            check_samples(params)
         given = [*params.values(), *meta_params.values()]
         lower, problem = lower_precision(given), lowered(problem, given)
         start, tally = Start(params, meta_params), Tally()
@@ -69,7 +70,10 @@ class Evaluation(Scene):
         stage = Stage(problem.modules or (), tensors, seed)
         with ExitStack() as opened:
             opened.enter_context(stage)
-            reaches = find_reaches(problem, detached, constants, start, stage.randomness, tally)
+            schedules = {} if solver is None else solver.schedules()
+            reaches = find_reaches(
+                problem, detached, constants, start, stage.randomness, tally, schedules
+            )
             opened.pop_all()
         super().__init__(
             problem=problem,

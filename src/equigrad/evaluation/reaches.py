@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from equigrad.errors import ProblemError
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
 from equigrad.problems import Params, Problem, check_scalar
 from equigrad.randomness import CommonRandomness, Stream
+from equigrad.solvers.schedules import Schedule, asked
 from equigrad.wording import listed
 
 NO_STEP_SIZE = (
@@ -29,11 +31,13 @@ class Reaches:
         functions: what the inner and the outer function depend on.
         regularizer: what the regulariser of the inner loss depends on.
         start: what the given params were computed from.
+        solver: what the solver's settings are computed from.
     """
 
     functions: Mapping[Stream, list[str]]
     regularizer: frozenset[str]
     start: list[str]
+    solver: list[str]
 
     def loss(self, stream: Stream) -> frozenset[str]:
         """What a loss depends on, the inner one with its regulariser."""
@@ -46,6 +50,12 @@ class Reaches:
         seen = self.loss("inner") | self.loss("outer")
         return [name for name in self.start if name not in seen]
 
+    @property
+    def only_solver(self) -> list[str]:
+        """What reaches no loss but through the solver's settings."""
+        seen = self.loss("inner") | self.loss("outer") | {*self.start}
+        return [name for name in self.solver if name not in seen]
+
 
 def find_reaches(
     problem: Problem,
@@ -54,6 +64,7 @@ def find_reaches(
     start: Start,
     randomness: CommonRandomness,
     tally: Tally,
+    schedules: Mapping[str, Schedule],
 ) -> Reaches:
     """See that the losses are what they have to be, and what θ reaches in them.
 
@@ -67,6 +78,7 @@ def find_reaches(
         start: both as they were given.
         randomness: seeds the functions.
         tally: is told of the gradients, and of params that no loss depends on.
+        schedules: the solver's settings that are functions of θ.
 
     Raises:
         ProblemError: a function returns what it must not, none depends on φ, or a meta-parameter
@@ -79,14 +91,27 @@ def find_reaches(
         functions = {stream: [*names] for stream, names in problem.reaches.items()}
     regularizer = problem.regularizer
     pulling = frozenset[str]() if regularizer is None else regularizer.meta_names
-    found = Reaches(functions, pulling, start.names)
+    found = Reaches(functions, pulling, start.names, _scheduling(schedules, meta_params))
     _check_seen(found, problem, start)
     return found
 
 
+def _scheduling(schedules: Mapping[str, Schedule], meta_params: Params) -> list[str]:
+    """What the settings of the first step are computed from."""
+    meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
+    with torch.enable_grad():
+        given = [asked(name, schedule, meta, 0) for name, schedule in schedules.items()]
+    found = [s for s in tree_leaves(given) if isinstance(s, Tensor) and s.requires_grad]
+    if not found:
+        return []
+    total = torch.stack([s.sum() for s in found]).sum()
+    grads = torch.autograd.grad(total, list(meta.values()), allow_unused=True)
+    return [name for name, grad in zip(meta, grads, strict=True) if grad is not None]
+
+
 def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
     """Refuse meta-parameters that reach nothing."""
-    seen = found.loss("inner") | found.loss("outer") | {*found.start}
+    seen = found.loss("inner") | found.loss("outer") | {*found.start} | {*found.solver}
     unseen = sorted(set(start.meta_params) - seen)
     given = {id(p) for p in start.params.values()}
     same = [name for name in unseen if id(start.meta_params[name]) in given]

@@ -8,6 +8,7 @@ from torch import Tensor
 from equigrad.errors import ProblemError
 from equigrad.problems import Params
 from equigrad.problems.refused import refuse_tensor
+from equigrad.wording import listed
 
 
 def check_tensors(what: str, tensors: object) -> None:
@@ -33,6 +34,23 @@ def check_tensors(what: str, tensors: object) -> None:
         refuse_tensor(f"{what}[{name!r}]", tensor)
         if not torch.isfinite(tensor.detach()).all():
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
+
+
+def check_samples(params: Params) -> None:
+    """See that the first dimension of all params is one of the same samples.
+
+    Raises:
+        ProblemError: it is not, or there are none.
+    """
+    counts = {name: len(p) if p.ndim else None for name, p in params.items()}
+    if None in counts.values() or len({*counts.values()}) > 1:
+        shapes = ", ".join(f"{name!r} {tuple(p.shape)}" for name, p in params.items())
+        raise ProblemError(
+            f"with samples=True the first dimension of all params is that of the samples, and "
+            f"theirs are {shapes}"
+        )
+    if 0 in counts.values():
+        raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
 
 
 def like(beta: complex, tensors: Params) -> dict[str, Tensor]:

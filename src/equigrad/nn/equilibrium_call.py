@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from equigrad.errors import (
-    ProblemError,
-)
+from equigrad.equilibrium import LinearLoss
+from equigrad.errors import ProblemError
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.randomness import CommonRandomness
 from equigrad.solvers.phase import numbered
@@ -64,16 +63,10 @@ class Call:
             return nullcontext()
         return torch.autocast(device, enabled=False)
 
-    def problem(self, tensors: Params, learned: Params, pressure: Params | None = None) -> Problem:
-        """The cell as a problem with θ = `learned`, judged by `⟨pressure, h⟩`."""
-
-        def outer_loss(params: Params, meta: Params) -> Tensor:
-            assert pressure is not None
-            products = [(params[name] * part).sum() for name, part in pressure.items()]
-            return torch.stack(products).sum()
-
+    def problem(self, tensors: Params, learned: Params, cotangent: Params | None = None) -> Problem:
+        """The cell as a problem with θ = `learned`, judged by `⟨cotangent, h⟩`."""
         known: Any = {
-            "outer_loss": outer_loss,
+            "outer_loss": LinearLoss(cotangent or {}),
             "modules": (),  # buffers are swapped, not changed
             "reaches": {"inner": list(learned), "outer": []},
             "samples": True,

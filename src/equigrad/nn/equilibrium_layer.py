@@ -1,7 +1,5 @@
 """A layer whose output is where a cell settles."""
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,10 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from equigrad.diagnostics.contraction import explained, verdict
+from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium
 from equigrad.errors import (
     ConfigurationError,
-    DoubleBackwardError,
     ProblemError,
     SettlingError,
     SettlingWarning,
@@ -22,9 +19,8 @@ from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
 from equigrad.fields import expect
 from equigrad.nn.equilibrium_call import Call, State, kind_of
-from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
+from equigrad.problems import EnergyBased, FixedPoint, Problem
 from equigrad.solvers import Anderson, Phase, Settled, Solver
-from equigrad.solvers.rows import rows
 
 Unsettled = Literal["warn", "raise", "ignore"]
 
@@ -129,11 +125,19 @@ class EquilibriumLayer(nn.Module):
             h as `start` has it.
         """
         call = Call(self.cell, inputs, self._start(inputs) if start is None else start)
+        equilibrium = Equilibrium(
+            who=f"EquilibriumLayer({type(self.cell).__name__})",
+            problem=call.problem,
+            solver=self.solver,
+            estimator=self.estimator,
+            say=self._say,
+            samples=True,
+        )
         with call.full_precision():
-            settled = self._settle(call)
-        outputs = _Equilibrium.apply(self, call, settled, *call.tensors.values())
+            settled, seed = self._settle(call, equilibrium)
+        outputs = equilibrium.attach(settled, seed, call.tensors)
         call.tensors = {}  # autograd keeps what backward needs, and sees to it that it is unchanged
-        return call.shaped(dict(zip(settled.params, outputs, strict=True)))
+        return call.shaped(outputs)
 
     def extra_repr(self) -> str:
         """Solver and estimator."""
@@ -151,57 +155,17 @@ class EquilibriumLayer(nn.Module):
         weight = next((p for p in self.cell.parameters() if p.is_floating_point()), inputs[0])
         return torch.zeros_like(inputs[0], dtype=weight.dtype)
 
-    def _settle(self, call: Call) -> Settled:
-        """Settle the cell, and see to it that nothing is silent."""
-        who = f"EquilibriumLayer({type(self.cell).__name__})"
+    def _settle(self, call: Call, equilibrium: Equilibrium) -> tuple[Settled, int]:
+        """Where the cell settles, and the seed of its random numbers."""
         theta = {name: t for name, t in call.tensors.items() if t.is_floating_point()}
         with Evaluation(call.problem(call.tensors, theta), call.start, theta) as evaluation:
             call.seed = evaluation.stage.seed
-            try:
-                settled = evaluation.settle(self.solver)
-            except SettlingError as error:
-                raise explained(error, evaluation, who) from error
-            self.phase = phase = settled.phase
-            if phase.failed:
-                self._say(
-                    "forward", lambda: f"{who} {phase}; {verdict(evaluation, settled, self.solver)}"
-                )
+            settled = equilibrium.settle(evaluation)
+            self.phase = settled.phase
+            equilibrium.judge(evaluation, settled)
         if self.training:
             call.move_buffers(settled.params)
-        return settled
-
-    def gradients(
-        self, call: Call, settled: Settled, tensors: Params, learned: Params, pressure: Params
-    ) -> dict[str, Tensor]:
-        """What the estimator says of `⟨pressure, h*⟩`, by name of what is learned.
-
-        Args:
-            call: the forward pass.
-            settled: where it ended.
-            tensors: its weights and inputs.
-            learned: those of them that want a gradient.
-            pressure: `∂L/∂h*`, by name.
-        """
-        size = rows(list(pressure.values()), samples=True).norm(dim=1).max().item()
-        if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
-            return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
-        unit = {name: p / size for name, p in pressure.items()}
-        problem = call.problem(tensors, learned, unit)
-        with (
-            call.full_precision(),
-            Evaluation(problem, settled.params, learned, settled, call.seed) as evaluation,
-        ):
-            self.estimator.check(evaluation, self.solver)
-            estimate = self.estimator.estimate(evaluation, self.solver)
-        notes = [
-            f"phase β={phase.beta:g} {phase}"
-            for phase in (other.phase for other in estimate.phases[1:])
-            if phase.failed
-        ] + evaluation.tally.notes
-        if notes:
-            who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
-            self._say("backward", lambda: f"{who}: {'; '.join(notes)}")
-        return {name: size * grad for name, grad in estimate.grads.items()}
+        return settled, call.seed
 
     def _say(self, which: str, message: Callable[[], str]) -> None:
         """Raise, or warn the first time, as `unsettled` asks for."""
@@ -209,7 +173,7 @@ class EquilibriumLayer(nn.Module):
             raise SettlingError(message())
         if self.unsettled == "warn" and which not in self._said:
             self._said.add(which)
-            warnings.warn(message(), SettlingWarning, stacklevel=6)
+            warnings.warn(message(), SettlingWarning, stacklevel=7)
 
 
 def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
@@ -224,10 +188,7 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
     if _serves(estimator.traits, kind):
         return
     if estimator.traits.minimum:
-        why = (
-            "needs an outer loss that has a minimum, and a layer knows its loss by ∂L/∂h* alone, "
-            "as a linear function of h*, which has none"
-        )
+        why = KNOWN_BY_ITS_COTANGENT.format(who="a layer", cotangent="∂L/∂h*", state="h*")
     elif not estimator.traits.equilibrium:
         why = "looks at the steps of a settling, and a layer keeps where it ended alone"
     elif kind is FixedPoint and not estimator.traits.symmetric:
@@ -240,54 +201,3 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
 def _serves(traits: Traits, kind: type[Problem]) -> bool:
     """Whether an estimator can work where a cell has settled, with `∂L/∂h*` for a loss."""
     return traits.equilibrium and not traits.minimum and traits.fit(kind)
-
-
-class _Equilibrium(torch.autograd.Function):
-    """The settled state as a function of weights and inputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, layer: EquilibriumLayer, call: Call, settled: Settled, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        outputs = tuple(settled.params.values())
-        # the solver's state may be many times larger than h
-        ended = dataclasses.replace(settled, params={}, solver_state=None)
-        ctx.layer, ctx.call, ctx.settled = layer, call, ended
-        ctx.names = list(settled.params), list(call.tensors)
-        ctx.save_for_backward(*outputs, *tensors)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *pressures: Tensor) -> tuple[Any, ...]:  # pyright: ignore
-        state, names = ctx.names
-        saved = ctx.saved_tensors
-        params = {name: h.detach() for name, h in zip(state, saved, strict=False)}
-        tensors = dict(zip(names, saved[len(state) :], strict=True))
-        needed = ctx.needs_input_grad[3:]
-        learned = {n: t for (n, t), need in zip(tensors.items(), needed, strict=True) if need}
-        with torch.no_grad():
-            grads = ctx.layer.gradients(
-                ctx.call,
-                dataclasses.replace(ctx.settled, params=params),
-                tensors,
-                learned,
-                dict(zip(state, pressures, strict=True)),
-            )
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = {n: _OnceOnly.apply(g, *learned.values(), *pressures) for n, g in grads.items()}
-        return None, None, None, *(grads.get(name) for name in names)
-
-
-class _OnceOnly(torch.autograd.Function):
-    """A gradient that looks as if it could be differentiated, and says that it cannot."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
-        return grad.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore
-        raise DoubleBackwardError(
-            "the gradient of an EquilibriumLayer is an estimate that cannot be differentiated once "
-            "more; leave out create_graph=True, or the penalty on this gradient"
-        )

@@ -48,6 +48,9 @@ class Bilevel(Problem):
         reaches: names of the meta-parameters that the losses depend on, under `inner` and `outer`,
             for whoever makes many problems alike and knows. Where None, both losses are evaluated
             once before anything settles, to find out and to check them.
+        samples: the first dimension of every parameter is one of samples, whose losses do not
+            depend on each other and are added up: solvers then work on, and phases report, each by
+            itself.
 
     Raises:
         ProblemError: a loss is not callable, or batches are not an indexable sequence.
@@ -73,6 +76,7 @@ class Bilevel(Problem):
     outer_batches: Batches | None = None
     modules: tuple[nn.Module, ...] | None = None
     reaches: Mapping[Stream, Collection[str]] | None = None
+    samples: bool = False
 
     def function(self, stream: Stream) -> Loss:
         """The inner or the outer loss."""

@@ -1,13 +1,21 @@
 """Gradient descent with momentum."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from equigrad.fields import Momentum, Positive, require
+from equigrad.problems import Params
+from equigrad.solvers.schedules import settings
 from equigrad.solvers.solver import Objective, Solver
+
+if TYPE_CHECKING:  # or a schedule
+    Rate = Share = Any
+else:
+    Rate, Share = Positive, Momentum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +28,11 @@ class GradientDescent(Solver):
     For a `FixedPoint`, `v = F(φ, θ) - φ`: η = 1 without momentum iterates the map, η < 1 damps it.
 
     Attributes:
-        lr: step size η > 0.
-        momentum: μ in [0, 1).
+        lr: step size η > 0, or a function `(meta_params, step)` that gives it: a schedule, or what
+            is learned. A number for all params, or a dictionary by their names with one for each,
+            or one for every weight. Estimators that differentiate the steps (`Unrolled`, `MAML`,
+            `ForwardMode`) have its derivative.
+        momentum: μ in [0, 1), or such a function.
         nesterov: look ahead along the momentum (Nesterov 1983, in Sutskever's form).
 
     Raises:
@@ -33,17 +44,28 @@ class GradientDescent(Solver):
     """
 
     differentiable: ClassVar[bool] = True
+    scheduled: ClassVar[frozenset[str]] = frozenset({"lr", "momentum"})
 
-    lr: Positive = 0.01
-    momentum: Momentum = 0.0
+    lr: Rate = 0.01
+    momentum: Share = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not self.nesterov or self.momentum > 0,
+            not self.nesterov or self.momentum != 0,
             "nesterov=True needs momentum > 0, for example momentum=0.9",
         )
+        require(
+            not (self.compile and self.schedules()),
+            "compile=True takes several steps by one function, and a schedule is asked before "
+            "every step; use compile=False",
+        )
+
+    def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
+        """Those of the step size and the momentum that are functions."""
+        given = {"lr": self.lr, "momentum": self.momentum}
+        return {name: setting for name, setting in given.items() if callable(setting)}
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
         """Momentum buffers: zero, or a copy of those of an earlier phase."""
@@ -61,6 +83,9 @@ class GradientDescent(Solver):
         objective: Objective,
     ) -> None:
         """One step."""
+        if callable(self.lr) or callable(self.momentum):
+            self._scheduled(params, velocity, state, objective)
+            return
         if self.momentum == 0:
             torch._foreach_add_(params, velocity, alpha=self.lr)
             return
@@ -71,3 +96,20 @@ class GradientDescent(Solver):
             torch._foreach_add_(params, state, alpha=self.lr * self.momentum)
         else:
             torch._foreach_add_(params, state, alpha=self.lr)
+
+    def _scheduled(
+        self,
+        params: list[Tensor],
+        velocity: tuple[Tensor, ...],
+        state: list[Tensor],
+        objective: Objective,
+    ) -> None:
+        """One step whose settings may differ between params, and have a graph."""
+        rates = settings("lr", self.lr, objective)
+        momenta = settings("momentum", self.momentum, objective)
+        for i, (p, v) in enumerate(zip(params, velocity, strict=True)):
+            move = v
+            if state:
+                state[i] = momenta[i] * state[i] + v
+                move = v + momenta[i] * state[i] if self.nesterov else state[i]
+            p.add_(rates[i] * move)

@@ -74,7 +74,13 @@ def settle(
         params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
     position = Position(velocity, loss, params, first_step, count, solver.fixed_loss)
     objective = Objective(
-        beta, samples, params, meta_params or {}, loss=position.loss, evaluate=position.evaluate
+        beta,
+        samples,
+        params,
+        meta_params or {},
+        step=position.number,
+        loss=position.loss,
+        evaluate=position.evaluate,
     )
     walk = begin_steps(
         position,

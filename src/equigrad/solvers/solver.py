@@ -22,6 +22,7 @@ class Objective:
         samples: whether the first dimension is one of samples that settle on their own.
         params: the leaves that `Solver.update` moves, by name.
         meta_params: θ, detached.
+        step: the number of the step that is being taken.
         loss: evaluates `L = L_in + β L_out` without a gradient, which does not count as one.
         evaluate: evaluates `-∂L/∂φ`, one tensor a parameter, and what gives L at no further cost.
     """
@@ -30,6 +31,7 @@ class Objective:
     samples: bool
     params: Params
     meta_params: Params
+    step: Callable[[], int]
     loss: Callable[[], Tensor]
     evaluate: Callable[[], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 
@@ -65,12 +67,15 @@ class Solver(Checked):
             where the last step landed, too, and under a tolerance a further step is taken only
             where the one before at least halved it.
         differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
-            alone and calls no `objective`, so that it can be differentiated as it stands.
+            alone and evaluates no `objective`, so that it can be differentiated as it stands.
+        functional: class attribute; whether `update`, where a graph is recorded, puts new tensors
+            into its lists and leaves those that were there as they are.
     """
 
     fixed_loss: ClassVar[bool] = False
     jumps: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
+    functional: ClassVar[bool] = False
 
     max_steps: Count | None = 1000
     tol: Annotated[Positive | None, Rule(remedy="None runs all max_steps")] = None
@@ -93,6 +98,14 @@ class Solver(Checked):
     def adaptive(self) -> bool:
         """Whether steps are scaled by the gradients that were seen, as Adam scales them."""
         return False
+
+    def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
+        """The settings that are functions of `(meta_params, step)`, by name."""
+        return {}
+
+    def recorded(self) -> "Solver | None":
+        """The same steps such that they can be differentiated; None where they cannot be."""
+        return self if self.differentiable else None
 
     def continues(self, other: "Solver") -> bool:
         """Whether `init` can go on from a state of the other solver."""

@@ -61,6 +61,10 @@ class Position:
             self._seen = versions, self.velocity(self.params, self.step)
         return self._seen[1]
 
+    def number(self) -> int:
+        """That of the step that comes next."""
+        return self.step
+
     def loss(self) -> Tensor:
         """The loss without a gradient."""
         return self._loss(self.params, self.step)
@@ -132,8 +136,9 @@ class RecordedSteps(EagerSteps):
     def take(self) -> bool:
         """Move copies: the parameters before are part of the graph."""
         with torch.enable_grad():
-            self.leaves = [p.clone() for p in self.leaves]
-            self.state = [s.clone() for s in self.state]
+            kept = self.solver.functional
+            self.leaves = [p if kept else p.clone() for p in self.leaves]
+            self.state = [s if kept else s.clone() for s in self.state]
             self.solver.update(self.leaves, self._velocity, self.state, self.objective)
         self.position.params = dict(zip(self.position.params, self.leaves, strict=True))
         self._advance(1)

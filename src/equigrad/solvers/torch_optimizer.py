@@ -2,34 +2,45 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Annotated, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.fields import Rule
+from equigrad.fields import Rule, require
+from equigrad.problems import Params
+from equigrad.solvers.rule_steps import RuleSteps
 from equigrad.solvers.solver import Objective, Solver
-from equigrad.wording import meant
+from equigrad.solvers.update_rules import UPDATE_RULES
+from equigrad.wording import listed, meant
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchOptimizer(Solver):
     """Settles with a class of `torch.optim`, or any class with the same interface.
 
-    The optimiser is never differentiated, so square roots, line searches and fused kernels are all
-    fine. Weight decay inside the optimiser is not part of the inner loss that the estimators see:
+    Square roots, line searches and fused kernels are all fine: torch's own optimiser takes the
+    steps. Estimators that differentiate them (`Unrolled`, `MAML`, `ForwardMode`) take the same
+    steps by own arithmetic, for SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam and RAdam.
+
+    Weight decay inside the optimiser is not part of the inner loss that the estimators see:
     put it into the loss. Implicit estimators refuse it where it adds to the gradient, as in SGD and
     Adam, and say so where it acts beside it, as in AdamW.
 
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
-        options: its keyword arguments.
+        options: its keyword arguments. Numbers of the optimisers above may be functions
+            `(meta_params, step)`, as for `GradientDescent`: `{"lr": lambda meta, step:
+            meta["log_lr"].exp()}`; `betas` then gives a pair.
 
     Raises:
-        ConfigurationError: `optimizer` is not a class, or refuses the options.
+        ConfigurationError: `optimizer` is not a class, or refuses the options; an option is a
+            function that cannot be one.
 
     Example:
         >>> solver = TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3})
@@ -49,6 +60,45 @@ class TorchOptimizer(Solver):
             inspect.signature(self.optimizer).bind([], **self.options)
         except TypeError as error:
             self._refused(error)
+        for name in self.schedules():
+            served = self.optimizer in UPDATE_RULES and name in SETTINGS
+            require(
+                served,
+                f"option {name!r} of {self.optimizer.__name__} cannot be a function of "
+                f"(meta_params, step): only {listed(SETTINGS)} of {_served()} can",
+            )
+
+    def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
+        """The options that are functions."""
+        return {n: o for n, o in self.options.items() if callable(o)}
+
+    def recorded(self) -> RuleSteps | None:
+        """The same steps by own arithmetic, where there is some."""
+        return self._steps
+
+    @cached_property
+    def _steps(self) -> RuleSteps | None:
+        rule = UPDATE_RULES.get(self.optimizer)
+        if rule is None:
+            return None
+        return RuleSteps(
+            rule=rule,
+            options={**self._defaults(), **self.options},
+            max_steps=self.max_steps,
+            tol=self.tol,
+            check_every=self.check_every,
+        )
+
+    def _defaults(self) -> dict[str, Any]:
+        """All of the optimiser's settings, with numbers in the places of functions."""
+        plain = {n: o for n, o in self.options.items() if not callable(o)}
+        if "momentum" in self.schedules():
+            plain["momentum"] = 0.5
+        try:
+            made = self.optimizer([torch.zeros(1, requires_grad=True)], **plain)
+        except (TypeError, ValueError) as error:
+            self._refused(error)
+        return {"decoupled_weight_decay": False, **made.defaults}
 
     @classmethod
     def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
@@ -65,7 +115,9 @@ class TorchOptimizer(Solver):
 
     def decay(self) -> tuple[float, bool]:
         """The weight decay inside the optimiser, and whether it acts beside the gradient."""
-        defaults = self.init([torch.zeros(1, requires_grad=True)]).defaults
+        defaults = self._defaults()
+        if "weight_decay" in self.schedules():
+            defaults["weight_decay"] = math.nan  # some
         beside = defaults.get("decoupled_weight_decay", False) or self.optimizer in _BESIDE
         return float(defaults.get("weight_decay", 0.0) or 0.0), bool(beside)
 
@@ -77,8 +129,10 @@ class TorchOptimizer(Solver):
         name, options = self.optimizer.__name__, dict(self.options)
         raise ConfigurationError(f"{name} refuses options {options}: {error}") from error
 
-    def init(self, params: list[Tensor], previous: Any = None) -> torch.optim.Optimizer:
+    def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """A new optimiser over `params`, with the state of an earlier phase where given."""
+        if self.schedules() and (steps := self._steps) is not None:
+            return steps.init(params, previous)
         try:
             optimizer = self.optimizer(params, **self.options)
         except (TypeError, ValueError) as error:
@@ -93,10 +147,13 @@ class TorchOptimizer(Solver):
         self,
         params: list[Tensor],
         velocity: tuple[Tensor, ...],
-        state: torch.optim.Optimizer,
+        state: Any,
         objective: Objective,
     ) -> None:
         """One step; an optimiser that needs a closure evaluates as often as it likes."""
+        if self.schedules() and (steps := self._steps) is not None:
+            steps.update(params, velocity, state, objective)
+            return
 
         def closure() -> Tensor:
             loss, velocity = objective()
@@ -109,6 +166,24 @@ class TorchOptimizer(Solver):
         else:
             _set_gradients(params, velocity)
             state.step()
+
+
+SETTINGS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "betas",
+    "eps",
+    "alpha",
+    "lr_decay",
+    "momentum_decay",
+)
+"""Options that may be functions."""
+
+
+def _served() -> str:
+    return ", ".join(optimizer.__name__ for optimizer in UPDATE_RULES)
 
 
 _BESIDE = tuple(

@@ -1,0 +1,119 @@
+"""What calls return: where a problem has settled, and the estimate of a gradient."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equigrad import solvers
+from equigrad.errors import ProblemError
+from equigrad.evaluation import check_tensors
+from equigrad.problems import Params
+from equigrad.solvers import Phase, Solver
+from equigrad.wording import listed
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Where a problem has settled, for any number of meta-gradients to start from.
+
+    Attributes:
+        params: the settled φ.
+        buffers: the buffers of the problem's modules there, by name, as in `MetaGradient`.
+        status: in words: whether it settled, then whatever is worth knowing.
+        phase: the report.
+    """
+
+    params: dict[str, Tensor] = field(repr=False)
+    buffers: dict[str, Tensor] = field(repr=False)
+    status: str
+    phase: Phase
+    _end: solvers.Settled = field(repr=False)
+    _seed: int = field(repr=False)
+    _solver: Solver = field(repr=False)
+    _given: dict[str, dict[str, Tensor]] = field(repr=False)
+
+    def _for(self, solver: Solver) -> solvers.Settled:
+        """The free phase's end, with the solver's state where this one can go on from it."""
+        if solver.continues(self._solver):
+            return self._end
+        return dataclasses.replace(self._end, solver_state=None)
+
+    def _require(self, **given: Params) -> None:
+        """Refuse parameters other than those that it settled with."""
+        for what, tensors in given.items():
+            check_tensors(what, tensors)
+            own = self._given[what]
+            if own.keys() != tensors.keys():
+                raise ProblemError(
+                    f"settled is of {what} {listed(own)}, and this call has {listed(tensors)}"
+                )
+            for name, tensor in own.items():
+                if not _same(tensor, tensors[name]):
+                    raise ProblemError(
+                        f"settled is of other values of {what} {name!r} than this call has: it is "
+                        f"where they led, and no other; settle again"
+                    )
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """An estimate of `dL_out(φ*(θ), θ)/dθ`, and how it came about.
+
+    Attributes:
+        grads: one tensor a meta-parameter, of its shape, dtype and device.
+        params: the settled φ of the free phase; of the controlled one where an estimator settles
+            no other, which `status` then says.
+        buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
+            for example), by the module's own names; where several of `problem.modules` have some,
+            each name begins with its module's position there. The modules themselves are as they
+            were.
+        outer_loss: `L_out` there, averaged over its batches.
+        status: in words: whether the free phase settled, then whatever is worth knowing.
+        phases: a report for every phase, the free one first if there is one.
+        gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
+            product counts as two). Not counted are those by which a problem that is seen for the
+            first time is checked, four where nothing is wrong.
+        error_estimate: estimated relative error of `grads`, where the estimator has one.
+    """
+
+    grads: dict[str, Tensor] = field(repr=False)
+    params: dict[str, Tensor] = field(repr=False)
+    buffers: dict[str, Tensor] = field(repr=False)
+    outer_loss: float
+    status: str
+    phases: tuple[Phase, ...]
+    gradient_evaluations: int
+    error_estimate: float | None
+    _meta_params: Params = field(repr=False)
+
+    def assign(self) -> None:
+        """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.
+
+        A tensor that is a meta-parameter under several names gets the sum of their gradients.
+
+        Raises:
+            ProblemError: a meta-parameter is computed from other tensors, where no optimiser would
+                look for a gradient. None is written then.
+        """
+        for name in self.grads:
+            tensor = self._meta_params[name]
+            if not tensor.is_leaf and not tensor.retains_grad:
+                raise ProblemError(
+                    f"meta-parameter {name!r} is computed from other tensors, and a .grad written "
+                    f"to it would not reach them. To add to theirs, call torch.autograd.backward("
+                    f"[meta_params[n] for n in result.grads], list(result.grads.values())); or let "
+                    f"meta_params hold those tensors and compute {name!r} in the losses"
+                )
+        total: dict[int, Tensor] = {}
+        for name, grad in self.grads.items():
+            key = id(self._meta_params[name])
+            total[key] = total[key] + grad if key in total else grad.clone()
+        for name in self.grads:
+            self._meta_params[name].grad = total[id(self._meta_params[name])]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike in dtype and device, and equal."""
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)

@@ -1,0 +1,59 @@
+"""Settings of a solver that are functions of the meta-parameters and of the step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from equigrad.errors import ConfigurationError
+from equigrad.problems import Params
+from equigrad.solvers.solver import Objective
+from equigrad.wording import listed
+
+Schedule = Callable[[Params, int], Any]
+"""`(meta_params, step) -> setting`: a number or a tensor without dimensions for all params, or a
+dictionary with one for each, by name: without dimensions, or one number a weight."""
+
+
+def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
+    """What a schedule says, or a clear word where it asks for what is not there."""
+    try:
+        return schedule(meta_params, step)
+    except KeyError as error:
+        raise ConfigurationError(
+            f"{name} asked for meta-parameter {error}, which is not there: those that are learned "
+            f"are {listed(meta_params)}"
+        ) from error
+
+
+def settings(name: str, setting: Any, objective: Objective) -> list[Any]:
+    """A setting for each of the params, in their order.
+
+    Args:
+        name: of the setting.
+        setting: a constant, or a `Schedule`.
+        objective: knows θ and the step.
+
+    Raises:
+        ConfigurationError: the schedule gives something else than settings.
+    """
+    if callable(setting):
+        setting = asked(name, setting, objective.meta_params, objective.step())
+    if not isinstance(setting, Mapping):
+        if isinstance(setting, Tensor) and setting.ndim:
+            raise ConfigurationError(
+                f"{name} is a tensor of shape {tuple(setting.shape)}, and one for all params has "
+                f"no dimensions; return a dictionary with one for each of params"
+            )
+        return [setting] * len(objective.params)
+    missing = [n for n in objective.params if n not in setting]
+    if missing:
+        raise ConfigurationError(f"{name} has none for params {listed(missing)}")
+    for n, p in objective.params.items():
+        value = setting[n]
+        if isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
+            raise ConfigurationError(
+                f"{name} of {n!r} has shape {tuple(value.shape)}, and must have none, or that of "
+                f"the parameter, {tuple(p.shape)}"
+            )
+    return [setting[n] for n in objective.params]
