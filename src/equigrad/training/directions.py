@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -167,7 +167,9 @@ class Contrasts(Direction):
             or without a free state.
     """
 
-    beta: Positive | AdaptiveBeta | Callable[[float], float] = 0.1
+    scheduled: ClassVar[frozenset[str]] = frozenset({"beta"})
+
+    beta: Positive | AdaptiveBeta = 0.1
     scheme: Literal["forward", "symmetric"] = "forward"
     points: CountFrom2 = 2
 
@@ -191,7 +193,8 @@ class Contrasts(Direction):
         """As given, or scheduled; an adapted one starts at its most."""
         if isinstance(self.beta, AdaptiveBeta):
             return self.beta.most
-        beta = self.beta(share) if callable(self.beta) else self.beta
+        schedule: Any = self.beta
+        beta = schedule(share) if callable(schedule) else schedule
         require(
             math.isfinite(beta) and beta > 0,
             f"beta must stay above 0, and its schedule gave {beta} when {share:.0%} of the loop "

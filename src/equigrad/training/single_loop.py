@@ -231,7 +231,7 @@ def _objective(place: Place, direction: Direction, index: int) -> Objective:
         samples=False,
         params=place.states[index].tensors,
         meta_params=place.meta_params,
-        step=place.step,
+        step=lambda: place.step,
         loss=lambda: torch.zeros(()),
         evaluate=evaluate,
     )
