@@ -33,14 +33,14 @@ contrastive = FewShotLearner(
 )
 
 # %%
-# 150 outer steps of ten tasks, then 200 new tasks: ten points to learn from, 50 others to judge.
+# 150 outer steps of ten tasks, then 100 new tasks: ten points to learn from, 50 others to judge.
 train, test = Sinusoids(seed=0), Sinusoids(seed=1, queries=50)
 figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
 counts = (0, 1, 2, 5, 10, 20)
 
 
 def judged(name, learner, meta, style):
-    scores = [judge(learner, meta, test, mean_squared_error, tasks=200, steps=n) for n in counts]
+    scores = [judge(learner, meta, test, mean_squared_error, tasks=100, steps=n) for n in counts]
     print(f"mean squared error after 10 steps, {name}: {scores[4].mean:.2f}")
     axes.semilogy(counts, [score.mean for score in scores], style, label=name)
 
