@@ -212,7 +212,7 @@ def test_no_direction_is_re_solved_twice(entries, directions):
 @pytest.mark.parametrize("seed", [10**23, 2**64, 0.5, float("nan"), None])
 def test_a_seed_that_is_none_is_named(seed):
     q = Quadratic()
-    with pytest.raises(eg.ConfigurationError, match="^seed must be a whole number, got"):
+    with pytest.raises(eg.ConfigurationError, match=r"^seed must be a whole number, got"):
         eg.check_meta_gradient(
             q.problem, q.params(), q.meta_params(), solver=q.solver(3), seed=seed
         )

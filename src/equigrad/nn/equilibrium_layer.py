@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.diagnostics.contraction import explained, verdict
+from equigrad.diagnostics.first_look import Caller, look
 from equigrad.errors import (
     ConfigurationError,
     DoubleBackwardError,
@@ -27,6 +28,17 @@ from equigrad.solvers import Anderson, Phase, Settled, Solver
 from equigrad.solvers.rows import rows
 
 Unsettled = Literal["warn", "raise", "ignore"]
+
+OF_A_CELL = Caller(
+    moves=False,
+    held="Hold every parameter of the cell once",
+    changing=(
+        "The cell is another map at every step of the solver: keep what changes in buffers, which "
+        "all steps of a pass see as they were"
+    ),
+    state="outside of the cell",
+)
+"""What the first look says of a cell."""
 
 
 class EquilibriumLayer(nn.Module):
@@ -66,6 +78,10 @@ class EquilibriumLayer(nn.Module):
         cell: the cell.
         phase: the report of the last forward pass; its `residuals` are those of the samples and its
             `unsettled` the numbers of those that have not settled.
+        error_estimate: estimated relative error of the gradients of the last backward pass, where
+            the estimator has one, as in `equigrad.MetaGradient`; of the estimator's own making
+            alone, whatever the forward pass has left.
+        status: in words, what is worth knowing of the last backward pass; empty where nothing is.
 
     Raises:
         ConfigurationError: an argument is not what it has to be, or the estimator cannot serve the
@@ -113,6 +129,9 @@ class EquilibriumLayer(nn.Module):
         self.cell = cell
         self.unsettled: Unsettled = unsettled
         self.phase: Phase | None = None
+        self.error_estimate: float | None = None
+        self.status = ""
+        self._looked = False
         self._said: set[str] = set()
 
     def forward(self, *inputs: Any, start: State | None = None) -> Any:
@@ -182,6 +201,7 @@ class EquilibriumLayer(nn.Module):
             learned: those of them that want a gradient.
             pressure: `∂L/∂h*`, by name.
         """
+        self.error_estimate, self.status = None, ""
         size = rows(list(pressure.values()), samples=True).norm(dim=1).max().item()
         if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
             return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
@@ -193,15 +213,32 @@ class EquilibriumLayer(nn.Module):
         ):
             self.estimator.check(evaluation, self.solver)
             estimate = self.estimator.estimate(evaluation, self.solver)
-        notes = [
-            f"phase β={phase.beta:g} {phase}"
-            for phase in (other.phase for other in estimate.phases[1:])
-            if phase.failed
-        ] + evaluation.tally.notes
+            notes = [
+                f"phase β={phase.beta:g} {phase}"
+                for phase in (other.phase for other in estimate.phases[1:])
+                if phase.failed
+            ] + evaluation.tally.notes
+            self.error_estimate = estimate.error()  # may note what is for the status alone
+        if not self._looked:
+            self._looked = True
+            notes += self._first_look(problem, settled, learned, call)
+        self.status = "; ".join(dict.fromkeys([*notes, *evaluation.tally.notes]))
         if notes:
             who = f"the backward pass of EquilibriumLayer({type(self.cell).__name__})"
             self._say("backward", lambda: f"{who}: {'; '.join(notes)}")
         return {name: size * grad for name, grad in estimate.grads.items()}
+
+    def _first_look(self, problem: Any, settled: Settled, learned: Params, call: Call) -> list[str]:
+        """What is wrong with the cell where it settled: four evaluations, in the first backward."""
+        called = call.method if kind_of(self.cell) is EnergyBased else self.cell
+        problem = dataclasses.replace(problem, modules=(called,))
+        with (
+            call.full_precision(),
+            Evaluation(problem, settled.params, learned, settled, call.seed) as evaluation,
+        ):
+            there = dataclasses.replace(settled, buffers=evaluation.stage.snapshot())
+            look(evaluation, there, self.estimator, OF_A_CELL)
+        return evaluation.tally.notes
 
     def _say(self, which: str, message: Callable[[], str]) -> None:
         """Raise, or warn the first time, as `unsettled` asks for."""
