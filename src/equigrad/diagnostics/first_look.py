@@ -16,8 +16,8 @@ from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
-from equigrad.problems.calls import given
 from equigrad.problems.problem import dense
+from equigrad.problems.refused import given
 from equigrad.randomness import Stream
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, mismatch
