@@ -258,8 +258,8 @@ class Shaken(torch.nn.Linear):
         super().__init__(3, 1, dtype=torch.float64)
         self.dice = generator
 
-    def forward(self, x):
-        return super().forward(x + draw(self.dice))
+    def forward(self, input):
+        return super().forward(input + draw(self.dice))
 
 
 @pytest.mark.parametrize("kind", KINDS)
