@@ -265,8 +265,8 @@ def test_a_file_of_settings_that_is_none_is_named(tmp_path, monkeypatch, capsys,
         ("--hidden", 10**23, "hidden must be a tuple of values, each a whole number"),
         ("--hidden", 9 * 10**18, "there is not enough memory"),
         ("--outer-steps", 10**23, "(too large to compute with)"),
-        ("--outer-lr", 1e39, "(too large to compute with)"),
-        ("--initial-strength", 1e39, "(too large to compute with)"),
+        ("--outer-lr", 1e39, "a setting is too large for the dtype"),
+        ("--initial-strength", 1e39, "a setting is too large for the dtype"),
     ],
 )
 def test_numbers_that_nothing_can_be_computed_with(

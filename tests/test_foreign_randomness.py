@@ -1,8 +1,10 @@
 """Losses that draw from Python's or numpy's global generator draw the same in every phase."""
 
+import functools
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -156,3 +158,132 @@ def test_a_generator_of_numpys_that_cannot_be_seeded_is_left_alone():
         np.random.rand()
     finally:
         numpy.set_bit_generator(given)
+
+
+def draw(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    return generator.random() if hasattr(generator, "random") else generator.rand()
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "torch.Generator": lambda: torch.Generator().manual_seed(0),
+    "numpy.Generator": lambda: np.random.default_rng(0),
+    "numpy.RandomState": lambda: np.random.RandomState(0),
+    "random.Random": lambda: random.Random(0),
+}
+DICE: Any = None
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __init__(self, generator):
+        self.how = {"shift": [generator]}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return torch.full((3,), i + 0.5 * draw(self.how["shift"][0]), dtype=torch.float64)
+
+
+class Jitter:
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self, p, m):
+        return (p["w"] - m["t"] - draw(self.generator)).square().sum()
+
+
+def in_closure(generator):
+    return {"inner_loss": lambda p, m: (p["w"] - m["t"] - draw(generator)).square().sum()}
+
+
+def in_global(generator):
+    global DICE
+    DICE = generator
+    return {"inner_loss": lambda p, m: (p["w"] - m["t"] - draw(DICE)).square().sum()}
+
+
+def in_object(generator):
+    return {"inner_loss": Jitter(generator)}
+
+
+def in_partial(generator):
+    def loss(generator, p, m):
+        return (p["w"] - m["t"] - draw(generator)).square().sum()
+
+    return {"inner_loss": functools.partial(loss, generator)}
+
+
+def with_batch(p, m, batch):
+    return (p["w"] - m["t"] - batch).square().sum()
+
+
+def in_data_set(generator):
+    return {"inner_loss": with_batch, "inner_batches": Augmented(generator)}
+
+
+def in_subset(generator):
+    whole = Augmented(generator)
+    return {"inner_loss": with_batch, "inner_batches": torch.utils.data.Subset(whole, [1, 0])}
+
+
+def in_concatenated(generator):
+    both = torch.utils.data.ConcatDataset([Augmented(generator), Augmented(generator)])
+    return {"inner_loss": with_batch, "inner_batches": both}
+
+
+def plain(p, m):
+    return (p["w"] - m["t"]).square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "place",
+    [in_closure, in_global, in_object, in_partial, in_data_set, in_subset, in_concatenated],
+)
+def test_a_generator_of_ones_own_is_named_wherever_it_is(kind, place):
+    result = eg.meta_gradient(
+        eg.Bilevel(outer_loss=plain, **place(KINDS[kind]())),
+        {"w": torch.zeros(3, dtype=torch.float64)},
+        {"t": torch.ones(3, dtype=torch.float64)},
+        solver=eg.GradientDescent(lr=0.1, max_steps=20),
+    )
+    assert "inner_loss is no function of params and step: two calls differ" in result.status
+    assert f"a random generator of its own ({kind})" in result.status
+
+
+class Shaken(torch.nn.Linear):
+    def __init__(self, generator):
+        super().__init__(3, 1, dtype=torch.float64)
+        self.dice = generator
+
+    def forward(self, input):
+        return super().forward(input + draw(self.dice))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generator_that_a_module_holds_is_put_back_and_named(kind):
+    generator = KINDS[kind]()
+    module = Shaken(generator)
+    x = torch.ones(5, 3, dtype=torch.float64)
+
+    def loss(p, m):
+        return (torch.func.functional_call(module, dict(p), (x,)) - m["t"]).square().mean()
+
+    def gradient():
+        result = eg.meta_gradient(
+            eg.Bilevel(lambda p, m: loss(p, m), plain_size),
+            dict(module.named_parameters()),
+            {"t": torch.ones(1, dtype=torch.float64)},
+            solver=eg.GradientDescent(lr=0.05, max_steps=20),
+        )
+        assert "each changes attribute 'dice' of Shaken" in result.status
+        return result.grads["t"]
+
+    assert gradient().equal(gradient())
+    assert draw(generator) == draw(KINDS[kind]())
+
+
+def plain_size(p, m):
+    return sum((q.square().sum() for q in p.values()), torch.zeros((), dtype=torch.float64))

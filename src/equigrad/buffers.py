@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from equigrad.attributes import Attributes, KeptAttributes, is_generator
 
@@ -82,14 +83,16 @@ def _named_in(function: types.FunctionType) -> Iterable[object]:
         for name in code.co_names:
             value = function.__globals__.get(name)
             # torch's own functions lead to torch's own modules, not to the user's
-            if isinstance(value, nn.Module) or not _is_torch(value):
+            own = isinstance(value, nn.Module) or is_generator(value)
+            if own or not _is_torch(value) or _holds_attributes(value):
                 yield value
 
 
 def _holds_attributes(thing: object) -> bool:
     """Whether this is an object of the user's making, to be looked into."""
     plain = isinstance(thing, type | types.ModuleType)
-    return hasattr(thing, "__dict__") and not plain and not _is_torch(type(thing))
+    users = not _is_torch(type(thing)) or isinstance(thing, Dataset)  # torch's own hold the user's
+    return hasattr(thing, "__dict__") and not plain and users
 
 
 def _is_torch(value: object) -> bool:

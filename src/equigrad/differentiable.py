@@ -51,8 +51,8 @@ class _Report:
 
     gradient: MetaGradient | None = None
 
-    def __call__(self, gradient: MetaGradient) -> None:
-        self.gradient = gradient
+    def __call__(self, gradient: MetaGradient | None, notes: list[str]) -> None:
+        self.gradient = gradient if gradient is not None else self.gradient
 
 
 def argmin(

@@ -61,8 +61,11 @@ class Equilibrium:
         say: tells the user, once for `forward` and once for `backward`.
         samples: whether samples settle on their own.
         sources: the tensors that params start from, where those are learned, by name of both.
-        report: is handed what every backward pass found; None where nobody wants an estimate of
-            its error.
+        report: is handed what every backward pass found, None where there was no gradient to pass
+            back, and what is worth knowing of it; None where nobody wants an estimate of its error.
+        warns_of_error: whether a poor estimate of its error is a reason to tell the user.
+        look: at the problem where it settled, with what is learned, after a backward pass; says
+            what is wrong with it.
     """
 
     who: str
@@ -72,7 +75,9 @@ class Equilibrium:
     say: Callable[[str, Callable[[], str]], None]
     samples: bool
     sources: Mapping[str, str] = field(default_factory=dict)
-    report: Callable[[MetaGradient], None] | None = None
+    report: Callable[[MetaGradient | None, list[str]], None] | None = None
+    warns_of_error: bool = True
+    look: Callable[[Problem, Settled, Params], list[str]] | None = None
 
     def settle(self, evaluation: Evaluation) -> Settled:
         """The forward pass.
@@ -136,6 +141,8 @@ class Equilibrium:
         """
         size = rows(list(cotangent.values()), self.samples).norm(dim=1).max().item()
         if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
+            if self.report is not None:
+                self.report(None, [])
             return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
         unit = {name: part / size for name, part in cotangent.items()}
         params, end = settled.params, settled
@@ -143,24 +150,24 @@ class Equilibrium:
             learned = {name: t.detach().requires_grad_() for name, t in learned.items()}
             sources = self.sources
             params, end = {n: learned.get(sources.get(n, ""), p) for n, p in start.items()}, None
-        with (
-            full_precision([*params.values(), *learned.values()]),
-            Evaluation(
-                self.problem(tensors, learned, unit), params, learned, end, seed, self.solver
-            ) as evaluation,
-        ):
-            judged = self.report is not None
-            result = estimated(evaluation, self.solver, self.estimator, first=False, judged=judged)
+        problem, judged = self.problem(tensors, learned, unit), self.report is not None
+        with full_precision([*params.values(), *learned.values()]):
+            with Evaluation(problem, params, learned, end, seed, self.solver) as evaluation:
+                result = estimated(
+                    evaluation, self.solver, self.estimator, first=False, judged=judged
+                )
+            looked = [] if self.look is None else self.look(problem, settled, learned)
         failed = [f"phase β={p.beta:g} {p}" for p in result.phases[1:] if p.failed]
-        notes = failed + evaluation.tally.notes
+        notes = [*dict.fromkeys(failed + evaluation.tally.notes + looked)]
         known = judged and result.error_estimate is not None and result.error_estimate <= NEGLIGIBLE
-        if failed or (notes and not known):
-            self.say("backward", lambda: f"the backward pass of {self.who}: {'; '.join(notes)}")
+        unsaid = [] if self.warns_of_error else evaluation.tally.error_notes
+        told = [note for note in notes if note not in unsaid]
+        if failed or looked or (told and not known):
+            self.say("backward", lambda: f"the backward pass of {self.who}: {'; '.join(told)}")
         grads = {name: size * grad for name, grad in result.grads.items()}
         if self.report is not None:
-            self.report(
-                dataclasses.replace(result, grads=grads, outer_loss=size * result.outer_loss)
-            )
+            outer_loss = size * result.outer_loss
+            self.report(dataclasses.replace(result, grads=grads, outer_loss=outer_loss), notes)
         return grads
 
 

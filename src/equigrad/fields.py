@@ -21,9 +21,6 @@ Test = Callable[[Any], bool]
 MOST = 2**63
 """Whole numbers of this size or more are no sizes, counts or seeds: they do not fit 64 bits."""
 
-LARGEST = 3.4e38
-"""Beyond this, a number is infinite in single precision."""
-
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -139,7 +136,7 @@ def _refused(kind: _Kind, name: str, value: Any) -> str:
     if not (kind.typed(value) or value is None or isinstance(value, type)):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         said += f" ({_a(type(value).__name__)}{shape})"
-    if kind.typed(value) and isinstance(value, Real) and _beyond(value):
+    if kind.typed(value) and isinstance(value, Integral) and abs(int(value)) >= MOST:
         said += " (too large to compute with)"
     near = meant(value, [w.strip("'") for w in kind.options]) if isinstance(value, str) else ""
     return said + (f"; {kind.remedy}" if kind.remedy else "") + ("." if near else "") + near
@@ -222,15 +219,6 @@ def _number(kind: type, *plain: type) -> Test:
     return typed
 
 
-def _beyond(value: Any) -> bool:
-    """Whether a number is too large to be computed with."""
-    return abs(value) >= (MOST if isinstance(value, Integral) else LARGEST) and abs(value) != inf
-
-
-def _within(typed: Test) -> Test:
-    return lambda value: typed(value) and -inf < value < inf and not _beyond(value)
-
-
 def _sequence(*_: Any) -> _Kind:
     def typed(value: Any) -> bool:
         indexable = hasattr(value, "__getitem__") and hasattr(value, "__len__")
@@ -271,8 +259,8 @@ _REAL, _WHOLE, _TRUTH = _number(Real, float, int), _number(Integral, int), _numb
 _FORMS: dict[Any, Callable[..., _Kind]] = {
     Any: lambda: _typed(ANYTHING, lambda value: True),
     bool: lambda: _Kind(("True", "False"), _TRUTH, _TRUTH),
-    int: lambda: _typed("a whole number", _WHOLE, _within(_WHOLE)),
-    float: lambda: _typed("a finite number", _REAL, _within(_REAL)),
+    int: lambda: _typed("a whole number", _WHOLE, lambda v: _WHOLE(v) and abs(int(v)) < MOST),
+    float: lambda: _typed("a finite number", _REAL, lambda v: _REAL(v) and -inf < v < inf),
     str: lambda: _typed("a string", _is_a(str)),
     Path: lambda: _typed("a path", _is_a(str | PathLike)),
     NoneType: lambda: _typed("None", lambda value: value is None),

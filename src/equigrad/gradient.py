@@ -199,7 +199,8 @@ def estimated(
         estimator.check_settled(evaluation)
     with _explaining(evaluation):
         estimate = estimator.estimate(evaluation, solver)
-        error_estimate = estimate.error() if judged else estimate.error_estimate
+        with evaluation.tally.of_the_error():
+            error_estimate = estimate.error() if judged else estimate.error_estimate
     free = estimate.phases[0]
     if first:
         _look(evaluation, solver, estimator, estimate.phases)

@@ -1,8 +1,7 @@
 """What is looked at once, where a problem is seen for the first time."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 
 from equigrad.buffers import find_generators
 from equigrad.diagnostics.own_weights import OwnWeights
+from equigrad.diagnostics.slopes import STRETCH, Move, Slope, balanced, dot, expected, flat
 from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
-from equigrad.problems.calls import given
 from equigrad.problems.problem import dense
+from equigrad.problems.refused import given
 from equigrad.randomness import Stream
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, mismatch
@@ -31,9 +31,6 @@ WRONG = 1e-2
 
 ALIKE = 0.1
 """How much an asymmetry may differ between two distances: that of a kink grows as they shrink."""
-
-STRETCH = 8.0
-"""How much longer a step of θ may be made, and how much shorter one of φ, to see both alike."""
 
 ROUNDING = 1e4
 """Rounding errors that two evaluations may differ by."""
@@ -53,8 +50,9 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
       autograd where the estimator takes it.
 
     Takes four gradient evaluations, more only where something is wrong, and none where the
-    function that settles has been seen before. They are not counted: what a meta-gradient takes
-    does not depend on what has been called before it.
+    function that settles has been seen before, or another that the same object has made (the losses
+    of a few-shot learner). They are not counted: what a meta-gradient takes does not depend on what
+    has been called before it.
 
     Args:
         evaluation: of the problem.
@@ -65,56 +63,68 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
         ProblemError: a module computes with weights of its own in the place of those it is handed,
             or the gradient of the inner loss is none.
     """
-    problem = evaluation.problem
+    problem, twice = evaluation.problem, _twice(evaluation, free, estimator)
     function = given(problem.function("inner"))
-    precise = not evaluation.lower and _precise(free)
-    twice = problem.symmetric and precise and estimator.differentiates_twice
-    if problem.reaches is not None or _seen[twice].get(id(function)) is function:
+    maker = getattr(function, "made_by", function if problem.reaches is None else None)
+    if maker is None or _seen[twice].get(id(maker)) is maker:
         return
-    look = _Look(evaluation, free, twice)
-    if not look.outer_repeats() or not look.inner_repeats():
-        return
-    judged = True
-    if problem.symmetric and precise:
-        judged = look.derivative_holds(estimator)
-    try:
-        if judged:
-            _seen[twice][id(function)] = function
-    except TypeError:  # cannot be referred to weakly: is looked at again
-        return
+    if look(evaluation, free, estimator):
+        with suppress(TypeError):  # cannot be referred to weakly: is looked at again
+            _seen[twice][id(maker)] = maker
 
 
-def _precise(at: Settled) -> bool:
-    """Whether differences of gradients say anything about derivatives."""
-    return all(torch.finfo(p.dtype).bits >= 32 for p in at.params.values())
+def look(
+    evaluation: Evaluation, free: Settled, estimator: Estimator, caller: "Caller | None" = None
+) -> bool:
+    """What `first_look` does, seen before or not; whether all is well.
+
+    Args:
+        evaluation: of the problem.
+        free: where it settled.
+        estimator: the one that is asked for its gradient.
+        caller: of the modules, where it is no loss of the user's.
+
+    Raises:
+        ProblemError: as `first_look`.
+    """
+    around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
+    if not around.outer_repeats() or not around.inner_repeats():
+        return False
+    if evaluation.problem.symmetric and _precise(evaluation, free):
+        return around.derivative_holds(estimator)
+    return True
+
+
+def _twice(evaluation: Evaluation, free: Settled, estimator: Estimator) -> bool:
+    """Whether second derivatives by autograd are to be looked at."""
+    derived = evaluation.problem.symmetric and estimator.differentiates_twice
+    return derived and _precise(evaluation, free)
 
 
 @dataclass(frozen=True)
-class _Slope:
-    """A scalar and its gradient by φ and by θ, each a flat vector."""
+class Caller:
+    """Who calls a module, and what is to be said of it: by default, a loss of the user's.
 
-    value: Tensor
-    params: Tensor
-    meta: Tensor
+    Attributes:
+        moves: whether the module's own weights may be others than those that it is handed, so that
+            it must not compute with its own in the backward.
+        held: what to do about a parameter that it holds twice.
+        changing: what it means that a call changes the next.
+        state: where else a state may be, for which a note names the problem's class.
+    """
 
-    def differs(self, other: "_Slope") -> float:
-        """By how much, relative to its size."""
-        size = max(_norm(self), self.value.abs().item() / max(len(self.params) ** 0.5, 1.0))
-        change = self.minus(other)
-        apart = max(_norm(change), change.value.abs().item())
-        return apart / size if size else float(apart > 0)
-
-    def minus(self, other: "_Slope") -> "_Slope":
-        """The difference."""
-        return _Slope(self.value - other.value, self.params - other.params, self.meta - other.meta)
-
-    def times(self, scale: float) -> "_Slope":
-        """As many times as much."""
-        return _Slope(self.value, scale * self.params, scale * self.meta)
+    moves: bool = True
+    held: str = "Call it by equigrad.nn.Functional(module), which binds them all"
+    changing: str = (
+        "Every phase starts with what the free one left, and the module is put back in the end; "
+        "the gradient is that of a loss that changes as it settles"
+    )
+    state: str = "outside of the modules that it is seen to call (give them to {}(modules=…))"
 
 
-def _norm(slope: _Slope) -> float:
-    return math.hypot(slope.params.norm().item(), slope.meta.norm().item())
+def _precise(evaluation: Evaluation, at: Settled) -> bool:
+    """Whether differences of gradients say anything about derivatives."""
+    return not evaluation.lower and all(torch.finfo(p.dtype).bits >= 32 for p in at.params.values())
 
 
 class _Look:
@@ -124,9 +134,11 @@ class _Look:
         evaluation: of the problem.
         free: where it settled.
         twice: whether gradients of what settles are to be differentiated.
+        caller: of the modules.
     """
 
-    def __init__(self, evaluation: Evaluation, free: Settled, twice: bool) -> None:
+    def __init__(self, evaluation: Evaluation, free: Settled, twice: bool, caller: Caller) -> None:
+        self._caller = caller
         self._evaluation, self._free, self._twice = evaluation, free, twice
         self._own = OwnWeights(evaluation.problem.modules or ())
         self.dtype = next(iter(free.params.values())).dtype
@@ -138,12 +150,12 @@ class _Look:
     def outer_repeats(self) -> bool:
         """Whether the outer loss has one value; says so where not."""
 
-        def value(shift: bool) -> _Slope:
+        def value(shift: bool) -> Slope:
             with torch.no_grad(), self._own.shifted_in_calls() if shift else nullcontext():
                 found = self._evaluation.evaluate(
                     "outer", self._free.params, self._evaluation.meta_params
                 )
-            return _Slope(found.detach(), torch.zeros(1), torch.zeros(1))
+            return Slope(found.detach(), torch.zeros(1), torch.zeros(1))
 
         return self._repeats("outer", value)
 
@@ -151,7 +163,7 @@ class _Look:
         """Whether what settles has one gradient; says so where not."""
         return self._repeats("inner", lambda shift: self._slope(shift=shift))
 
-    def _first_slope(self, slope: Callable[[bool], _Slope], stream: Stream) -> _Slope:
+    def _first_slope(self, slope: Callable[[bool], Slope], stream: Stream) -> Slope:
         """With its graph where second derivatives are asked for, and there."""
         if stream == "inner" and self._twice:
             try:
@@ -160,7 +172,7 @@ class _Look:
                 self._evaluation.stage.stand_at(self._free)
         return slope(False)
 
-    def _repeats(self, stream: Stream, slope: Callable[[bool], _Slope]) -> bool:
+    def _repeats(self, stream: Stream, slope: Callable[[bool], Slope]) -> bool:
         evaluation, name = self._evaluation, self._evaluation.problem.name(stream)
         evaluation.stage.stand_at(self._free)
         first = self._first_slope(slope, stream)
@@ -174,9 +186,8 @@ class _Look:
             evaluation.tally.note(
                 f"{name} is no function of params and step: two calls differ by {apart:.1g}, with "
                 f"the same params, the same seeds and the same state of modules. It draws from a "
-                f"random generator of its own{self._generators()}, or keeps a state outside of the "
-                f"modules that it is seen to call (give them to {type(evaluation.problem).__name__}"
-                f"(modules=…))"
+                f"random generator of its own{self._generators()}, or keeps a state "
+                f"{self._caller.state.format(type(evaluation.problem).__name__)}"
             )
             return False
         evaluation.stage.stand_at(self._free)
@@ -187,15 +198,12 @@ class _Look:
                 f"({listed(self._own.names)}): it changes by {apart:.1g} where they are shifted. A "
                 f"parameter is held a second time (in a list, for example), or the module is "
                 f"called again in the backward (gradient checkpointing), when functional_call has "
-                f"put its own weights back. Call it by equigrad.nn.Functional(module), which binds "
-                f"them all"
+                f"put its own weights back. {self._caller.held}"
             )
         what = " and ".join(changed) or "the state of a module"
         evaluation.tally.note(
             f"{name} is no function of params and step: two calls in a row differ by "
-            f"{first.differs(again):.1g}, since each changes {what}. Every phase starts with what "
-            f"the free one left, and the module is put back in the end; the gradient is that of a "
-            f"loss that changes as it settles"
+            f"{first.differs(again):.1g}, since each changes {what}. {self._caller.changing}"
         )
         return False
 
@@ -230,7 +238,7 @@ class _Look:
         self._evaluation.tally.note(said)
         return False
 
-    def _hidden(self, u: "_Move", ahead: _Slope) -> float | None:
+    def _hidden(self, u: "Move", ahead: Slope) -> float | None:
         """How far second derivatives by autograd are from differences of the gradient, along u.
 
         None where there are no second derivatives, or nobody asks for them.
@@ -258,49 +266,49 @@ class _Look:
         smooth = mismatch(near.meta, far.meta) < SUSPICIOUS
         return max(mismatch(seen.params, far.params), smooth * mismatch(seen.meta, far.meta))
 
-    def _asymmetry(self, u: "_Move", v: "_Move", ahead: _Slope) -> float:
+    def _asymmetry(self, u: "Move", v: "Move", ahead: Slope) -> float:
         """How far the gradient's derivative is from symmetric, along two directions."""
-        v = _balanced(v, ahead)
+        v = balanced(v, ahead)
         aside = self._slope(v).minus(self._first)
-        size = max(_expected(u, aside), _expected(v, ahead))
-        if not abs(_dot(u, aside) - _dot(v, ahead)) > SUSPICIOUS * size:  # also where NaN
+        size = max(expected(u, aside), expected(v, ahead))
+        if not abs(dot(u, aside) - dot(v, ahead)) > SUSPICIOUS * size:  # also where NaN
             return 0.0
         found = []
         for scale in (1 / STRETCH, 1.0):
             ahead, aside = self._change(u, scale), self._change(v, scale)
-            found.append(_dot(u, aside) - _dot(v, ahead))
-        size = max(_expected(u, aside), _expected(v, ahead))
+            found.append(dot(u, aside) - dot(v, ahead))
+        size = max(expected(u, aside), expected(v, ahead))
         near, far = found
         if abs(near - far) > ALIKE * abs(far) or not size:
             return 0.0
         return min(abs(near), abs(far)) / size
 
-    def _change(self, move: "_Move", scale: float) -> _Slope:
+    def _change(self, move: "Move", scale: float) -> Slope:
         """What the gradient changes by along a direction, by central differences."""
         there, back = (self._slope(move.times(s)) for s in (scale, -scale))
         return there.minus(back).times(0.5 / scale)
 
-    def _along(self, seed: int) -> "_Move":
+    def _along(self, seed: int) -> "Move":
         """A random direction: the first of φ, the second of φ and θ."""
         generator = torch.Generator().manual_seed(seed)
         step = torch.finfo(self.dtype).eps ** (1 / 3)
 
         def drawn(tensors: dict[str, Tensor], least: float) -> dict[str, Tensor]:
             raw = {n: torch.randn(t.shape, generator=generator).to(t) for n, t in tensors.items()}
-            size = max(_flat(tensors).norm().item(), least)
-            distance = step * (size or 1.0) / _flat(raw).norm().item()
+            size = max(flat(tensors).norm().item(), least)
+            distance = step * (size or 1.0) / flat(raw).norm().item()
             return {n: distance * t for n, t in raw.items()}
 
         params, meta = self._free.params, self._evaluation.meta_params
-        moved = _flat(params) - _flat(self._evaluation.params)
+        moved = flat(params) - flat(self._evaluation.params)
         along = drawn(params, moved.norm().item())
         self._hold(list(along.values()))
         across = drawn(meta, 1.0) if seed else {n: torch.zeros_like(m) for n, m in meta.items()}
-        return _Move(along, across)
+        return Move(along, across)
 
     def _slope(
-        self, move: "_Move | None" = None, *, shift: bool = False, graph: bool = False
-    ) -> _Slope:
+        self, move: "Move | None" = None, *, shift: bool = False, graph: bool = False
+    ) -> Slope:
         """The gradient of what settles, at a distance, on fresh leaves."""
         evaluation, own = self._evaluation, self._own
         params, meta = self._free.params, evaluation.meta_params
@@ -313,7 +321,7 @@ class _Look:
         leaves = [*params.values(), *meta.values()]
         with own.shifted_in_calls() if shift else nullcontext():
             value = evaluation.probe("inner", params, meta)
-        with own.shifted() if shift else nullcontext():
+        with own.shifted() if shift and self._caller.moves else nullcontext():
             grads = torch.autograd.grad(
                 value, leaves, create_graph=graph, allow_unused=True, materialize_grads=True
             )
@@ -327,26 +335,11 @@ class _Look:
             if name in self._free.params and self._free.params[name].ndim == 2:
                 tensors[list(self._free.params).index(name)][row] = 0
 
-    def _split(self, value: Tensor, grads: Sequence[Tensor]) -> _Slope:
+    def _split(self, value: Tensor, grads: Sequence[Tensor]) -> Slope:
         grads, count = [g.detach().clone() for g in dense(tuple(grads))], len(self._free.params)
         self._hold(grads)
         params, meta = (flatten(part) for part in (grads[:count], grads[count:]))
-        return _Slope(value.detach(), params, meta)
-
-
-@dataclass(frozen=True)
-class _Move:
-    """A displacement of φ and θ."""
-
-    params: dict[str, Tensor]
-    meta: dict[str, Tensor]
-
-    def times(self, scale: float) -> "_Move":
-        """The same direction, as far."""
-        params, meta = (
-            {n: scale * t for n, t in part.items()} for part in (self.params, self.meta)
-        )
-        return _Move(params, meta)
+        return Slope(value.detach(), params, meta)
 
 
 def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
@@ -355,33 +348,6 @@ def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
         for path, part in module.named_modules():
             if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
                 yield f"{path}.weight".lstrip("."), part.padding_idx
-
-
-def _balanced(move: _Move, change: _Slope) -> _Move:
-    """A direction whose parts in φ and in θ see as much of a change of the gradient."""
-    params, meta = (
-        _expected(part, change) for part in (_Move(move.params, {}), _Move({}, move.meta))
-    )
-    ratio = params / meta if params and meta else 1.0
-    longer, shorter = min(max(ratio, 1 / STRETCH), STRETCH), min(max(ratio / STRETCH, 1.0), STRETCH)
-    return _Move(
-        {n: t / shorter for n, t in move.params.items()},
-        {n: t * longer for n, t in move.meta.items()},
-    )
-
-
-def _dot(move: _Move, slope: _Slope) -> float:
-    return (_flat(move.params).dot(slope.params) + _flat(move.meta).dot(slope.meta)).item()
-
-
-def _expected(move: _Move, slope: _Slope) -> float:
-    """The size of the product of a random direction with a vector."""
-    parts = ((move.params, slope.params), (move.meta, slope.meta))
-    return sum(_flat(d).norm().item() * s.norm().item() / len(s) ** 0.5 for d, s in parts if d)
-
-
-def _flat(tensors: Any) -> Tensor:
-    return flatten([t.detach() for t in tensors.values()])
 
 
 def problem_batches(problem: Any) -> list[Any]:

@@ -20,7 +20,7 @@ class OwnWeights:
     them a second time, or computes once more in the backward (gradient checkpointing).
 
     Args:
-        modules: whatever a loss may call.
+        modules: whatever a loss may call. Compiled ones, which allow no hooks, are left out.
 
     Attributes:
         names: of the parameters that were replaced so far, by the module's own names.
@@ -30,6 +30,7 @@ class OwnWeights:
         self._roots = [
             (root, [p for path, part in root.named_modules() for p in _places(path, part)])
             for root in modules
+            if not any(map(_compiled, root.modules()))
         ]
         self._inner = {id(part): i for i, (r, _) in enumerate(self._roots) for part in r.modules()}
         self._kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
@@ -40,6 +41,9 @@ class OwnWeights:
     @contextmanager
     def shifted_in_calls(self) -> Iterator[None]:
         """While modules are called with other weights."""
+        if not self._roots:
+            yield
+            return
         handles = [
             hooks.register_module_forward_pre_hook(self._enter),
             hooks.register_module_forward_hook(self._leave, always_call=True),
@@ -88,6 +92,11 @@ class OwnWeights:
             own.data.copy_(value)
         self._kept.clear()
         self._within = None
+
+
+def _compiled(part: nn.Module) -> bool:
+    """Whether `torch.compile` has made this module or its calls."""
+    return type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Call:
     """One pass: a cell, its weights and inputs by name, and where it starts.
 
     Attributes:
+        method: what is called of the cell, as a module.
         tensors: weights and inputs, by name.
         start: where h starts, by name.
         seed: of the random numbers.
@@ -36,7 +37,7 @@ class Call:
 
     def __init__(self, cell: nn.Module, inputs: tuple[Any, ...], start: State) -> None:
         self.cell = cell
-        self._method = _Method(cell, "primitive" if kind_of(cell) is EnergyBased else "forward")
+        self.method = _Method(cell, "primitive" if kind_of(cell) is EnergyBased else "forward")
         leaves, self._tree = tree_flatten(inputs)
         # no weight can have such a name, since no module's name is empty
         self._slots = [f"input..{i}" if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
@@ -85,7 +86,7 @@ class Call:
         if self._buffers:
             with CommonRandomness(params.values(), self.seed) as randomness, self._precision():
                 randomness.seed("inner", 0)
-                self._method.forward(*self._arguments(params, self.tensors))
+                self.method.forward(*self._arguments(params, self.tensors))
 
     def shaped(self, params: Params) -> Any:
         """The state as the cell knows it."""
@@ -117,8 +118,8 @@ class Call:
             swapped |= {f"module.{name}": b.clone() for name, b in self._buffers.items()}
         with self._precision():
             if swapped:
-                return functional_call(self._method, swapped, arguments)
-            return self._method.forward(*arguments)
+                return functional_call(self.method, swapped, arguments)
+            return self.method.forward(*arguments)
 
     def _arguments(self, params: Params, tensors: Params) -> tuple[Any, ...]:
         """The state and the inputs."""

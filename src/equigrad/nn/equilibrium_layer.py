@@ -1,12 +1,15 @@
 """A layer whose output is where a cell settles."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from equigrad.diagnostics.first_look import Caller, look
 from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium
 from equigrad.errors import (
     ConfigurationError,
@@ -19,10 +22,22 @@ from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
 from equigrad.fields import expect
 from equigrad.nn.equilibrium_call import Call, State, kind_of
-from equigrad.problems import EnergyBased, FixedPoint, Problem
+from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
+from equigrad.results import MetaGradient
 from equigrad.solvers import Anderson, Phase, Settled, Solver
 
 Unsettled = Literal["warn", "raise", "ignore"]
+
+OF_A_CELL = Caller(
+    moves=False,
+    held="Hold every parameter of the cell once",
+    changing=(
+        "The cell is another map at every step of the solver: keep what changes in buffers, which "
+        "all steps of a pass see as they were"
+    ),
+    state="outside of the cell",
+)
+"""What the first look says of a cell."""
 
 
 class EquilibriumLayer(nn.Module):
@@ -62,6 +77,10 @@ class EquilibriumLayer(nn.Module):
         cell: the cell.
         phase: the report of the last forward pass; its `residuals` are those of the samples and its
             `unsettled` the numbers of those that have not settled.
+        error_estimate: estimated relative error of the gradients of the last backward pass, where
+            the estimator has one, as in `equigrad.MetaGradient`; of the estimator's own making
+            alone, whatever the forward pass has left.
+        status: in words, what is worth knowing of the last backward pass; empty where nothing is.
 
     Raises:
         ConfigurationError: an argument is not what it has to be, or the estimator cannot serve the
@@ -109,6 +128,9 @@ class EquilibriumLayer(nn.Module):
         self.cell = cell
         self.unsettled: Unsettled = unsettled
         self.phase: Phase | None = None
+        self.error_estimate: float | None = None
+        self.status = ""
+        self._looked = False
         self._said: set[str] = set()
 
     def forward(self, *inputs: Any, start: State | None = None) -> Any:
@@ -132,6 +154,9 @@ class EquilibriumLayer(nn.Module):
             estimator=self.estimator,
             say=self._say,
             samples=True,
+            report=self._report,
+            warns_of_error=False,
+            look=partial(self._first_look, call),
         )
         with call.full_precision():
             settled, seed = self._settle(call, equilibrium)
@@ -166,6 +191,23 @@ class EquilibriumLayer(nn.Module):
         if self.training:
             call.move_buffers(settled.params)
         return settled, call.seed
+
+    def _report(self, result: MetaGradient | None, notes: list[str]) -> None:
+        """Keep what the backward pass found."""
+        self.error_estimate = None if result is None else result.error_estimate
+        self.status = "; ".join(notes)
+
+    def _first_look(self, call: Call, problem: Any, settled: Settled, learned: Params) -> list[str]:
+        """What is wrong with the cell where it settled: four evaluations, in the first backward."""
+        if self._looked:
+            return []
+        self._looked = True
+        called = call.method if kind_of(self.cell) is EnergyBased else self.cell
+        problem = dataclasses.replace(problem, modules=(called,))
+        with Evaluation(problem, settled.params, learned, settled, call.seed) as evaluation:
+            there = dataclasses.replace(settled, buffers=evaluation.stage.snapshot())
+            look(evaluation, there, self.estimator, OF_A_CELL)
+        return evaluation.tally.notes
 
     def _say(self, which: str, message: Callable[[], str]) -> None:
         """Raise, or warn the first time, as `unsettled` asks for."""

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError
 from equigrad.fields import Checked, Rule
-from equigrad.problems.calls import refuse_call
-from equigrad.problems.refused import refuse_module
+from equigrad.problems.refused import refuse_call, refuse_module
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -116,28 +115,9 @@ class FewShotLearner(Checked):
 
     def problem(self, tasks: TaskBatch) -> Bilevel:
         """All tasks as one problem, whose losses are sums over them."""
-
-        def loss(
-            params: Params,
-            meta_params: Params,
-            batch: tuple[Tensor, Tensor, int | None],
-            second_order: bool = False,
-        ) -> Tensor:
-            x, y, reference = batch
-            weights = self.model.weights(params, meta_params)
-            outputs = self.network(weights, x, reference=reference, second_order=second_order)
-            losses = vmap(self.loss)(outputs[:, reference:], y)
-            if losses.ndim != 1:
-                raise ProblemError(
-                    f"loss must return a scalar for each task, its mean over examples, got shape "
-                    f"{tuple(losses.shape[1:])}"
-                )
-            return losses.sum()
-
-        second = self.estimator.traits.double_backward
         return Bilevel(
-            inner_loss=partial(loss, second_order=second),
-            outer_loss=loss,
+            inner_loss=_SummedLoss(self, second_order=self.estimator.traits.double_backward),
+            outer_loss=_SummedLoss(self, second_order=False),
             regularizer=self.model.regularizer,
             inner_batches=[(*tasks.support, None)],
             outer_batches=[self._judged(tasks, self.statistics)],
@@ -281,3 +261,30 @@ class FewShotLearner(Checked):
         if (statistics or self.statistics) == "query":
             return with_batch_statistics(module).eval()
         return with_statistics_of(module, x)
+
+
+@dataclass(frozen=True)
+class _SummedLoss:
+    """The loss of a batch of tasks, as a function of all their parameters.
+
+    Attributes:
+        made_by: the learner. Its losses are looked at once, though each batch makes new ones.
+        second_order: whether its gradient will be differentiated.
+    """
+
+    made_by: FewShotLearner
+    second_order: bool
+
+    def __call__(
+        self, params: Params, meta_params: Params, batch: tuple[Tensor, Tensor, int | None]
+    ) -> Tensor:
+        learner, (x, y, reference) = self.made_by, batch
+        weights = learner.model.weights(params, meta_params)
+        outputs = learner.network(weights, x, reference=reference, second_order=self.second_order)
+        losses = vmap(learner.loss)(outputs[:, reference:], y)
+        if losses.ndim != 1:
+            raise ProblemError(
+                f"loss must return a scalar for each task, its mean over examples, got shape "
+                f"{tuple(losses.shape[1:])}"
+            )
+        return losses.sum()

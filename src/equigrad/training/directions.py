@@ -194,7 +194,7 @@ class Contrasts(Direction):
         if isinstance(self.beta, AdaptiveBeta):
             return self.beta.most
         schedule: Any = self.beta
-        beta: float = schedule(share) if callable(schedule) else schedule
+        beta: Any = schedule(share) if callable(schedule) else schedule
         require(
             math.isfinite(beta) and beta > 0,
             f"beta must stay above 0, and its schedule gave {beta} when {share:.0%} of the loop "
