@@ -28,7 +28,7 @@ Statistics = Literal["query", "support"]
 class MetaModel(Protocol):
     """A module divided into what a task learns, φ, and what tasks share, θ.
 
-    `equigrad.nn.ComplexSynapse`, `Modulation` and `LearnedStart` are such divisions.
+    `equigrad.nn.ComplexSynapse`, `Modulation`, `LearnedStart` and `LearnedRates` are such.
     """
 
     @property
@@ -66,7 +66,7 @@ class FewShotLearner(Checked):
 
     Attributes:
         model: what a task learns and what tasks share: `ComplexSynapse(…, learn=("center",))`,
-            `Modulation` or `LearnedStart`.
+            `Modulation`, `LearnedStart` or `LearnedRates`.
         loss: `(outputs, targets) -> scalar` of one task, its mean over examples.
         solver: settles a task.
         estimator: of the meta-gradient.
@@ -168,7 +168,7 @@ class FewShotLearner(Checked):
         chunks = tasks.chunks(1 if self.estimator.traits.one_system else self.chunk_size)
         if self._reaches is None:  # the same for all tasks: found out and checked once
             first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
-            with Evaluation(first, start, meta_params) as evaluation:
+            with Evaluation(first, start, meta_params, solver=self.solver) as evaluation:
                 object.__setattr__(self, "_reaches", evaluation.reaches.functions)
         results = [
             meta_gradient(
