@@ -359,7 +359,7 @@ _said: set[tuple[str, Any]] = set()
 """What has been said of which function."""
 
 _looked: set[tuple[bool, Any]] = set()
-"""The functions that are what they are taken for, by estimators that differentiate twice, or once."""
+"""The functions that are what estimators take them for that differentiate twice, or once."""
 
 
 def _check_mapping(meta_params: Params, start: Params) -> None:
