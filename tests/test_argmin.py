@@ -242,6 +242,22 @@ def test_data_among_the_meta_parameters():
     assert s.grad < 0
 
 
+def test_a_loss_that_is_no_function_is_named():
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(p, m):
+        noise = 0.1 * torch.randn(3, generator=generator, dtype=F64)
+        return (p["w"] - m["t"] + noise).square().sum()
+
+    def call():
+        t = torch.ones(3, dtype=F64, requires_grad=True)
+        solver = eg.GradientDescent(lr=0.1, max_steps=20)
+        return eg.argmin(noisy, {"w": torch.zeros(3, dtype=F64)}, {"t": t}, solver=solver).status
+
+    for _ in range(2):
+        assert "inner_loss is no function of params and step" in call()
+
+
 def test_without_gradients_the_result_is_the_same():
     s = strengths()
     whole = settled(s)

@@ -21,7 +21,7 @@ from equigrad.gradient import check_settings
 from equigrad.problems import Bilevel, FixedPoint, Params, Problem
 from equigrad.problems.problem import Loss
 from equigrad.results import MetaGradient
-from equigrad.solvers import Phase, Solver
+from equigrad.solvers import Phase, Settled, Solver
 from equigrad.wording import listed
 
 
@@ -253,7 +253,7 @@ class _Call:
             settled = equilibrium.settle(evaluation)
             equilibrium.judge(evaluation, settled)
             if learned:
-                first_look(evaluation, settled, self.estimator)
+                self._look(evaluation, settled)
         again = None
         if not self.estimator.traits.equilibrium:
             again = {name: p.clone() for name, p in evaluation.params.items()}
@@ -317,9 +317,24 @@ class _Call:
             report=report,
         )
 
+    def _look(self, evaluation: Evaluation, settled: Settled) -> None:
+        """A first look, once for every function: a module makes a new closure at every pass."""
+        key = self.estimator.differentiates_twice, self._code
+        if key in _looked:
+            return
+        said = len(evaluation.tally.notes)
+        first_look(evaluation, settled, self.estimator)
+        if len(evaluation.tally.notes) == said:
+            _looked.add(key)
+
+    @property
+    def _code(self) -> Any:
+        """What is the same in all closures of a function."""
+        return getattr(self.function, "__code__", type(self.function))
+
     def _say(self, which: str, message: Callable[[], str]) -> None:
         """Warn the first time for this function."""
-        key = which, getattr(self.function, "__code__", type(self.function))
+        key = which, self._code
         if key not in _said:
             warnings.warn(message(), SettlingWarning, stacklevel=5)
             _said.add(key)
@@ -342,6 +357,9 @@ class _Call:
 
 _said: set[tuple[str, Any]] = set()
 """What has been said of which function."""
+
+_looked: set[tuple[bool, Any]] = set()
+"""The functions that are what estimators take them for that differentiate twice, or once."""
 
 
 def _check_mapping(meta_params: Params, start: Params) -> None:

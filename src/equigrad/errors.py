@@ -18,7 +18,7 @@ class SettlingError(EquigradError, ArithmeticError):
 
 
 class SettlingWarning(UserWarning):
-    """A layer did not settle, and goes on with where it stopped."""
+    """A layer or an argmin did not settle, and goes on with where it stopped."""
 
 
 class CurvatureError(EquigradError, ArithmeticError):

@@ -266,7 +266,8 @@ def check_settings(solver: Solver) -> None:
         if isinstance(value, Tensor) and (value.requires_grad or name in numbers):
             raise ConfigurationError(
                 f"{name} of {type(solver).__name__} must be a number, got a tensor (call .item() "
-                f"on it). It has no meta-gradient: {NO_STEP_SIZE}"
+                f"on it). It has no meta-gradient: {NO_STEP_SIZE}; or learn it, by {name}=lambda "
+                f"meta_params, step: …, with an estimator that differentiates steps (Unrolled())"
             )
 
 

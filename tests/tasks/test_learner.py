@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import equigrad as eg
-from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
+from equigrad.nn import ComplexSynapse, LearnedRates, LearnedStart, Modulation
 from equigrad.tasks import FewShotLearner, TaskBatch
 
 
@@ -32,7 +32,8 @@ def synaptic(strength: float = 0.5) -> ComplexSynapse:
 
 
 def learner(model, estimator, **options) -> FewShotLearner:
-    solver = options.pop("solver", eg.GradientDescent(lr=0.05, max_steps=5))
+    rate = model.rates if isinstance(model, LearnedRates) else 0.05
+    solver = options.pop("solver", eg.GradientDescent(lr=rate, max_steps=5))
     return FewShotLearner(
         model=model,
         loss=nn.functional.cross_entropy,
@@ -50,6 +51,7 @@ CASES = [
     (synaptic, eg.NeumannSeries(terms=4, alpha=0.05)),
     (lambda: Modulation(network()), eg.Contrastive(beta=0.01)),
     (lambda: LearnedStart(network()), eg.MAML()),
+    (lambda: LearnedRates(network(), 0.05), eg.MAML()),
     (lambda: LearnedStart(network()), eg.FirstOrderMAML()),
     (lambda: LearnedStart(network()), eg.Reptile()),
 ]
@@ -163,6 +165,29 @@ def test_steps_of_adaptation_other_than_the_solvers() -> None:
     for name, p in five.settle(meta_params, batch, steps=0).items():
         assert p.equal(meta_params[name].expand(p.shape))
         assert not p.requires_grad
+
+
+def test_rates_of_meta_sgd_are_learned_beside_the_start_of_maml() -> None:
+    rates, start, batch = LearnedRates(network(), 0.05), LearnedStart(network()), tasks()
+    meta = rates.meta_params()
+    found = learner(rates, eg.MAML()).meta_gradient(meta, batch)
+    maml = learner(start, eg.MAML()).meta_gradient(start.meta_params(), batch)
+    for name, grad in maml.grads.items():
+        torch.testing.assert_close(found.grads[f"start.{name}"], grad, rtol=1e-10, atol=1e-13)
+    along = {n: torch.randn_like(m) if n.startswith("rate.") else 0.0 for n, m in meta.items()}
+
+    def loss(shift: float) -> float:
+        moved = {n: (m + shift * along[n]).detach() for n, m in meta.items()}
+        params = learner(rates, eg.MAML()).settle(moved, batch)
+        said = learner(rates, eg.MAML()).predict(params, moved, batch)
+        losses = [
+            nn.functional.cross_entropy(o, y) for o, y in zip(said, batch.query[1], strict=True)
+        ]
+        return torch.stack(losses).mean().item()
+
+    expected = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    exact = sum((g * along[n]).sum().item() for n, g in found.grads.items() if "rate." in n)
+    assert exact == pytest.approx(expected, rel=1e-6)
 
 
 def test_bad_choices_are_named() -> None:

@@ -173,7 +173,8 @@ class References:
     def direct(self) -> Params:
         """`∂L_out/∂θ` at the settled φ, which the outer loss has without settling anything."""
         torch.manual_seed(self.seed)
-        with Evaluation(self.problem, self.result.params, self.meta_params) as evaluation:
+        where = self.problem, self.result.params, self.meta_params
+        with Evaluation(*where, solver=self.solver) as evaluation:
             at = resting(self.result.params, evaluation.stage.snapshot())
             return evaluation.outer_gradients(at)[1]
 
@@ -196,7 +197,7 @@ class References:
         left = max(self.budget - self.spent, 1)
         limit = solver.max_steps if solver.max_steps is not None else left
         torch.manual_seed(self.seed)
-        with Evaluation(self.problem, start, meta_params) as evaluation:
+        with Evaluation(self.problem, start, meta_params, solver=solver) as evaluation:
             settled = evaluation.settle(replace(solver, max_steps=min(limit, left)))
             self.spent += evaluation.tally.gradient_evaluations
             return evaluation.outer_loss(settled).item(), settled.phase, settled.params

@@ -129,7 +129,8 @@ def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
             f"with their graph; or make it the centre of a proximal term, as in "
             f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
             f"forgotten where it started. If it is a learning rate or another setting of the "
-            f"solver: {NO_STEP_SIZE}.)"
+            f"solver: {NO_STEP_SIZE}; or hand the solver a function of it, as in "
+            f"docs/learned-rates.md.)"
         )
 
 

@@ -9,6 +9,7 @@ from equigrad.nn.fourier_features import FourierFeatures
 from equigrad.nn.functional import Functional
 from equigrad.nn.hopfield import Hopfield
 from equigrad.nn.learned_feedback import LearnedFeedback, with_learned_feedback
+from equigrad.nn.learned_rates import LearnedRates
 from equigrad.nn.learned_start import LearnedStart
 from equigrad.nn.modulation import Modulation
 from equigrad.nn.networks import conv4, lenet5, tanh_network
@@ -26,6 +27,7 @@ __all__ = [
     "Functional",
     "Hopfield",
     "LearnedFeedback",
+    "LearnedRates",
     "LearnedStart",
     "Modulation",
     "ReferenceStatistics",

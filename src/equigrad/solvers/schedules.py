@@ -12,7 +12,8 @@ from equigrad.wording import listed
 
 Schedule = Callable[[Params, int], Any]
 """`(meta_params, step) -> setting`: a number or a tensor without dimensions for all params, or a
-dictionary with one for each, by name: without dimensions, or one number a weight."""
+dictionary with one for each, by name: without dimensions, or one number a weight, where leading
+dimensions (of tasks, for example) may be left out."""
 
 
 def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
@@ -51,9 +52,10 @@ def settings(name: str, setting: Any, objective: Objective) -> list[Any]:
         raise ConfigurationError(f"{name} has none for params {listed(missing)}")
     for n, p in objective.params.items():
         value = setting[n]
-        if isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if shape and shape != tuple(p.shape[p.ndim - len(shape) :]):
             raise ConfigurationError(
-                f"{name} of {n!r} has shape {tuple(value.shape)}, and must have none, or that of "
-                f"the parameter, {tuple(p.shape)}"
+                f"{name} of {n!r} has shape {shape}, and must have none, or that of the parameter, "
+                f"{tuple(p.shape)}, or of its last dimensions"
             )
     return [setting[n] for n in objective.params]

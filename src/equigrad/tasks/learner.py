@@ -27,7 +27,7 @@ Statistics = Literal["query", "support"]
 class MetaModel(Protocol):
     """A module divided into what a task learns, φ, and what tasks share, θ.
 
-    `equigrad.nn.ComplexSynapse`, `Modulation` and `LearnedStart` are such divisions.
+    `equigrad.nn.ComplexSynapse`, `Modulation`, `LearnedStart` and `LearnedRates` are such.
     """
 
     @property
@@ -65,7 +65,7 @@ class FewShotLearner(Checked):
 
     Attributes:
         model: what a task learns and what tasks share: `ComplexSynapse(…, learn=("center",))`,
-            `Modulation` or `LearnedStart`.
+            `Modulation`, `LearnedStart` or `LearnedRates`.
         loss: `(outputs, targets) -> scalar` of one task, its mean over examples.
         solver: settles a task.
         estimator: of the meta-gradient.
@@ -149,7 +149,8 @@ class FewShotLearner(Checked):
         if self._reaches is None:  # the same for all tasks: found out and checked once
             first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
             # with a seed of its own: torch's generator stands as in a process that knows already
-            with Evaluation(first, start, meta_params, seed=0) as evaluation:
+            known = Evaluation(first, start, meta_params, seed=0, solver=self.solver)
+            with known as evaluation:
                 object.__setattr__(self, "_reaches", evaluation.reaches.functions)
         results = [
             meta_gradient(

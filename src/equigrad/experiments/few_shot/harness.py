@@ -19,6 +19,7 @@ from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
 from equigrad.experiments.runs.experiment import Training, one_of
 from equigrad.experiments.runs.model import restored, saved_model
 from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative
+from equigrad.nn import LearnedRates
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
 from equigrad.solvers import GradientDescent
@@ -193,10 +194,13 @@ class FewShot(Training):
 
     def learner(self, network: Module) -> FewShotLearner:
         """What learns tasks."""
+        rate = self.solver.lr
+        model = FEW_SHOT_METHODS[self.method].division(network, self.strength, rate)
+        learned = isinstance(model, LearnedRates)
         return FewShotLearner(
-            model=FEW_SHOT_METHODS[self.method].division(network, self.strength),
+            model=model,
             loss=self.loss,
-            solver=self.solver,
+            solver=replace(self.solver, lr=model.rates) if learned else self.solver,
             estimator=with_nudged(self.estimator, self.solver, self.nudged_steps),
             chunk_size=self.chunk_size,
             statistics=self.statistics,
@@ -207,7 +211,7 @@ class FewShot(Training):
         """The learner with as many steps as in validation and test."""
         if self.test_steps is None:
             return learner
-        return replace(learner, solver=replace(self.solver, max_steps=self.test_steps))
+        return replace(learner, solver=replace(learner.solver, max_steps=self.test_steps))
 
     @classmethod
     def load_learner(cls, folder: Path | str) -> tuple[FewShotLearner, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from equigrad.estimators import (
     LeastControl,
     Reptile,
 )
-from equigrad.nn import ComplexSynapse, LearnedStart, Modulation
+from equigrad.nn import ComplexSynapse, LearnedRates, LearnedStart, Modulation
 from equigrad.tasks.learner import MetaModel
 
 MethodName = Literal[
@@ -25,6 +25,7 @@ MethodName = Literal[
     "least-control-synaptic",
     "imaml",
     "maml",
+    "meta-sgd",
     "first-order-maml",
     "reptile",
     "scratch",
@@ -37,25 +38,30 @@ class Method:
 
     Attributes:
         label: its name in words.
-        division: of a network, with a strength λ, into what a task learns and what tasks share.
+        division: of a network, with a strength λ and a step size, into what a task learns and what
+            tasks share.
         estimator: of the meta-gradient.
     """
 
     label: str
-    division: Callable[[Module, float], MetaModel]
+    division: Callable[[Module, float, float], MetaModel]
     estimator: type[Estimator]
 
 
-def _synapse(network: Module, strength: float) -> ComplexSynapse:
+def _synapse(network: Module, strength: float, rate: float) -> ComplexSynapse:
     return ComplexSynapse(network, strength, center="init", learn=("center",))
 
 
-def _modulation(network: Module, strength: float) -> Modulation:
+def _modulation(network: Module, strength: float, rate: float) -> Modulation:
     return Modulation(network)
 
 
-def _start(network: Module, strength: float) -> LearnedStart:
+def _start(network: Module, strength: float, rate: float) -> LearnedStart:
     return LearnedStart(network)
+
+
+def _rates(network: Module, strength: float, rate: float) -> LearnedRates:
+    return LearnedRates(network, rate)
 
 
 FEW_SHOT_METHODS: dict[MethodName, Method] = {
@@ -65,6 +71,7 @@ FEW_SHOT_METHODS: dict[MethodName, Method] = {
     "least-control-synaptic": Method("least control, synaptic", _synapse, LeastControl),
     "imaml": Method("iMAML", _synapse, IMAML),
     "maml": Method("MAML", _start, MAML),
+    "meta-sgd": Method("Meta-SGD", _rates, MAML),
     "first-order-maml": Method("first-order MAML", _start, FirstOrderMAML),
     "reptile": Method("Reptile", _start, Reptile),
     "scratch": Method("from scratch", _start, FirstOrderMAML),
