@@ -8,7 +8,6 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.problems import Params, Velocity
-from equigrad.solvers.compiled import CompiledSteps
 from equigrad.solvers.solver import Objective, Solver
 
 Loss = Callable[[Params, int], Tensor]
@@ -165,6 +164,8 @@ class StretchedSteps(EagerSteps):
         previous: Any,
         limit: float,
     ) -> None:
+        from equigrad.solvers.compiled import CompiledSteps
+
         super().__init__(position, solver, objective, previous)
         self._limit = limit
         self._eager = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from rich.console import Console
@@ -21,8 +21,7 @@ from equigrad.estimators import (
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, one_of, one_or_many
 from equigrad.experiments.runs.formats import as_rich, spread, with_error
-from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
-from equigrad.experiments.runs.model import Model
+from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName, other
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
 from equigrad.fields import Count, CountFrom0, NotNegative, Positive, require
@@ -43,6 +42,9 @@ from equigrad.training.strengths import (
     with_nudged,
 )
 from equigrad.training.targets import Classes, Target
+
+if TYPE_CHECKING:
+    from equigrad.experiments.runs.model import Model
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class StrengthLearning(Experiment, ABC):
         super().__post_init__()
         one_or_many(self.seed, self.seeds)
         require(
-            self.other is None or type(self.other) is OTHERS.get(self.estimator),
+            self.other is None or type(self.other).__name__ == OTHERS.get(self.estimator),
             f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
             f"{self.estimator!r}, which learns the strengths",
         )
@@ -103,7 +105,7 @@ class StrengthLearning(Experiment, ABC):
             return defaults
         name = one_of(get_args(EstimatorName), "estimator", chosen["estimator"])
         if name in OTHERS:
-            return replace(defaults, estimator=name, other=OTHERS[name]())
+            return replace(defaults, estimator=name, other=other(name))
         return defaults
 
     @classmethod
@@ -128,13 +130,13 @@ class StrengthLearning(Experiment, ABC):
     def recipe(self, name: EstimatorName) -> Recipe:
         """How an estimator learns the strengths."""
 
-    def model(self, split: Split, params: Params) -> Model | None:
+    def model(self, split: Split, params: Params) -> "Model | None":
         """What `equigrad predict` needs; None where there is nothing to ask."""
         return None
 
     def another(self, name: EstimatorName) -> Estimator:
         """An estimator that is neither the contrastive rule nor T1–T2."""
-        return self.other or OTHERS[name]()
+        return self.other or other(name)
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
         """Rows of a mini-batch for training and for validation; None for all at once."""
