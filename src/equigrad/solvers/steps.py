@@ -10,7 +10,7 @@ from equigrad.errors import ConfigurationError
 from equigrad.problems import Params, Velocity
 from equigrad.solvers.solver import Objective, Solver
 
-Loss = Callable[[Params, int], Tensor]
+LossAtStep = Callable[[Params, int], Tensor]
 """`(params, step) -> scalar`."""
 
 
@@ -38,7 +38,7 @@ class Position:
     def __init__(
         self,
         velocity: Velocity,
-        loss: Loss,
+        loss: LossAtStep,
         params: dict[str, Tensor],
         step: int,
         count: Callable[[int], None],

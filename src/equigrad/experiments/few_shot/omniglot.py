@@ -19,7 +19,7 @@ from equigrad.experiments.few_shot.harness import (
 )
 from equigrad.experiments.few_shot.image_classes import image_folder
 from equigrad.experiments.few_shot.meta_training import MetaTrainer
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
 from equigrad.experiments.few_shot.task_figures import task_sheet
 from equigrad.experiments.runs import figures
@@ -38,10 +38,10 @@ from equigrad.tasks.splits import split_classes
 from equigrad.training.few_shot import accuracy
 from equigrad.training.split import digest_of
 
-SettingName = Literal["5way1shot", "5way5shot", "20way1shot", "20way5shot"]
+EpisodeSettingName = Literal["5way1shot", "5way5shot", "20way1shot", "20way5shot"]
 """Ways and shots of Table 2."""
 
-PUBLISHED: dict[MethodName, dict[SettingName, tuple[float, float]]] = {
+PUBLISHED: dict[FewShotMethodName, dict[EpisodeSettingName, tuple[float, float]]] = {
     "contrastive-synaptic": {
         "5way1shot": (98.11, 0.34),
         "5way5shot": (99.49, 0.16),
@@ -87,7 +87,7 @@ class Omniglot(FewShot):
     metric = staticmethod(accuracy)
     loss = staticmethod(cross_entropy)
 
-    setting: SettingName = "5way1shot"
+    setting: EpisodeSettingName = "5way1shot"
     """The column of Table 2, which presets way, shot and tasks."""
 
     way: CountFrom2 = 5
@@ -158,9 +158,11 @@ class Omniglot(FewShot):
         conv4(filters=1, side=self.side, pooling=self.pooling)
 
     @classmethod
-    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+    def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
         """The defaults of a scale and a column of Table 2."""
-        setting = one_of(get_args(SettingName), "setting", chosen.get("setting", "5way1shot"))
+        setting = one_of(
+            get_args(EpisodeSettingName), "setting", chosen.get("setting", "5way1shot")
+        )
         way, shot = (int(part.removesuffix("shot")) for part in setting.split("way"))
         small = cls(
             setting=setting,

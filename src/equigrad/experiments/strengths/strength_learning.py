@@ -64,7 +64,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrengthLearning(Experiment, ABC):
+class StrengthExperiment(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
     seed: CountFrom0 = 0
@@ -148,7 +148,7 @@ class StrengthLearning(Experiment, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningAlike(StrengthLearning):
+class LearningAlike(StrengthExperiment):
     """Strengths learned by any estimator in the same way, whatever the data."""
 
     outer_lr: Positive
@@ -188,7 +188,7 @@ class ScoreAndCost:
 class StrengthTrainer(StrengthLearner):
     """One seed's data, network and losses, shared by all rows of the table."""
 
-    def __init__(self, config: StrengthLearning, seed: int) -> None:
+    def __init__(self, config: StrengthExperiment, seed: int) -> None:
         self.config = replace(config, seed=seed, seeds=None)
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
         split = self.config.load(device, dtype)
@@ -280,7 +280,7 @@ class StrengthTrainer(StrengthLearner):
 
 
 def learn_strengths(
-    config: StrengthLearning, out: Path, *, resume: bool, console: Console
+    config: StrengthExperiment, out: Path, *, resume: bool, console: Console
 ) -> dict[str, list[ScoreAndCost]]:
     """Run one seed in `out`, or several in `out/seed-N`, and print the table.
 
@@ -339,7 +339,7 @@ def run_seed(
 
 
 def scores_table(
-    config: StrengthLearning, rows: Mapping[str, Sequence[ScoreAndCost]], target: Target
+    config: StrengthExperiment, rows: Mapping[str, Sequence[ScoreAndCost]], target: Target
 ) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
     last = (config.seeds or 1) - 1
