@@ -98,8 +98,6 @@ class FewShot(Training):
     """Steps of Adam on what tasks share: batches of tasks."""
 
     decay: bool = False
-    """Let it fall linearly, to zero at the end."""
-
     tasks: Count
     """Tasks of a batch."""
 
@@ -137,7 +135,6 @@ class FewShot(Training):
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     checkpoint_every: Count = 50
-    """Outer steps between two checkpoints."""
 
     @property
     def kind(self) -> type[Estimator]:

@@ -87,6 +87,16 @@ class Omniglot(FewShot):
     metric = staticmethod(accuracy)
     loss = staticmethod(cross_entropy)
 
+    # other defaults than those of FewShot, which says what they mean
+    solver: GradientDescent = CHARACTER_SOLVER
+    nudged_steps: Count = 3
+    outer_steps: Count = 2000
+    outer_lr: Positive = 5e-3
+    decay: bool = True
+    test_steps: Count | None = 20
+    tasks: Count = 16
+    batching: Batching = "grouped channels-last"
+
     setting: EpisodeSettingName = "5way1shot"
     """The column of Table 2, which presets way, shot and tasks."""
 
@@ -123,35 +133,11 @@ class Omniglot(FewShot):
     pooling: bool = False
     """Halve images by max-pooling, as the paper does; by convolutions of stride 2 otherwise."""
 
-    solver: GradientDescent = CHARACTER_SOLVER
-    """How a task is learned: the free phase."""
-
     estimator: Estimator = CHARACTER_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
-    nudged_steps: Count = 3
-    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
-
-    outer_steps: Count = 2000
-    """Steps of Adam on what tasks share: batches of tasks."""
-
-    outer_lr: Positive = 5e-3
-    """Adam's step size."""
-
-    decay: bool = True
-    """Let it fall linearly, to zero at the end."""
-
-    test_steps: Count | None = 20
-    """Steps in which a task is learned in validation and test; those of meta-training if None."""
-
-    tasks: Count = 16
-    """Tasks of a batch."""
-
     queries: Count = 5
     """Examples that judge what was learned in meta-training, of each class."""
-
-    batching: Batching = "grouped channels-last"
-    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

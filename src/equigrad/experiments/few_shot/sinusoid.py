@@ -70,8 +70,17 @@ class Sinusoid(FewShot):
     metric = staticmethod(mean_squared_error)
     loss = staticmethod(mse_loss)
 
+    # other defaults than those of FewShot, which says what they mean
     method: FewShotMethodName = "contrastive-synaptic"
-    """What learns: a division of the network with an estimator of the meta-gradient."""
+    solver: GradientDescent = CURVE_SOLVER
+    outer_steps: Count = 1000
+    outer_lr: Positive = 0.01
+    tasks: Count = 25
+    test_steps: Count | None = 50
+    average_from: CountFrom0 | None = 600
+    validation_tasks: CountFrom2 = 200
+    batching: Batching = "grouped"
+    threads: Count = 1
 
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
@@ -85,9 +94,6 @@ class Sinusoid(FewShot):
     hidden: tuple[Count, ...] = (40, 40)
     """Widths of the hidden layers."""
 
-    solver: GradientDescent = CURVE_SOLVER
-    """How a task is learned: the free phase."""
-
     estimator: Estimator = CURVE_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
@@ -97,15 +103,6 @@ class Sinusoid(FewShot):
     strength: NotNegative = 0.01
     """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
 
-    outer_steps: Count = 1000
-    """Steps of Adam on what tasks share: batches of tasks."""
-
-    outer_lr: Positive = 0.01
-    """Adam's step size."""
-
-    tasks: Count = 25
-    """Tasks of a batch."""
-
     shot: Count = 10
     """Points that a task is learned from."""
 
@@ -114,21 +111,6 @@ class Sinusoid(FewShot):
 
     test_queries: Count = 50
     """Points that judge in validation and test."""
-
-    test_steps: Count | None = 50
-    """Steps in which a task is learned in validation and test; those of meta-training if None."""
-
-    average_from: CountFrom0 | None = 600
-    """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
-
-    validation_tasks: CountFrom2 = 200
-    """Tasks of a validation; what does best is kept."""
-
-    batching: Batching = "grouped"
-    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
-
-    threads: Count = 1
-    """CPU threads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

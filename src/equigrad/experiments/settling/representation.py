@@ -64,6 +64,10 @@ class Representation(NetworkTraining):
 
     score: ClassVar[str] = "psnr"
 
+    # other defaults than those of NetworkTraining, which says what they mean
+    solver: Solver = REST
+    outer_lr: Positive = 5e-3
+
     method: PictureMethodName = "exact"
     """The estimator of the gradient; the other one runs too, with `compare`."""
 
@@ -97,17 +101,11 @@ class Representation(NetworkTraining):
     hidden: Count = 128
     """Neurons."""
 
-    solver: Solver = REST
-    """How neurons settle, in training and, whatever the method, in validation and test."""
-
     epochs: Positive = 40
     """Passes over the pixels that are learned from."""
 
     batch: Count = 256
     """Pixels of a mini-batch."""
-
-    outer_lr: Positive = 5e-3
-    """Adam's step size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -164,7 +164,6 @@ class LearningAlike(StrengthExperiment):
     """Steps of each nudged phase."""
 
     threads: Count = 1
-    """CPU threads."""
 
     def recipe(self, name: EstimatorName) -> Recipe:
         """All estimators learn in the same way."""
