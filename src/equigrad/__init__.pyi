@@ -1,5 +1,6 @@
 from . import controllers as controllers
 from . import diagnostics as diagnostics
+from . import errors as errors
 from . import estimators as estimators
 from . import evaluation as evaluation
 from . import nn as nn
@@ -7,6 +8,7 @@ from . import problems as problems
 from . import solvers as solvers
 from . import tasks as tasks
 from . import testing as testing
+from . import theory as theory
 from . import training as training
 from .controllers import DynamicInversion as DynamicInversion
 from .controllers import EnergyInversion as EnergyInversion

@@ -98,7 +98,7 @@ def test_a_function_has_the_gradient_of_the_module_that_it_is(how, estimator):
         "lambda": lambda h, x: torch.tanh(module(h) + x),
         "partial": inner,
         "keyword": lambda h, x, m=None: inner(h, x),
-        "object": Plain({"a": [module]}),
+        "object": partial(Plain({"a": [module]})),
         "nested": lambda h, x: inner(h, x),
     }[how]
     expected = gradients(layer_of(AsModule(module), estimator), module, x)
@@ -190,3 +190,9 @@ def test_a_copy_that_would_not_learn_is_refused():
 def test_what_cannot_be_called_is_named(cell):
     with pytest.raises(eg.ConfigurationError, match=r"called as cell\(h, \*inputs\), got"):
         eg.nn.EquilibriumLayer(cell)
+
+
+def test_a_variable_that_comes_later_is_named():
+    with pytest.raises(eg.ConfigurationError, match="no value yet.*make the layer after it"):
+        layer_of(lambda h, x: through(later, h, x))
+    later = linear()

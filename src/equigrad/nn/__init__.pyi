@@ -1,3 +1,4 @@
+from . import hebbian as hebbian
 from .batch_statistics import BatchStatistics as BatchStatistics
 from .batch_statistics import ReferenceStatistics as ReferenceStatistics
 from .complex_synapse import ComplexSynapse as ComplexSynapse

@@ -19,7 +19,7 @@ def as_cell(cell: Callable[..., Any]) -> nn.Module:
     """A module as it is, another callable as a `FunctionCell`.
 
     Raises:
-        ConfigurationError: it cannot be called as `cell(h, *inputs)`.
+        ConfigurationError: it cannot be called as `cell(h, *inputs)`, or its weights are not there.
     """
     if isinstance(cell, nn.Module):
         return cell
@@ -53,7 +53,7 @@ class FunctionCell(nn.Module):
         self.function = function
         self._lenders: list[tuple[nn.Module, str]] = []
         self._examined = False
-        for position, module in enumerate(dict.fromkeys(_modules(function, set()))):
+        for position, module in enumerate(dict.fromkeys(_modules(function, {}))):
             self._borrow(module, f"of_{position}_")
 
     def forward(self, *inputs: Any) -> Any:
@@ -136,40 +136,42 @@ def _tracked(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _modules(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a callable, or what it uses, is made of."""
+def _modules(value: Any, seen: dict[int, Any]) -> Iterator[nn.Module]:
+    """The modules that a callable, or what it uses, is made of; `seen` keeps what has an id."""
     if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value
     if isinstance(value, nn.Module):
         yield value
         return
-    for part in _parts(value, outermost=len(seen) == 1):
+    for part in _parts(value):
         yield from _modules(part, seen)
 
 
-def _parts(value: Any, *, outermost: bool) -> list[Any]:
+def _parts(value: Any) -> list[Any]:
     """What a value holds that may be, or use, a module."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
         held = value.__self__
-        own = [] if isinstance(held, nn.Module) else list(getattr(held, "__dict__", {}).values())
-        return [held, *own, value.__func__]
+        own = {} if isinstance(held, nn.Module) else getattr(held, "__dict__", {})
+        return [held, *own.values(), value.__func__]
     if isinstance(value, types.FunctionType):
-        around = inspect.getclosurevars(value)
-        return [
-            *around.nonlocals.values(),
-            *(g for g in around.globals.values() if _near(g, value)),
-        ]
+        try:
+            around = inspect.getclosurevars(value)
+        except ValueError as error:  # an empty cell
+            raise ConfigurationError(
+                f"{value.__qualname__} uses a variable that has no value yet, so that its weights "
+                f"cannot be found; make the layer after it"
+            ) from error
+        near = [found for found in around.globals.values() if _near(found, value)]
+        return [*around.nonlocals.values(), *near]
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, Mapping):
         return list(value.values())
-    # an object with a method __call__
-    return (
-        [value.__call__] if outermost and not isinstance(value, types.BuiltinFunctionType) else []
-    )
+    called = getattr(type(value), "__call__", None)  # noqa: B004  a method of Python's, or a slot
+    return [types.MethodType(called, value)] if isinstance(called, types.FunctionType) else []
 
 
 def _near(found: Any, function: types.FunctionType) -> bool:
