@@ -193,6 +193,6 @@ def test_what_cannot_be_called_is_named(cell):
 
 
 def test_a_variable_that_comes_later_is_named():
-    with pytest.raises(eg.ConfigurationError, match="no value yet.*make the layer after it"):
+    with pytest.raises(eg.ConfigurationError, match=r"no value yet.*make the layer after it"):
         layer_of(lambda h, x: through(later, h, x))
     later = linear()
