@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 
 import equigrad as eg
 from equigrad.estimators import Estimator
+from equigrad.freed_memory import keep_freed_memory
 from equigrad.nn import ComplexSynapse, LearnedStart, conv4
 from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import FewShotLearner, TaskBatch
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.memory == "kept" and not eg.keep_freed_memory():
+    if arguments.memory == "kept" and not keep_freed_memory():
         raise SystemExit("this C library keeps no freed memory on request; use --memory returned")
     rounds, clock = arguments.rounds, CLOCKS[arguments.clock]
     versions = []

@@ -3,11 +3,12 @@ import sys
 
 import pytest
 
-import equigrad as eg
+from equigrad.freed_memory import keep_freed_memory
 
 FAULTS = """
-import resource, sys, torch, equigrad as eg
-if sys.argv[1] == "kept" and not eg.keep_freed_memory():
+import resource, sys, torch
+from equigrad.freed_memory import keep_freed_memory
+if sys.argv[1] == "kept" and not keep_freed_memory():
     print("refused")
     raise SystemExit
 def large(): torch.empty(20 * 2**20).fill_(1)  # 80 MB, which are 20,480 pages of 4 KiB
@@ -37,4 +38,4 @@ def test_a_c_library_without_the_setting_is_said(monkeypatch):
         pass
 
     monkeypatch.setattr("ctypes.CDLL", lambda name: Musl())
-    assert not eg.keep_freed_memory()
+    assert not keep_freed_memory()

@@ -4,12 +4,14 @@ import importlib
 import inspect
 import json
 import pkgutil
+import pydoc
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+import equigrad
 from equigrad import experiments
 from equigrad.experiments.registry import COMMANDS
 from equigrad.experiments.runs.experiment import Experiment
@@ -18,8 +20,13 @@ from helpers import call_main
 
 EXTRAS = {"pandas", "sklearn", "matplotlib", "ray", "rich", "tyro", "tensorboard"}
 
-MOST = 167
-"""Modules of equigrad that a run of digits imports; `import equigrad` alone takes most of them."""
+MOST = 80
+"""Modules of equigrad that a run of digits imports: all compute something in it."""
+
+LAZY = [
+    *("", ".controllers", ".diagnostics", ".estimators", ".evaluation", ".nn", ".problems"),
+    *(".solvers", ".tasks", ".testing", ".training"),
+]
 
 
 def imported_by(lines: str) -> set[str]:
@@ -45,6 +52,41 @@ def test_the_library_imports_no_experiment_and_none_of_the_extras():
     assert not {m for m in modules if m.startswith("equigrad.experiments")}
     assert "equigrad.experiments.tables.tables" not in modules
     assert not families(modules) & EXTRAS
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_every_name_of_a_lazy_package_is_there(package):
+    module = importlib.import_module(f"equigrad{package}")
+    assert len(dir(module)) > 4
+    assert [name for name in dir(module) if not hasattr(module, name)] == []
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+def test_a_function_is_not_hidden_by_the_module_of_its_name():
+    lines = "import equigrad.solvers.settle as _, equigrad.solvers as s; assert callable(s.settle)"
+    assert "equigrad.solvers.settle" in imported_by(lines)
+
+
+def test_names_come_by_a_star_and_help_shows_them():
+    scope: dict[str, object] = {}
+    exec("from equigrad import *", scope)
+    assert scope["meta_gradient"] is equigrad.meta_gradient
+    page = pydoc.plain(pydoc.render_doc(equigrad))
+    assert "class Contrastive(" in page
+    assert "meta_gradient(" in page
+
+
+def test_a_file_may_name_a_class_that_nothing_has_imported():
+    lines = """
+from equigrad import Contrastive
+from equigrad.experiments.runs.config_file import overlay
+rule = overlay(Contrastive(), {"nudged_solver": {"type": "LBFGS"}})
+assert type(rule.nudged_solver).__name__ == "LBFGS"
+"""
+    assert "equigrad.solvers.lbfgs" not in imported_by("from equigrad import Contrastive")
+    assert "equigrad.solvers.lbfgs" in imported_by(lines)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["run", "--help"], ["rnu"]])
@@ -52,7 +94,7 @@ def test_help_imports_no_more_than_the_names(words):
     modules = imported_by(called(*words))
     own = {m for m in modules if m.startswith("equigrad.experiments.")}
     assert own == {"equigrad.experiments.registry"}
-    assert not families(modules) & EXTRAS
+    assert not families(modules) & (EXTRAS | {"torch"})
 
 
 def test_a_run_imports_its_own_experiment_alone(tmp_path):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from equigrad import __version__
 from equigrad.errors import ConfigurationError, EquigradError, RunError
-from equigrad.freed_memory import keep_freed_memory
 from equigrad.wording import meant
 
 if TYPE_CHECKING:
@@ -44,11 +43,9 @@ ROOMY = 100
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `equigrad`: exit code 2 for what the user can mend, 130 for Ctrl-C."""
-    if arguments is None:  # the process is ours
-        arguments = sys.argv[1:]
-        keep_freed_memory()
+    ours = arguments is None  # the process
     try:
-        dispatch(arguments)
+        dispatch(sys.argv[1:] if arguments is None else arguments, ours=ours)
     except EquigradError as error:
         complain(error)
         raise SystemExit(2) from None
@@ -88,8 +85,13 @@ def too_large(error: Exception) -> EquigradError | None:
     return None
 
 
-def dispatch(arguments: Sequence[str]) -> None:
-    """Find the command that the first two words name, and hand it the others."""
+def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
+    """Find the command that the first two words name, and hand it the others.
+
+    Args:
+        arguments: the words behind `equigrad`.
+        ours: whether the process is ours, and its settings too.
+    """
     from equigrad.experiments.registry import COMMANDS
 
     parser, verbs = parsers(COMMANDS)
@@ -106,6 +108,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         refuse_unknown(verbs[verb], "experiment or figure", arguments[1], named)
     words = parser.parse_args(arguments[:2] if named else arguments)
     require_extras()
+    if ours:
+        from equigrad.freed_memory import keep_freed_memory  # here: it imports torch
+
+        keep_freed_memory()
     if words.verb == "list":
         show(COMMANDS)
     elif words.verb == "check":

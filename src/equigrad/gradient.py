@@ -8,8 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from equigrad import solvers
-from equigrad.diagnostics.contraction import explained, verdict
+from equigrad import diagnostics, solvers
 from equigrad.diagnostics.first_look import first_look
 from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, SettlingError
@@ -243,14 +242,14 @@ def _explaining(evaluation: Evaluation) -> Iterator[None]:
     except SettlingError as error:
         if evaluation.problem.symmetric or error.__cause__ is not None:  # says what to do already
             raise
-        raise explained(error, evaluation) from error
+        raise diagnostics.contraction.explained(error, evaluation) from error
 
 
 def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> None:
     """Note of a map that has not settled whether it contracts."""
     uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
     if free.phase.failed and not evaluation.problem.symmetric and uncontrolled:
-        evaluation.tally.note(verdict(evaluation, free, solver))
+        evaluation.tally.note(diagnostics.contraction.verdict(evaluation, free, solver))
 
 
 def _copies(tensors: Params) -> dict[str, Tensor]:

@@ -677,7 +677,6 @@ def test_what_estimators_have_to_say_is_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cell": torch.tanh}, "cell must be a Module"),
         ({"solver": 3}, "solver must be a Solver, got 3"),
         ({"estimator": eg.GMRES}, "estimator must be an Estimator, got"),
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),

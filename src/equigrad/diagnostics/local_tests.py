@@ -39,7 +39,7 @@ def local_faults(
     meta_params = {name: m.detach() for name, m in meta_params.items()}
     tensors = [*params.values(), *meta_params.values()]
     with KeptBuffers(problem.modules or ()) as buffers, CommonRandomness(tensors, seed) as draws:
-        place = _Place(problem, params, meta_params, buffers, draws, seed)
+        place = _TestPoint(problem, params, meta_params, buffers, draws, seed)
         for stream in ("inner", "outer"):
             if place.random(stream):
                 found.append(
@@ -58,7 +58,7 @@ def local_faults(
     return tuple(found)
 
 
-class _Place:
+class _TestPoint:
     """A problem near a settled state, with the same buffers and random numbers at every look."""
 
     def __init__(

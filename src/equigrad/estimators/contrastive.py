@@ -7,9 +7,7 @@ import torch
 
 from equigrad.estimators.contrast_error import NAMED, contrast_error
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.holomorphic import require_holomorphic
 from equigrad.estimators.nudged_phases import NudgedPhases
-from equigrad.estimators.refinement import Refinement
 from equigrad.evaluation import ANSWERED, Evaluation
 from equigrad.fields import Count, CountFrom2, Rule, Share, require
 from equigrad.solvers import Settled, Solver
@@ -149,6 +147,8 @@ class Contrastive(Estimator):
                 f"one has {batches} mini-batches, on which a learner never quite rests: average "
                 f"them in inner_loss, or give beta without rtol",
             )
+            from equigrad.estimators.refinement import Refinement
+
             return Refinement(
                 evaluation,
                 solver,
@@ -168,6 +168,8 @@ class Contrastive(Estimator):
         )
         free = evaluation.settle(solver)
         if self.scheme == "holomorphic":
+            from equigrad.estimators.holomorphic import require_holomorphic
+
             require_holomorphic(evaluation, free)
         force = direct = None
         if self.nudge == "force" or (self.nudge is None and not nudged_solver.jumps):

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from equigrad import problems
 from equigrad.errors import ConfigurationError, ProblemError
 from equigrad.evaluation import NO_STEP_SIZE, Evaluation
 from equigrad.fields import Checked
-from equigrad.problems import EnergyBased, Problem
+from equigrad.problems import Problem
 from equigrad.solvers import Settled, Solver
 from equigrad.wording import listed
 
@@ -107,7 +108,7 @@ class Estimator(Checked):
             what = type(evaluation.problem).__name__
             if not evaluation.problem.energy:
                 why = f"an inner loss that settling minimises, and a {what} has none"
-                if traits.fit(EnergyBased):
+                if traits.fit(problems.EnergyBased):
                     why += " (where the map has a primitive function, declare an EnergyBased)"
             else:
                 why = f"a symmetric ∂r/∂φ, a Hessian, which that of {what} is not"

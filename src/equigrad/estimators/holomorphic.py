@@ -8,7 +8,7 @@ from equigrad.evaluation import Evaluation, like
 from equigrad.problems import Part, scalar
 from equigrad.solvers import Settled
 
-OTHERS = "scheme='symmetric' and scheme='forward' serve any activation and loss"
+OTHER_SCHEMES = "scheme='symmetric' and scheme='forward' serve any activation and loss"
 
 
 def require_holomorphic(evaluation: Evaluation, at: Settled) -> None:
@@ -58,13 +58,13 @@ def _require(part: Part) -> None:
         )
         raise ConfigurationError(
             f"scheme='holomorphic' computes with complex numbers, which {part.name} does not "
-            f"({said}): {remedy if part.of_data else 'it is not holomorphic; '}{OTHERS}"
+            f"({said}): {remedy if part.of_data else 'it is not holomorphic; '}{OTHER_SCHEMES}"
             + ("" if part.of_data else ", and torch.tanh or torch.sigmoid this one")
         ) from error
     if not value.is_complex() or not _turned(one, other):
         raise ConfigurationError(
             f"scheme='holomorphic' needs holomorphic functions, and {part.name} is none: it takes "
-            f"absolute values, conjugates or real parts of complex numbers; {OTHERS}"
+            f"absolute values, conjugates or real parts of complex numbers; {OTHER_SCHEMES}"
         )
 
 

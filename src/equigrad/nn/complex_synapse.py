@@ -11,7 +11,7 @@ from equigrad.fields import expect
 from equigrad.nn.functional import Functional
 from equigrad.problems import Params
 
-Learned = Literal["strength", "center"]
+Learnable = Literal["strength", "center"]
 
 
 class ComplexSynapse(Functional):
@@ -59,7 +59,7 @@ class ComplexSynapse(Functional):
         strength: float | Mapping[str, float | Tensor] = 1e-3,
         center: float | Mapping[str, float | Tensor] | Literal["init"] = 0.0,
         *,
-        learn: Sequence[Learned] = ("strength",),
+        learn: Sequence[Learnable] = ("strength",),
         positivity: Literal["projection", "log"] = "projection",
     ) -> None:
         super().__init__(model)
@@ -142,9 +142,9 @@ class ComplexSynapse(Functional):
         terms = [(strength[n] * (params[n] - center[n]).square()).sum() for n in self._initial]
         return 0.5 * torch.stack(terms).sum()
 
-    def bind(self, meta_params: Params) -> "Pull":
+    def bind(self, meta_params: Params) -> "BoundSynapse":
         """The regulariser at these meta-parameters: what a problem's `regularizer` must have."""
-        return Pull(self, meta_params)
+        return BoundSynapse(self, meta_params)
 
     @torch.no_grad()
     def project_(self, meta_params: Params) -> None:
@@ -184,7 +184,7 @@ class ComplexSynapse(Functional):
         return spread
 
 
-class Pull:
+class BoundSynapse:
     """A complex synapse at fixed meta-parameters: its local rules, in closed form."""
 
     def __init__(self, synapse: ComplexSynapse, meta_params: Params) -> None:

@@ -22,6 +22,7 @@ from equigrad.estimators.estimator import Traits
 from equigrad.evaluation import Evaluation
 from equigrad.fields import expect
 from equigrad.nn.equilibrium_call import Call, State, kind_of
+from equigrad.nn.function_cell import as_cell
 from equigrad.problems import EnergyBased, FixedPoint, Params, Problem
 from equigrad.results import MetaGradient
 from equigrad.solvers import Anderson, Phase, Settled, Solver
@@ -62,8 +63,10 @@ class EquilibriumLayer(nn.Module):
     it in that of h.
 
     Args:
-        cell: any module, called as `cell(h, *inputs)`; returns h in its shape. The first dimension
-            of h is one of samples. `torch.compile(cell)` will do, too.
+        cell: any module, or any other callable, called as `cell(h, *inputs)`; returns h in its
+            shape. The first dimension of h is one of samples. `torch.compile(cell)` will do, too.
+            The weights of a function are those of the modules that it uses (see
+            `equigrad.nn.function_cell.FunctionCell`).
         solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
         estimator: how the gradient is had; any that serves the cell where it has settled.
         unsettled: what to do where a sample has not settled or has diverged (without a tolerance:
@@ -74,7 +77,7 @@ class EquilibriumLayer(nn.Module):
             pass.
 
     Attributes:
-        cell: the cell.
+        cell: the cell; a `FunctionCell` around what is no module.
         phase: the report of the last forward pass; its `residuals` are those of the samples and its
             `unsettled` the numbers of those that have not settled.
         error_estimate: estimated relative error of the gradients of the last backward pass, where
@@ -86,7 +89,7 @@ class EquilibriumLayer(nn.Module):
         ConfigurationError: an argument is not what it has to be, or the estimator cannot serve the
             cell.
         ProblemError: from a forward pass, where the cell changes the shape of h, or an input is not
-            finite.
+            finite, or a function uses a tensor whose gradient would be missing.
         SettlingError: from a forward pass in which all samples diverge, or some have not settled
             under `raise`.
 
@@ -106,7 +109,7 @@ class EquilibriumLayer(nn.Module):
 
     def __init__(
         self,
-        cell: nn.Module,
+        cell: Callable[..., Any],
         *,
         solver: Solver | None = None,
         estimator: Estimator | None = None,
@@ -115,7 +118,7 @@ class EquilibriumLayer(nn.Module):
         super().__init__()
         self.solver = Anderson(tol=1e-4, max_steps=100) if solver is None else solver
         self.estimator = Adjoint() if estimator is None else estimator
-        expect(nn.Module, cell=cell)
+        cell = as_cell(cell)
         expect(Solver, solver=self.solver)
         expect(Estimator, estimator=self.estimator)
         expect(Unsettled, unsettled=unsettled)

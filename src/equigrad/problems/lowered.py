@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equigrad.problems.energy_based import Primitive
-from equigrad.problems.fixed_point import Relaxation
 from equigrad.problems.problem import Params, Problem
 
 
@@ -68,6 +66,9 @@ def _within_autocast() -> bool:
 
 
 def _wrapped(function: Callable[..., Any], casts: tuple[tuple[str, torch.dtype], ...]) -> Any:
+    from equigrad.problems.energy_based import Primitive
+    from equigrad.problems.fixed_point import Relaxation
+
     cheaper = isinstance(function, Relaxation | Primitive)
     return (_LoweredAt if cheaper else _Lowered)(function, casts)
 

@@ -48,7 +48,7 @@ class Recording(TorchDispatchMode):
         self._places = {id(t): i for i, t in enumerate(self._alive)}
         self._dependent = set(self._places.values())
         self._fresh: set[int] = set()
-        self._calls: list[Call] = []
+        self._calls: list[RecordedCall] = []
         self._touched: list[frozenset[int]] = []
         self._rewritten: set[int] = set()
         self._results: tuple[_Place, ...] = ()
@@ -118,14 +118,14 @@ class Recording(TorchDispatchMode):
         """The same operations on other tensors."""
         return self.results(self._calls, inputs, dict(zip(self.constants, constants, strict=True)))
 
-    def split(self) -> tuple[list["Call"], list["Call"]]:
+    def split(self) -> tuple[list["RecordedCall"], list["RecordedCall"]]:
         """The calls that depend on constants alone, and all others.
 
         A call on memory that any call writes to is none of the first: it is done in its place.
         """
         known = set(self.constants)
-        once: list[Call] = []
-        each: list[Call] = []
+        once: list[RecordedCall] = []
+        each: list[RecordedCall] = []
         for call, touched in zip(self._calls, self._touched, strict=True):
             _, args, kwargs, places = call
             needs = {p.index for p in tree_leaves((args, kwargs)) if isinstance(p, _Place)}
@@ -136,21 +136,23 @@ class Recording(TorchDispatchMode):
                 each.append(call)
         return once, each
 
-    def values(self, calls: Sequence["Call"], constants: Sequence[Tensor]) -> dict[int, Tensor]:
+    def values(
+        self, calls: Sequence["RecordedCall"], constants: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
         """What calls that need no more than constants compute, and the constants, by place."""
         values = dict(zip(self.constants, constants, strict=True))
         self._run(calls, values)
         return values
 
     def results(
-        self, calls: Sequence["Call"], inputs: Sequence[Tensor], known: dict[int, Tensor]
+        self, calls: Sequence["RecordedCall"], inputs: Sequence[Tensor], known: dict[int, Tensor]
     ) -> tuple[Tensor, ...]:
         """The results by some of the calls, where those of the others are known."""
         values = known | dict(enumerate(inputs))
         self._run(calls, values)
         return tuple(values[p.index] for p in self._results)
 
-    def _run(self, calls: Sequence["Call"], values: dict[int, Tensor]) -> None:
+    def _run(self, calls: Sequence["RecordedCall"], values: dict[int, Tensor]) -> None:
         for func, args, kwargs, places in calls:
             args, kwargs = tree_map_only(_Place, lambda p: values[p.index], (args, kwargs))
             out = func(*args, **kwargs)
@@ -165,7 +167,7 @@ class _Place:
     index: int
 
 
-Call = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[_Place, ...]]
+RecordedCall = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[_Place, ...]]
 """An operation, its arguments with places for tensors, and the places of what it makes."""
 
 

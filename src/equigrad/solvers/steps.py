@@ -8,10 +8,9 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.problems import Params, Velocity
-from equigrad.solvers.compiled import CompiledSteps
 from equigrad.solvers.solver import Objective, Solver
 
-Loss = Callable[[Params, int], Tensor]
+LossAtStep = Callable[[Params, int], Tensor]
 """`(params, step) -> scalar`."""
 
 
@@ -39,7 +38,7 @@ class Position:
     def __init__(
         self,
         velocity: Velocity,
-        loss: Loss,
+        loss: LossAtStep,
         params: dict[str, Tensor],
         step: int,
         count: Callable[[int], None],
@@ -170,6 +169,8 @@ class StretchedSteps(EagerSteps):
         previous: Any,
         limit: float,
     ) -> None:
+        from equigrad.solvers.compiled import CompiledSteps
+
         super().__init__(position, solver, objective, previous)
         self._limit = limit
         self._eager = False

@@ -1,22 +1,5 @@
 """Tasks, each a support and a query set, drawn in batches."""
 
-from equigrad.tasks.batch import TaskBatch
-from equigrad.tasks.classes import ClassCollection
-from equigrad.tasks.classification import NWayKShot
-from equigrad.tasks.learner import FewShotLearner
-from equigrad.tasks.sampler import TaskSampler
-from equigrad.tasks.sinusoid import Sinusoids, curves
-from equigrad.tasks.splits import ClassSplit, check_disjoint, split_classes
+import lazy_loader
 
-__all__ = [
-    "ClassCollection",
-    "ClassSplit",
-    "FewShotLearner",
-    "NWayKShot",
-    "Sinusoids",
-    "TaskBatch",
-    "TaskSampler",
-    "check_disjoint",
-    "curves",
-    "split_classes",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,11 @@ import torch.distributed as dist
 from equigrad.errors import RunError
 from equigrad.gradient import MetaGradient
 from equigrad.problems import Params
-from equigrad.tasks import FewShotLearner, TaskBatch
 from equigrad.training.loop import Callback, OuterState
 from equigrad.vectors import flatten, unflatten
+
+if TYPE_CHECKING:
+    from equigrad.tasks import FewShotLearner, TaskBatch
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def agreed(value: Any) -> Any:
 
 
 def shared_meta_gradient(
-    learner: FewShotLearner, meta_params: Params, tasks: TaskBatch
+    learner: "FewShotLearner", meta_params: Params, tasks: "TaskBatch"
 ) -> MetaGradient:
     """`learner.meta_gradient`, every process with its share of the tasks.
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from equigrad import estimators
 from equigrad.errors import SettlingError
-from equigrad.estimators import Contrastive, Estimator, LeastControl
+from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
@@ -48,7 +49,7 @@ def with_nudged(rule: Estimator, solver: GradientDescent, steps: int) -> Estimat
     shorter = replace(solver, max_steps=steps)
     if isinstance(rule, Contrastive) and rule.nudged_solver is None and rule.rtol is None:
         return replace(rule, nudged_solver=shorter)
-    if isinstance(rule, LeastControl) and rule.controller.solver is None:
+    if isinstance(rule, estimators.LeastControl) and rule.controller.solver is None:
         return replace(rule, controller=replace(rule.controller, solver=shorter))
     return rule
 

@@ -21,7 +21,7 @@ from equigrad.experiments.few_shot.harness import (
     Tasks,
 )
 from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.nn.side_by_side import Batching
 from equigrad.tasks import Sinusoids
 from equigrad.training import Callback
@@ -54,7 +54,7 @@ class Curves(FewShot):
     threads: int = 1
 
     @classmethod
-    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+    def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
         return cls()
 
     @property

@@ -11,7 +11,7 @@ from rich.console import Console
 from equigrad.errors import ConfigurationError, RunError
 from equigrad.estimators import MAML
 from equigrad.experiments.few_shot.meta_training import MetaTrainer
-from equigrad.experiments.few_shot.methods import MethodName
+from equigrad.experiments.few_shot.methods import FewShotMethodName
 from equigrad.experiments.few_shot.sinusoid import LOOKS, OWN, Sinusoid, compare_learners
 
 QUIET = Console(quiet=True)
@@ -22,7 +22,7 @@ def smoke(**changes) -> Sinusoid:
 
 
 def test_methods_beside_each_other(tmp_path, monkeypatch):
-    few: list[MethodName] = ["contrastive-synaptic", "maml", "scratch"]
+    few: list[FewShotMethodName] = ["contrastive-synaptic", "maml", "scratch"]
     monkeypatch.setattr(
         "equigrad.experiments.few_shot.sinusoid.OWN", {name: OWN[name] for name in few}
     )

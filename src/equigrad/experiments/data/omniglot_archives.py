@@ -17,7 +17,7 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError, DataError
 from equigrad.experiments.data.files import DataFile
 
-Part = Literal["background", "evaluation"]
+AlphabetSet = Literal["background", "evaluation"]
 
 SIDE = 105
 DRAWINGS = 20
@@ -25,7 +25,7 @@ CHARACTERS = {"background": 964, "evaluation": 659}
 ALPHABETS = {"background": 30, "evaluation": 20}
 
 
-def _file(part: Part) -> DataFile:
+def _file(part: AlphabetSet) -> DataFile:
     return DataFile(
         name=f"omniglot-py/images_{part}.zip",
         url=(
@@ -56,7 +56,7 @@ class Drawings:
     characters: tuple[str, ...]
 
 
-def load(part: Part, *, side: int = SIDE, file: DataFile | None = None) -> Drawings:
+def load(part: AlphabetSet, *, side: int = SIDE, file: DataFile | None = None) -> Drawings:
     """The background or the evaluation characters, in the order of their names.
 
     Args:
@@ -90,7 +90,7 @@ def load(part: Part, *, side: int = SIDE, file: DataFile | None = None) -> Drawi
     )
 
 
-def _paths(archive: zipfile.ZipFile, part: Part) -> list[str]:
+def _paths(archive: zipfile.ZipFile, part: AlphabetSet) -> list[str]:
     """Paths of all drawings, sorted, after they were counted."""
     shape = re.compile(rf"images_{part}/([^/]+)/character\d\d/\d{{4}}_\d\d\.png")
     found = [match for name in archive.namelist() if (match := shape.fullmatch(name))]

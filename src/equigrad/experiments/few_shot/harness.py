@@ -15,7 +15,7 @@ from equigrad.estimators import (
     Estimator,
     LeastControl,
 )
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.runs.experiment import Training, one_of
 from equigrad.experiments.runs.model import restored, saved_model
 from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative
@@ -80,7 +80,7 @@ class FewShot(Training):
         controller=DynamicInversion(gain=0.0, proportional=0.3)
     )
 
-    method: MethodName = "contrastive-modulation"
+    method: FewShotMethodName = "contrastive-modulation"
     """What learns: a division of the network with an estimator of the meta-gradient."""
 
     seed: CountFrom0 = 0
@@ -99,8 +99,6 @@ class FewShot(Training):
     """Steps of Adam on what tasks share: batches of tasks."""
 
     decay: bool = False
-    """Let it fall linearly, to zero at the end."""
-
     tasks: Count
     """Tasks of a batch."""
 
@@ -138,7 +136,6 @@ class FewShot(Training):
     """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     checkpoint_every: Count = 50
-    """Outer steps between two checkpoints."""
 
     @property
     def kind(self) -> type[Estimator]:
@@ -161,7 +158,7 @@ class FewShot(Training):
 
     @classmethod
     @abstractmethod
-    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+    def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
         """The defaults of the other words for a method, with the contrastive rule where it is one.
 
         What is returned is still of the default method.

@@ -18,7 +18,7 @@ from equigrad.estimators import (
 from equigrad.nn import ComplexSynapse, LearnedRates, LearnedStart, Modulation
 from equigrad.tasks.learner import MetaModel
 
-MethodName = Literal[
+FewShotMethodName = Literal[
     "contrastive-modulation",
     "contrastive-synaptic",
     "least-control-modulation",
@@ -64,7 +64,7 @@ def _rates(network: Module, strength: float, rate: float) -> LearnedRates:
     return LearnedRates(network, rate)
 
 
-FEW_SHOT_METHODS: dict[MethodName, Method] = {
+FEW_SHOT_METHODS: dict[FewShotMethodName, Method] = {
     "contrastive-modulation": Method("contrastive, modulation", _modulation, Contrastive),
     "contrastive-synaptic": Method("contrastive, synaptic", _synapse, Contrastive),
     "least-control-modulation": Method("least control, modulation", _modulation, LeastControl),

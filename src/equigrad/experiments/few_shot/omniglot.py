@@ -19,7 +19,7 @@ from equigrad.experiments.few_shot.harness import (
 )
 from equigrad.experiments.few_shot.image_classes import image_folder
 from equigrad.experiments.few_shot.meta_training import MetaTrainer
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.few_shot.omniglot_classes import SplitName, omniglot
 from equigrad.experiments.few_shot.task_figures import task_sheet
 from equigrad.experiments.runs import figures
@@ -38,10 +38,10 @@ from equigrad.tasks.splits import split_classes
 from equigrad.training.few_shot import accuracy
 from equigrad.training.split import digest_of
 
-SettingName = Literal["5way1shot", "5way5shot", "20way1shot", "20way5shot"]
+EpisodeSettingName = Literal["5way1shot", "5way5shot", "20way1shot", "20way5shot"]
 """Ways and shots of Table 2."""
 
-PUBLISHED: dict[MethodName, dict[SettingName, tuple[float, float]]] = {
+PUBLISHED: dict[FewShotMethodName, dict[EpisodeSettingName, tuple[float, float]]] = {
     "contrastive-synaptic": {
         "5way1shot": (98.11, 0.34),
         "5way5shot": (99.49, 0.16),
@@ -87,7 +87,17 @@ class Omniglot(FewShot):
     metric = staticmethod(accuracy)
     loss = staticmethod(cross_entropy)
 
-    setting: SettingName = "5way1shot"
+    # other defaults than those of FewShot, which says what they mean
+    solver: GradientDescent = CHARACTER_SOLVER
+    nudged_steps: Count = 3
+    outer_steps: Count = 2000
+    outer_lr: Positive = 5e-3
+    decay: bool = True
+    test_steps: Count | None = 20
+    tasks: Count = 16
+    batching: Batching = "grouped channels-last"
+
+    setting: EpisodeSettingName = "5way1shot"
     """The column of Table 2, which presets way, shot and tasks."""
 
     way: CountFrom2 = 5
@@ -123,44 +133,22 @@ class Omniglot(FewShot):
     pooling: bool = False
     """Halve images by max-pooling, as the paper does; by convolutions of stride 2 otherwise."""
 
-    solver: GradientDescent = CHARACTER_SOLVER
-    """How a task is learned: the free phase."""
-
     estimator: Estimator = CHARACTER_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
-    nudged_steps: Count = 3
-    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
-
-    outer_steps: Count = 2000
-    """Steps of Adam on what tasks share: batches of tasks."""
-
-    outer_lr: Positive = 5e-3
-    """Adam's step size."""
-
-    decay: bool = True
-    """Let it fall linearly, to zero at the end."""
-
-    test_steps: Count | None = 20
-    """Steps in which a task is learned in validation and test; those of meta-training if None."""
-
-    tasks: Count = 16
-    """Tasks of a batch."""
-
     queries: Count = 5
     """Examples that judge what was learned in meta-training, of each class."""
-
-    batching: Batching = "grouped channels-last"
-    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         conv4(filters=1, side=self.side, pooling=self.pooling)
 
     @classmethod
-    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+    def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
         """The defaults of a scale and a column of Table 2."""
-        setting = one_of(get_args(SettingName), "setting", chosen.get("setting", "5way1shot"))
+        setting = one_of(
+            get_args(EpisodeSettingName), "setting", chosen.get("setting", "5way1shot")
+        )
         way, shot = (int(part.removesuffix("shot")) for part in setting.split("way"))
         small = cls(
             setting=setting,

@@ -88,7 +88,7 @@ def omniglot(
 
 
 @cache  # read once, whatever the seeds of the splits
-def _characters(*parts: drawings.Part, side: int) -> ClassCollection:
+def _characters(*parts: drawings.AlphabetSet, side: int) -> ClassCollection:
     found = [drawings.load(part, side=side) for part in parts]
     pixels = torch.cat([part.drawings for part in found])
     return ClassCollection(

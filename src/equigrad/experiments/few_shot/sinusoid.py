@@ -22,7 +22,7 @@ from equigrad.experiments.few_shot.harness import (
     Tasks,
 )
 from equigrad.experiments.few_shot.meta_training import MetaTrainer, meta_train
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.few_shot.task_figures import adaptation_curves, sinusoid_fits
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import one_or_many
@@ -41,7 +41,7 @@ CURVE_RULE = Contrastive(beta=0.1, scheme="symmetric", nudge="force", error=Fals
 
 CURVE_SOLVER = GradientDescent(lr=0.02, max_steps=10)
 
-OWN: dict[MethodName, dict[str, Any]] = {
+OWN: dict[FewShotMethodName, dict[str, Any]] = {
     "contrastive-synaptic": {},
     "imaml": {"strength": 1.0},
     "maml": {"solver": replace(CURVE_SOLVER, max_steps=5)},
@@ -70,8 +70,17 @@ class Sinusoid(FewShot):
     metric = staticmethod(mean_squared_error)
     loss = staticmethod(mse_loss)
 
-    method: MethodName = "contrastive-synaptic"
-    """What learns: a division of the network with an estimator of the meta-gradient."""
+    # other defaults than those of FewShot, which says what they mean
+    method: FewShotMethodName = "contrastive-synaptic"
+    solver: GradientDescent = CURVE_SOLVER
+    outer_steps: Count = 1000
+    outer_lr: Positive = 0.01
+    tasks: Count = 25
+    test_steps: Count | None = 50
+    average_from: CountFrom0 | None = 600
+    validation_tasks: CountFrom2 = 200
+    batching: Batching = "grouped"
+    threads: Count = 1
 
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
@@ -85,9 +94,6 @@ class Sinusoid(FewShot):
     hidden: tuple[Count, ...] = (40, 40)
     """Widths of the hidden layers."""
 
-    solver: GradientDescent = CURVE_SOLVER
-    """How a task is learned: the free phase."""
-
     estimator: Estimator = CURVE_RULE
     """Of the meta-gradient; the method presets which, and these are its knobs."""
 
@@ -97,15 +103,6 @@ class Sinusoid(FewShot):
     strength: NotNegative = 0.01
     """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
 
-    outer_steps: Count = 1000
-    """Steps of Adam on what tasks share: batches of tasks."""
-
-    outer_lr: Positive = 0.01
-    """Adam's step size."""
-
-    tasks: Count = 25
-    """Tasks of a batch."""
-
     shot: Count = 10
     """Points that a task is learned from."""
 
@@ -114,21 +111,6 @@ class Sinusoid(FewShot):
 
     test_queries: Count = 50
     """Points that judge in validation and test."""
-
-    test_steps: Count | None = 50
-    """Steps in which a task is learned in validation and test; those of meta-training if None."""
-
-    average_from: CountFrom0 | None = 600
-    """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
-
-    validation_tasks: CountFrom2 = 200
-    """Tasks of a validation; what does best is kept."""
-
-    batching: Batching = "grouped"
-    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
-
-    threads: Count = 1
-    """CPU threads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +127,7 @@ class Sinusoid(FewShot):
         return super().preset(**{"method": cls.method, **chosen})
 
     @classmethod
-    def _preset(cls, method: MethodName, **chosen: str) -> Self:
+    def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
         """The defaults of a method and a scale."""
         small = cls(**OWN.get(method, {}))
         if chosen.get("scale") != "smoke":
@@ -164,7 +146,7 @@ class Sinusoid(FewShot):
             test_tasks=6,
         )
 
-    def of(self, method: MethodName, seed: int) -> Self:
+    def of(self, method: FewShotMethodName, seed: int) -> Self:
         """One run of those compared: the same tasks and network, by a method's own settings."""
         own = self
         if method != self.method:
@@ -275,7 +257,7 @@ class SinusoidResult:
 
 def compare_learners(
     config: Sinusoid, out: Path, *, resume: bool, console: Console
-) -> dict[MethodName, list[SinusoidResult]]:
+) -> dict[FewShotMethodName, list[SinusoidResult]]:
     """Run one method in `out`, or all and any number of seeds below it, and print the table.
 
     Returns:
@@ -286,7 +268,7 @@ def compare_learners(
         return {config.method: [SinusoidResult.of(out)]}
     torch.set_num_threads(config.threads)
     whole = RunDirectory(out, config, resume=resume)
-    rows: dict[MethodName, list[SinusoidResult]] = {}
+    rows: dict[FewShotMethodName, list[SinusoidResult]] = {}
     runs: dict[str, Path] = {}
     for seed in [config.seed] if config.seeds is None else range(config.seeds):
         for method in OWN if config.compare else (config.method,):
@@ -305,7 +287,9 @@ def compare_learners(
     return rows
 
 
-def errors_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[SinusoidResult]]) -> Table:
+def errors_table(
+    config: Sinusoid, rows: Mapping[FewShotMethodName, Sequence[SinusoidResult]]
+) -> Table:
     """Mean ± standard error over seeds; of one seed, the test's 95 % interval."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
@@ -329,7 +313,7 @@ def errors_table(config: Sinusoid, rows: Mapping[MethodName, Sequence[SinusoidRe
     return as_rich(title, ["validation", "test", "gradients", "seconds"], lines)
 
 
-def adaptation_table(rows: Mapping[MethodName, Sequence[SinusoidResult]]) -> Table:
+def adaptation_table(rows: Mapping[FewShotMethodName, Sequence[SinusoidResult]]) -> Table:
     """The error on tasks of the test while they are learned, as a mean over seeds."""
     lines = []
     for method, each in rows.items():

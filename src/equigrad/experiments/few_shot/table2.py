@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from equigrad.experiments.few_shot.meta_training import MetaTrainer
-from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, MethodName
-from equigrad.experiments.few_shot.omniglot import PUBLISHED, Omniglot, SettingName
+from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
+from equigrad.experiments.few_shot.omniglot import PUBLISHED, EpisodeSettingName, Omniglot
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
@@ -28,7 +28,7 @@ QUOTED: dict[str, tuple[Spread, Spread, Spread, Spread]] = {
 }
 """What the paper's Table 2 quotes from other papers, measured elsewhere on other terms."""
 
-COLUMNS: tuple[SettingName, ...] = ("5way1shot", "5way5shot", "20way1shot", "20way5shot")
+COLUMNS: tuple[EpisodeSettingName, ...] = ("5way1shot", "5way5shot", "20way1shot", "20way5shot")
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Table2(ByRuns):
         },
     }
 
-    only: Annotated[tuple[SettingName, ...], DIFFERENT] = ("5way1shot",)
+    only: Annotated[tuple[EpisodeSettingName, ...], DIFFERENT] = ("5way1shot",)
     """Which columns of the table."""
 
-    methods: Annotated[tuple[MethodName, ...], DIFFERENT] = (
+    methods: Annotated[tuple[FewShotMethodName, ...], DIFFERENT] = (
         "contrastive-modulation",
         "contrastive-synaptic",
         "first-order-maml",
@@ -165,7 +165,7 @@ class Table2(ByRuns):
             for note in self.experiment(setting, method, 0).notes()
         ]
 
-    def _places(self) -> list[tuple[SettingName, MethodName]]:
+    def _places(self) -> list[tuple[EpisodeSettingName, FewShotMethodName]]:
         return [(setting, method) for setting in self.only for method in self.methods]
 
     def draw(self, rows: Sequence[FewShotResult]) -> Figure:

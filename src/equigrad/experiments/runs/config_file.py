@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from equigrad import controllers, estimators, solvers
 from equigrad.errors import ConfigurationError
 from equigrad.training.files import load_json
 
@@ -129,6 +130,8 @@ def _choosers(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> Any:
     """A dataclass of a kind, from its description; what that leaves out is as in `default`."""
+    if "type" in changes:
+        _import_all_kinds()
     kinds = {k.__name__: k for k in _family(kind)}
     start: Any = default if isinstance(default, kind) else None
     name = changes.get("type", kind.__name__ if start is None else type(start).__name__)
@@ -152,6 +155,13 @@ def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> A
         return made(**values)
     except (TypeError, ConfigurationError) as error:
         raise ConfigurationError(f"{where.rstrip('.')}: {error}") from error
+
+
+def _import_all_kinds() -> None:
+    """Import what a file may name, so that it is among the subclasses."""
+    for package in (controllers, estimators, solvers):
+        for name in dir(package):
+            getattr(package, name)
 
 
 def _family(kind: type) -> Iterator[type]:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from equigrad.experiments.runs.run_folders import is_number
-
 UNITS = {"_accuracy": ", %", "_psnr": ", dB"}
 """Of metrics whose names end so."""
 
@@ -24,6 +22,16 @@ def words(name: str) -> str:
     known = {"r2": "R²", "rmse": "RMSE", "psnr": "PSNR"}
     said = " ".join(known.get(word, word) for word in name.split("_"))
     return said + next((u for end, u in UNITS.items() if name.endswith(end)), "")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number.
+
+    Example:
+        >>> [is_number(value) for value in (1, 0.5, True, "1", None)]
+        [True, True, False, False, False]
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def shown(number: float) -> str:

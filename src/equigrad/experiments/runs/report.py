@@ -73,7 +73,7 @@ class HtmlTable:
 
 
 @dataclass(frozen=True)
-class Panel:
+class ReportPanel:
     """Something of a run: a table, a picture or a text, under a title."""
 
     title: str
@@ -89,7 +89,7 @@ class Run:
 
     folder: RunFolder
     anchor: str
-    panels: Sequence[Panel]
+    panels: Sequence[ReportPanel]
     open: bool
 
 
@@ -99,7 +99,7 @@ class Section:
 
     title: str
     groups: Sequence[Group]
-    curves: Sequence[Panel]
+    curves: Sequence[ReportPanel]
     differences: HtmlTable | None
     runs: Sequence[Run]
 
@@ -222,7 +222,7 @@ def metric_names(folders: Sequence[RunFolder]) -> list[str]:
     )
 
 
-def curves(groups: Sequence[Group]) -> list[Panel]:
+def curves(groups: Sequence[Group]) -> list[ReportPanel]:
     """What was logged against the outer step, the runs over each other; a colour a group."""
     runs = [(i, run) for i, group in enumerate(groups) for run in group.seeded if run.history]
     found = []
@@ -235,11 +235,11 @@ def curves(groups: Sequence[Group]) -> list[Panel]:
                 lines.append((i, points))
         if lines:
             svg = figures.curves(lines, log=name == "residual")
-            found.append(Panel(words(name), picture=data_uri(svg, "svg+xml")))
+            found.append(ReportPanel(words(name), picture=data_uri(svg, "svg+xml")))
     return found
 
 
-def panels(run: RunFolder) -> Iterator[Panel]:
+def panels(run: RunFolder) -> Iterator[ReportPanel]:
     """What lies in a run's folder, the best to look at first; what cannot be read is noted."""
     readers: dict[str, Callable[[bytes], dict[str, Any]]] = {
         ".md": lambda content: {"text": markdown(content.decode())},
@@ -254,10 +254,10 @@ def panels(run: RunFolder) -> Iterator[Panel]:
         for name in (n for n in names if n.endswith(suffix)):
             content = run.read(name, reader)
             if content is not None:
-                yield Panel(name, **content)
+                yield ReportPanel(name, **content)
     for name, content in (("config.json", run.about), ("result.json", run.result)):
         if content:
-            yield Panel(name, table=listing(content), folded=True)
+            yield ReportPanel(name, table=listing(content), folded=True)
 
 
 def json_panel(content: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from equigrad.errors import RunError
+from equigrad.experiments.runs.formats import is_number
 from equigrad.training.files import load_json, load_tensors
 
 T = TypeVar("T")
@@ -172,16 +173,6 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
 def mapping(value: Any) -> dict[str, Any]:
     """A dictionary as it is, and an empty one for anything else."""
     return value if isinstance(value, dict) else {}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number.
-
-    Example:
-        >>> [is_number(value) for value in (1, 0.5, True, "1", None)]
-        [True, True, False, False, False]
-    """
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def numbers(value: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ BESIDE = ("seed", "seeds", "compare", "checkpoint_every")
 
 
 @dataclass(frozen=True)
-class Cell:
+class OverviewNumber:
     """A number of the overview, what stands below it, and how far they are apart."""
 
     number: str
@@ -100,7 +100,7 @@ class Group:
         devices = (str(run.result["device"]) for run in self.finished if "device" in run.result)
         return ", ".join(dict.fromkeys(devices))
 
-    def cell(self, metric: str) -> Cell:
+    def cell(self, metric: str) -> OverviewNumber:
         """A metric, beside the paper's."""
         found = self.mean(lambda run: run.metrics.get(metric))
         if found is None:
@@ -109,14 +109,16 @@ class Group:
                 for run in self.seeded
                 if metric in run.logged
             ]
-            return Cell("", "; ".join(last))
+            return OverviewNumber("", "; ".join(last))
         paper = next(
             (p for run in self.finished if metric in (p := numbers(run.result.get("paper")))), None
         )
         if paper is None:
-            return Cell(with_error(*found))
+            return OverviewNumber(with_error(*found))
         published = with_error(paper[metric], paper.get(f"{metric}_standard_error"))
-        return Cell(with_error(*found), f"paper {published}", f"{found[0] - paper[metric]:+.2f}")
+        return OverviewNumber(
+            with_error(*found), f"paper {published}", f"{found[0] - paper[metric]:+.2f}"
+        )
 
 
 def grouped(folders: Sequence[RunFolder]) -> dict[str, list[Group]]:

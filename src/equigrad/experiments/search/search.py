@@ -26,7 +26,7 @@ from equigrad.experiments.runs.config_file import at_paths, overlay
 from equigrad.experiments.runs.run_directory import RunDirectory, describe, versions
 from equigrad.experiments.search.spaces import Point
 from equigrad.experiments.search.trials import Search, Trial
-from equigrad.experiments.strengths.strength_learning import StrengthLearning
+from equigrad.experiments.strengths.strength_learning import StrengthExperiment
 from equigrad.training.files import write_whole
 
 
@@ -64,7 +64,7 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
     return conclude(config, trials, directory, console)
 
 
-def found_trial(number: int, point: Point, config: StrengthLearning, folder: Path) -> Trial:
+def found_trial(number: int, point: Point, config: StrengthExperiment, folder: Path) -> Trial:
     """A trial as its folder knows it."""
     ending = RunDirectory(folder, config, resume=True).read_json("trial.json") or {}
     trial = Trial(number=number, point=point, config=config, folder=folder, **ending)

@@ -99,7 +99,7 @@ RATES = Choice((0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1))
 BETAS = Choice((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 
 
-def one_of(*values: Any) -> Choice:
+def among(*values: Any) -> Choice:
     """A hyperparameter that is one of some values, or fixed where there is a single one."""
     return Choice(values)
 
@@ -129,50 +129,50 @@ ANY_RATE = LogUniform(0.0001, 0.1)
 SPACES: dict[tuple[str, str], Space] = {
     ("cifar-50", "contrastive"): Space(
         "Table S1",
-        contrastive(one_of(0.001), one_of(2000), one_of(20, 100, 200, 500), RATES),
+        contrastive(among(0.001), among(2000), among(20, 100, 200, 500), RATES),
         trials=500,
     ),
-    ("cifar-50", "t1t2"): Space("Table S1", t1t2(RATES, one_of(500, 1000, 2000), RATES)),
+    ("cifar-50", "t1t2"): Space("Table S1", t1t2(RATES, among(500, 1000, 2000), RATES)),
     ("mnist-10", "contrastive"): Space(
         "Table S2",
-        contrastive(RATES, one_of(2000), one_of(20, 50, 100, 200, 500), RATES),
+        contrastive(RATES, among(2000), among(20, 50, 100, 200, 500), RATES),
         trials=500,
     ),
     ("mnist-10", "t1t2"): Space(
-        "Table S2", t1t2(RATES, one_of(100, 200, 500, 1000, 2000), RATES), trials=500
+        "Table S2", t1t2(RATES, among(100, 200, 500, 1000, 2000), RATES), trials=500
     ),
     ("mnist-1", "contrastive"): Space(
         "Table S3",
         contrastive(
-            ANY_RATE, one_of(100, 200, 500, 1000, 2000), one_of(20, 50, 100, 200, 500), ANY_RATE
+            ANY_RATE, among(100, 200, 500, 1000, 2000), among(20, 50, 100, 200, 500), ANY_RATE
         ),
         trials=500,
     ),
     ("mnist-1", "t1t2"): Space(
-        "Table S3", t1t2(ANY_RATE, one_of(100, 200, 500, 1000, 2000), ANY_RATE), trials=500
+        "Table S3", t1t2(ANY_RATE, among(100, 200, 500, 1000, 2000), ANY_RATE), trials=500
     ),
     ("mnist-30000", "contrastive"): Space(
         "Table S4",
-        contrastive(one_of(0.01), one_of(1000, 2000), one_of(20, 50, 100, 200, 500), RATES),
+        contrastive(among(0.01), among(1000, 2000), among(20, 50, 100, 200, 500), RATES),
     ),
-    ("mnist-30000", "t1t2"): Space("Table S4", t1t2(RATES, one_of(500, 1000, 2000), RATES)),
+    ("mnist-30000", "t1t2"): Space("Table S4", t1t2(RATES, among(500, 1000, 2000), RATES)),
     ("digits", "contrastive"): Space(
         "equigrad's own space",
         {
             "contrastive.beta": BETAS,
-            "solver.lr": one_of(0.003, 0.01, 0.03),
-            "outer_lr": one_of(0.003, 0.01, 0.03),
-            "solver.max_steps": one_of(200, 500, 1000),
-            "nudged_steps": one_of(20, 50, 100, 200),
+            "solver.lr": among(0.003, 0.01, 0.03),
+            "outer_lr": among(0.003, 0.01, 0.03),
+            "solver.max_steps": among(200, 500, 1000),
+            "nudged_steps": among(20, 50, 100, 200),
         },
         trials=50,
     ),
     ("digits", "t1t2"): Space(
         "equigrad's own space",
         {
-            "solver.lr": one_of(0.003, 0.01, 0.03),
-            "outer_lr": one_of(0.003, 0.01, 0.03),
-            "solver.max_steps": one_of(200, 500, 1000),
+            "solver.lr": among(0.003, 0.01, 0.03),
+            "outer_lr": among(0.003, 0.01, 0.03),
+            "solver.max_steps": among(200, 500, 1000),
         },
     ),
 }

@@ -8,7 +8,7 @@ import tyro
 
 from equigrad.errors import ConfigurationError
 from equigrad.experiments.search.spaces import SPACES, Point, Space, read_space
-from equigrad.experiments.strengths.strength_learning import StrengthLearning
+from equigrad.experiments.strengths.strength_learning import StrengthExperiment
 from equigrad.fields import Checked, Count, NotNegative, Rule, require
 
 TUNING_SEED = 100
@@ -24,7 +24,7 @@ class Search(Checked):
     `equigrad run NAME --config` takes.
     """
 
-    experiment: Annotated[StrengthLearning, tyro.conf.arg(name="")]
+    experiment: Annotated[StrengthExperiment, tyro.conf.arg(name="")]
     """What every trial runs, but for the hyperparameters that are searched."""
 
     trials: Count | Literal["grid"] | None = None
@@ -78,7 +78,7 @@ class Search(Checked):
         return space.points(None if trials == "grid" else trials, self.experiment.seed)
 
 
-def preset(kind: type[StrengthLearning], **chosen: str) -> Search:
+def preset(kind: type[StrengthExperiment], **chosen: str) -> Search:
     """The defaults of a search through the settings of an experiment."""
     return Search(experiment=replace(kind.preset(**chosen), seed=TUNING_SEED))
 
@@ -102,7 +102,7 @@ class Trial:
 
     number: int
     point: Point
-    config: StrengthLearning
+    config: StrengthExperiment
     folder: Path
     status: Literal["waiting", "whole", "stopped", "failed", "lost"] = "waiting"
     history: list[tuple[int, float]] = field(default_factory=list)

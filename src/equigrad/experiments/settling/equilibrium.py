@@ -16,8 +16,8 @@ from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.image_networks import (
     IMAGE_NETWORKS,
-    MethodName,
-    SettingName,
+    NetworkMethodName,
+    NetworkSettingName,
     TrainingMethod,
 )
 from equigrad.experiments.settling.network_training import NetworkTrainer, NetworkTraining
@@ -40,10 +40,10 @@ class Equilibrium(NetworkTraining):
 
     score: ClassVar[str] = "accuracy"
 
-    setting: SettingName = "feed-forward"
+    setting: NetworkSettingName = "feed-forward"
     """The network, and with it the images."""
 
-    method: MethodName = "exact"
+    method: NetworkMethodName = "exact"
     """The estimator of its gradient."""
 
     scale: ScaleName = "small"

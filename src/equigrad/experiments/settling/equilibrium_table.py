@@ -16,7 +16,11 @@ from equigrad.experiments.settling.equilibrium import (
     Equilibrium,
     ImageTrainer,
 )
-from equigrad.experiments.settling.image_networks import IMAGE_NETWORKS, MethodName, SettingName
+from equigrad.experiments.settling.image_networks import (
+    IMAGE_NETWORKS,
+    NetworkMethodName,
+    NetworkSettingName,
+)
 from equigrad.fields import DIFFERENT, Count, Positive, require
 
 
@@ -47,10 +51,10 @@ class EquilibriumTable(ByRuns):
     row: ClassVar[type] = NetworkResult
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 5}}
 
-    only: Annotated[tuple[SettingName, ...], DIFFERENT] = tuple(IMAGE_NETWORKS)
+    only: Annotated[tuple[NetworkSettingName, ...], DIFFERENT] = tuple(IMAGE_NETWORKS)
     """Which networks."""
 
-    methods: tuple[MethodName, ...] = ()
+    methods: tuple[NetworkMethodName, ...] = ()
     """Which methods, where a network knows them; none means all."""
 
     seeds: Count = 1
@@ -72,7 +76,7 @@ class EquilibriumTable(ByRuns):
         seeds = range(self.seeds)
         return [(line, method, seed) for seed in seeds for line, method in self._places()]
 
-    def _places(self) -> list[tuple[SettingName, MethodName]]:
+    def _places(self) -> list[tuple[NetworkSettingName, NetworkMethodName]]:
         return [
             (line, method)
             for line in self.only
@@ -80,7 +84,9 @@ class EquilibriumTable(ByRuns):
             if not self.methods or method in self.methods
         ]
 
-    def experiment(self, setting: SettingName, method: MethodName, seed: int) -> Equilibrium:
+    def experiment(
+        self, setting: NetworkSettingName, method: NetworkMethodName, seed: int
+    ) -> Equilibrium:
         """The settings of a cell."""
         preset = Equilibrium.preset(scale=self.scale, setting=setting, method=method)
         changes = {} if self.epochs is None else {"epochs": self.epochs}

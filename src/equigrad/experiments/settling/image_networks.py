@@ -21,8 +21,10 @@ from equigrad.nn.settling_networks import (
 )
 from equigrad.solvers import Anderson, Picard, Solver
 
-SettingName = Literal["feed-forward", "recurrent", "hopfield", "cifar-implicit", "cifar-hopfield"]
-MethodName = Literal[
+NetworkSettingName = Literal[
+    "feed-forward", "recurrent", "hopfield", "cifar-implicit", "cifar-hopfield"
+]
+NetworkMethodName = Literal[
     "exact",
     "phantom-gradient",
     "dynamic-inversion",
@@ -132,7 +134,7 @@ class ImageNetwork:
     label: str
     hidden: tuple[int, ...]
     network: Callable[..., Any]
-    methods: Mapping[MethodName, TrainingMethod]
+    methods: Mapping[NetworkMethodName, TrainingMethod]
     source: Source = MNIST
     batch: int = 100
     epochs: float = 10
@@ -143,7 +145,7 @@ def _under(controller: Controller) -> LeastControl:
     return LeastControl(controller=controller, start="params")
 
 
-IMAGE_NETWORKS: dict[SettingName, ImageNetwork] = {
+IMAGE_NETWORKS: dict[NetworkSettingName, ImageNetwork] = {
     "feed-forward": ImageNetwork(
         "feed-forward net",
         (256, 256),

@@ -46,10 +46,10 @@ class NetworkTraining(Training):
 
 
 Config = TypeVar("Config", bound=NetworkTraining)
-Network = TypeVar("Network", bound=SettlingNetwork)
+Trained = TypeVar("Trained", bound=SettlingNetwork)
 
 
-class NetworkTrainer(Trainer[Config], Generic[Config, Network]):
+class NetworkTrainer(Trainer[Config], Generic[Config, Trained]):
     """Trains a network whose neurons settle, and tests it.
 
     Args:
@@ -65,7 +65,7 @@ class NetworkTrainer(Trainer[Config], Generic[Config, Network]):
     def __init__(
         self,
         config: Config,
-        network: Network,
+        network: Trained,
         examples: tuple[Tensor, Tensor],
         digest: str,
     ) -> None:

@@ -29,11 +29,11 @@ from equigrad.training.relaxation import settled_logits
 PICTURE = "equigrad representation 1"
 """The format of a saved representation."""
 
-MethodName = Literal["exact", "dynamic-inversion"]
+PictureMethodName = Literal["exact", "dynamic-inversion"]
 
 REST = Anderson(tol=1e-3, max_steps=60)
 
-PICTURE_METHODS: dict[MethodName, tuple[str, Estimator]] = {
+PICTURE_METHODS: dict[PictureMethodName, tuple[str, Estimator]] = {
     "exact": ("recurrent backpropagation", Adjoint(solver=REST)),
     "dynamic-inversion": (
         "least control, dynamic inversion",
@@ -49,7 +49,7 @@ PICTURE_METHODS: dict[MethodName, tuple[str, Estimator]] = {
 }
 """The ways to train the network: a label, and the estimator of its gradient."""
 
-HELD_OUT = 0
+HELD_OUT_SEED = 0
 """Draws which pixels are for validation: the same for all runs."""
 
 
@@ -64,7 +64,11 @@ class Representation(NetworkTraining):
 
     score: ClassVar[str] = "psnr"
 
-    method: MethodName = "exact"
+    # other defaults than those of NetworkTraining, which says what they mean
+    solver: Solver = REST
+    outer_lr: Positive = 5e-3
+
+    method: PictureMethodName = "exact"
     """The estimator of the gradient; the other one runs too, with `compare`."""
 
     compare: bool = True
@@ -97,17 +101,11 @@ class Representation(NetworkTraining):
     hidden: Count = 128
     """Neurons."""
 
-    solver: Solver = REST
-    """How neurons settle, in training and, whatever the method, in validation and test."""
-
     epochs: Positive = 40
     """Passes over the pixels that are learned from."""
 
     batch: Count = 256
     """Pixels of a mini-batch."""
-
-    outer_lr: Positive = 5e-3
-    """Adam's step size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +146,7 @@ class Representation(NetworkTraining):
             )
         return small
 
-    def of(self, method: MethodName) -> Self:
+    def of(self, method: PictureMethodName) -> Self:
         """A run beside this one: the same but for the method."""
         return replace(self, compare=False, method=method, estimator=PICTURE_METHODS[method][1])
 
@@ -233,7 +231,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
         self.painter = Painter.new(config)
         grid = self.picture.grid(config.stride)
         between = torch.nonzero(~grid).flatten()
-        drawn = torch.randperm(len(between), generator=torch.Generator().manual_seed(HELD_OUT))
+        drawn = torch.randperm(len(between), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
         self.parts = {"training": torch.nonzero(grid).flatten()}
         if config.stride > 1:
             validation, test = between[drawn].tensor_split([config.held_out])
@@ -306,7 +304,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
 
 def learn_picture(
     config: Representation, out: Path, *, resume: bool, console: Console
-) -> dict[MethodName, dict[str, float]]:
+) -> dict[PictureMethodName, dict[str, float]]:
     """Learn the picture in `out`, by the other method below it, and print what was reached.
 
     Returns:
@@ -316,7 +314,7 @@ def learn_picture(
     trainer = PictureTrainer(config)
     directory = RunDirectory(out, config, resume=resume)
     console.print(trainer.note, markup=False, highlight=False, soft_wrap=True)
-    found: dict[MethodName, dict[str, float]] = {}
+    found: dict[PictureMethodName, dict[str, float]] = {}
     folders: dict[str, Path] = {}
     for method, (label, _) in PICTURE_METHODS.items():
         if method == config.method:

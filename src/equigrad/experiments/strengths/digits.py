@@ -28,20 +28,18 @@ class Digits(LearningAlike):
     best of 13 single strengths, and the other estimator, all on the same split and start.
     """
 
+    # other defaults than those of LearningAlike, which says what they mean
+    outer_lr: Positive = 0.01
+    contrastive: Contrastive = PAPERS_RULE
+
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
-
-    outer_lr: Positive = 0.01
-    """Adam's step size."""
 
     hidden: tuple[Count, ...] = (64, 64, 64)
     """Widths of the hidden layers."""
 
     solver: GradientDescent = DIGITS_SOLVER
     """How the network learns from the ten images: the free phase, from the same start each time."""
-
-    contrastive: Contrastive = PAPERS_RULE
-    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:

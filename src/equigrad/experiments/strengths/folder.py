@@ -29,6 +29,11 @@ class Folder(OwnData):
     single strengths, and the other estimator. The run leaves a model for `equigrad predict`.
     """
 
+    # other defaults than those of OwnData, which says what they mean
+    outer_steps: Count = 30
+    solver: GradientDescent = FOLDER_SOLVER
+    nudged_steps: Count = 50
+
     images: Path
     """The folder."""
 
@@ -40,15 +45,6 @@ class Folder(OwnData):
 
     skip_broken: bool = False
     """Leave out files that cannot be read; by default they are named, and nothing runs."""
-
-    outer_steps: Count = 30
-    """Steps of Adam on the strengths."""
-
-    solver: GradientDescent = FOLDER_SOLVER
-    """How the network learns: the free phase, from the same start each time."""
-
-    nudged_steps: Count = 50
-    """Steps of each nudged phase."""
 
     batch: Count | None = 100
     """Images of a mini-batch at most; None for all at once."""

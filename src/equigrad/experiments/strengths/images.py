@@ -18,7 +18,7 @@ from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.strengths.strength_learning import (
     EstimatorName,
     Published,
-    StrengthLearning,
+    StrengthExperiment,
 )
 from equigrad.fields import Checked, Count, Positive, require
 from equigrad.nn import ReferenceStatistics, lenet5, tanh_network
@@ -182,7 +182,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnImages(StrengthLearning):
+class OnImages(StrengthExperiment):
     """A line of Table 1; made by `preset`.
 
     Attributes:

@@ -22,6 +22,13 @@ OWN_DATA_SOLVER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_step
 class OwnData(LearningAlike):
     """Data that the user brings, and how they are divided."""
 
+    # other defaults than those of LearningAlike, which says what they mean
+    initial_strength: NotNegative | None = None
+    outer_steps: Count = 50
+    outer_lr: Positive = 0.001
+    solver: GradientDescent = OWN_DATA_SOLVER
+    contrastive: Contrastive = PAPERS_RULE
+
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
 
@@ -36,21 +43,6 @@ class OwnData(LearningAlike):
 
     batch: Count | None = 1000
     """Rows of a mini-batch at most; None for all at once."""
-
-    initial_strength: NotNegative | None = None
-    """Where every strength starts; None for the best single one. They are clamped at zero."""
-
-    outer_steps: Count = 50
-    """Steps of Adam on the strengths."""
-
-    outer_lr: Positive = 0.001
-    """Adam's step size."""
-
-    solver: GradientDescent = OWN_DATA_SOLVER
-    """How the network learns: the free phase, from the same start each time."""
-
-    contrastive: Contrastive = PAPERS_RULE
-    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:

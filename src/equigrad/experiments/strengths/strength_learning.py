@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from rich.console import Console
@@ -21,8 +21,7 @@ from equigrad.estimators import (
 from equigrad.experiments.runs import figures
 from equigrad.experiments.runs.experiment import Experiment, one_of, one_or_many
 from equigrad.experiments.runs.formats import as_rich, spread, with_error
-from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName
-from equigrad.experiments.runs.model import Model
+from equigrad.experiments.runs.methods import LABELS, OTHERS, EstimatorName, other
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
 from equigrad.fields import Count, CountFrom0, NotNegative, Positive, Threads, require
@@ -44,6 +43,9 @@ from equigrad.training.strengths import (
 )
 from equigrad.training.targets import Classes, Target
 
+if TYPE_CHECKING:
+    from equigrad.experiments.runs.model import Model
+
 
 @dataclass(frozen=True)
 class Published:
@@ -62,7 +64,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrengthLearning(Experiment, ABC):
+class StrengthExperiment(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
     seed: CountFrom0 = 0
@@ -90,7 +92,7 @@ class StrengthLearning(Experiment, ABC):
         super().__post_init__()
         one_or_many(self.seed, self.seeds)
         require(
-            self.other is None or type(self.other) is OTHERS.get(self.estimator),
+            self.other is None or type(self.other).__name__ == OTHERS.get(self.estimator),
             f"other={type(self.other).__name__}(…) has the knobs of another estimator than "
             f"{self.estimator!r}, which learns the strengths",
         )
@@ -103,7 +105,7 @@ class StrengthLearning(Experiment, ABC):
             return defaults
         name = one_of(get_args(EstimatorName), "estimator", chosen["estimator"])
         if name in OTHERS:
-            return replace(defaults, estimator=name, other=OTHERS[name]())
+            return replace(defaults, estimator=name, other=other(name))
         return defaults
 
     @classmethod
@@ -128,13 +130,13 @@ class StrengthLearning(Experiment, ABC):
     def recipe(self, name: EstimatorName) -> Recipe:
         """How an estimator learns the strengths."""
 
-    def model(self, split: Split, params: Params) -> Model | None:
+    def model(self, split: Split, params: Params) -> "Model | None":
         """What `equigrad predict` needs; None where there is nothing to ask."""
         return None
 
     def another(self, name: EstimatorName) -> Estimator:
         """An estimator that is neither the contrastive rule nor T1–T2."""
-        return self.other or OTHERS[name]()
+        return self.other or other(name)
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
         """Rows of a mini-batch for training and for validation; None for all at once."""
@@ -146,7 +148,7 @@ class StrengthLearning(Experiment, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningAlike(StrengthLearning):
+class LearningAlike(StrengthExperiment):
     """Strengths learned by any estimator in the same way, whatever the data."""
 
     outer_lr: Positive
@@ -162,7 +164,6 @@ class LearningAlike(StrengthLearning):
     """Steps of each nudged phase."""
 
     threads: Threads = 1
-    """CPU threads."""
 
     def recipe(self, name: EstimatorName) -> Recipe:
         """All estimators learn in the same way."""
@@ -186,7 +187,7 @@ class ScoreAndCost:
 class StrengthTrainer(StrengthLearner):
     """One seed's data, network and losses, shared by all rows of the table."""
 
-    def __init__(self, config: StrengthLearning, seed: int) -> None:
+    def __init__(self, config: StrengthExperiment, seed: int) -> None:
         self.config = replace(config, seed=seed, seeds=None)
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
         split = self.config.load(device, dtype)
@@ -278,7 +279,7 @@ class StrengthTrainer(StrengthLearner):
 
 
 def learn_strengths(
-    config: StrengthLearning, out: Path, *, resume: bool, console: Console
+    config: StrengthExperiment, out: Path, *, resume: bool, console: Console
 ) -> dict[str, list[ScoreAndCost]]:
     """Run one seed in `out`, or several in `out/seed-N`, and print the table.
 
@@ -337,7 +338,7 @@ def run_seed(
 
 
 def scores_table(
-    config: StrengthLearning, rows: Mapping[str, Sequence[ScoreAndCost]], target: Target
+    config: StrengthExperiment, rows: Mapping[str, Sequence[ScoreAndCost]], target: Target
 ) -> Table:
     """Mean ± standard error over seeds; one number where there is one seed."""
     last = (config.seeds or 1) - 1

@@ -15,7 +15,7 @@ from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnIm
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.fields import DIFFERENT, Count
 
-SettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
+StrengthSettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
 METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
 
 
@@ -46,7 +46,7 @@ class Table1(ByExperiments):
     seeds: Count = 3
     """Seeds 0, 1 … N-1 draw splits and starts."""
 
-    only: Annotated[tuple[SettingName, ...], DIFFERENT] = get_args(SettingName)
+    only: Annotated[tuple[StrengthSettingName, ...], DIFFERENT] = get_args(StrengthSettingName)
     """Which lines of the table."""
 
     def cells(self) -> list[Cell]:

@@ -1,0 +1,9 @@
+from .evaluation import Evaluation as Evaluation
+from .phases import ANSWERED as ANSWERED
+from .phases import FOR_MAPS as FOR_MAPS
+from .phases import no_loss as no_loss
+from .reaches import NO_STEP_SIZE as NO_STEP_SIZE
+from .reaches import Reaches as Reaches
+from .tally import Tally as Tally
+from .tensors import check_tensors as check_tensors
+from .tensors import like as like

@@ -1,0 +1,180 @@
+"""A function as a cell: the modules that it uses are found, and what is not found is refused."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
+
+from equigrad.errors import ConfigurationError, ProblemError
+
+
+def as_cell(cell: Callable[..., Any]) -> nn.Module:
+    """A module as it is, another callable as a `FunctionCell`.
+
+    Raises:
+        ConfigurationError: it cannot be called as `cell(h, *inputs)`, or its weights are not there.
+    """
+    if isinstance(cell, nn.Module):
+        return cell
+    if not callable(cell) or isinstance(cell, type):
+        given = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
+        raise ConfigurationError(
+            f"cell must be a module or a function, called as cell(h, *inputs), got {given}"
+        )
+    return FunctionCell(cell)
+
+
+class FunctionCell(nn.Module):
+    """A function `f(h, *inputs)` as a module, with the weights that it uses as its own.
+
+    The weights are those of the modules that the function reaches: what a method is bound to, what
+    a `functools.partial` holds, variables around a function and global ones, also by functions of
+    the same file that it calls. A module that is found lends its weights, buffers and training flag
+    for each call, and its children become children of this one. It is no child itself: it may be
+    the network that the layer becomes a part of.
+
+    Args:
+        function: called as `function(h, *inputs)`.
+
+    Raises:
+        ProblemError: from the first evaluation, where the function uses a tensor that requires a
+            gradient and is neither such a weight nor an input: its gradient would be missing.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self._lenders: list[tuple[nn.Module, str]] = []
+        self._examined = False
+        for position, module in enumerate(dict.fromkeys(_modules(function, {}))):
+            self._borrow(module, f"of_{position}_")
+
+    def forward(self, *inputs: Any) -> Any:
+        """The function at h and the inputs."""
+        with self._in_place():
+            if self._examined or torch.is_inference_mode_enabled():
+                return self.function(*inputs)
+            with torch.enable_grad():
+                image = self.function(*inputs)
+            self._refuse_hidden(image, inputs)
+        self._examined = True
+        return image
+
+    def extra_repr(self) -> str:
+        """The function."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of a closure still uses the weights that were there before
+        return {**self.__dict__, "_examined": False}
+
+    def _borrow(self, module: nn.Module, prefix: str) -> None:
+        self._lenders.append((module, prefix))
+        for name, child in module.named_children():
+            self.add_module(prefix + name, child)
+        for name, weight in module._parameters.items():
+            self.register_parameter(prefix + name, weight)
+        for name, buffer in module._buffers.items():
+            kept = name not in module._non_persistent_buffers_set
+            self.register_buffer(prefix + name, buffer, persistent=kept)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Have the lenders use what is in place here: a caller may have swapped it."""
+        entries: list[tuple[dict[str, Any], str, Any, dict[str, Any], str]] = [
+            (theirs, name, theirs[name], own, prefix + name)
+            for module, prefix in self._lenders
+            for theirs, own in (
+                (module._parameters, self._parameters),
+                (module._buffers, self._buffers),
+            )
+            for name in theirs
+            if prefix + name in own
+        ]
+        flags = [(module, module.training) for module, _ in self._lenders]
+        for theirs, name, _, own, longer in entries:
+            theirs[name] = own[longer]
+        for module, _ in flags:
+            module.training = self.training
+        try:
+            yield
+        finally:
+            for theirs, name, before, own, longer in entries:
+                if own[longer] is before:  # nothing was swapped, and a new buffer is to stay
+                    own[longer] = theirs[name]
+                else:
+                    theirs[name] = before
+            for module, training in flags:
+                module.training = training
+
+    def _refuse_hidden(self, image: Any, inputs: tuple[Any, ...]) -> None:
+        """Refuse a gradient that nobody would get."""
+        given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        seen = {get_gradient_edge(x).node for x in (*given, *self.parameters()) if x.requires_grad}
+        nodes = {get_gradient_edge(x).node for x in tree_leaves(image) if _tracked(x)}
+        while nodes := nodes - seen:
+            for node in nodes:
+                if (hidden := getattr(node, "variable", None)) is not None:
+                    raise ProblemError(
+                        f"{self.extra_repr()} uses a tensor of shape {tuple(hidden.shape)} that "
+                        f"requires a gradient and would get none: it is no weight of a module that "
+                        f"is found in the function. Hand it over as an input, layer(x, tensor); "
+                        f"let a module hold it; or detach() it"
+                    )
+            seen |= nodes
+            nodes = {after for node in nodes for after, _ in node.next_functions if after}
+
+
+def _tracked(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _modules(value: Any, seen: dict[int, Any]) -> Iterator[nn.Module]:
+    """The modules that a callable, or what it uses, is made of; `seen` keeps what has an id."""
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    for part in _parts(value):
+        yield from _modules(part, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a value holds that may be, or use, a module."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        held = value.__self__
+        own = {} if isinstance(held, nn.Module) else getattr(held, "__dict__", {})
+        return [held, *own.values(), value.__func__]
+    if isinstance(value, types.FunctionType):
+        try:
+            around = inspect.getclosurevars(value)
+        except ValueError as error:  # an empty cell
+            raise ConfigurationError(
+                f"{value.__qualname__} uses a variable that has no value yet, so that its weights "
+                f"cannot be found; make the layer after it"
+            ) from error
+        near = [found for found in around.globals.values() if _near(found, value)]
+        return [*around.nonlocals.values(), *near]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    called = getattr(type(value), "__call__", None)  # noqa: B004  a method of Python's, or a slot
+    return [types.MethodType(called, value)] if isinstance(called, types.FunctionType) else []
+
+
+def _near(found: Any, function: types.FunctionType) -> bool:
+    """Whether a global variable is to be looked into: functions of other files are not."""
+    elsewhere = isinstance(found, types.FunctionType) and found.__module__ != function.__module__
+    return not elsewhere and not isinstance(found, types.ModuleType | type)

@@ -1,0 +1,17 @@
+from .bilevel import Bilevel as Bilevel
+from .energy_based import EnergyBased as EnergyBased
+from .energy_based import Primitive as Primitive
+from .fixed_point import FixedPoint as FixedPoint
+from .fixed_point import Relaxation as Relaxation
+from .problem import Loss as Loss
+from .problem import Params as Params
+from .problem import Part as Part
+from .problem import Problem as Problem
+from .problem import Pull as Pull
+from .problem import Regularizer as Regularizer
+from .problem import Velocity as Velocity
+from .problem import check_scalar as check_scalar
+from .problem import inner_product as inner_product
+from .problem import pull_back as pull_back
+from .problem import scalar as scalar
+from .problem import slope as slope

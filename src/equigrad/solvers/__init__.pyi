@@ -1,0 +1,16 @@
+from .anderson import Anderson as Anderson
+from .black_box import BlackBox as BlackBox
+from .black_box import FlatObjective as FlatObjective
+from .broyden import Broyden as Broyden
+from .gradient_descent import GradientDescent as GradientDescent
+from .gradient_flow import GradientFlow as GradientFlow
+from .lbfgs import LBFGS as LBFGS
+from .phase import Lost as Lost
+from .phase import Moment as Moment
+from .phase import Phase as Phase
+from .phase import Settled as Settled
+from .phase import Watch as Watch
+from .picard import Picard as Picard
+from .settle import settle as settle
+from .solver import Solver as Solver
+from .torch_optimizer import TorchOptimizer as TorchOptimizer

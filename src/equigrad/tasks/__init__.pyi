@@ -1,0 +1,10 @@
+from .batch import TaskBatch as TaskBatch
+from .classes import ClassCollection as ClassCollection
+from .classification import NWayKShot as NWayKShot
+from .learner import FewShotLearner as FewShotLearner
+from .sampler import TaskSampler as TaskSampler
+from .sinusoid import Sinusoids as Sinusoids
+from .sinusoid import curves as curves
+from .splits import ClassSplit as ClassSplit
+from .splits import check_disjoint as check_disjoint
+from .splits import split_classes as split_classes

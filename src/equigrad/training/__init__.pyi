@@ -1,0 +1,13 @@
+from .checkpoint import Checkpoint as Checkpoint
+from .device import pick_device as pick_device
+from .device import pick_dtype as pick_dtype
+from .directions import AdaptiveBeta as AdaptiveBeta
+from .directions import Contrasts as Contrasts
+from .directions import Direction as Direction
+from .directions import LinearSystem as LinearSystem
+from .logs import JsonLines as JsonLines
+from .logs import TensorBoard as TensorBoard
+from .loop import Callback as Callback
+from .loop import OuterState as OuterState
+from .loop import learn as learn
+from .single_loop import learn_jointly as learn_jointly
