@@ -69,6 +69,9 @@ class Evaluation(Scene):
         stage = Stage(problem.modules or (), tensors, seed)
         with ExitStack() as opened:
             opened.enter_context(stage)
+            problem, streams = problem.drawing(stage.seed, tensors[0].device)
+            for drawn in streams:
+                stage.on_exit(drawn.close)
             reaches = find_reaches(problem, detached, constants, start, stage.randomness, tally)
             opened.pop_all()
         super().__init__(
@@ -81,6 +84,7 @@ class Evaluation(Scene):
             stage=stage,
             tally=tally,
             judged=Judged(),
+            streams=tuple(streams),
             settled=settled,
         )
 

@@ -115,6 +115,9 @@ def settle_nudged(
     scene.stage.stand_at(free)
     by_loss = beta if force is None else 0.0
     batches = _batches(scene, solver, by_loss)
+    first_step = _next_step(free, batches)
+    for drawn in scene.streams:
+        drawn.keep(first_step)
     nudged = settle_phase(
         scene.velocity(beta, force),
         _loss(scene, beta, force),
@@ -123,7 +126,7 @@ def settle_nudged(
         beta=beta,
         meta_params=scene.meta_params,
         previous=_previous(free.solver_state, beta) if keep_momentum else None,
-        first_step=_next_step(free, batches),
+        first_step=first_step,
         steps=steps,
         batches=batches,
         samples=scene.problem.samples,

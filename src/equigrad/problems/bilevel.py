@@ -35,8 +35,11 @@ class Bilevel(Problem):
         outer_loss: the same for the loss that judges the settled φ. May depend on θ directly.
         regularizer: an optional further term of the inner loss in closed form, for example
             `equigrad.nn.ComplexSynapse`. The inner loss is then `inner_loss + regularizer`.
-        inner_batches: mini-batches of the inner loss, a sequence. Step t of a phase sees batch
-            `t mod len`; the loss as a whole is the mean over batches.
+        inner_batches: mini-batches of the inner loss. Of a sequence, step t of a phase sees batch
+            `t mod len`. A `DataLoader`, or anything else that can be iterated over again, is drawn
+            from as steps ask for it: pass after pass, each with random numbers of its own, the same
+            in every phase; tensors come to the device of φ. The loss as a whole is the mean over
+            batches.
         outer_batches: the same for the outer loss.
         modules: modules that the losses call. Their buffers and training flags are the same at the
             start of every nudged phase and are put back after the call. By default they are looked
@@ -46,7 +49,7 @@ class Bilevel(Problem):
             once before anything settles, to find out and to check them.
 
     Raises:
-        ProblemError: a loss is not callable, or batches are not an indexable sequence.
+        ProblemError: a loss is not callable, or batches are none that can be begun again.
 
     Example:
         >>> import torch, equigrad as eg
