@@ -98,6 +98,22 @@ class MetaGradient:
     gradient_evaluations: int
     error_estimate: float | None
     _meta_params: Params = field(repr=False)
+    _end: solvers.Settled = field(repr=False)
+    _solver: Solver = field(repr=False)
+
+    def _onward(self, solver: Solver, estimator: Estimator) -> solvers.Settled:
+        """The free phase's end, for the next one to go on from."""
+        if estimator.traits.steps:
+            raise ConfigurationError(
+                f"{type(estimator).__name__} needs all steps of a free phase, and one that goes on "
+                f"from previous has taken some before; leave previous out"
+            )
+        if not solver.continues(self._solver):
+            raise ConfigurationError(
+                f"{type(solver).__name__} cannot go on from the state in which previous ended, "
+                f"that of {type(self._solver).__name__}; use one solver, or leave previous out"
+            )
+        return self._end
 
     def assign(self) -> None:
         """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.
@@ -201,6 +217,7 @@ def meta_gradient(
     solver: Solver,
     estimator: Estimator | None = None,
     settled: Settled | None = None,
+    previous: MetaGradient | None = None,
 ) -> MetaGradient:
     r"""Estimate the gradient of the outer loss through a problem that settles.
 
@@ -225,6 +242,10 @@ def meta_gradient(
             from there: the free phase is not run again, and its random numbers are those of that
             call. Not for estimators that need the phase's steps (`Unrolled`, for example). A solver
             that cannot go on from the state of the one that settled starts with a new state.
+        previous: the result of an earlier outer step. The free phase starts at `params` all the
+            same (pass `previous.params` to start where that one ended), but with its solver's state
+            (moments, the place in a learning-rate schedule) and the number of its next step. Not
+            for estimators that need the phase's steps.
 
     Returns:
         The estimate and its circumstances.
@@ -233,7 +254,7 @@ def meta_gradient(
         ProblemError: losses or parameters are not what they have to be, or θ is the start of
             params alone and the estimator does not see it, or `settled` is of other values.
         ConfigurationError: the estimator cannot serve this problem or solver, or cannot go on from
-            `settled`.
+            `settled` or `previous`.
         SettlingError: a phase diverged.
         DoubleBackwardError: the estimator needs second derivatives that the model does not have.
 
@@ -258,12 +279,17 @@ def meta_gradient(
     expect(Solver, solver=solver)
     expect(Estimator, estimator=estimator)
     _check_settings(solver)
+    expect(MetaGradient | None, previous=previous)
+    before = None if previous is None else previous._onward(solver, estimator)
     end = seed = None
     if settled is not None:
         expect(Settled, settled=settled)
         settled._require(params=params, meta_params=meta_params)
         end, seed = settled._for(solver), settled._seed
-    with checkpoints_named(), Evaluation(problem, params, meta_params, end, seed) as evaluation:
+    with (
+        checkpoints_named(),
+        Evaluation(problem, params, meta_params, end, seed, before) as evaluation,
+    ):
         estimator.check(evaluation, solver)
         if settled is not None:
             estimator.check_settled(evaluation)
@@ -294,6 +320,8 @@ def meta_gradient(
         gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=error_estimate,
         _meta_params=meta_params,
+        _end=dataclasses.replace(free, params={}, buffers=()),
+        _solver=solver,
     )
 
 

@@ -163,6 +163,9 @@ class Contrastive(Estimator):
             f"momentum='reset'",
         )
         free = evaluation.settle(solver)
+        hindered = nudged_solver.hindrance(free.solver_state if self.momentum == "keep" else None)
+        if hindered:
+            evaluation.tally.note(hindered)
         if self.scheme == "holomorphic":
             require_holomorphic(evaluation, free)
         force = direct = None

@@ -35,6 +35,7 @@ class Evaluation(Scene):
         meta_params: θ.
         settled: where the free phase has ended already, if it has.
         seed: of the random numbers that it drew, in that case.
+        before: the end of an earlier free phase, whose solver state and step this one goes on from.
 
     Raises:
         ProblemError: losses or parameters are not what they have to be.
@@ -47,6 +48,7 @@ class Evaluation(Scene):
         meta_params: Params,
         settled: Settled | None = None,
         seed: int | None = None,
+        before: Settled | None = None,
     ) -> None:
         check_tensors("params", params)
         check_tensors("meta_params", meta_params)
@@ -86,6 +88,7 @@ class Evaluation(Scene):
             judged=Judged(),
             streams=tuple(streams),
             settled=settled,
+            before=before,
         )
 
     def __enter__(self) -> Self:

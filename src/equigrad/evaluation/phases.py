@@ -33,13 +33,16 @@ def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:
     if scene.settled is not None:
         return scene.settled
     scene.stage.stand_at_start()
+    batches, before = _batches(scene, solver, 0.0), scene.before
     free = settle_phase(
         scene.velocity(),
         _loss(scene, 0.0),
         scene.params,
         solver,
         meta_params=scene.meta_params,
-        batches=_batches(scene, solver, 0.0),
+        previous=None if before is None else before.solver_state,
+        first_step=0 if before is None else _next_step(before, batches),
+        batches=batches,
         samples=scene.problem.samples,
         watch=watch,
         count=scene.tally.spend,

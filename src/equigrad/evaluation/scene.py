@@ -47,6 +47,7 @@ class Scene:
         judged: by `outer_gradients`, for `outer_loss`.
         streams: what draws from loaders.
         settled: where the free phase has ended already, if it has.
+        before: where an earlier one ended, whose solver state and step it goes on from, if any.
         lost: the samples that are held.
     """
 
@@ -61,6 +62,7 @@ class Scene:
     judged: Judged
     streams: tuple[DrawnBatches, ...] = ()
     settled: Settled | None = None
+    before: Settled | None = None
     lost: Lost | None = None
 
     def at(self, params: Params, meta_params: Params) -> Self:

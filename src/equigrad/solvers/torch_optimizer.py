@@ -1,6 +1,5 @@
 """Any optimiser of torch, unchanged."""
 
-import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.fields import Rule
+from equigrad.fields import Count, Positive, Rule, require
 from equigrad.solvers.solver import Objective, Solver
+from equigrad.solvers.training_run import Scheduler, TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,25 @@ class TorchOptimizer(Solver):
     put it into the loss. Implicit estimators refuse it where it adds to the gradient, as in SGD and
     Adam, and say so where it acts beside it, as in AdamW.
 
+    Phases that start at the free solution go on from its state: moments, the place in the schedule,
+    gradients that wait for a step. So all of them have the same rates. Where those are zero, they
+    cannot move, and `Contrastive` refuses; where they are below a hundredth of the largest rate
+    before, `status` says so.
+
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
         options: its keyword arguments.
+        scheduler: makes a learning-rate schedule, called with the optimiser for every phase anew:
+            `lambda optimizer: get_linear_schedule_with_warmup(optimizer, 10, 100)`. It steps after
+            every step of the optimiser.
+        clip_norm: the largest norm of the gradient of all parameters; longer ones are scaled down.
+        clip_value: the largest entry of a gradient; larger ones are cut off, before `clip_norm`.
+        accumulate: batches whose mean gradient makes a step of the optimiser. `max_steps` counts
+            batches.
 
     Raises:
-        ConfigurationError: `optimizer` is not a class, or refuses the options.
+        ConfigurationError: `optimizer` is not a class, or refuses the options; the scheduler makes
+            no schedule; an optimiser that evaluates the loss itself is to accumulate.
 
     Example:
         >>> solver = TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3})
@@ -41,6 +54,10 @@ class TorchOptimizer(Solver):
         Rule("such as torch.optim.Adam", remedy="its arguments go into options={…}"),
     ]
     options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
+    clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    accumulate: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +65,13 @@ class TorchOptimizer(Solver):
             inspect.signature(self.optimizer).bind([], **self.options)
         except TypeError as error:
             self._refused(error)
+        if self.scheduler is not None:
+            self.init([torch.zeros(1, requires_grad=True)])
+        require(
+            self.accumulate == 1 or not self._evaluates,
+            f"{self.optimizer.__name__} evaluates the loss of one batch as often as it likes, and "
+            f"cannot accumulate; use accumulate=1",
+        )
 
     @property
     def adaptive(self) -> bool:
@@ -56,7 +80,7 @@ class TorchOptimizer(Solver):
 
     def decay(self) -> tuple[float, bool]:
         """The weight decay inside the optimiser, and whether it acts beside the gradient."""
-        defaults = self.init([torch.zeros(1, requires_grad=True)]).defaults
+        defaults = self.init([torch.zeros(1, requires_grad=True)]).optimizer.defaults
         beside = defaults.get("decoupled_weight_decay", False) or self.optimizer in _BESIDE
         return float(defaults.get("weight_decay", 0.0) or 0.0), bool(beside)
 
@@ -68,39 +92,88 @@ class TorchOptimizer(Solver):
         name, options = self.optimizer.__name__, dict(self.options)
         raise ConfigurationError(f"{name} refuses options {options}: {error}") from error
 
-    def init(self, params: list[Tensor], previous: Any = None) -> torch.optim.Optimizer:
+    def init(self, params: list[Tensor], previous: Any = None) -> TrainingRun:
         """A new optimiser over `params`, with the state of an earlier phase where given."""
         try:
             optimizer = self.optimizer(params, **self.options)
         except (TypeError, ValueError) as error:
             self._refused(error)
+        run = TrainingRun(optimizer, self.scheduler)
         if previous is not None:
-            state = copy.deepcopy(previous.state_dict())
-            state["param_groups"] = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(state)
-        return optimizer
+            run.go_on(previous)
+        return run
+
+    def hindrance(self, state: TrainingRun | None) -> str | None:
+        """What a schedule that has come down leaves of further phases.
+
+        Raises:
+            ConfigurationError: it leaves nothing, or no phase is long enough for a step.
+        """
+        if self.max_steps is None or (self.scheduler is None and self.accumulate == 1):
+            return None
+        steps = self.max_steps // self.accumulate
+        require(
+            steps > 0,
+            f"accumulate={self.accumulate} batches make a step, and a nudged phase has "
+            f"{self.max_steps}: it cannot move; raise the nudged solver's max_steps",
+        )
+        trial = self.init([torch.zeros(1, requires_grad=True)])
+        if state is not None:
+            trial.take_place(state)
+        share = trial.share_ahead(steps)
+        if share >= FADED:
+            return None
+        after = f"the schedule has come down to {share:.1%} of its largest rate for nudged phases"
+        instead = (
+            "let it end higher, begin it anew for them (momentum='reset'), or give them a rate of "
+            "their own (nudged_solver=dataclasses.replace(solver, scheduler=None, max_steps=…))"
+        )
+        require(
+            share > 0, f"{after}, which go on where the free one ended and cannot move: {instead}"
+        )
+        return f"{after}, so that little of the nudge is answered: {instead}"
 
     def update(
         self,
         params: list[Tensor],
         velocity: tuple[Tensor, ...],
-        state: torch.optim.Optimizer,
+        state: TrainingRun,
         objective: Objective,
     ) -> None:
         """One step; an optimiser that needs a closure evaluates as often as it likes."""
 
         def closure() -> Tensor:
             loss, velocity = objective()
-            _set_gradients(params, velocity)
+            self._set_gradients(params, velocity)
             return loss
 
-        needed = inspect.signature(self.optimizer.step).parameters.get("closure")
-        if needed is not None and needed.default is inspect.Parameter.empty:
-            state.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if self._evaluates:
+            state.optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
         else:
-            _set_gradients(params, velocity)
-            state.step()
+            mean = state.gather(velocity, self.accumulate)
+            if mean is None:
+                return
+            self._set_gradients(params, mean)
+            state.optimizer.step()
+        state.advance()
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the optimiser needs a closure."""
+        needed = inspect.signature(self.optimizer.step).parameters.get("closure")
+        return needed is not None and needed.default is inspect.Parameter.empty
+
+    def _set_gradients(self, params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:
+        for p, v in zip(params, velocity, strict=True):
+            p.grad = v.neg()
+        if self.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(params, self.clip_value)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.clip_norm)
+
+
+FADED = 0.01
+"""A schedule below this share of its largest rate hardly moves anything any more."""
 
 _BESIDE = tuple(
     getattr(torch.optim, name)
@@ -108,8 +181,3 @@ _BESIDE = tuple(
     if hasattr(torch.optim, name)
 )
 """Optimisers that shrink the weights themselves; of others, `decoupled_weight_decay` tells."""
-
-
-def _set_gradients(params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:
-    for p, v in zip(params, velocity, strict=True):
-        p.grad = v.neg()
