@@ -27,6 +27,12 @@ def test_examples_run(page):
     assert all(isinstance(scope["result"], eg.MetaGradient) for scope in scopes)
 
 
+def test_the_page_on_example_scores_finds_the_wrong_labels():
+    (scope,) = run_examples("example-scores.md", "example_scores(")
+    assert {*scope["found"].ranking()[:3]} == {*scope["wrong"]}
+    assert scope["found"].trusted
+
+
 def test_the_accuracy_page_keeps_its_promise():
     (scope,) = run_examples("accuracy.md")
     result = scope["result"]
