@@ -12,9 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import equigrad as eg
 from equigrad.cli import main
-from equigrad.training import example_scores
 from equigrad.training.example_weights import labelled_loss
-from equigrad.training.scores import spearman
+from equigrad.training.scores import example_scores, spearman
 from equigrad.training.trainer import trainer_settings
 
 N = 24
