@@ -57,6 +57,12 @@ def test_a_page_is_short_enough_to_be_read():
         assert words <= 1200, f"{name}: {words} words"
 
 
+def test_the_page_on_example_scores_finds_the_wrong_labels():
+    (scope,) = run_examples("example-scores.md", "example_scores(")
+    assert {*scope["found"].ranking()[:3]} == {*scope["wrong"]}
+    assert scope["found"].trusted
+
+
 def test_the_accuracy_page_keeps_its_promise():
     (scope,) = run_examples("accuracy.md")
     result = scope["result"]

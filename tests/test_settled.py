@@ -66,8 +66,10 @@ def test_a_start_that_is_learned():
     settled = eg.settle(problem, center, center, solver=solver)
     for estimator in (eg.Reptile(), eg.FirstOrderMAML()):
         one, other = (
-            eg.meta_gradient(problem, center, center, solver=solver, estimator=estimator, **given)
-            for given in ({}, {"settled": settled})
+            eg.meta_gradient(
+                problem, center, center, solver=solver, estimator=estimator, settled=given
+            )
+            for given in (None, settled)
         )
         assert torch.equal(one.grads["w"], other.grads["w"])
 
@@ -136,8 +138,8 @@ def test_a_map_that_has_not_settled(rate):
     assert settled.phase.failed
     assert settled.phase.diverged == (() if rate == 1 else (1,))
     one, other = (
-        eg.meta_gradient(problem, start, meta, solver=solver, estimator=eg.GMRES(), **given)
-        for given in ({}, {"settled": settled})
+        eg.meta_gradient(problem, start, meta, solver=solver, estimator=eg.GMRES(), settled=given)
+        for given in (None, settled)
     )
     assert torch.equal(one.grads["w"], other.grads["w"])
     assert one.status == other.status

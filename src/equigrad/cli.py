@@ -116,6 +116,8 @@ def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
         show(COMMANDS)
     elif words.verb == "check":
         examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
+    elif words.verb == "scores":
+        score(words, arguments)
     elif words.verb == "report":
         from equigrad.experiments.runs.report import report as write_report
 
@@ -142,7 +144,7 @@ def parsers(
     verbs = parser.add_subparsers(
         dest="verb",
         required=True,
-        metavar="{run,search,reproduce,predict,report,check,list}",
+        metavar="{run,search,reproduce,scores,predict,report,check,list}",
     )
     for verb, help_text in VERBS.items():
         group = verbs.add_parser(verb, help=help_text)
@@ -163,6 +165,16 @@ def parsers(
         "--decimal", choices=(".", ","), metavar="MARK", help="a point or a comma; as in the run"
     )
     predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
+    scores = verbs.add_parser("scores", help="score training examples by a trusted validation set")
+    scores.add_argument(
+        "target",
+        metavar="FILE.py:NAME",
+        help="a dictionary of example_scores's arguments, or a function that returns one",
+    )
+    scores.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder of the scores"
+    )
+    scores.add_argument("--resume", action="store_true", help="go on with the runs in --out")
     verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
     check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
     check.add_argument(
@@ -274,6 +286,37 @@ def examine(target: str, **options: Any) -> None:
     """Check the problem that a user's file describes; exit code 1 where it is wrong."""
     from equigrad.diagnostics.check import check_meta_gradient
 
+    described = read_description(target)
+    known = set(inspect.signature(check_meta_gradient).parameters) - options.keys()
+    if unknown := set(described) - known:
+        raise ConfigurationError(f"{target} has {sorted(unknown)}, allowed are {sorted(known)}")
+    if missing := {"problem", "params", "meta_params", "solver"} - set(described):
+        raise ConfigurationError(f"{target} lacks {sorted(missing)}")
+    progress = partial(print, file=sys.stderr)
+    check = check_meta_gradient(**{"progress": progress, **described}, **options)
+    print(check)
+    if not check.passed:
+        raise SystemExit(1)
+
+
+def score(words: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Score the training examples that a user's file describes."""
+    from rich.console import Console
+
+    from equigrad.experiments.runs.example_scores import score as score_examples
+
+    try:
+        score_examples(
+            read_description(words.target), words.out, resume=words.resume, console=Console()
+        )
+    except KeyboardInterrupt:
+        say_how_to_resume(arguments, words.out)
+        raise
+    print(f"saved in {words.out}")
+
+
+def read_description(target: str) -> Mapping[str, Any]:
+    """The dictionary that a user's file gives, or a function in it returns."""
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise ConfigurationError(f"say which problem of which file, as FILE.py:NAME, got {target}")
@@ -289,19 +332,10 @@ def examine(target: str, **options: Any) -> None:
     described = scope[name]() if callable(scope[name]) else scope[name]
     if not isinstance(described, Mapping):
         raise ConfigurationError(
-            f"{target} must be a dictionary with problem, params, meta_params, solver and, if you "
-            f"like, estimator, or a function that returns one; got {type(described).__name__}"
+            f"{target} must be a dictionary of arguments by name, or a function that returns one; "
+            f"got {type(described).__name__}"
         )
-    known = set(inspect.signature(check_meta_gradient).parameters) - options.keys()
-    if unknown := set(described) - known:
-        raise ConfigurationError(f"{target} has {sorted(unknown)}, allowed are {sorted(known)}")
-    if missing := {"problem", "params", "meta_params", "solver"} - set(described):
-        raise ConfigurationError(f"{target} lacks {sorted(missing)}")
-    progress = partial(print, file=sys.stderr)
-    check = check_meta_gradient(**{"progress": progress, **described}, **options)
-    print(check)
-    if not check.passed:
-        raise SystemExit(1)
+    return described
 
 
 def execute(command: "Command", arguments: Sequence[str]) -> None:

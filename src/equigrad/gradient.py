@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ def meta_gradient(
     solver: Solver,
     estimator: Estimator | None = None,
     settled: Settled | None = None,
+    previous: MetaGradient | None = None,
 ) -> MetaGradient:
     r"""Estimate the gradient of the outer loss through a problem that settles.
 
@@ -126,6 +127,10 @@ def meta_gradient(
             from there: the free phase is not run again, and its random numbers are those of that
             call. Not for estimators that need the phase's steps (`Unrolled`, for example). A solver
             that cannot go on from the state of the one that settled starts with a new state.
+        previous: the result of an earlier outer step. The free phase starts at `params` all the
+            same (pass `previous.params` to start where that one ended), but with its solver's state
+            (moments, the place in a learning-rate schedule) and the number of its next step. Not
+            for estimators that need the phase's steps.
 
     Returns:
         The estimate and its circumstances.
@@ -134,7 +139,7 @@ def meta_gradient(
         ProblemError: losses or parameters are not what they have to be, or θ is the start of
             params alone and the estimator does not see it, or `settled` is of other values.
         ConfigurationError: the estimator cannot serve this problem or solver, or cannot go on from
-            `settled`.
+            `settled` or `previous`.
         SettlingError: a phase diverged.
         DoubleBackwardError: the estimator needs second derivatives that the model does not have.
 
@@ -159,6 +164,8 @@ def meta_gradient(
     expect(Solver, solver=solver)
     expect(Estimator, estimator=estimator)
     check_settings(solver)
+    expect(MetaGradient | None, previous=previous)
+    before = None if previous is None else previous._onward(solver, estimator)
     end = seed = None
     if settled is not None:
         expect(Settled, settled=settled)
@@ -166,7 +173,7 @@ def meta_gradient(
         end, seed = settled._for(solver), settled._seed
     with (
         checkpoints_named(),
-        Evaluation(problem, params, meta_params, end, seed, solver) as evaluation,
+        Evaluation(problem, params, meta_params, end, seed, solver, before) as evaluation,
     ):
         result = estimated(evaluation, solver, estimator, first=True)
     remedy = (
@@ -215,6 +222,8 @@ def estimated(
         gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=error_estimate,
         _meta_params=evaluation.start.meta_params,
+        _end=replace(free, params={}, buffers=()),
+        _solver=solver,
     )
 
 

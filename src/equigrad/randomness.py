@@ -2,8 +2,8 @@
 
 import random
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -75,6 +75,25 @@ class CommonRandomness:
             other.seed(seed % 2**32, first)
 
 
+@contextmanager
+def seeded(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Where the processor's global generators are seeded; they are put back on leaving.
+
+    Args:
+        seed: below 2^62.
+        generators: further ones to seed, which are not put back.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(seed)
+        for other in _others():
+            stack.callback(other.put_back)
+            other.begin(seed)
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+
+
 class _Other:
     """A global generator that is not torch's.
 
@@ -90,6 +109,10 @@ class _Other:
     def __init__(self, generator: Any, twin: Any, put_back: Any) -> None:
         self._generator, self._twin, self.put_back = generator, twin, put_back
         self._drawn_from = self._seeded = False
+
+    def begin(self, seed: int) -> None:
+        """Seed it."""
+        self._generator.seed(seed % 2**32)
 
     def seed(self, seed: int, first: bool) -> None:
         """Seed it if a loss has drawn from it, or for a loss that has not been evaluated yet."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from equigrad import solvers
-from equigrad.errors import ProblemError
+from equigrad.errors import ConfigurationError, ProblemError
+from equigrad.estimators.estimator import Estimator
 from equigrad.evaluation import check_tensors
 from equigrad.problems import Params
 from equigrad.solvers import Phase, Solver
@@ -87,6 +88,27 @@ class MetaGradient:
     gradient_evaluations: int
     error_estimate: float | None
     _meta_params: Params = field(repr=False)
+    _end: solvers.Settled | None = field(default=None, repr=False)
+    _solver: Solver | None = field(default=None, repr=False)
+
+    def _onward(self, solver: Solver, estimator: Estimator) -> solvers.Settled:
+        """The free phase's end, for the next one to go on from."""
+        if estimator.traits.steps:
+            raise ConfigurationError(
+                f"{type(estimator).__name__} needs all steps of a free phase, and one that goes on "
+                f"from previous has taken some before; leave previous out"
+            )
+        if self._end is None or self._solver is None:
+            raise ConfigurationError(
+                "previous is the result of no single free phase: leave it out, or take one that "
+                "meta_gradient has returned"
+            )
+        if not solver.continues(self._solver):
+            raise ConfigurationError(
+                f"{type(solver).__name__} cannot go on from the state in which previous ended, "
+                f"that of {type(self._solver).__name__}; use one solver, or leave previous out"
+            )
+        return self._end
 
     def assign(self) -> None:
         """Write the gradients into the `.grad` of the meta-parameters, for any `torch.optim`.

@@ -167,6 +167,9 @@ class Contrastive(Estimator):
             f"momentum='reset'",
         )
         free = evaluation.settle(solver)
+        hindered = nudged_solver.hindrance(free.solver_state if self.momentum == "keep" else None)
+        if hindered:
+            evaluation.tally.note(hindered)
         if self.scheme == "holomorphic":
             from equigrad.estimators.holomorphic import require_holomorphic
 

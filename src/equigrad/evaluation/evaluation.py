@@ -35,6 +35,7 @@ class Evaluation(Scene):
         settled: where the free phase has ended already, if it has.
         seed: of the random numbers that it drew, in that case.
         solver: of which θ may be settings.
+        before: the end of an earlier free phase, whose solver state and step this one goes on from.
 
     Raises:
         ProblemError: losses or parameters are not what they have to be.
@@ -48,6 +49,7 @@ class Evaluation(Scene):
         settled: Settled | None = None,
         seed: int | None = None,
         solver: Solver | None = None,
+        before: Settled | None = None,
     ) -> None:
         check_tensors("params", params)
         check_tensors("meta_params", meta_params)
@@ -70,6 +72,9 @@ class Evaluation(Scene):
         stage = Stage(problem.modules or (), tensors, seed)
         with ExitStack() as opened:
             opened.enter_context(stage)
+            problem, streams = problem.drawing(stage.seed, tensors[0].device)
+            for drawn in streams:
+                stage.on_exit(drawn.close)
             schedules = {} if solver is None else solver.schedules()
             reaches = find_reaches(
                 problem, detached, constants, start, stage.randomness, tally, schedules
@@ -85,7 +90,9 @@ class Evaluation(Scene):
             stage=stage,
             tally=tally,
             judged=Judged(),
+            streams=tuple(streams),
             settled=settled,
+            before=before,
         )
 
     def __enter__(self) -> Self:

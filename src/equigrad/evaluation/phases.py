@@ -33,13 +33,16 @@ def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:
     if scene.settled is not None:
         return scene.settled
     scene.stage.stand_at_start()
+    batches, before = _batches(scene, solver, 0.0), scene.before
     free = settle_phase(
         scene.velocity(),
         _loss(scene, 0.0),
         scene.params,
         solver,
         meta_params=scene.meta_params,
-        batches=_batches(scene, solver, 0.0),
+        previous=None if before is None else before.solver_state,
+        first_step=0 if before is None else _next_step(before, batches),
+        batches=batches,
         samples=scene.problem.samples,
         watch=watch,
         count=scene.tally.spend,
@@ -115,6 +118,9 @@ def settle_nudged(
     scene.stage.stand_at(free)
     by_loss = beta if force is None else 0.0
     batches = _batches(scene, solver, by_loss)
+    first_step = _next_step(free, batches)
+    for drawn in scene.streams:
+        drawn.keep(first_step)
     nudged = settle_phase(
         scene.velocity(beta, force),
         _loss(scene, beta, force),
@@ -123,7 +129,7 @@ def settle_nudged(
         beta=beta,
         meta_params=scene.meta_params,
         previous=_previous(free.solver_state, beta) if keep_momentum else None,
-        first_step=_next_step(free, batches),
+        first_step=first_step,
         steps=steps,
         batches=batches,
         samples=scene.problem.samples,

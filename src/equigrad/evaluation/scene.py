@@ -15,6 +15,7 @@ from equigrad.evaluation.tally import Tally
 from equigrad.evaluation.tensors import like
 from equigrad.problems import Params, Part, Problem, Velocity
 from equigrad.problems.held import held
+from equigrad.problems.streams import DrawnBatches
 from equigrad.randomness import Stream
 from equigrad.solvers import Lost, Moment, Settled
 
@@ -44,7 +45,9 @@ class Scene:
         stage: the buffers, flags and random numbers that its functions find.
         tally: is told what was spent, and what is to be noted.
         judged: by `outer_gradients`, for `outer_loss`.
+        streams: what draws from loaders.
         settled: where the free phase has ended already, if it has.
+        before: where an earlier one ended, whose solver state and step it goes on from, if any.
         lost: the samples that are held.
     """
 
@@ -57,7 +60,9 @@ class Scene:
     stage: Stage
     tally: Tally
     judged: Judged
+    streams: tuple[DrawnBatches, ...] = ()
     settled: Settled | None = None
+    before: Settled | None = None
     lost: Lost | None = None
 
     def at(self, params: Params, meta_params: Params) -> Self:

@@ -1,6 +1,6 @@
 """What a problem's functions find around them: buffers, training flags and random numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Self
 
@@ -49,6 +49,10 @@ class Stage:
 
     def __exit__(self, *exception: object) -> None:
         self._exit.close()
+
+    def on_exit(self, put_back: Callable[[], None]) -> None:
+        """Have something further put back on leaving."""
+        self._exit.callback(put_back)
 
     @property
     def seed(self) -> int:

@@ -35,12 +35,14 @@ class Bilevel(Problem):
         outer_loss: the same for the loss that judges the settled φ. May depend on θ directly.
         regularizer: an optional further term of the inner loss in closed form, for example
             `equigrad.nn.ComplexSynapse`. The inner loss is then `inner_loss + regularizer`.
-        inner_batches: mini-batches of the inner loss, a sequence. Step t of the free phase, from
-            t = 0, sees batch `t mod len`. Every nudged phase goes on with the numbers of the steps
-            where the free phase ended, so that its k-th step after T free ones sees batch
-            `(T + k) mod len`, as those of all other nudged phases do (a free phase that met a
-            tolerance has T rounded up to a whole pass). The loss as a whole is the mean over
-            batches.
+        inner_batches: mini-batches of the inner loss. Of a sequence, step t of the free phase, from
+            t = 0, sees batch `t mod len`. A `DataLoader`, or anything else that can be iterated
+            over again, is drawn from as steps ask for it: pass after pass, each with random numbers
+            of its own, the same in every phase; tensors come to the device of φ. Every nudged phase
+            goes on with the numbers of the steps where the free phase ended, so that its k-th step
+            after T free ones sees batch `(T + k) mod len`, as those of all other nudged phases do
+            (a free phase that met a tolerance has T rounded up to a whole pass). The loss as a
+            whole is the mean over batches.
         outer_batches: the same for the outer loss, by the same numbers of steps.
         modules: modules that the losses call. Their buffers and training flags are the same at the
             start of every nudged phase and are put back after the call. By default they are looked
@@ -53,7 +55,7 @@ class Bilevel(Problem):
             itself.
 
     Raises:
-        ProblemError: a loss is not callable, or batches are not an indexable sequence.
+        ProblemError: a loss is not callable, or batches are none that can be begun again.
 
     Example:
         >>> import torch, equigrad as eg

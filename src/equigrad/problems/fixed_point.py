@@ -54,7 +54,8 @@ class FixedPoint(Problem):
             `at(meta_params)` (see `Relaxation`) is asked for the cheaper form it gives.
         outer_loss: `(params, meta_params) -> scalar`, judges the settled φ. May depend on θ
             directly.
-        inner_batches: as for `Bilevel`; the map as a whole is the mean over batches.
+        inner_batches: as for `Bilevel`; the map as a whole is the mean over batches, and every
+            pass of a loader is the first one again.
         outer_batches: as for `Bilevel`.
         modules: as for `Bilevel`.
         reaches: as for `Bilevel`, of the map and the outer loss.
@@ -62,7 +63,7 @@ class FixedPoint(Problem):
             on each other: solvers then work on, and phases report, each by itself.
 
     Raises:
-        ProblemError: map or loss are not callable, or batches are not an indexable sequence.
+        ProblemError: map or loss are not callable, or batches are none that can be begun again.
 
     Example:
         >>> import torch, equigrad as eg

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError
 from equigrad.fields import Checked, Rule
 from equigrad.problems.refused import refuse_call, refuse_module
+from equigrad.problems.streams import DrawnBatches, is_sequence, may_be_batches
 from equigrad.randomness import CommonRandomness, Stream
 
 Params = Mapping[str, Tensor]
@@ -24,10 +25,15 @@ Loss = Annotated[
 """`loss(params, meta_params)`, or `loss(params, meta_params, batch)` where batches are given."""
 
 Batches = Annotated[
-    Sequence[Any],
-    Rule("of at least one batch", lambda b: len(b) > 0, "a DataLoader becomes one by list(loader)"),
+    Sequence[Any] | Iterable[Any],
+    Rule(
+        "of at least one batch that can be begun again",
+        may_be_batches,
+        "a generator or another iterator gives its batches once: hand over the DataLoader or the "
+        "list that it was made from, or an object whose __iter__ makes a new one",
+    ),
 ]
-"""Mini-batches that every phase sees in the same order."""
+"""Mini-batches that every phase sees in the same order: a sequence, or a loader."""
 
 Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 """`(params, step) -> velocity, value`.
@@ -224,7 +230,29 @@ class Problem(Checked):
 
     def batches(self, stream: Stream) -> Sequence[Any] | None:
         """The batches of what settles φ, or of the outer loss."""
-        return self.inner_batches if stream == "inner" else self.outer_batches
+        batches: Any = self.inner_batches if stream == "inner" else self.outer_batches
+        if batches is None or is_sequence(batches):
+            return batches
+        return DrawnBatches(batches, f"{stream}_batches", torch.initial_seed())
+
+    def drawing(self, seed: int, device: torch.device) -> "tuple[Problem, list[DrawnBatches]]":
+        """The problem with what draws from its loaders, in their order under a seed."""
+        streams: tuple[Stream, ...] = ("inner", "outer")
+        given: Any = self
+        drawn = {
+            name: DrawnBatches(batches, name, seed, device)
+            for name in (f"{stream}_batches" for stream in streams)
+            if (batches := getattr(self, name)) is not None and not is_sequence(batches)
+        }
+        return (replace(given, **drawn) if drawn else self), list(drawn.values())
+
+    def batch(self, stream: Stream, step: int) -> Any:
+        """The batch of a step."""
+        batches = self.batches(stream)
+        assert batches is not None
+        if isinstance(batches, DrawnBatches):
+            return batches.at(step)
+        return batches[step % len(batches)]
 
     def evaluate(
         self,
@@ -237,11 +265,12 @@ class Problem(Checked):
         """What the user's function says of the batch of a step, without the regulariser."""
         if randomness is not None:
             randomness.seed(stream, step)
-        function, batches = self.function(stream), self.batches(stream)
+        function = self.function(stream)
+        batches = self.inner_batches if stream == "inner" else self.outer_batches
         try:
             if batches is None:
                 return function(params, meta_params)
-            return function(params, meta_params, batches[step % len(batches)])
+            return function(params, meta_params, self.batch(stream, step))
         except TypeError:
             known = f"{stream}_batches" if f"{stream}_batches" in vars(self) else None
             refuse_call(self.name(stream), function, known, 2 if batches is None else 3)

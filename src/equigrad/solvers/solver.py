@@ -111,6 +111,14 @@ class Solver(Checked):
         """Whether `init` can go on from a state of the other solver."""
         return type(self) is type(other)
 
+    def hindrance(self, state: Any) -> str | None:
+        """What keeps phases that go on from a state from moving as far as they should, in words.
+
+        Args:
+            state: of the free phase; None where they begin anew.
+        """
+        return None
+
     @abstractmethod
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """The solver's own state (momentum, for example) for a phase that starts at `params`.

@@ -1,6 +1,5 @@
 """Any optimiser of torch, unchanged."""
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
-from equigrad.fields import Rule, require
+from equigrad.fields import Count, Positive, Rule, require
 from equigrad.problems import Params
 from equigrad.solvers.rule_steps import RuleSteps
 from equigrad.solvers.solver import Objective, Solver
+from equigrad.solvers.training_run import Scheduler, TrainingRun
 from equigrad.solvers.update_rules import UPDATE_RULES
 from equigrad.wording import listed, meant
 
@@ -32,15 +32,29 @@ class TorchOptimizer(Solver):
     put it into the loss. Implicit estimators refuse it where it adds to the gradient, as in SGD and
     Adam, and say so where it acts beside it, as in AdamW.
 
+    Phases that start at the free solution go on from its state: moments, the place in the schedule,
+    gradients that wait for a step. So all of them have the same rates. Where those are zero, they
+    cannot move, and `Contrastive` refuses; where they are below a hundredth of the largest rate
+    before, `status` says so.
+
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
         options: its keyword arguments. Numbers of the optimisers above may be functions
             `(meta_params, step)`, as for `GradientDescent`: `{"lr": lambda meta, step:
             meta["log_lr"].exp()}`; `betas` then gives a pair.
+        scheduler: makes a learning-rate schedule, called with the optimiser for every phase anew:
+            `lambda optimizer: get_linear_schedule_with_warmup(optimizer, 10, 100)`. It steps after
+            every step of the optimiser.
+        clip_norm: the largest norm of the gradient of all parameters; longer ones are scaled down.
+        clip_value: the largest entry of a gradient; larger ones are cut off, before `clip_norm`.
+        accumulate: batches whose mean gradient makes a step of the optimiser. `max_steps` counts
+            batches.
 
     Raises:
         ConfigurationError: `optimizer` is not a class, or refuses the options; an option is a
-            function that cannot be one.
+            function that cannot be one, or is given beside a scheduler, clipping or accumulation;
+            the scheduler makes no schedule; an optimiser that evaluates the loss itself is to
+            accumulate.
 
     Example:
         >>> solver = TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3})
@@ -53,6 +67,10 @@ class TorchOptimizer(Solver):
         Rule("such as torch.optim.Adam", remedy="its arguments go into options={…}"),
     ]
     options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
+    clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    accumulate: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +85,24 @@ class TorchOptimizer(Solver):
                 f"option {name!r} of {self.optimizer.__name__} cannot be a function of "
                 f"(meta_params, step): only {listed(SETTINGS)} of {_served()} can",
             )
+            require(
+                not self._more,
+                f"option {name!r} cannot be a function of (meta_params, step) beside "
+                f"{listed(self._more)}: put the schedule into the function, and leave them out",
+            )
+        if self.scheduler is not None:
+            self.init([torch.zeros(1, requires_grad=True)])
+        require(
+            self.accumulate == 1 or not self._evaluates,
+            f"{self.optimizer.__name__} evaluates the loss of one batch as often as it likes, and "
+            f"cannot accumulate; use accumulate=1",
+        )
+
+    @property
+    def _more(self) -> list[str]:
+        """What surrounds the optimiser's own steps."""
+        more = ("scheduler", "clip_norm", "clip_value", "accumulate")
+        return [name for name in more if getattr(self, name) != getattr(TorchOptimizer, name)]
 
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
         """The options that are functions."""
@@ -74,7 +110,7 @@ class TorchOptimizer(Solver):
 
     def recorded(self) -> RuleSteps | None:
         """The same steps by own arithmetic, where there is some."""
-        return self._steps
+        return None if self._more else self._steps
 
     @cached_property
     def _steps(self) -> RuleSteps | None:
@@ -137,11 +173,40 @@ class TorchOptimizer(Solver):
             optimizer = self.optimizer(params, **self.options)
         except (TypeError, ValueError) as error:
             self._refused(error)
+        run = TrainingRun(optimizer, self.scheduler)
         if previous is not None:
-            state = copy.deepcopy(previous.state_dict())
-            state["param_groups"] = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(state)
-        return optimizer
+            run.go_on(previous)
+        return run
+
+    def hindrance(self, state: TrainingRun | None) -> str | None:
+        """What a schedule that has come down leaves of further phases.
+
+        Raises:
+            ConfigurationError: it leaves nothing, or no phase is long enough for a step.
+        """
+        if self.max_steps is None or (self.scheduler is None and self.accumulate == 1):
+            return None
+        steps = self.max_steps // self.accumulate
+        require(
+            steps > 0,
+            f"accumulate={self.accumulate} batches make a step, and a nudged phase has "
+            f"{self.max_steps}: it cannot move; raise the nudged solver's max_steps",
+        )
+        trial = self.init([torch.zeros(1, requires_grad=True)])
+        if state is not None:
+            trial.take_place(state)
+        share = trial.share_ahead(steps)
+        if share >= FADED:
+            return None
+        after = f"the schedule has come down to {share:.1%} of its largest rate for nudged phases"
+        instead = (
+            "let it end higher, begin it anew for them (momentum='reset'), or give them a rate of "
+            "their own (nudged_solver=dataclasses.replace(solver, scheduler=None, max_steps=…))"
+        )
+        require(
+            share > 0, f"{after}, which go on where the free one ended and cannot move: {instead}"
+        )
+        return f"{after}, so that little of the nudge is answered: {instead}"
 
     def update(
         self,
@@ -157,16 +222,36 @@ class TorchOptimizer(Solver):
 
         def closure() -> Tensor:
             loss, velocity = objective()
-            _set_gradients(params, velocity)
+            self._set_gradients(params, velocity)
             return loss
 
-        needed = inspect.signature(self.optimizer.step).parameters.get("closure")
-        if needed is not None and needed.default is inspect.Parameter.empty:
-            state.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if self._evaluates:
+            state.optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
         else:
-            _set_gradients(params, velocity)
-            state.step()
+            mean = state.gather(velocity, self.accumulate)
+            if mean is None:
+                return
+            self._set_gradients(params, mean)
+            state.optimizer.step()
+        state.advance()
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the optimiser needs a closure."""
+        needed = inspect.signature(self.optimizer.step).parameters.get("closure")
+        return needed is not None and needed.default is inspect.Parameter.empty
+
+    def _set_gradients(self, params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:
+        for p, v in zip(params, velocity, strict=True):
+            p.grad = v.neg()
+        if self.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(params, self.clip_value)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.clip_norm)
+
+
+FADED = 0.01
+"""A schedule below this share of its largest rate hardly moves anything any more."""
 
 SETTINGS = (
     "lr",
@@ -197,8 +282,3 @@ _BESIDE = tuple(
 def _takes(optimizer: Any) -> Mapping[str, Any]:
     """The arguments of a class of optimiser, if it is one."""
     return inspect.signature(optimizer).parameters if callable(optimizer) else {}
-
-
-def _set_gradients(params: list[Tensor], velocity: tuple[Tensor, ...]) -> None:
-    for p, v in zip(params, velocity, strict=True):
-        p.grad = v.neg()

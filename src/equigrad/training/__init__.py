@@ -1,7 +1,8 @@
 """The outer loop, and what watches it.
 
 The loop needs torch alone; `TensorBoard` needs the package tensorboard when it starts, and
-`equigrad.training.progress.ProgressBar` is in a module of its own because it needs rich.
+`equigrad.training.progress.ProgressBar` is in a module of its own because it needs rich. So is
+`equigrad.training.scores.example_scores`, which no loop needs.
 """
 
 import lazy_loader

@@ -1,0 +1,218 @@
+"""Batches of a loader, drawn when a step asks for them."""
+
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from equigrad.errors import ProblemError
+from equigrad.randomness import seeded
+
+KEPT = 64
+"""How many batches from a step on are kept, at most, for further phases that begin there."""
+
+
+def is_sequence(batches: object) -> bool:
+    """Whether batches are had by their number; a loader is begun, and gives one after another."""
+    return hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+
+
+def may_be_batches(batches: Any) -> bool:
+    """Whether every phase can have the same batches, at least one."""
+    if isinstance(batches, str | bytes) or hasattr(batches, "__next__"):
+        return False
+    return _length(batches) != 0
+
+
+class DrawnBatches(Sequence[Any]):
+    """The batches of a loader by the number of their step, pass after pass.
+
+    Nothing but the batch of the step last asked for is held, and up to `KEPT` from a step on that
+    `keep` names. Steps before that are reached by beginning their pass again.
+
+    The random numbers of a step's draw are seeded by that step: torch's, Python's and numpy's
+    global generators, and those that the loader, its samplers and its dataset hold. So every pass
+    has an order of its own, and the same one whenever it is begun. `close` puts all of them back.
+
+    Args:
+        loader: a `DataLoader`, or anything that can be iterated over again and again.
+        name: what it is called, for messages.
+        seed: of all passes.
+        device: where tensors in batches are moved; None to leave them where they are.
+
+    Raises:
+        ProblemError: when drawn from, it has no batches, fewer than its length says, or others when
+            it is begun again.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], name: str, seed: int, device: torch.device | None = None
+    ) -> None:
+        if isinstance(loader, DataLoader):  # whose workers may be in use by others
+            loader = copy.copy(loader)
+        self._loader, self._name, self._seed, self._device = loader, name, seed, device
+        self._parts = _parts(loader)
+        self._generators = [
+            g
+            for p in self._parts
+            if isinstance(g := getattr(p, "generator", None), torch.Generator)
+        ]
+        self._back = ExitStack()
+        self._count = _length(loader)
+        self._iterator: Iterator[Any] | None = None
+        self._pass = self._next = 0
+        self._batch: Any = None
+        self._kept: dict[int, Any] = {}
+        self._keep_from: int | None = None
+        self._firsts: dict[int, list[Any]] = {}
+        for generator in self._generators:
+            self._back.callback(generator.set_state, generator.get_state())
+        for part in self._parts:
+            if callable(getattr(part, "set_epoch", None)) and hasattr(part, "epoch"):
+                self._back.callback(setattr, part, "epoch", part.epoch)
+
+    def __len__(self) -> int:
+        """Batches of a pass; a loader that does not know is run through once."""
+        if self._count is None:
+            self._begin(0)
+            self._count = sum(1 for _ in iter(self._draw, _END))
+            self._release()
+            if not self._count:
+                raise ProblemError(f"{self._name} has no batches")
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.at(index % len(self))
+
+    def at(self, step: int) -> Any:
+        """The batch of a step."""
+        if step in self._kept:
+            return self._kept[step]
+        number, index = divmod(step, len(self))
+        if self._iterator is None or number != self._pass or index < self._next - 1:
+            self._begin(number)
+        if self._next <= index:
+            self._batch = drawn = None
+            while self._next <= index:
+                drawn = self._draw()
+                if drawn is _END:
+                    raise ProblemError(
+                        f"{self._name} has a length of {len(self)}, and gave {self._next} batches"
+                    )
+            self._batch = moved(drawn, self._device)
+        if self._keep_from is not None and step >= self._keep_from and len(self._kept) < KEPT:
+            self._kept[step] = self._batch
+        return self._batch
+
+    def keep(self, step: int) -> None:
+        """Phases begin at this step, several perhaps: keep what they share."""
+        if self._keep_from is None or step < self._keep_from:
+            self._keep_from = step
+            self._kept.clear()
+
+    def close(self) -> None:
+        """Hold nothing any more, and put the generators back."""
+        self._release()
+        self._kept.clear()
+        self._back.close()
+
+    def _release(self) -> None:
+        """Let go of a pass; workers end, also those that would go on with the next one."""
+        self._iterator = self._batch = None
+        if isinstance(self._loader, DataLoader):
+            self._loader._iterator = None
+
+    def _begin(self, number: int) -> None:
+        """Begin a pass."""
+        self._release()
+        self._pass, self._next = number, 0
+        for part in self._parts:
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(number)
+        with self._seeded(-1):
+            self._iterator = iter(self._loader)
+
+    def _draw(self) -> Any:
+        """The next batch of this pass, or that there is none."""
+        assert self._iterator is not None
+        with self._seeded(self._next):
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            return _END
+        if self._next == 0:
+            found = _fingerprint(batch)
+            if self._firsts.setdefault(self._pass, found) != found:
+                raise ProblemError(
+                    f"{self._name} gave other batches when it was begun again, and phases that see "
+                    f"different data cannot be contrasted. It draws random numbers that are not "
+                    f"torch's, Python's or numpy's global ones, nor those of its .generator; "
+                    f"or it goes on where it stood"
+                )
+        self._next += 1
+        return batch
+
+    def _seeded(self, index: int) -> Any:
+        seed = random.Random(f"{self._seed} {self._name} {self._pass} {index}").getrandbits(62)
+        return seeded(seed, self._generators)
+
+
+_END = object()
+
+
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """A batch with its tensors on a device, in whatever containers they are."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        there = copy.copy(batch)
+        there.update({key: moved(value, device) for key, value in batch.items()})
+        return there
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)([moved(value, device) for value in batch])
+    return batch
+
+
+def _length(batches: Any) -> int | None:
+    """How many batches there are, if that is known."""
+    try:
+        return len(batches)
+    except TypeError:  # an iterable dataset
+        return None
+
+
+def _parts(loader: Any) -> list[Any]:
+    """A loader and what it draws by: all that may hold a generator or the number of a pass."""
+    found, queue = [], [loader]
+    while queue and len(found) < 20:
+        part = queue.pop()
+        if part is None or any(part is f for f in found):
+            continue
+        found.append(part)
+        queue += [getattr(part, n, None) for n in ("sampler", "batch_sampler", "dataset")]
+    return found
+
+
+def _fingerprint(batch: Any) -> list[Any]:
+    """What tells one batch from another: shapes and sums of its tensors."""
+    if isinstance(batch, Tensor):
+        values = batch.detach()
+        total = values.sum(dtype=None if values.is_complex() else torch.float64)
+        return [tuple(batch.shape), str(total.item())]
+    if isinstance(batch, Mapping):
+        return [item for value in batch.values() for item in _fingerprint(value)]
+    if isinstance(batch, list | tuple):
+        return [item for value in batch for item in _fingerprint(value)]
+    return [batch] if isinstance(batch, int | float | str) else []

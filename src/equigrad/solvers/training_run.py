@@ -1,0 +1,115 @@
+"""An optimiser of torch under way: its schedule, and the gradients that wait for a step."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from equigrad.errors import ConfigurationError
+
+Scheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+"""Makes a learning-rate schedule of an optimiser, as `functools.partial(StepLR, step_size=10)`."""
+
+
+class TrainingRun:
+    """The state of an optimiser, of its schedule, and of the accumulation of gradients.
+
+    Args:
+        optimizer: over what settles.
+        scheduler: makes its schedule; None for a constant rate.
+
+    Attributes:
+        optimizer: as given.
+
+    Raises:
+        ConfigurationError: what the scheduler makes is no schedule by steps alone.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> None:
+        self.optimizer = optimizer
+        self._scheduler = scheduler
+        self._schedule = None if scheduler is None else _made(scheduler, optimizer)
+        self._peak = self._rate()
+        self._waiting: list[Tensor] = []
+        self._gathered = 0
+
+    def go_on(self, previous: "TrainingRun") -> None:
+        """Take over the state of another run, and its place in the schedule if that is the same."""
+        state = copy.deepcopy(previous.optimizer.state_dict())
+        state["param_groups"] = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state)
+        self._waiting = [w.clone() for w in previous._waiting]
+        self._gathered = previous._gathered
+        self.take_place(previous)
+
+    def take_place(self, previous: "TrainingRun") -> None:
+        """Go to the place of another run in the same schedule; stay at the start of another one."""
+        if self._schedule is None or previous._schedule is None:
+            return
+        if previous._scheduler is not self._scheduler:
+            return
+        groups = zip(self.optimizer.param_groups, previous.optimizer.param_groups, strict=True)
+        for group, other in groups:
+            group.update({name: value for name, value in other.items() if name != "params"})
+        self._schedule.load_state_dict(copy.deepcopy(previous._schedule.state_dict()))
+        self._peak = previous._peak
+
+    def gather(self, velocity: tuple[Tensor, ...], batches: int) -> tuple[Tensor, ...] | None:
+        """The mean of as many velocities as make a step; None while there are fewer."""
+        if batches == 1:
+            return velocity
+        if self._gathered:
+            torch._foreach_add_(self._waiting, velocity)
+        else:
+            self._waiting = [v.clone() for v in velocity]
+        self._gathered += 1
+        if self._gathered < batches:
+            return None
+        mean = tuple(torch._foreach_div(self._waiting, self._gathered))
+        self._waiting, self._gathered = [], 0
+        return mean
+
+    def advance(self) -> None:
+        """Go to the next rate of the schedule."""
+        if self._schedule is not None:
+            try:
+                self._schedule.step()
+            except ValueError as error:  # OneCycleLR knows its last step
+                raise ConfigurationError(
+                    f"the schedule ends before the phase does: {error}. Nudged phases go on where "
+                    f"the free one ended; give them a nudged_solver with a scheduler of its own"
+                ) from error
+            self._peak = max(self._peak, self._rate())
+
+    def share_ahead(self, steps: int) -> float:
+        """Take so many steps, at least one: their mean rate, relative to the largest one."""
+        total = 0.0
+        for step in range(steps):
+            if step:
+                self.optimizer.step()
+                self.advance()
+            total += self._rate()
+        return total / steps / self._peak if self._peak else 0.0
+
+    def _rate(self) -> float:
+        return max((float(g.get("lr", math.nan)) for g in self.optimizer.param_groups), default=0.0)
+
+
+def _made(scheduler: Scheduler, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    found: Any = scheduler(optimizer)
+    if isinstance(found, ReduceLROnPlateau):
+        raise ConfigurationError(
+            "scheduler makes a ReduceLROnPlateau, whose rates depend on a metric of the run; give "
+            "a schedule of steps alone, as CosineAnnealingLR"
+        )
+    if not isinstance(found, LRScheduler):
+        raise ConfigurationError(
+            f"scheduler must make a torch.optim.lr_scheduler.LRScheduler of the optimizer that it "
+            f"is handed, and made {type(found).__name__}: for example "
+            f"scheduler=lambda optimizer: StepLR(optimizer, step_size=10)"
+        )
+    return found

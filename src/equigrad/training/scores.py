@@ -1,0 +1,343 @@
+"""Which training examples help: the derivative of the validation loss by a weight of each."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from equigrad.errors import ConfigurationError, RunError
+from equigrad.estimators import Contrastive
+from equigrad.fields import Count, expect, require
+from equigrad.gradient import meta_gradient, settle
+from equigrad.nn import Functional
+from equigrad.problems import Bilevel, Params
+from equigrad.solvers import Solver, TorchOptimizer
+from equigrad.training.example_weights import (
+    ExampleLoss,
+    check_data,
+    labelled_loss,
+    named_weights,
+    weighted_problem,
+)
+from equigrad.training.files import load_tensors, save_tensors, write_whole
+
+TRUSTED = 0.6
+"""Scores whose ranks agree less than this, between runs or as nudged phases go on, are named."""
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """How much each training example, or each source, lowers the validation loss.
+
+    Attributes:
+        scores: `-dL_val/dw_i` at `w = 1`, one an example or a source; below zero is harmful.
+        agreement: Spearman's correlation of the scores of two training runs with other batches and
+            random numbers, whose mean the scores are, averaged over pairs; NaN of one run.
+        steadiness: that of scores after half of the nudged phases with those after all of them.
+        names: of the sources; the examples' numbers otherwise.
+        validation_loss: after training, averaged over runs.
+        status: in words: what was reached, and whether the scores can be trusted.
+        gradient_evaluations: that it took.
+    """
+
+    scores: Tensor = field(repr=False)
+    agreement: float
+    steadiness: float
+    names: tuple[str, ...] = field(repr=False)
+    validation_loss: float
+    status: str
+    gradient_evaluations: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether runs agree on the ranks, and phases as they go on; one run cannot disagree."""
+        known = [a for a in (self.agreement, self.steadiness) if not math.isnan(a)]
+        return min(known) >= TRUSTED
+
+    def ranking(self) -> list[int]:
+        """Numbers of the examples or sources, the most harmful one first."""
+        return self.scores.argsort(stable=True).tolist()
+
+    def table(self) -> dict[str, list[Any]]:
+        """Rank (1 is the most harmful), name and score by column, ranked."""
+        order = self.ranking()
+        return {
+            "rank": list(range(1, len(order) + 1)),
+            "example": [self.names[i] for i in order],
+            "score": [self.scores[i].item() for i in order],
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Write the ranked table as `.csv`, or as `.parquet` where pandas and pyarrow are there.
+
+        Raises:
+            ConfigurationError: a path that ends in neither.
+        """
+        path = Path(path)
+        if path.suffix == ".csv":
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(self.table())
+            writer.writerows(zip(*self.table().values(), strict=True))
+            write_whole(path, text.getvalue())
+        elif path.suffix == ".parquet":
+            import pandas
+
+            content = io.BytesIO()
+            pandas.DataFrame(self.table()).to_parquet(content, index=False)
+            write_whole(path, content.getvalue())
+        else:
+            raise ConfigurationError(f"scores are saved as .csv or .parquet, got {path.name}")
+
+
+def example_scores(
+    model: nn.Module,
+    train: Any,
+    valid: Any,
+    loss: ExampleLoss | None = None,
+    *,
+    solver: Solver,
+    batch_size: int = 32,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    sources: Sequence[Any] | None = None,
+    estimator: Contrastive | None = None,
+    nudged_steps: int | None = None,
+    runs: int = 2,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Callable[[str], None] = lambda said: None,
+) -> ExampleScores:
+    r"""Score every training example by a small validation set that is trusted.
+
+        score_i = -dL_val(φ*(w))/dw_i  at  w = 1,    φ*(w) = train on (1/n) Σ_i w_i loss_i(φ)
+
+    estimated by the contrastive rule: the model trains, then goes on training a little, nudged
+    towards and away from the validation loss. First-order gradients alone; fused attention,
+    autocast and whatever `TorchOptimizer` is told are served.
+
+    The model trains `runs` times, with other batches and random numbers. Where the runs do not
+    agree on the ranks, the scores are those of chance, and `status` says what to change.
+
+    Args:
+        model: any module; its parameters that require a gradient are trained, from where they are.
+        train: a dataset with `len` and `[i]`: of torch, of Hugging Face, or a list.
+        valid: the same, of examples that are trusted.
+        loss: the loss of each example of a batch. None for a model of transformers: the
+            cross-entropy of `logits` and `labels`, of next words where the logits are of words.
+        solver: trains the model, `TorchOptimizer` for example; `max_steps` counts batches.
+        batch_size: examples a batch.
+        collate: makes a batch of a list of examples.
+        sources: of each training example, a name; their weights are then scored.
+        estimator: the contrastive rule; β = 0.3 by default.
+        nudged_steps: batches of a nudged phase, without a learning-rate schedule; a fifth of the
+            free phase's by default. Not beside an estimator with its own `nudged_solver`.
+        runs: how many times the model trains; one gives no `agreement`.
+        seed: of the first run; the next one has the next.
+        folder: where each run is kept when it is done, and not run again; None keeps none. Whoever
+            changes the arguments takes another folder.
+        progress: is told what is under way.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ConfigurationError: arguments that are not what they have to be.
+        DataError: an empty dataset, sources of another length, or a loss that does not give one
+            number an example.
+        RunError: `folder` keeps runs with other arguments.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [1.0], [1.0], [1.0]])
+        >>> y = torch.tensor([[2.0], [2.0], [2.0], [-8.0]])  # the last one is wrong
+        >>> found = example_scores(
+        ...     torch.nn.Linear(1, 1),
+        ...     list(zip(x, y)),
+        ...     list(zip(x[:2], y[:2])),
+        ...     lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1),
+        ...     solver=TorchOptimizer(
+        ...         optimizer=torch.optim.AdamW, options={"lr": 0.1}, max_steps=100
+        ...     ),
+        ... )
+        >>> found.ranking()[0], found.trusted
+        (3, True)
+    """
+    expect(nn.Module, model=model)
+    expect(Solver, solver=solver)
+    expect(Count, batch_size=batch_size, runs=runs)
+    expect(Count | None, nudged_steps=nudged_steps)
+    expect(Callable | None, loss=loss)
+    names, groups = named_weights(train, sources)
+    check_data("valid", valid)
+    net = Functional(model)
+    problem = weighted_problem(
+        net, train, valid, loss or labelled_loss, groups, batch_size, collate
+    )
+    rule = _rule(estimator or Contrastive(beta=0.3), solver, nudged_steps)
+    device = next(model.parameters()).device
+    meta = {"weight": torch.ones(len(names), device=device)}
+    if folder is not None:
+        _require_same(folder, solver, rule, len(train), len(valid), batch_size)
+    trained = []
+    for run in range(runs):
+        kept = None if folder is None else folder / f"run-{seed + run}.pt"
+        if kept is not None and kept.exists():
+            progress(f"run {run + 1} of {runs} is done")
+            trained.append(_Trained(**load_tensors(kept)))
+            continue
+        progress(f"run {run + 1} of {runs}")
+        trained.append(_trained(problem, net.params(), meta, solver, rule, seed + run))
+        if kept is not None:
+            save_tensors(kept, vars(trained[-1]))
+    scores = torch.stack([t.scores for t in trained])
+    agreement = _mean([spearman(a, b) for a, b in combinations(scores, 2)])
+    steadiness = _mean([spearman(t.half, t.scores) for t in trained])
+    return ExampleScores(
+        scores=scores.mean(0),
+        agreement=agreement,
+        steadiness=steadiness,
+        names=names,
+        validation_loss=_mean([t.validation_loss for t in trained]),
+        status="; ".join(
+            [_verdict(agreement, steadiness), *dict.fromkeys(t.status for t in trained)]
+        ),
+        gradient_evaluations=sum(t.gradient_evaluations for t in trained),
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What one training run says."""
+
+    scores: Tensor
+    half: Tensor
+    validation_loss: float
+    status: str
+    gradient_evaluations: int
+
+
+def _trained(
+    problem: Bilevel,
+    params: Params,
+    meta: Params,
+    solver: Solver,
+    rule: Contrastive,
+    seed: int,
+) -> _Trained:
+    """Train once, and nudge for half as long and for as long as asked."""
+    nudged = rule.nudged_solver
+    assert nudged is not None
+    shorter = dataclasses.replace(nudged, max_steps=max((nudged.max_steps or 2) // 2, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settled = settle(problem, params, meta, solver=solver)
+    half, full = (
+        meta_gradient(problem, params, meta, solver=solver, settled=settled, estimator=estimator)
+        for estimator in (dataclasses.replace(rule, nudged_solver=shorter), rule)
+    )
+    free = (settled.phase.steps, *(r.gradient_evaluations for r in (half, full)))
+    return _Trained(
+        -full.grads["weight"].cpu(),
+        -half.grads["weight"].cpu(),
+        full.outer_loss,
+        full.status,
+        sum(free),
+    )
+
+
+def _rule(estimator: Contrastive, solver: Solver, nudged_steps: int | None) -> Contrastive:
+    """The contrastive rule with nudged phases of a constant rate."""
+    expect(Contrastive, estimator=estimator)
+    require(
+        nudged_steps is None or estimator.nudged_solver is None,
+        "nudged_steps says how long nudged phases are, and so does estimator.nudged_solver; give "
+        "one or the other",
+    )
+    if estimator.nudged_solver is not None:
+        return estimator
+    require(
+        solver.max_steps is not None or nudged_steps is not None,
+        "a solver without max_steps does not say how long nudged phases are; give nudged_steps",
+    )
+    least = 2 * getattr(solver, "accumulate", 1)  # half of them make a step
+    require(
+        nudged_steps is None or nudged_steps >= least,
+        f"nudged_steps must be at least {least}, so that half of them move the model, got "
+        f"{nudged_steps}",
+    )
+    steps = nudged_steps or max((solver.max_steps or 0) // 5, least)
+    changed: dict[str, Any] = {"max_steps": steps, "tol": None}
+    if isinstance(solver, TorchOptimizer):
+        changed["scheduler"] = None
+    return dataclasses.replace(estimator, nudged_solver=dataclasses.replace(solver, **changed))
+
+
+def _require_same(
+    folder: Path, solver: Solver, rule: Contrastive, train: int, valid: int, batch_size: int
+) -> None:
+    """Refuse a folder that keeps runs of other arguments, as far as they can be told apart."""
+    nudged = rule.nudged_solver
+    arguments = {
+        "solver": f"{type(solver).__name__}, {solver.max_steps} steps",
+        "options": str(dict(getattr(solver, "options", {}))),
+        "beta": rule.beta,
+        "nudged_steps": None if nudged is None else nudged.max_steps,
+        "train": train,
+        "valid": valid,
+        "batch_size": batch_size,
+    }
+    path = folder / "arguments.json"
+    if path.exists():
+        there = json.loads(path.read_text("utf-8"))
+        other = [name for name, value in arguments.items() if there.get(name) != value]
+        if other:
+            name = other[0]
+            raise RunError(
+                f"{folder} keeps runs with {name}={there.get(name)}, and this call has "
+                f"{arguments[name]}; take another folder"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(arguments, indent=2))
+
+
+def _verdict(agreement: float, steadiness: float) -> str:
+    """Whether scores can be trusted, and what to change where not."""
+    said = []
+    if agreement < TRUSTED:
+        said.append(
+            f"two training runs agree on the ranks by {agreement:.2f} alone, so that scores are "
+            f"largely chance: average more runs, train shorter or regularise more (a model that "
+            f"knows its noise by heart no longer tells it apart), or validate on more examples"
+        )
+    if steadiness < TRUSTED:
+        said.append(
+            f"the ranks change as nudged phases go on (agreement {steadiness:.2f}): take fewer "
+            f"nudged_steps, a smaller learning rate, or another beta"
+        )
+    if said:
+        return "not to be trusted: " + "; ".join(said)
+    if math.isnan(agreement):
+        return "one run cannot tell whether its scores are chance; take runs=2"
+    return f"runs agree on the ranks by {agreement:.2f}, nudged phases by {steadiness:.2f}"
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    """The correlation of ranks, without regard to ties; NaN of fewer than two."""
+    if len(one) < 2:
+        return math.nan
+    ranks = torch.stack([t.double().argsort().argsort().double() for t in (one, other)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
