@@ -9,26 +9,33 @@ from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
-from equigrad.estimators.refinement_pairs import Answer, Pair, enough, relative
+from equigrad.estimators.refinement_pairs import Answer, Pair, enough, extrapolated, relative
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
-TIGHTER = 64
-"""How much further a pair of phases is settled, to see what the settling is worth."""
+RATIO = 2
+"""Between the β of a level and that of the next."""
 
-ORDER = 1.5
-"""The order in β that a symmetric difference, of order 2, is trusted to have."""
+GAIN = 16
+"""How much smaller the error of a level is than that of the one before: RATIO⁴."""
 
-SAFETY = 3
-"""Error estimates are so many times what the differences say."""
+FIRST_SHARE = 2e-2
+"""The share of the nudge that the phases of the first level may leave unanswered."""
 
-LEAST_WORTH = 0.03
-"""A residual of the share s of the nudge is taken to be worth this times s at least."""
+BEND = 0.1
+"""How much the response to the first β may change the outer force, relative to itself."""
+
+SAFETY = 2
+"""Error estimates are so many times what two answers differ by."""
 
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
 
+FACTOR = 64
+"""The first β is changed by at most so much at once."""
+
+DEBUG=None
 TINY = torch.finfo(torch.float64).tiny
 
 FIRST_LOOK = 20
@@ -91,7 +98,7 @@ class Refinement:
         dtypes = {p.dtype for p in evaluation.params.values()}
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.eps = torch.finfo(self.dtype).eps
-        self.share = min(rtol, 1e-2)
+        self.share = FIRST_SHARE
         self.worth = 1.0
         self.largest_force = 0.0
         self.obstacle: Obstacle | None = None
@@ -122,32 +129,30 @@ class Refinement:
         return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
 
     def refined(self) -> tuple[Answer, float]:
-        """The best answer, and how far apart the last two contrasts were."""
-        coarse, ratio = self.first_pair(), 2
-        best = Answer(math.inf, coarse.grads, (coarse,))
-        while True:
-            beta = coarse.beta / ratio
+        """The first answer that is near enough, or the best, and how far the last two are apart."""
+        coarse = self.first_pair()
+        answer = best = Answer(math.inf, coarse.grads, (coarse,))
+        apart = before = math.inf
+        while not self.obstacle:
+            self.share /= GAIN
+            beta = coarse.beta / RATIO
             fine = self.pair(beta, *coarse.starts(self.free, beta))
-            apart = relative(coarse.grads, fine.grads)
-            finite = SAFETY * apart / (ratio**ORDER - 1)
-            # on both sides of a kink, or of a ridge between two solutions
-            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5 else 0.0
-            finite = max(finite, sides)
-            error = finite + fine.unsettled
-            if error < best.error and self.obstacle != "budget":  # a pair cut short proves nothing
-                best = Answer(error, fine.grads, (fine,))
-            if error <= self.rtol or self.obstacle:
+            if self.obstacle in ("budget", "restless"):  # a pair cut short proves nothing
                 break
-            jump = max(1.0, math.log2(2 * finite / self.rtol) / ORDER)
-            # after a jump, the next comparison is of neighbours again
-            ratio = 2 ** math.ceil(min(jump, 6.0)) if ratio == 2 else 2
-            coarse = fine
-        if best.error > self.rtol and self.obstacle != "budget":
-            if self.obstacle == "rounding":
-                coarse, fine = self.wider(coarse, fine, finite / SAFETY)
-            wider = self.four_points(coarse, fine)
-            wider = dataclasses.replace(wider, error=max(wider.error, sides))
-            best = min(best, wider, key=lambda answer: answer.error)
+            better = extrapolated(coarse, fine)
+            apart = relative(answer.grads, better.grads)
+            # on both sides of a kink, or of a ridge between two solutions
+            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / RATIO**0.5 else 0.0
+            gain = min(max(before / apart if apart else GAIN, 1.25), GAIN)
+            error = max(SAFETY * apart / (1 - 1 / gain), sides) + fine.rounding
+            self.worth = max(1.0, apart / (GAIN * self.share))
+            if error < best.error:
+                best = dataclasses.replace(answer, error=error)
+            if DEBUG is not None:
+                DEBUG.append((len(DEBUG), beta, self.share, apart, sides, error, answer.grads, better.grads, self.evaluation.tally.gradient_evaluations, self.obstacle))
+            if error <= self.rtol:
+                break
+            coarse, answer, before = fine, better, apart
         return best, apart
 
     def settle_free(self, beta: float) -> None:
@@ -156,7 +161,7 @@ class Refinement:
             self.force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force_size = flatten(list(self.force.values())).norm().item()
             self.largest_force = max(self.force_size, self.largest_force)
-            tol = max(self.tol(beta) / TIGHTER, self.floor)
+            tol = max(self.tol(beta) / 8, self.floor)
             reached = self.free.phase.residual <= tol and self.free.phase.outcome == "converged"
             if reached or self.obstacle:
                 break
@@ -164,7 +169,7 @@ class Refinement:
 
     def first_pair(self) -> Pair:
         """A pair at a β whose response bends the outer force by about √rtol."""
-        beta, start, aim = self.beta, self.free, min(0.1, self.rtol**0.5)
+        beta, start, aim = self.beta, self.free, BEND
         lowered, hopeless = False, self.obstacle is not None
         while True:
             bend = math.inf
@@ -172,10 +177,10 @@ class Refinement:
             try:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
-                coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.rtol
+                coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.share
                 if coarse and bend < aim / 4 and not (lowered or last or self.spent):
                     self.obstacle = None
-                    beta *= min(TIGHTER, aim / max(bend, TINY))
+                    beta *= min(FACTOR, aim / max(bend, TINY))
                     continue
                 if bend <= 2 * aim or self.spent or last:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
@@ -193,7 +198,7 @@ class Refinement:
                 if last:
                     raise
             lowered, self.obstacle = True, None
-            beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / max(bend, TINY)))
+            beta *= max(1 / FACTOR, 0.5 * min(1.0, aim / max(bend, TINY)))
             self.settle_free(beta)
             start = self.free
 
@@ -212,36 +217,21 @@ class Refinement:
         return max(self.share * beta * self.force_size, TINY)
 
     def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
-        """Settle the phases at ±β until what is left is worth less than a third of `rtol`.
-
-        What a residual is worth is seen where the phases are settled further.
-        """
-        before, left_before = None, math.inf
+        """Settle the phases at ±β until the share of the nudge that is left is small enough."""
         self.settle_free(beta)
-        self.share = min(self.rtol, self.share * TIGHTER)  # the last pair ended one turn further
-        while True:
-            plus = self.settle(plus, beta, self.tol(beta))
-            minus = self.settle(minus, -beta, self.tol(beta))
-            grads = self.contrast(plus, minus, 2 * beta)
-            left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
-            if before is not None and left < left_before / 2:
-                change = relative(before, grads)
-                self.worth = max(LEAST_WORTH, change / (left_before - left))
-            rounding = self.rounding(plus, minus)
-            if rounding == math.inf:
-                self.obstacle = "restless"
-                self.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
-            elif rounding > self.rtol / 3:
-                self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
-            if before is not None or self.obstacle:
-                unsettled = SAFETY * self.worth * left + rounding
-                if unsettled <= self.rtol / 3 or self.obstacle:
-                    drift = self.worth * self.free.phase.residual / (beta * self.force_size)
-                    noise = SAFETY * (drift + rounding + unsettled)
-                    lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
-                    return Pair(beta, plus, minus, grads, unsettled, lopsided)
-            before, left_before = grads, left
-            self.share /= TIGHTER
+        plus = self.settle(plus, beta, self.tol(beta))
+        minus = self.settle(minus, -beta, self.tol(beta))
+        grads = self.contrast(plus, minus, 2 * beta)
+        rounding = self.rounding(plus, minus)
+        if rounding == math.inf:
+            self.obstacle = "restless"
+            self.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
+        elif rounding > self.share:
+            self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
+        left = max(s.phase.residual for s in (plus, minus, self.free)) / (beta * self.force_size)
+        noise = 4 * (self.worth * left + rounding)
+        lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
+        return Pair(beta, plus, minus, grads, rounding, lopsided)
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
         """The contrast of two phases whose nudges differ by `apart`."""
@@ -268,29 +258,6 @@ class Refinement:
         grads, direct = (flatten(list(g.values())).double() for g in (pair.grads, self.direct))
         usual = (flatten(list(moved.values())).double() - direct).norm() + direct.norm()
         return (ROUNDING * self.eps * usual / grads.norm()).item() if usual else 0.0
-
-    def wider(self, coarse: Pair, fine: Pair, curved: float) -> tuple[Pair, Pair]:
-        """Two pairs at larger β and 2β, where four points have the least error.
-
-        What rounding adds falls like 1/β; the error of order β⁴ is about the product of the two
-        pairs' errors of order β².
-        """
-        errors = [SAFETY * 4 * curved**2 * 16**k + fine.unsettled / 2**k for k in range(10)]
-        beta = fine.beta * 2 ** errors.index(min(errors))
-        if beta <= fine.beta:
-            return coarse, fine
-        self.obstacle = None
-        wide = self.pair(2 * beta, *coarse.starts(self.free, 2 * beta))
-        return wide, self.pair(beta, *wide.starts(self.free, beta))
-
-    def four_points(self, coarse: Pair, fine: Pair) -> Answer:
-        """Take the error of order β² out of two pairs, and estimate the one of order β⁴."""
-        gain = (coarse.beta / fine.beta) ** 2 - 1
-        grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
-        curved = relative(coarse.grads, fine.grads) / gain
-        error = SAFETY * curved**2 * (1 + gain)
-        error += (1 + 1 / gain) * fine.unsettled + coarse.unsettled / gain
-        return Answer(error, grads, (coarse, fine))
 
     def rounds(self, what: str) -> None:
         """Note that rounding stands in the way."""

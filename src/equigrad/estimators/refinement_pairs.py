@@ -21,7 +21,7 @@ class Pair:
         plus: the phase at β.
         minus: the phase at -β.
         grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
-        unsettled: estimated relative error from the residuals that are left.
+        rounding: what rounding φ is worth beside the distance between the phases.
         lopsided: relative difference of the contrast with the free phase to this one, of order β.
     """
 
@@ -29,7 +29,7 @@ class Pair:
     plus: Settled
     minus: Settled
     grads: dict[str, Tensor]
-    unsettled: float
+    rounding: float
     lopsided: float
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
@@ -53,6 +53,13 @@ class Answer:
     error: float
     grads: dict[str, Tensor]
     pairs: tuple[Pair, ...]
+
+
+def extrapolated(coarse: Pair, fine: Pair) -> Answer:
+    """Take the error of order β² out of two pairs; its own error is not known yet."""
+    gain = (coarse.beta / fine.beta) ** 2 - 1
+    grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
+    return Answer(math.inf, grads, (coarse, fine))
 
 
 def enough(phase: Phase) -> Phase:
