@@ -17,6 +17,9 @@ from equigrad.vectors import flatten
 RATIO = 2
 """Between the β of a level and that of the next."""
 
+FAR = 8
+"""The same, where answers do not come together as fast as they should."""
+
 GAIN = 16
 """How much smaller the error of a level is than that of the one before: RATIO⁴."""
 
@@ -35,7 +38,7 @@ ROUNDING = 100
 FACTOR = 64
 """The first β is changed by at most so much at once."""
 
-DEBUG=None
+DEBUG = None
 TINY = torch.finfo(torch.float64).tiny
 
 FIRST_LOOK = 20
@@ -133,23 +136,41 @@ class Refinement:
         coarse = self.first_pair()
         answer = best = Answer(math.inf, coarse.grads, (coarse,))
         apart = before = math.inf
+        ratio = RATIO
         while not self.obstacle:
-            self.share /= GAIN
-            beta = coarse.beta / RATIO
+            beta = coarse.beta / ratio
+            self.share = min(
+                self.share, max(self.share / GAIN, apart / GAIN**3 if apart < math.inf else 0.0)
+            )
             fine = self.pair(beta, *coarse.starts(self.free, beta))
             if self.obstacle in ("budget", "restless"):  # a pair cut short proves nothing
                 break
             better = extrapolated(coarse, fine)
             apart = relative(answer.grads, better.grads)
+            self.worth = max(1.0, apart / coarse.left if coarse.left else 1.0)
             # on both sides of a kink, or of a ridge between two solutions
-            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / RATIO**0.5 else 0.0
-            gain = min(max(before / apart if apart else GAIN, 1.25), GAIN)
-            error = max(SAFETY * apart / (1 - 1 / gain), sides) + fine.rounding
-            self.worth = max(1.0, apart / (GAIN * self.share))
+            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5 else 0.0
+            gain = before / apart if apart else math.inf
+            error = SAFETY * apart / (1 - 1 / min(max(gain, 1.25), GAIN))
+            error = max(error, sides) + fine.rounding
+            ratio = RATIO if gain > RATIO and apart < 0.5 else FAR
             if error < best.error:
                 best = dataclasses.replace(answer, error=error)
             if DEBUG is not None:
-                DEBUG.append((len(DEBUG), beta, self.share, apart, sides, error, answer.grads, better.grads, self.evaluation.tally.gradient_evaluations, self.obstacle))
+                DEBUG.append(
+                    (
+                        len(DEBUG),
+                        beta,
+                        self.share,
+                        apart,
+                        sides,
+                        error,
+                        answer.grads,
+                        better.grads,
+                        self.evaluation.tally.gradient_evaluations,
+                        self.obstacle,
+                    )
+                )
             if error <= self.rtol:
                 break
             coarse, answer, before = fine, better, apart
@@ -231,7 +252,7 @@ class Refinement:
         left = max(s.phase.residual for s in (plus, minus, self.free)) / (beta * self.force_size)
         noise = 4 * (self.worth * left + rounding)
         lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
-        return Pair(beta, plus, minus, grads, rounding, lopsided)
+        return Pair(beta, plus, minus, grads, left, rounding, lopsided)
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
         """The contrast of two phases whose nudges differ by `apart`."""

@@ -21,6 +21,7 @@ class Pair:
         plus: the phase at β.
         minus: the phase at -β.
         grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
+        left: the share of the nudge that the phases, or the free one, left unanswered.
         rounding: what rounding φ is worth beside the distance between the phases.
         lopsided: relative difference of the contrast with the free phase to this one, of order β.
     """
@@ -29,6 +30,7 @@ class Pair:
     plus: Settled
     minus: Settled
     grads: dict[str, Tensor]
+    left: float
     rounding: float
     lopsided: float
 

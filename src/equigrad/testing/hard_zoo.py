@@ -60,10 +60,10 @@ def normalised(layer: Callable[[int], nn.Module], draw: int = 0) -> Case:
 
     The layer before the norm is scaled by nothing but the decay: its curvature is small.
     """
-    x, y, v, w = regression(draw, features=4, examples=30, outputs=1)
-    net = seeded(lambda: nn.Sequential(nn.Linear(4, 6), layer(6), nn.Tanh(), nn.Linear(6, 1)))
+    x, y, v, w = regression(draw, features=3, examples=20, outputs=1)
+    net = seeded(lambda: nn.Sequential(nn.Linear(3, 4), layer(4), nn.Tanh(), nn.Linear(4, 1)))
     params = {name: p.detach() for name, p in net.named_parameters()}
-    meta_params = {name.replace(".", "_"): torch.tensor(-4.0).double() for name in params}
+    meta_params = {name.replace(".", "_"): torch.tensor(-6.0).double() for name in params}
 
     def misfit(p: Params, inputs: Tensor, targets: Tensor) -> Tensor:
         return half_squared_error(functional_call(net, dict(p), (inputs,)), targets)
