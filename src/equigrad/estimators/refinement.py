@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
-from equigrad.estimators.refinement_pairs import Answer, Pair, enough, extrapolated, relative
+from equigrad.estimators.refinement_pairs import Answer, Comparison, Pair, enough, relative
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
@@ -21,7 +21,7 @@ FAR = 8
 """The same, where answers do not come together as fast as they should."""
 
 GAIN = 16
-"""How much smaller the error of a level is than that of the one before: RATIO⁴."""
+"""How much more accurate a level is than the one before: RATIO⁴."""
 
 FIRST_SHARE = 2e-2
 """The share of the nudge that the phases of the first level may leave unanswered."""
@@ -29,8 +29,11 @@ FIRST_SHARE = 2e-2
 BEND = 0.1
 """How much the response to the first β may change the outer force, relative to itself."""
 
-SAFETY = 2
-"""Error estimates are so many times what two answers differ by."""
+AHEAD = 8
+"""How much further the free phase is settled than the nudged ones."""
+
+PATIENCE = 4
+"""Levels in a row that may be lost, before it is taken that the next ones will be, too."""
 
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
@@ -38,13 +41,12 @@ ROUNDING = 100
 FACTOR = 64
 """The first β is changed by at most so much at once."""
 
-DEBUG = None
 TINY = torch.finfo(torch.float64).tiny
 
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
-Obstacle = Literal["budget", "rounding", "restless"]
+Obstacle = Literal["budget", "rounding", "restless", "lopsided", "apart"]
 
 
 class Refinement:
@@ -59,23 +61,26 @@ class Refinement:
     step instead of two, is exact for any β where the inner loss is quadratic, and is bounded for β
     of both signs where the inner loss is strongly convex.
 
-    The two errors of Theorem 2 (Zucchet et al.) are found by doing better and looking at what that
-    changes:
+    **Levels.** Each level halves β, and settles its phases until a sixteenth of the share of the
+    nudge is left that the level before left. With two levels the error of order β² is taken out
+    (Richardson), so that both errors of Theorem 2 (Zucchet et al.), that of finite β and that of
+    unsettled phases, fall sixteen times a level. Where answers come together more slowly, β falls
+    eight times. The force is taken anew at each level, from a free phase that is settled on, too.
 
-    - *unsettled phases:* a pair of phases is settled further, to a 64th of its residual; the
-      contrast changes by what the residual was worth, and what is left is worth so much less;
-    - *finite β:* contrasts at two β are compared; the error at the smaller one is of order β², a
-      known share of their difference. The force is taken anew at each, from a free phase that is
-      settled the further the smaller β is. Where the phases at β and -β stand on the two sides of
-      a kink, their contrasts with the free phase do not come together as β falls, and their
-      difference is taken for the error.
+    **The error** of an answer is measured by the next: it is what the two differ by, since the next
+    is so much more accurate. The answer that was measured is returned, not the one that measured
+    it, whose own error is not known. Where the phases at β and -β stand on the two sides of a kink,
+    their contrasts with the free phase do not come together as β falls, and their difference is
+    taken for the error.
 
-    The first β is the one at which the response changes the force by about `√rtol` of itself,
+    **A stricter tolerance** goes on along the same way: nothing but the end of it depends on
+    `rtol`. Its answer is thus no worse than that of a looser one.
+
+    The first β is the one at which the response changes the force by about a tenth of itself,
     however the losses are scaled. Later phases start where the parabola through the earlier ones
-    says that they will end.
-
-    Where rounding keeps the phases from settling as far as they should, two pairs at larger β make
-    a four-point difference, whose error is of order β⁴.
+    says that they will end. Where no answer comes near another for several levels, which a symmetry
+    of both losses causes (a constant force turns the solution along it), phases are nudged by the
+    outer loss itself.
 
     Args:
         evaluation: evaluates and counts.
@@ -104,6 +109,7 @@ class Refinement:
         self.share = FIRST_SHARE
         self.worth = 1.0
         self.largest_force = 0.0
+        self.by_force = True
         self.obstacle: Obstacle | None = None
 
     def run(self) -> Estimate:
@@ -116,6 +122,10 @@ class Refinement:
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         best, apart = self.refined()
+        if self.obstacle == "apart":
+            self.obstacle, self.by_force, self.share = None, False, FIRST_SHARE
+            other, apart = self.refined()
+            best = min(best, other, key=Answer.by_error)
         if best.error <= self.rtol:
             cancelled = self.cancelled(best.pairs[-1])
             if cancelled > self.rtol:
@@ -135,46 +145,45 @@ class Refinement:
         """The first answer that is near enough, or the best, and how far the last two are apart."""
         coarse = self.first_pair()
         answer = best = Answer(math.inf, coarse.grads, (coarse,))
-        apart = before = math.inf
-        ratio = RATIO
+        seen, lost = Comparison(), 0
         while not self.obstacle:
-            beta = coarse.beta / ratio
-            self.share = min(
-                self.share, max(self.share / GAIN, apart / GAIN**3 if apart < math.inf else 0.0)
-            )
-            fine = self.pair(beta, *coarse.starts(self.free, beta))
+            fine = self.next_pair(coarse, seen)
             if self.obstacle in ("budget", "restless"):  # a pair cut short proves nothing
                 break
-            better = extrapolated(coarse, fine)
-            apart = relative(answer.grads, better.grads)
-            self.worth = max(1.0, apart / coarse.left if coarse.left else 1.0)
-            # on both sides of a kink, or of a ridge between two solutions
-            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5 else 0.0
-            gain = before / apart if apart else math.inf
-            error = SAFETY * apart / (1 - 1 / min(max(gain, 1.25), GAIN))
-            error = max(error, sides) + fine.rounding
-            ratio = RATIO if gain > RATIO and apart < 0.5 else FAR
-            if error < best.error:
-                best = dataclasses.replace(answer, error=error)
-            if DEBUG is not None:
-                DEBUG.append(
-                    (
-                        len(DEBUG),
-                        beta,
-                        self.share,
-                        apart,
-                        sides,
-                        error,
-                        answer.grads,
-                        better.grads,
-                        self.evaluation.tally.gradient_evaluations,
-                        self.obstacle,
-                    )
-                )
-            if error <= self.rtol:
+            better = Answer.extrapolated(coarse, fine)
+            seen = seen.next(answer, better)
+            best = min(best, dataclasses.replace(answer, error=seen.error), key=Answer.by_error)
+            if seen.error <= self.rtol:
                 break
-            coarse, answer, before = fine, better, apart
-        return best, apart
+            if self.obstacle == "rounding" and seen.near:  # nothing better will measure it
+                last = dataclasses.replace(better, error=seen.error_of_better)
+                best = min(best, last, key=Answer.by_error)
+            lost = lost + 1 if seen.lost else 0
+            if lost == PATIENCE:
+                self.lose(seen, fine.beta)
+            coarse, answer = fine, better
+        return best, seen.apart
+
+    def next_pair(self, coarse: Pair, seen: Comparison) -> Pair:
+        """The pair of the next level."""
+        if seen.apart < math.inf:
+            self.worth = max(1.0, seen.apart / coarse.left if coarse.left else 1.0)
+            # to settle much further than β is small brings nothing
+            self.share = min(self.share, max(self.share / GAIN, seen.apart / GAIN**3))
+        else:
+            self.share /= GAIN
+        beta = coarse.beta / (RATIO if seen.near else FAR)
+        return self.pair(beta, *coarse.starts(self.free, beta))
+
+    def lose(self, seen: Comparison, beta: float) -> None:
+        """Note that answers do not come together."""
+        if self.obstacle:
+            return
+        self.obstacle = "lopsided" if seen.error <= 1 else "apart"
+        self.reason = (
+            f"the phases at β and -β do not come together as β falls to {beta:.1e}: there may be a "
+            f"kink or a flat direction at the solution, or a symmetry that both losses have"
+        )
 
     def settle_free(self, beta: float) -> None:
         """Go on with the free phase until its residual is small beside the nudge."""
@@ -182,15 +191,15 @@ class Refinement:
             self.force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force_size = flatten(list(self.force.values())).norm().item()
             self.largest_force = max(self.force_size, self.largest_force)
-            tol = max(self.tol(beta) / 8, self.floor)
+            tol = max(self.tol(beta) / AHEAD, self.floor)
             reached = self.free.phase.residual <= tol and self.free.phase.outcome == "converged"
             if reached or self.obstacle:
                 break
             self.free = self.settle(self.free, 0.0, tol)
 
     def first_pair(self) -> Pair:
-        """A pair at a β whose response bends the outer force by about √rtol."""
-        beta, start, aim = self.beta, self.free, BEND
+        """A pair at a β whose response bends the outer force by about a tenth."""
+        beta, start = self.beta, self.free
         lowered, hopeless = False, self.obstacle is not None
         while True:
             bend = math.inf
@@ -199,18 +208,18 @@ class Refinement:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
                 coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.share
-                if coarse and bend < aim / 4 and not (lowered or last or self.spent):
+                if coarse and bend < BEND / 4 and not (lowered or last or self.spent):
                     self.obstacle = None
-                    beta *= min(FACTOR, aim / max(bend, TINY))
+                    beta *= min(FACTOR, BEND / max(bend, TINY))
                     continue
-                if bend <= 2 * aim or self.spent or last:
+                if bend <= 2 * BEND or self.spent or last:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
                     # against the force there may be no equilibrium near
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
-                    if bend <= 4 * aim or self.spent or last:
+                    if bend <= 4 * BEND or self.spent or last:
                         pair = self.pair(beta, plus, minus)
                         if self.obstacle != "restless" or self.spent or last:
                             return pair
@@ -219,7 +228,7 @@ class Refinement:
                 if last:
                     raise
             lowered, self.obstacle = True, None
-            beta *= max(1 / FACTOR, 0.5 * min(1.0, aim / max(bend, TINY)))
+            beta *= max(1 / FACTOR, 0.5 * min(1.0, BEND / max(bend, TINY)))
             self.settle_free(beta)
             start = self.free
 
@@ -312,7 +321,7 @@ class Refinement:
                 beta,
                 keep_momentum=keep,
                 share=1.0,
-                force=None if beta == 0 else self.force,
+                force=self.force if self.by_force and beta != 0 else None,
             )
             phase = state.phase
             if begun is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -10,6 +11,12 @@ from equigrad import vectors
 from equigrad.errors import SettlingError
 from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled
+
+SAFETY = 2
+"""Error estimates are so many times what two answers differ by."""
+
+LEAST_GAIN, MOST_GAIN = 1.25, 16.0
+"""Between which the gain is trusted to go on."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,79 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """A meta-gradient, the pairs it is made of, and its estimated relative error."""
+    """A meta-gradient, the pairs it is made of, and its estimated relative error.
+
+    Attributes:
+        error: the estimate; infinite as long as it is not known.
+        grads: the meta-gradient.
+        pairs: one, or a coarse and a fine one.
+    """
 
     error: float
     grads: dict[str, Tensor]
     pairs: tuple[Pair, ...]
 
+    @classmethod
+    def extrapolated(cls, coarse: Pair, fine: Pair) -> Self:
+        """Take the error of order β² out of two pairs."""
+        gain = (coarse.beta / fine.beta) ** 2 - 1
+        grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
+        return cls(math.inf, grads, (coarse, fine))
 
-def extrapolated(coarse: Pair, fine: Pair) -> Answer:
-    """Take the error of order β² out of two pairs; its own error is not known yet."""
-    gain = (coarse.beta / fine.beta) ** 2 - 1
-    grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
-    return Answer(math.inf, grads, (coarse, fine))
+    def by_error(self) -> float:
+        """To compare answers by."""
+        return self.error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an answer differs by from the next, more accurate one.
+
+    Attributes:
+        apart: `‖next - answer‖ / ‖next‖`; infinite before there are two answers.
+        sides: relative difference of the two one-sided contrasts, where it does not fall with β as
+            it should: the phases stand on two sides of a kink, or of a ridge.
+        gain: how much further apart the answers before these were.
+        rounding: what rounding φ is worth.
+    """
+
+    apart: float = math.inf
+    sides: float = 0.0
+    gain: float = math.inf
+    rounding: float = 0.0
+
+    def next(self, answer: Answer, better: Answer) -> Self:
+        """The comparison that follows this one."""
+        coarse, fine = better.pairs
+        apart = relative(answer.grads, better.grads)
+        falls = fine.lopsided <= max(0.0, coarse.lopsided) * (fine.beta / coarse.beta) ** 0.5
+        return type(self)(
+            apart,
+            0.0 if falls else fine.lopsided,
+            self.apart / apart if apart else math.inf,
+            fine.rounding,
+        )
+
+    @property
+    def error(self) -> float:
+        """Of the answer: the sum of all differences to come, if they fall as fast as before."""
+        gain = min(max(self.gain, LEAST_GAIN), MOST_GAIN)
+        return max(SAFETY * self.apart / (1 - 1 / gain), self.sides) + self.rounding
+
+    @property
+    def error_of_better(self) -> float:
+        """Of the better answer, where it is trusted to have half the error of the other."""
+        return max(SAFETY * self.apart / 2, self.sides) + self.rounding
+
+    @property
+    def near(self) -> bool:
+        """Whether answers come together about as fast as they should, as far as is known."""
+        return self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the answer has no accuracy, or phases stay on two sides while answers agree."""
+        return self.error > 1 or self.apart < self.sides / 10
 
 
 def enough(phase: Phase) -> Phase:
