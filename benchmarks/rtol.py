@@ -1,6 +1,6 @@
 """What `Contrastive(rtol=…)` was asked for, what it delivers and what it says of itself.
 
-    python benchmarks/rtol.py [--draws 0] [--skip transformer,lstm] [--out benchmarks/results/rtol.md]
+    python benchmarks/rtol.py [--draws 0] [--skip transformer,lstm] [--costs] [--out FILE]
 
 All problems of `equigrad.testing.zoo` and `equigrad.testing.hard_zoo`, settled by L-BFGS. Draws
 other than 0 are data on which no constant was chosen.

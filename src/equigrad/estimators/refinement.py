@@ -33,7 +33,7 @@ AHEAD = 8
 """How much further the free phase is settled than the nudged ones."""
 
 PATIENCE = 4
-"""Levels in a row that may be lost, before it is taken that the next ones will be, too."""
+"""Levels in a row without any accuracy, before it is taken that the next ones will be, too."""
 
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
@@ -152,14 +152,15 @@ class Refinement:
                 break
             better = Answer.extrapolated(coarse, fine)
             seen = seen.next(answer, better)
+            self.worth = seen.worth
             best = min(best, dataclasses.replace(answer, error=seen.error), key=Answer.by_error)
             if seen.error <= self.rtol:
                 break
             if self.obstacle == "rounding" and seen.near:  # nothing better will measure it
                 last = dataclasses.replace(better, error=seen.error_of_better)
                 best = min(best, last, key=Answer.by_error)
-            lost = lost + 1 if seen.lost else 0
-            if lost == PATIENCE:
+            lost = lost + seen.lost if seen.lost else 0
+            if lost >= PATIENCE:
                 self.lose(seen, fine.beta)
             coarse, answer = fine, better
         return best, seen.apart
@@ -167,7 +168,6 @@ class Refinement:
     def next_pair(self, coarse: Pair, seen: Comparison) -> Pair:
         """The pair of the next level."""
         if seen.apart < math.inf:
-            self.worth = max(1.0, seen.apart / coarse.left if coarse.left else 1.0)
             # to settle much further than β is small brings nothing
             self.share = min(self.share, max(self.share / GAIN, seen.apart / GAIN**3))
         else:
@@ -259,9 +259,17 @@ class Refinement:
         elif rounding > self.share:
             self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
         left = max(s.phase.residual for s in (plus, minus, self.free)) / (beta * self.force_size)
-        noise = 4 * (self.worth * left + rounding)
-        lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
-        return Pair(beta, plus, minus, grads, left, rounding, lopsided)
+        one_sided = self.contrast(plus, self.free, beta)
+        return Pair(
+            beta,
+            plus,
+            minus,
+            grads,
+            left,
+            rounding,
+            lopsided=relative(one_sided, grads),
+            noise=4 * (self.worth * left + rounding),
+        )
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
         """The contrast of two phases whose nudges differ by `apart`."""

@@ -31,6 +31,7 @@ class Pair:
         left: the share of the nudge that the phases, or the free one, left unanswered.
         rounding: what rounding φ is worth beside the distance between the phases.
         lopsided: relative difference of the contrast with the free phase to this one, of order β.
+        noise: what of that may come from unsettled phases and rounding.
     """
 
     beta: float
@@ -40,6 +41,7 @@ class Pair:
     left: float
     rounding: float
     lopsided: float
+    noise: float
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
         """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
@@ -91,23 +93,27 @@ class Comparison:
             it should: the phases stand on two sides of a kink, or of a ridge.
         gain: how much further apart the answers before these were.
         rounding: what rounding φ is worth.
+        worth: by what the relative error exceeds the share of the nudge that phases leave.
     """
 
     apart: float = math.inf
     sides: float = 0.0
     gain: float = math.inf
     rounding: float = 0.0
+    worth: float = 1.0
 
     def next(self, answer: Answer, better: Answer) -> Self:
         """The comparison that follows this one."""
         coarse, fine = better.pairs
         apart = relative(answer.grads, better.grads)
-        falls = fine.lopsided <= max(0.0, coarse.lopsided) * (fine.beta / coarse.beta) ** 0.5
+        sides = fine.lopsided - fine.noise
+        falls = sides <= coarse.lopsided * (fine.beta / coarse.beta) ** 0.5
         return type(self)(
             apart,
-            0.0 if falls else fine.lopsided,
+            0.0 if falls else sides,
             self.apart / apart if apart else math.inf,
             fine.rounding,
+            max(1.0, apart / coarse.left if coarse.left else 1.0),
         )
 
     @property
@@ -127,9 +133,11 @@ class Comparison:
         return self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
 
     @property
-    def lost(self) -> bool:
-        """Whether the answer has no accuracy, or phases stay on two sides while answers agree."""
-        return self.error > 1 or self.apart < self.sides / 10
+    def lost(self) -> int:
+        """1 for an answer without accuracy, 2 where its phases stay on two sides for good, 0 else."""
+        if self.error > 1:
+            return 1
+        return 2 if self.apart < self.sides / 10 else 0
 
 
 def enough(phase: Phase) -> Phase:
