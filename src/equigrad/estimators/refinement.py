@@ -122,7 +122,7 @@ class Refinement:
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         best, apart = self.refined()
-        if self.obstacle == "apart":
+        if self.obstacle == "apart" and len(self.evaluation.batch_steps("outer")) == 1:
             self.obstacle, self.by_force, self.share = None, False, FIRST_SHARE
             other, apart = self.refined()
             best = min(best, other, key=Answer.by_error)
@@ -179,7 +179,7 @@ class Refinement:
         """Note that answers do not come together."""
         if self.obstacle:
             return
-        self.obstacle = "lopsided" if seen.error <= 1 else "apart"
+        self.obstacle = "lopsided" if seen.error < 2 else "apart"
         self.reason = (
             f"the phases at β and -β do not come together as β falls to {beta:.1e}: there may be a "
             f"kink or a flat direction at the solution, or a symmetry that both losses have"

@@ -15,6 +15,9 @@ from equigrad.solvers import Phase, Settled
 SAFETY = 2
 """Error estimates are so many times what two answers differ by."""
 
+TURNED = 0.4
+"""Responses to β and β/2 that differ by more, relative to β, are not those of one solution."""
+
 LEAST_GAIN, MOST_GAIN = 1.25, 16.0
 """Between which the gain is trusted to go on."""
 
@@ -42,6 +45,11 @@ class Pair:
     rounding: float
     lopsided: float
     noise: float
+
+    def response(self) -> list[Tensor]:
+        """`(φ_β - φ_-β) / 2β`."""
+        sides = ([*phase.params.values()] for phase in (self.plus, self.minus))
+        return [(p - q) / (2 * self.beta) for p, q in zip(*sides, strict=True)]
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
         """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
@@ -92,6 +100,8 @@ class Comparison:
         sides: relative difference of the two one-sided contrasts, where it does not fall with β as
             it should: the phases stand on two sides of a kink, or of a ridge.
         gain: how much further apart the answers before these were.
+        turned: whether the response is not nearly in proportion to β: the phases have left for
+            other solutions.
         rounding: what rounding φ is worth.
         worth: by what the relative error exceeds the share of the nudge that phases leave.
     """
@@ -99,6 +109,7 @@ class Comparison:
     apart: float = math.inf
     sides: float = 0.0
     gain: float = math.inf
+    turned: bool = False
     rounding: float = 0.0
     worth: float = 1.0
 
@@ -112,6 +123,7 @@ class Comparison:
             apart,
             0.0 if falls else sides,
             self.apart / apart if apart else math.inf,
+            vectors.relative(coarse.response(), fine.response()) > TURNED,
             fine.rounding,
             max(1.0, apart / coarse.left if coarse.left else 1.0),
         )
@@ -120,7 +132,8 @@ class Comparison:
     def error(self) -> float:
         """Of the answer: the sum of all differences to come, if they fall as fast as before."""
         gain = min(max(self.gain, LEAST_GAIN), MOST_GAIN)
-        return max(SAFETY * self.apart / (1 - 1 / gain), self.sides) + self.rounding
+        least = max(self.sides, 1.0 if self.turned else 0.0)
+        return max(SAFETY * self.apart / (1 - 1 / gain), least) + self.rounding
 
     @property
     def error_of_better(self) -> float:
@@ -130,12 +143,12 @@ class Comparison:
     @property
     def near(self) -> bool:
         """Whether answers come together about as fast as they should, as far as is known."""
-        return self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
+        return not self.turned and self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
 
     @property
     def lost(self) -> int:
-        """1 for an answer without accuracy, 2 where its phases stay on two sides for good, 0 else."""
-        if self.error > 1:
+        """1 for an answer without accuracy, 2 where its phases stay on two sides, 0 for others."""
+        if self.error >= 1:
             return 1
         return 2 if self.apart < self.sides / 10 else 0
 
