@@ -1,6 +1,8 @@
 """Accuracy on request: the true error is what was asked for, and the estimate says so."""
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
@@ -10,6 +12,7 @@ from torch.func import functional_call
 
 import equigrad as eg
 from equigrad.testing import CASES, quadratic_case
+from equigrad.testing.hard_zoo import HARD_ZOO
 from equigrad.testing.zoo import ZOO
 
 QUICK = [name for name in ZOO if name not in ("transformer", "deep-tanh", "lstm")]
@@ -21,7 +24,7 @@ def stated(result: eg.MetaGradient) -> float:
     return result.error_estimate
 
 
-made = functools.cache(lambda name, draw=0: ZOO[name](draw))
+made = functools.cache(lambda name, draw=0: {**ZOO, **HARD_ZOO}[name](draw))
 
 
 @functools.cache
@@ -54,18 +57,73 @@ def test_networks_whose_phases_take_long(name):
     assert "not reached" not in result.status
 
 
-def test_the_estimate_is_an_estimate_of_the_error():
+@pytest.mark.parametrize("draw", [0, 1])
+def test_the_estimate_is_an_estimate_of_the_error(draw):
+    """No constant was chosen on the second draw."""
     ratios = []
     for name in QUICK:
-        for rtol in (1e-1, 1e-2, 1e-3, 1e-5):
-            error, result = measured(name, rtol)
+        for rtol in (1e-1, 1e-2, 1e-3, 1e-5) if draw == 0 else (1e-3,):
+            error, result = measured(name, rtol, draw)
+            assert error <= rtol
             ratios.append(stated(result) / error)
-        error, result = measured(name, 1e-3, draw=1)
-        assert error <= 1e-3  # data on which no constant was chosen
-        ratios.append(stated(result) / error)
-    within = sum(1 <= ratio <= 30 for ratio in ratios)
+    within = sum(1 <= ratio <= 10 for ratio in ratios)
     assert within >= 0.9 * len(ratios), sorted(ratios)
-    assert min(ratios) > 0.5
+    assert min(ratios) > 1
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_stricter_tolerance_goes_on_along_the_same_way(name):
+    """So it is never worse, and where both end at the same answer, that has the same bits."""
+    runs = [measured(name, rtol) for rtol in (1e-1, 1e-2, 1e-3, 1e-5)]
+    for (loose, before), (strict, after) in itertools.pairwise(runs):
+        assert strict <= loose
+        assert after.gradient_evaluations >= before.gradient_evaluations
+        if after.gradient_evaluations == before.gradient_evaluations:
+            assert all(torch.equal(after.grads[n], before.grads[n]) for n in before.grads)
+
+
+# Problems on which an error is easily missed
+
+MET = ("small-units", "large-units", "factors", "saddle", "jump", "batch-norm", "layer-norm")
+
+
+@pytest.mark.parametrize("name", MET)
+def test_hard_problems_are_met(name):
+    """And a stricter tolerance is no worse."""
+    errors = []
+    for rtol in (1e-1, 1e-3, 1e-5):
+        error, result = measured(name, rtol)
+        assert "not reached" not in result.status
+        assert error <= stated(result) <= rtol
+        errors.append(error)
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["mixed-units", "lasso"])
+def test_hard_problems_are_named(name):
+    """Of parameters from 1e-6 to 1e6 rounding leaves no digit; at a kink L-BFGS does not settle."""
+    for rtol in (1e-1, 1e-3):
+        error, result = measured(name, rtol)
+        assert error > rtol
+        assert "not reached" in result.status
+        assert stated(result) > 0.3 * error
+
+
+def test_a_symmetry_that_turns_the_answer_to_a_force():
+    """Nudged by the force at one β after another, then by the loss, which keeps the symmetry."""
+    error, result = measured("factors", 1e-3)
+    assert error < 1e-3
+    straight = asked(made("saddle"), 1e-3).gradient_evaluations
+    assert result.gradient_evaluations > 3 * straight
+
+
+def test_a_start_on_a_saddle_is_named():
+    """Where nothing pushes, the free phase rests on the saddle, and the nudged ones leave it."""
+    case = made("saddle")
+    start = dataclasses.replace(case, params={"b": torch.zeros(6, dtype=torch.float64)})
+    result = asked(start, 1e-2)
+    assert "not reached" in result.status
+    assert stated(result) > 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -231,7 +289,7 @@ def test_a_force_that_no_phase_can_stand_against(force):
 
 
 def test_phases_that_keep_what_the_free_one_learned_take_fewer_gradients():
-    case = made("tanh")
+    case = made("convolution")
     kept = asked(case, 1e-3).gradient_evaluations
     assert 1.1 * kept < asked(case, 1e-3, momentum="reset").gradient_evaluations
 
@@ -413,7 +471,7 @@ def test_knobs_that_cannot_work(options, message):
         eg.Contrastive(**options)
 
 
-def test_two_sides_that_do_not_come_together_are_named_by_four_points_too():
+def test_two_sides_that_do_not_come_together_are_named():
     """A normalised layer under weight decay: at ±β the phases settle on two sides of a ridge."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
@@ -436,14 +494,10 @@ def test_two_sides_that_do_not_come_together_are_named_by_four_points_too():
         ),
         lambda p, m: misfit(p, v, w),
     )
-    coarse, fine = (
-        eg.meta_gradient(
-            problem, params, meta, solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=rtol)
-        )
-        for rtol in (1e-2, 1e-3)
+    result = eg.meta_gradient(
+        problem, params, meta, solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2)
     )
-    assert "rtol" not in fine.status
-    exact, found = (torch.stack(list(result.grads.values())) for result in (fine, coarse))
-    error = ((found - exact).norm() / exact.norm()).item()
-    assert error <= 1e-2 or "rtol=0.01 not reached" in coarse.status
-    assert stated(coarse) > 0.3 * error
+    # a unit is dead there, and its curvature zero: an implicit gradient does not exist
+    assert "do not come together" in result.status
+    assert "flat direction" in result.status
+    assert stated(result) > 0.05

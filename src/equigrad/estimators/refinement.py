@@ -9,32 +9,44 @@ from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.estimators.estimator import Estimate
-from equigrad.estimators.refinement_pairs import Answer, Pair, enough, relative
+from equigrad.estimators.refinement_pairs import Answer, Comparison, Pair, enough, relative
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
-TIGHTER = 64
-"""How much further a pair of phases is settled, to see what the settling is worth."""
+RATIO = 2
+"""Between the β of a level and that of the next."""
 
-ORDER = 1.5
-"""The order in β that a symmetric difference, of order 2, is trusted to have."""
+FAR = 8
+"""The same, where answers do not come together as fast as they should."""
 
-SAFETY = 3
-"""Error estimates are so many times what the differences say."""
+GAIN = 16
+"""How much more accurate a level is than the one before: RATIO⁴."""
 
-LEAST_WORTH = 0.03
-"""A residual of the share s of the nudge is taken to be worth this times s at least."""
+FIRST_SHARE = 2e-2
+"""The share of the nudge that the phases of the first level may leave unanswered."""
+
+BEND = 0.1
+"""How much the response to the first β may change the outer force, relative to itself."""
+
+AHEAD = 8
+"""How much further the free phase is settled than the nudged ones."""
+
+PATIENCE = 4
+"""Levels in a row without any accuracy, before it is taken that the next ones will be, too."""
 
 ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
+
+FACTOR = 64
+"""The first β is changed by at most so much at once."""
 
 TINY = torch.finfo(torch.float64).tiny
 
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
-Obstacle = Literal["budget", "rounding", "restless"]
+Obstacle = Literal["budget", "rounding", "restless", "lopsided", "apart"]
 
 
 class Refinement:
@@ -49,23 +61,26 @@ class Refinement:
     step instead of two, is exact for any β where the inner loss is quadratic, and is bounded for β
     of both signs where the inner loss is strongly convex.
 
-    The two errors of Theorem 2 (Zucchet et al.) are found by doing better and looking at what that
-    changes:
+    **Levels.** Each level halves β, and settles its phases until a sixteenth of the share of the
+    nudge is left that the level before left. With two levels the error of order β² is taken out
+    (Richardson), so that both errors of Theorem 2 (Zucchet et al.), that of finite β and that of
+    unsettled phases, fall sixteen times a level. Where answers come together more slowly, β falls
+    eight times. The force is taken anew at each level, from a free phase that is settled on, too.
 
-    - *unsettled phases:* a pair of phases is settled further, to a 64th of its residual; the
-      contrast changes by what the residual was worth, and what is left is worth so much less;
-    - *finite β:* contrasts at two β are compared; the error at the smaller one is of order β², a
-      known share of their difference. The force is taken anew at each, from a free phase that is
-      settled the further the smaller β is. Where the phases at β and -β stand on the two sides of
-      a kink, their contrasts with the free phase do not come together as β falls, and their
-      difference is taken for the error.
+    **The error** of an answer is measured by the next: it is what the two differ by, since the next
+    is so much more accurate. The answer that was measured is returned, not the one that measured
+    it, whose own error is not known. Where the phases at β and -β stand on the two sides of a kink,
+    their contrasts with the free phase do not come together as β falls, and their difference is
+    taken for the error.
 
-    The first β is the one at which the response changes the force by about `√rtol` of itself,
+    **A stricter tolerance** goes on along the same way: nothing but the end of it depends on
+    `rtol`. Its answer is thus no worse than that of a looser one.
+
+    The first β is the one at which the response changes the force by about a tenth of itself,
     however the losses are scaled. Later phases start where the parabola through the earlier ones
-    says that they will end.
-
-    Where rounding keeps the phases from settling as far as they should, two pairs at larger β make
-    a four-point difference, whose error is of order β⁴.
+    says that they will end. Where no answer comes near another for several levels, which a symmetry
+    of both losses causes (a constant force turns the solution along it), phases are nudged by the
+    outer loss itself.
 
     Args:
         evaluation: evaluates and counts.
@@ -91,9 +106,10 @@ class Refinement:
         dtypes = {p.dtype for p in evaluation.params.values()}
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.eps = torch.finfo(self.dtype).eps
-        self.share = min(rtol, 1e-2)
+        self.share = FIRST_SHARE
         self.worth = 1.0
         self.largest_force = 0.0
+        self.by_force = True
         self.obstacle: Obstacle | None = None
 
     def run(self) -> Estimate:
@@ -106,6 +122,10 @@ class Refinement:
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         best, apart = self.refined()
+        if self.obstacle == "apart" and len(self.evaluation.batch_steps("outer")) == 1:
+            self.obstacle, self.by_force, self.share = None, False, FIRST_SHARE
+            other, apart = self.refined()
+            best = min(best, other, key=Answer.by_error)
         if best.error <= self.rtol:
             cancelled = self.cancelled(best.pairs[-1])
             if cancelled > self.rtol:
@@ -122,33 +142,48 @@ class Refinement:
         return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
 
     def refined(self) -> tuple[Answer, float]:
-        """The best answer, and how far apart the last two contrasts were."""
-        coarse, ratio = self.first_pair(), 2
-        best = Answer(math.inf, coarse.grads, (coarse,))
-        while True:
-            beta = coarse.beta / ratio
-            fine = self.pair(beta, *coarse.starts(self.free, beta))
-            apart = relative(coarse.grads, fine.grads)
-            finite = SAFETY * apart / (ratio**ORDER - 1)
-            # on both sides of a kink, or of a ridge between two solutions
-            sides = fine.lopsided if fine.lopsided > max(0.0, coarse.lopsided) / ratio**0.5 else 0.0
-            finite = max(finite, sides)
-            error = finite + fine.unsettled
-            if error < best.error and self.obstacle != "budget":  # a pair cut short proves nothing
-                best = Answer(error, fine.grads, (fine,))
-            if error <= self.rtol or self.obstacle:
+        """The first answer that is near enough, or the best, and how far the last two are apart."""
+        coarse = self.first_pair()
+        answer = best = Answer(math.inf, coarse.grads, (coarse,))
+        seen, lost = Comparison(), 0
+        while not self.obstacle:
+            fine = self.next_pair(coarse, seen)
+            if self.obstacle in ("budget", "restless"):  # a pair cut short proves nothing
                 break
-            jump = max(1.0, math.log2(2 * finite / self.rtol) / ORDER)
-            # after a jump, the next comparison is of neighbours again
-            ratio = 2 ** math.ceil(min(jump, 6.0)) if ratio == 2 else 2
-            coarse = fine
-        if best.error > self.rtol and self.obstacle != "budget":
-            if self.obstacle == "rounding":
-                coarse, fine = self.wider(coarse, fine, finite / SAFETY)
-            wider = self.four_points(coarse, fine)
-            wider = dataclasses.replace(wider, error=max(wider.error, sides))
-            best = min(best, wider, key=lambda answer: answer.error)
-        return best, apart
+            better = Answer.extrapolated(coarse, fine)
+            seen = seen.next(answer, better)
+            self.worth = seen.worth
+            best = min(best, dataclasses.replace(answer, error=seen.error), key=Answer.by_error)
+            if seen.error <= self.rtol:
+                break
+            if self.obstacle == "rounding" and seen.near:  # nothing better will measure it
+                last = dataclasses.replace(better, error=seen.error_of_better)
+                best = min(best, last, key=Answer.by_error)
+            lost = lost + seen.lost if seen.lost else 0
+            if lost >= PATIENCE:
+                self.lose(seen, fine.beta)
+            coarse, answer = fine, better
+        return best, seen.apart
+
+    def next_pair(self, coarse: Pair, seen: Comparison) -> Pair:
+        """The pair of the next level."""
+        if seen.apart < math.inf:
+            # to settle much further than β is small brings nothing
+            self.share = min(self.share, max(self.share / GAIN, seen.apart / GAIN**3))
+        else:
+            self.share /= GAIN
+        beta = coarse.beta / (RATIO if seen.near else FAR)
+        return self.pair(beta, *coarse.starts(self.free, beta))
+
+    def lose(self, seen: Comparison, beta: float) -> None:
+        """Note that answers do not come together."""
+        if self.obstacle:
+            return
+        self.obstacle = "lopsided" if seen.error < 2 else "apart"
+        self.reason = (
+            f"the phases at β and -β do not come together as β falls to {beta:.1e}: there may be a "
+            f"kink or a flat direction at the solution, or a symmetry that both losses have"
+        )
 
     def settle_free(self, beta: float) -> None:
         """Go on with the free phase until its residual is small beside the nudge."""
@@ -156,15 +191,15 @@ class Refinement:
             self.force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force_size = flatten(list(self.force.values())).norm().item()
             self.largest_force = max(self.force_size, self.largest_force)
-            tol = max(self.tol(beta) / TIGHTER, self.floor)
+            tol = max(self.tol(beta) / AHEAD, self.floor)
             reached = self.free.phase.residual <= tol and self.free.phase.outcome == "converged"
             if reached or self.obstacle:
                 break
             self.free = self.settle(self.free, 0.0, tol)
 
     def first_pair(self) -> Pair:
-        """A pair at a β whose response bends the outer force by about √rtol."""
-        beta, start, aim = self.beta, self.free, min(0.1, self.rtol**0.5)
+        """A pair at a β whose response bends the outer force by about a tenth."""
+        beta, start = self.beta, self.free
         lowered, hopeless = False, self.obstacle is not None
         while True:
             bend = math.inf
@@ -172,19 +207,19 @@ class Refinement:
             try:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
-                coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.rtol
-                if coarse and bend < aim / 4 and not (lowered or last or self.spent):
+                coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.share
+                if coarse and bend < BEND / 4 and not (lowered or last or self.spent):
                     self.obstacle = None
-                    beta *= min(TIGHTER, aim / max(bend, TINY))
+                    beta *= min(FACTOR, BEND / max(bend, TINY))
                     continue
-                if bend <= 2 * aim or self.spent or last:
+                if bend <= 2 * BEND or self.spent or last:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
                     # against the force there may be no equilibrium near
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
-                    if bend <= 4 * aim or self.spent or last:
+                    if bend <= 4 * BEND or self.spent or last:
                         pair = self.pair(beta, plus, minus)
                         if self.obstacle != "restless" or self.spent or last:
                             return pair
@@ -193,7 +228,7 @@ class Refinement:
                 if last:
                     raise
             lowered, self.obstacle = True, None
-            beta *= max(1 / TIGHTER, 0.5 * min(1.0, aim / max(bend, TINY)))
+            beta *= max(1 / FACTOR, 0.5 * min(1.0, BEND / max(bend, TINY)))
             self.settle_free(beta)
             start = self.free
 
@@ -212,36 +247,29 @@ class Refinement:
         return max(self.share * beta * self.force_size, TINY)
 
     def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
-        """Settle the phases at ±β until what is left is worth less than a third of `rtol`.
-
-        What a residual is worth is seen where the phases are settled further.
-        """
-        before, left_before = None, math.inf
+        """Settle the phases at ±β until the share of the nudge that is left is small enough."""
         self.settle_free(beta)
-        self.share = min(self.rtol, self.share * TIGHTER)  # the last pair ended one turn further
-        while True:
-            plus = self.settle(plus, beta, self.tol(beta))
-            minus = self.settle(minus, -beta, self.tol(beta))
-            grads = self.contrast(plus, minus, 2 * beta)
-            left = max(plus.phase.residual, minus.phase.residual) / (beta * self.force_size)
-            if before is not None and left < left_before / 2:
-                change = relative(before, grads)
-                self.worth = max(LEAST_WORTH, change / (left_before - left))
-            rounding = self.rounding(plus, minus)
-            if rounding == math.inf:
-                self.obstacle = "restless"
-                self.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
-            elif rounding > self.rtol / 3:
-                self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
-            if before is not None or self.obstacle:
-                unsettled = SAFETY * self.worth * left + rounding
-                if unsettled <= self.rtol / 3 or self.obstacle:
-                    drift = self.worth * self.free.phase.residual / (beta * self.force_size)
-                    noise = SAFETY * (drift + rounding + unsettled)
-                    lopsided = relative(self.contrast(plus, self.free, beta), grads) - noise
-                    return Pair(beta, plus, minus, grads, unsettled, lopsided)
-            before, left_before = grads, left
-            self.share /= TIGHTER
+        plus = self.settle(plus, beta, self.tol(beta))
+        minus = self.settle(minus, -beta, self.tol(beta))
+        grads = self.contrast(plus, minus, 2 * beta)
+        rounding = self.rounding(plus, minus)
+        if rounding == math.inf:
+            self.obstacle = "restless"
+            self.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
+        elif rounding > self.share:
+            self.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
+        left = max(s.phase.residual for s in (plus, minus, self.free)) / (beta * self.force_size)
+        one_sided = self.contrast(plus, self.free, beta)
+        return Pair(
+            beta,
+            plus,
+            minus,
+            grads,
+            left,
+            rounding,
+            lopsided=relative(one_sided, grads),
+            noise=4 * (self.worth * left + rounding),
+        )
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
         """The contrast of two phases whose nudges differ by `apart`."""
@@ -268,29 +296,6 @@ class Refinement:
         grads, direct = (flatten(list(g.values())).double() for g in (pair.grads, self.direct))
         usual = (flatten(list(moved.values())).double() - direct).norm() + direct.norm()
         return (ROUNDING * self.eps * usual / grads.norm()).item() if usual else 0.0
-
-    def wider(self, coarse: Pair, fine: Pair, curved: float) -> tuple[Pair, Pair]:
-        """Two pairs at larger β and 2β, where four points have the least error.
-
-        What rounding adds falls like 1/β; the error of order β⁴ is about the product of the two
-        pairs' errors of order β².
-        """
-        errors = [SAFETY * 4 * curved**2 * 16**k + fine.unsettled / 2**k for k in range(10)]
-        beta = fine.beta * 2 ** errors.index(min(errors))
-        if beta <= fine.beta:
-            return coarse, fine
-        self.obstacle = None
-        wide = self.pair(2 * beta, *coarse.starts(self.free, 2 * beta))
-        return wide, self.pair(beta, *wide.starts(self.free, beta))
-
-    def four_points(self, coarse: Pair, fine: Pair) -> Answer:
-        """Take the error of order β² out of two pairs, and estimate the one of order β⁴."""
-        gain = (coarse.beta / fine.beta) ** 2 - 1
-        grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
-        curved = relative(coarse.grads, fine.grads) / gain
-        error = SAFETY * curved**2 * (1 + gain)
-        error += (1 + 1 / gain) * fine.unsettled + coarse.unsettled / gain
-        return Answer(error, grads, (coarse, fine))
 
     def rounds(self, what: str) -> None:
         """Note that rounding stands in the way."""
@@ -324,7 +329,7 @@ class Refinement:
                 beta,
                 keep_momentum=keep,
                 share=1.0,
-                force=None if beta == 0 else self.force,
+                force=self.force if self.by_force and beta != 0 else None,
             )
             phase = state.phase
             if begun is not None:

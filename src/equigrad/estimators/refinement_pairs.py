@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -10,6 +11,15 @@ from equigrad import vectors
 from equigrad.errors import SettlingError
 from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled
+
+SAFETY = 2
+"""Error estimates are so many times what two answers differ by."""
+
+TURNED = 0.4
+"""Responses to β and β/2 that differ by more, relative to β, are not those of one solution."""
+
+LEAST_GAIN, MOST_GAIN = 1.25, 16.0
+"""Between which the gain is trusted to go on."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +31,25 @@ class Pair:
         plus: the phase at β.
         minus: the phase at -β.
         grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
-        unsettled: estimated relative error from the residuals that are left.
+        left: the share of the nudge that the phases, or the free one, left unanswered.
+        rounding: what rounding φ is worth beside the distance between the phases.
         lopsided: relative difference of the contrast with the free phase to this one, of order β.
+        noise: what of that may come from unsettled phases and rounding.
     """
 
     beta: float
     plus: Settled
     minus: Settled
     grads: dict[str, Tensor]
-    unsettled: float
+    left: float
+    rounding: float
     lopsided: float
+    noise: float
+
+    def response(self) -> list[Tensor]:
+        """`(φ_β - φ_-β) / 2β`."""
+        sides = ([*phase.params.values()] for phase in (self.plus, self.minus))
+        return [(p - q) / (2 * self.beta) for p, q in zip(*sides, strict=True)]
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
         """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
@@ -48,11 +67,90 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """A meta-gradient, the pairs it is made of, and its estimated relative error."""
+    """A meta-gradient, the pairs it is made of, and its estimated relative error.
+
+    Attributes:
+        error: the estimate; infinite as long as it is not known.
+        grads: the meta-gradient.
+        pairs: one, or a coarse and a fine one.
+    """
 
     error: float
     grads: dict[str, Tensor]
     pairs: tuple[Pair, ...]
+
+    @classmethod
+    def extrapolated(cls, coarse: Pair, fine: Pair) -> Self:
+        """Take the error of order β² out of two pairs."""
+        gain = (coarse.beta / fine.beta) ** 2 - 1
+        grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
+        return cls(math.inf, grads, (coarse, fine))
+
+    def by_error(self) -> float:
+        """To compare answers by."""
+        return self.error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an answer differs by from the next, more accurate one.
+
+    Attributes:
+        apart: `‖next - answer‖ / ‖next‖`; infinite before there are two answers.
+        sides: relative difference of the two one-sided contrasts, where it does not fall with β as
+            it should: the phases stand on two sides of a kink, or of a ridge.
+        gain: how much further apart the answers before these were.
+        turned: whether the response is not nearly in proportion to β: the phases have left for
+            other solutions.
+        rounding: what rounding φ is worth.
+        worth: by what the relative error exceeds the share of the nudge that phases leave.
+    """
+
+    apart: float = math.inf
+    sides: float = 0.0
+    gain: float = math.inf
+    turned: bool = False
+    rounding: float = 0.0
+    worth: float = 1.0
+
+    def next(self, answer: Answer, better: Answer) -> Self:
+        """The comparison that follows this one."""
+        coarse, fine = better.pairs
+        apart = relative(answer.grads, better.grads)
+        sides = fine.lopsided - fine.noise
+        falls = sides <= coarse.lopsided * (fine.beta / coarse.beta) ** 0.5
+        return type(self)(
+            apart,
+            0.0 if falls else sides,
+            self.apart / apart if apart else math.inf,
+            vectors.relative(coarse.response(), fine.response()) > TURNED,
+            fine.rounding,
+            max(1.0, apart / coarse.left if coarse.left else 1.0),
+        )
+
+    @property
+    def error(self) -> float:
+        """Of the answer: the sum of all differences to come, if they fall as fast as before."""
+        gain = min(max(self.gain, LEAST_GAIN), MOST_GAIN)
+        least = max(self.sides, 1.0 if self.turned else 0.0)
+        return max(SAFETY * self.apart / (1 - 1 / gain), least) + self.rounding
+
+    @property
+    def error_of_better(self) -> float:
+        """Of the better answer, where it is trusted to have half the error of the other."""
+        return max(SAFETY * self.apart / 2, self.sides) + self.rounding
+
+    @property
+    def near(self) -> bool:
+        """Whether answers come together about as fast as they should, as far as is known."""
+        return not self.turned and self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
+
+    @property
+    def lost(self) -> int:
+        """1 for an answer without accuracy, 2 where its phases stay on two sides, 0 for others."""
+        if self.error >= 1:
+            return 1
+        return 2 if self.apart < self.sides / 10 else 0
 
 
 def enough(phase: Phase) -> Phase:

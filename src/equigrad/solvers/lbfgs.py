@@ -15,8 +15,8 @@ from equigrad.vectors import flatten, unflatten
 RESOLUTION = 1e-2
 """A loss has risen where it did so by more than this times √ε of its size; rounding does less."""
 
-PATIENCE = 30
-"""Iterations that may bring nothing before a phase has stalled."""
+PATIENCE = 200
+"""Gradients that may bring nothing before a phase has stalled; at the floor, ten line searches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class LBFGS(Solver):
         position, gradient = flatten(params), -flatten(velocity)
         if not gradient.any():
             return True
-        if state.idles(gradient):
-            return False
         state.learn(position, gradient)
         direction = state.direction(gradient)
         slope = gradient.dot(direction).item()
+        if state.idles(gradient, slope):
+            return False
         if not slope < 0:  # rounding, or a loss that changes between evaluations
             state.forget()
             direction, slope = -gradient, -gradient.dot(gradient).item()
@@ -82,6 +82,7 @@ class LBFGS(Solver):
             """Loss and slope at `position + t direction`, where the parameters are left."""
             for p, value in zip(params, unflatten(position + t * direction, params), strict=True):
                 p.copy_(value)
+            state.idle += 1
             value, velocity = objective()
             return value.item(), -flatten(velocity).dot(direction).item()
 
@@ -101,12 +102,13 @@ class Memory:
 
     Attributes:
         loss: where the parameters are, or None where it is not known.
+        idle: gradients that have brought nothing since one did.
     """
 
     def __init__(self, history: int, like: Tensor, previous: "Memory | None" = None) -> None:
         self.loss: float | None = None
         self._at: tuple[Tensor, Tensor] | None = None
-        self._least, self._idle = (math.inf, math.inf), 0
+        self._least, self.idle = [math.inf] * 3, 0
         if previous is not None and previous._pairs.shape[1] == history:
             self._pairs, self._order = previous._pairs.clone(), previous._order
             self._products = previous._products
@@ -115,15 +117,19 @@ class Memory:
             self._pairs = like.new_zeros(2, history, like.numel())
             self.forget()
 
-    def idles(self, gradient: Tensor) -> bool:
-        """Whether neither loss nor gradient has got smaller for many iterations."""
-        size = gradient.norm().item()
+    def idles(self, gradient: Tensor, slope: float) -> bool:
+        """Whether gradient, predicted decrease and loss have not got smaller for long.
+
+        The decrease `½ g·B g` that the memory predicts goes on falling on ill-conditioned problems
+        while the gradient goes up and down and the loss has no more digits.
+        """
         low = math.inf if self.loss is None else self.loss
-        eps = torch.finfo(gradient.dtype).eps
-        if size < 0.9 * self._least[0] or low < self._least[1] - 100 * eps * abs(low):
-            self._least, self._idle = (min(size, self._least[0]), min(low, self._least[1])), 0
-        self._idle += 1
-        return self._idle > PATIENCE
+        seen = [gradient.norm().item(), abs(slope), low]
+        size, decrease, least = self._least
+        resolved = 100 * torch.finfo(gradient.dtype).eps * abs(low)
+        if seen[0] < 0.9 * size or seen[1] < 0.9 * decrease or low < least - resolved:
+            self._least, self.idle = [min(p) for p in zip(seen, self._least, strict=True)], 0
+        return self.idle > PATIENCE
 
     def forget(self) -> None:
         """Forget all pairs."""

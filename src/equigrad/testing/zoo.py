@@ -269,11 +269,12 @@ ZOO: dict[str, Callable[..., Case]] = {
 
 
 def known(
-    name: str, problem: Bilevel, params: Params, meta_params: Params, *, near: bool = False
+    name: str, problem: Bilevel, params: Params, meta_params: Params, *, near: float = 0.0
 ) -> Case:
     """A case with its gradient by an exact solve at a state settled as far as float64 goes.
 
-    Networks have several minima: with `near`, phases start near the one whose gradient is known.
+    Networks have several minima: with `near`, phases start so far from the one whose gradient is
+    known, per weight.
     """
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         settled = meta_gradient(
@@ -287,7 +288,7 @@ def known(
         raise AssertionError(f"{name} does not settle: {settled.status}")
     if near:
         normal = Draw(0, 0)
-        params = {n: p + 0.03 * normal(*p.shape) for n, p in settled.params.items()}
+        params = {n: p + near * normal(*p.shape) for n, p in settled.params.items()}
     solver = LBFGS(tol=1e-8, max_steps=10_000)
     return Case(name, problem, params, meta_params, solver, settled.grads)
 
@@ -306,7 +307,7 @@ def on_network(
         lambda p, m: loss(synapse(p, v), w),
         regularizer=synapse,
     )
-    return known(name, problem, synapse.params(), synapse.meta_params(), near=True)
+    return known(name, problem, synapse.params(), synapse.meta_params(), near=0.03)
 
 
 def half_squared_error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -160,12 +160,12 @@ class Accuracy(Reproduction):
             f"{sum(rows[p, asked(r)].error <= r for p in self.problems)} at {r:g}"
             for r in self.rtols
         )
-        within = sum(1 <= ratio <= 30 for ratio in judged)
+        within = sum(1 <= ratio <= 10 for ratio in judged)
         return (
             "True error of `Contrastive(rtol=…)`, and the estimated one:\n\n"
             + as_table(["problem", *(f"rtol {r:g}" for r in self.rtols)], body)
             + f"\nOf {len(self.problems)} problems the error asked for was reached on {reached}. "
-            f"The estimate is between 1 and 30 times the true error in {within} of {len(own)}"
+            f"The estimate is between 1 and 10 times the true error in {within} of {len(own)}"
             + (f", from {min(judged):.2g} to {max(judged):.2g}" if judged else "")
             + ".\n"
         )
@@ -237,10 +237,10 @@ class Accuracy(Reproduction):
         if errors:
             span = [min(errors), max(errors)]
             right.loglog(span, span, "k--", linewidth=1)
-            right.loglog(span, [30 * s for s in span], "k:", linewidth=1)
+            right.loglog(span, [10 * s for s in span], "k:", linewidth=1)
         right.set(xlabel="true relative error", ylabel="estimated relative error")
         finish(left, "what was asked for")
-        finish(right, "what it says of itself: between 1 and 30 times the true error")
+        finish(right, "what it says of itself: between 1 and 10 times the true error")
         figure.legend(*left.get_legend_handles_labels(), loc="outside right", fontsize="small")  # pyright: ignore
         return figure
 
