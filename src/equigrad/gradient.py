@@ -182,7 +182,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         _judge(free, evaluation, solver)
         return Settled(
             params=free.params,
-            buffers=evaluation.stage.named_buffers(free),
+            buffers=evaluation.buffers(free),
             status="; ".join([str(free.phase), *evaluation.tally.notes]),
             phase=free.phase,
             _end=free,
@@ -278,7 +278,7 @@ def meta_gradient(
             evaluation.tally.note(said)
         first_look(evaluation, free, estimator)
         outer_loss = evaluation.outer_loss(free).item()
-        buffers = evaluation.stage.named_buffers(free)
+        buffers = evaluation.buffers(free)
     remedy = (
         "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"
     )

@@ -106,6 +106,10 @@ class Scene:
         meta = like(beta, self.meta_params)
         return self.problem.velocity_at(meta, beta, self.stage.randomness, force)
 
+    def buffers(self, at: Moment) -> dict[str, Tensor]:
+        """The modules' buffers as they were at a moment of a phase, by name; means over ranks."""
+        return self.problem.ranks.averaged(self.stage.named_buffers(at))
+
     def batch_steps(self, stream: Stream) -> range:
         """The steps that show every batch of a loss once."""
         return range(len(self.problem.batches(stream) or [None]))
