@@ -16,7 +16,7 @@ from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
-from equigrad.fields import expect
+from equigrad.fields import expect, require
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 from equigrad.wording import listed
@@ -174,8 +174,10 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         -2.0
     """
     expect(Problem, problem=problem)
-    expect(Solver, solver=solver)
-    _check_settings(solver)
+    with problem.ranks.together():
+        expect(Solver, solver=solver)
+        _check_settings(solver, problem)
+    problem.ranks.require_same(solver=solver)
     with checkpoints_named(), Evaluation(problem, params, meta_params) as evaluation:
         with _explaining(evaluation):
             free = evaluation.settle(solver)
@@ -255,14 +257,16 @@ def meta_gradient(
     """
     estimator = Contrastive() if estimator is None else estimator
     expect(Problem, problem=problem)
-    expect(Solver, solver=solver)
-    expect(Estimator, estimator=estimator)
-    _check_settings(solver)
     end = seed = None
-    if settled is not None:
-        expect(Settled, settled=settled)
-        settled._require(params=params, meta_params=meta_params)
-        end, seed = settled._for(solver), settled._seed
+    with problem.ranks.together():
+        expect(Solver, solver=solver)
+        expect(Estimator, estimator=estimator)
+        _check_settings(solver, problem)
+        if settled is not None:
+            expect(Settled, settled=settled)
+            settled._require(params=params, meta_params=meta_params)
+            end, seed = settled._for(solver), settled._seed
+    problem.ranks.require_same(solver=solver, estimator=estimator, settled=settled is not None)
     with checkpoints_named(), Evaluation(problem, params, meta_params, end, seed) as evaluation:
         estimator.check(evaluation, solver)
         if settled is not None:
@@ -299,10 +303,13 @@ def meta_gradient(
 
 @contextmanager
 def _explaining(evaluation: Evaluation) -> Iterator[None]:
-    """Say of a map that diverges what it does where it started."""
+    """Say of a map that diverges what it does where it started, and of ranks which did."""
     try:
         yield
     except SettlingError as error:
+        if evaluation.problem.ranks.unfinite:
+            where = ", ".join(map(str, evaluation.problem.ranks.unfinite))
+            raise SettlingError(f"{error} (the loss was not finite on rank {where})") from error
         if evaluation.problem.symmetric or error.__cause__ is not None:  # says what to do already
             raise
         raise explained(error, evaluation) from error
@@ -324,8 +331,13 @@ def _copies(tensors: Params) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _check_settings(solver: Solver) -> None:
+def _check_settings(solver: Solver, problem: Problem) -> None:
     """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
+    require(
+        not (solver.compile and problem.ranks.size > 1),
+        "compile=True takes several steps by one function, which cannot speak to other processes "
+        "on the way; use compile=False",
+    )
     options = getattr(solver, "options", None)
     settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
     numbers = {f.name for f in fields(solver) if "float" in str(f.type)}

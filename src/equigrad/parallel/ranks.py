@@ -1,15 +1,16 @@
 """The processes that a problem's data are spread over."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from equigrad.errors import EquigradError, ProblemError, RunError
+from equigrad.errors import ConfigurationError, EquigradError, ProblemError, RunError
 from equigrad.parallel.sums import Gather, Spread, summed
 from equigrad.parallel.wrappers import inside
 
@@ -18,6 +19,10 @@ Params = Mapping[str, Tensor]
 
 STAMPS = 2**20
 """Evaluations are told apart by their number modulo this."""
+
+
+MOST_NAMED = 50
+"""Ranks that are told apart where a loss is not finite; those beyond go by this number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,12 @@ class Ranks:
     Attributes:
         group: the processes; None for this one alone.
         wrapped: data-parallel modules that the losses call. Their own hooks are passed by.
+        unfinite: the ranks whose loss was NaN or infinite first, since all were finite.
     """
 
     group: Any = None
     wrapped: tuple[nn.Module, ...] = ()
+    unfinite: list[int] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -89,16 +96,20 @@ class Ranks:
                 raise ProblemError(f"{name} must return a scalar, got {found}")
         except Exception as raised:
             error, mine = raised, zero
-        side = torch.tensor([float(error is not None), stamp % STAMPS], dtype=wide).to(mine.device)
+        fate = [float(error is not None), stamp % STAMPS, 2.0 ** min(self.rank, MOST_NAMED)]
+        side = torch.tensor(fate, dtype=wide).to(mine.device)
+        side[2] *= ~torch.isfinite(mine.detach())
         # the square has a gradient, and one of that, which lead to the other ranks
         total, side = Gather.apply(self._reduce, mine.to(wide) + zero.to(wide).square(), side)
-        failed, stamps = side.real.tolist()
+        failed, stamps, unfinite = map(int, side.real.tolist())
         if failed:
             with self.together():
                 if error is not None:
                     raise error
         if stamps != self.size * (stamp % STAMPS):
             raise RunError(f"{self._who} evaluates {name} while others do not. {OUT_OF_STEP}")
+        if not (unfinite and self.unfinite):  # those that began it; soon it is all of them
+            self.unfinite[:] = [rank for rank in range(self.size) if unfinite >> rank & 1]
         return (total / self.size).to(mine.dtype)
 
     @contextmanager
@@ -137,6 +148,24 @@ class Ranks:
         with self._reaching():
             dist.all_gather_object(found, mine, group=self.group)
         return found
+
+    def require_same(self, **settings: object) -> None:
+        """Raise a `ConfigurationError` unless all ranks say the same of themselves.
+
+        Args:
+            settings: whatever decides what is computed; compared by their `repr`, without places
+                in memory.
+        """
+        if self.group is None:
+            return
+        said = self.gathered({n: re.sub(r" at 0x\w+", "", repr(s)) for n, s in settings.items()})
+        for rank, theirs in enumerate(said):
+            for name, value in theirs.items():
+                if value != said[0][name]:
+                    raise ConfigurationError(
+                        f"{name} is {said[0][name]} on rank 0, and {value} on rank {rank}: hand "
+                        f"the same one over on every rank"
+                    )
 
     def averaged(self, tensors: Params) -> dict[str, Tensor]:
         """The means of floating-point tensors over ranks, others as they are."""

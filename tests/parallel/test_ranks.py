@@ -1,0 +1,53 @@
+"""Two processes, each with half of the data, are one with all of it; or each says why not."""
+
+import importlib.util
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from rank_checks import CHECKS, RANKS, world
+
+NEEDS = {"accelerate": "accelerate", "fabric": "lightning_fabric"}
+LAST = "a_rank_that_dies"
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no torch.distributed")
+
+
+def missing(name: str) -> str | None:
+    needed = NEEDS.get(name)
+    return needed if needed and importlib.util.find_spec(needed) is None else None
+
+
+@pytest.fixture(scope="module")
+def found(request, tmp_path_factory) -> dict[tuple[int, str], str]:
+    """What each of two processes says of each check that was asked for."""
+    asked = {
+        i.callspec.params["name"]
+        for i in request.session.items
+        if hasattr(i, "callspec") and i.path == Path(__file__) and "name" in i.callspec.params
+    }
+    names = [n for n in CHECKS if n in asked and n != LAST and missing(n) is None] + [LAST]
+    store = str(tmp_path_factory.mktemp("ranks") / "meet")
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        workers = [
+            context.Process(target=world, args=(rank, RANKS, store, names, results))
+            for rank in range(RANKS)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(240)
+            if worker.is_alive():  # a check hangs, which is what they are there to find
+                worker.kill()
+        return dict(results)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name, found):
+    if needed := missing(name):
+        pytest.skip(f"{needed} is not installed")
+    for rank in range(1 if name == LAST else RANKS):
+        assert found.get((rank, name), "never ended") == "passed", f"rank {rank}"
