@@ -18,7 +18,7 @@ from helpers import call_main
 
 EXTRAS = {"pandas", "sklearn", "matplotlib", "ray", "rich", "tyro", "tensorboard"}
 
-MOST = 168
+MOST = 169
 """Modules of equigrad that a run of digits imports; `import equigrad` alone takes most of them."""
 
 

@@ -17,6 +17,7 @@ from equigrad.errors import ConfigurationError, ProblemError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation, check_tensors
 from equigrad.fields import expect, require
+from equigrad.parallel import whole
 from equigrad.problems import Params, Problem
 from equigrad.solvers import Phase, Solver
 from equigrad.wording import listed
@@ -183,7 +184,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
         return Settled(
-            params=free.params,
+            params=dict(evaluation.as_given(free.params, {})[0]),
             buffers=evaluation.buffers(free),
             status="; ".join([str(free.phase), *evaluation.tally.notes]),
             phase=free.phase,
@@ -283,14 +284,15 @@ def meta_gradient(
         first_look(evaluation, free, estimator)
         outer_loss = evaluation.outer_loss(free).item()
         buffers = evaluation.buffers(free)
+        settled_params, grads = evaluation.as_given(free.params, estimate.grads)
     remedy = (
         "Lower the solver's step size" if problem.symmetric else f"{FOR_MAPS}, or start elsewhere"
     )
     _check_finite(estimate.grads, outer_loss, remedy)
     phases = tuple(settled.phase for settled in estimate.phases)
     return MetaGradient(
-        grads=estimate.grads,
-        params=free.params,
+        grads=dict(grads),
+        params=dict(settled_params),
         buffers=buffers,
         outer_loss=outer_loss,
         status=_status(phases, estimate.grads, evaluation.tally.notes),
@@ -324,7 +326,8 @@ def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> Non
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are alike in dtype and device, and equal."""
-    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
+    alike = (one.dtype, one.device) == (other.dtype, other.device)
+    return alike and torch.equal(whole(one.detach()), whole(other.detach()))
 
 
 def _copies(tensors: Params) -> dict[str, Tensor]:

@@ -6,12 +6,21 @@ import resource
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
@@ -68,11 +77,57 @@ def alone() -> tuple[nn.Module, Any]:
     return network(), None
 
 
-ENGINES = {"plain": plain, "DDP": wrapped}
+def accelerated() -> tuple[nn.Module, Any]:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare(network()), None
 
 
-def share(tensors: list[torch.Tensor], whole: bool) -> list[torch.Tensor]:
-    return tensors if whole else [t[dist.get_rank() :: dist.get_world_size()] for t in tensors]
+def fabricated() -> tuple[nn.Module, Any]:
+    from lightning_fabric import Fabric
+
+    os.environ["TORCHELASTIC_RUN_ID"] = "these two processes"
+    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
+    fabric.launch()
+    net = fabric.setup(network())
+    assert isinstance(net, nn.Module)
+    return net, None
+
+
+def sharded() -> tuple[nn.Module, Any]:
+    return network(), None
+
+
+ENGINES = {
+    "plain": plain,
+    "DDP": wrapped,
+    "accelerate": accelerated,
+    "fabric": fabricated,
+    "DTensor": sharded,
+}
+
+
+def share(tensors: list[torch.Tensor], engine: Callable) -> list[torch.Tensor]:
+    """The data of this rank."""
+    if engine is sharded:
+        return [distribute_tensor(t, mesh(), [Replicate()]) for t in tensors]
+    return tensors if engine is alone else [t[dist.get_rank() :: RANKS] for t in tensors]
+
+
+def laid_out(tensors: dict, engine: Callable) -> dict:
+    """On shards, one tensor in two, where that is the engine."""
+    if engine is not sharded:
+        return tensors
+    places = [Shard(0), Replicate()]
+    return {
+        n: distribute_tensor(t, mesh(), [places[i % 2 if t.ndim else 1]])
+        for i, (n, t) in enumerate(tensors.items())
+    }
+
+
+@functools.cache
+def mesh() -> Any:
+    return init_device_mesh("cpu", (RANKS,))
 
 
 def problem(
@@ -80,7 +135,7 @@ def problem(
 ) -> tuple[eg.Bilevel, dict, dict]:
     """A penalised regression, whose data are spread over ranks but for `alone`."""
     net, group = engine()
-    xs, ys, vs, ws = share(data(), engine is alone)
+    xs, ys, vs, ws = share(data(), engine)
 
     def inner(p, m):
         penalty = sum(w.square().sum() for w in p.values())
@@ -91,7 +146,8 @@ def problem(
 
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     theta = {"l": torch.tensor(-1.0, dtype=torch.float64)}
-    return eg.Bilevel(inner, outer, group=group, **kwargs), params, theta
+    made = eg.Bilevel(inner, outer, group=group, **kwargs)
+    return made, laid_out(params, engine), theta
 
 
 def learned_start(engine) -> tuple[eg.Bilevel, dict, dict]:
@@ -107,20 +163,19 @@ def learned_start(engine) -> tuple[eg.Bilevel, dict, dict]:
 
 
 def learned_center(engine) -> tuple[eg.Bilevel, dict, dict]:
-    net, group = engine()
-    xs, ys, vs, ws = share(data(), engine is alone)
-    center = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
-    inside = getattr(net, "module", net)
-    synapse = ComplexSynapse(
-        inside, 0.3, {n.removeprefix("module."): c for n, c in center.items()}, learn=("center",)
-    )
+    xs, ys, vs, ws = share(data(), engine)
+    inside = network()
+    group = None if engine in (alone, sharded) else dist.group.WORLD
+    center = {n: torch.zeros_like(p) for n, p in inside.named_parameters()}
+    synapse = ComplexSynapse(inside, 0.3, center, learn=("center",))
     made = eg.Bilevel(
         lambda p, m: (synapse(p, xs) - ys).square().mean(),
         lambda p, m: (synapse(p, vs) - ws).square().mean(),
         regularizer=synapse,
-        group=group if net is inside else dist.group.WORLD,
+        group=group,
     )
-    return made, synapse.params(), synapse.meta_params()
+    theta = synapse.meta_params()
+    return made, laid_out(synapse.params(), engine), laid_out(theta, engine)
 
 
 FEW = eg.GradientDescent(lr=0.2, momentum=0.5, nesterov=True, max_steps=6)
@@ -139,7 +194,15 @@ def result(
 ) -> eg.MetaGradient:
     made, params, theta = make(engine)
     torch.manual_seed(7)
-    return eg.meta_gradient(made, params, theta, solver=solver, estimator=estimator)
+    found = eg.meta_gradient(made, params, theta, solver=solver, estimator=estimator)
+    for given, had in ((theta, found.grads), (params, found.params)):
+        for name, tensor in given.items():
+            assert getattr(had[name], "placements", None) == getattr(tensor, "placements", None)
+    return replace(found, grads=whole(found.grads), params=whole(found.params))
+
+
+def whole(tensors: dict) -> dict:
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
 
 
 def same(one: eg.MetaGradient, other: eg.MetaGradient, within: float = 1e-10) -> None:
@@ -167,13 +230,18 @@ def agree(one: eg.MetaGradient) -> None:
     assert all(theirs == mine for theirs in on_all(mine))
 
 
-def served(kind: type[eg.Estimator], engine: Callable) -> None:
+def meets(kind: type[eg.Estimator], engine: Callable, *, served: bool) -> None:
+    """Two processes equal one; or both refuse, in words that say why."""
     estimator = kind(**SETTINGS.get(kind.__name__, {}))
     make = problem
     if kind.traits.needs_start:
         make = learned_start
     elif kind is eg.IMAML:
         make = learned_center
+    if not served:
+        words = "forward" if kind is eg.ForwardMode else "start that is learned"
+        refused(lambda: result(estimator, engine, make), words)
+        return
     both = result(estimator, engine, make)
     agree(both)
     # differences of gradients, divided by their distance
@@ -183,7 +251,12 @@ def served(kind: type[eg.Estimator], engine: Callable) -> None:
 
 for _kind in ESTIMATORS:
     for _name, _engine in ENGINES.items():
-        CHECKS[f"{_kind.__name__}-{_name}"] = functools.partial(served, _kind, _engine)
+        _served = _engine is not sharded or not (
+            _kind.traits.needs_start or _kind is eg.ForwardMode
+        )
+        CHECKS[f"{_kind.__name__}-{_name}"] = functools.partial(
+            meets, _kind, _engine, served=_served
+        )
 
 
 VARIANTS: dict[str, Callable[[Callable], eg.MetaGradient]] = {
@@ -216,35 +289,9 @@ def variant(name: str, engine: Callable) -> None:
 
 
 for _name in VARIANTS:
-    for _engine_name, _engine in ENGINES.items():
-        CHECKS[f"{_name}-{_engine_name}"] = functools.partial(variant, _name, _engine)
-
-
-def accelerated() -> tuple[nn.Module, Any]:
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True).prepare(network()), None
-
-
-def fabricated() -> tuple[nn.Module, Any]:
-    from lightning_fabric import Fabric
-
-    os.environ["TORCHELASTIC_RUN_ID"] = "these two processes"
-    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
-    fabric.launch()
-    net = fabric.setup(network())
-    assert isinstance(net, nn.Module)
-    return net, None
-
-
-def set_up_by(engine: Callable) -> None:
-    """Contrastive, and what differentiates twice, by a module that another library has wrapped."""
-    for estimator in (eg.Contrastive(beta=1e-2), eg.ConjugateGradient(max_iterations=3)):
-        same(result(estimator, engine), result(estimator, alone))
-
-
-CHECKS["accelerate"] = functools.partial(set_up_by, accelerated)
-CHECKS["fabric"] = functools.partial(set_up_by, fabricated)
+    for _engine_name in ("plain", "DTensor"):
+        _engine = ENGINES[_engine_name]
+        CHECKS[f"{_name}-{_engine_name}"] = functools.partial(variant, _name, engine=_engine)
 
 
 def compute(made: eg.Bilevel, params: dict, theta: dict, **kwargs: Any) -> eg.MetaGradient:
@@ -254,7 +301,7 @@ def compute(made: eg.Bilevel, params: dict, theta: dict, **kwargs: Any) -> eg.Me
     )
 
 
-def refused(call: Callable[[], Any], *words: str, kind: type = eg.EquigradError) -> None:
+def refused(call: Callable[[], Any], *words: str, kind: type[Exception] = eg.EquigradError) -> None:
     """Every rank raises, within seconds, and says these words; all are in step afterwards."""
     began = time.monotonic()
     try:
@@ -298,11 +345,11 @@ def other_names_shapes_and_dtypes() -> None:
 
 @check
 def other_constants() -> None:
-    net = nn.Sequential(network(), nn.Linear(2, 2).double().requires_grad_(False))
-    with torch.no_grad():
-        net[1].weight.fill_(1.0 + rank())
+    last = nn.Linear(2, 2).double().requires_grad_(False)
+    nn.init.constant_(last.weight, 1.0 + rank())
+    net = nn.Sequential(network(), last)
     params = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
-    x = share(data(), whole=False)[0]
+    x = share(data(), plain)[0]
     made = eg.Bilevel(
         lambda p, m: (m["l"] * functional_call(net, p, (x,))).square().mean(),
         lambda p, m: functional_call(net, p, (x,)).mean(),
@@ -341,7 +388,7 @@ def no_batches() -> None:
 @check
 def an_empty_share() -> None:
     made, params, theta = problem(plain)
-    net, (xs, ys, *_) = network(), share(data(), whole=False)
+    net, (xs, ys, *_) = network(), share(data(), plain)
     xs, ys = (t[:0] if rank() else t for t in (xs, ys))
     empty = eg.Bilevel(
         lambda p, m: m["l"].exp() * (functional_call(net, p, (xs,)) - ys).square().mean(),
@@ -417,7 +464,7 @@ def a_module_that_is_wrapped_twice() -> None:
 @check
 def frozen_params() -> None:
     net = network()
-    net[0].bias.requires_grad_(False)
+    net.get_parameter("0.bias").requires_grad_(False)
     net = DistributedDataParallel(net)
     made, _, theta = problem(lambda: (net, None))
     params = dict(net.named_parameters())
@@ -479,7 +526,7 @@ def what_a_rank_does_not_use() -> None:
 @check
 def random_numbers() -> None:
     """Seeds of the first rank count, and each rank's masks are its own; the same at every call."""
-    net, (xs, ys, vs, ws) = nn.Sequential(network(), nn.Dropout(0.5)), share(data(), whole=False)
+    net, (xs, ys, vs, ws) = nn.Sequential(network(), nn.Dropout(0.5)), share(data(), plain)
     seen: list[float] = []
 
     def inner(p, m):
@@ -509,7 +556,7 @@ def batch_statistics() -> None:
     torch.manual_seed(0)
     for p in net.parameters():
         nn.init.normal_(p)
-    xs = share([xs], whole=False)[0]
+    xs = share([xs], plain)[0]
     before = {n: b.clone() for n, b in net.named_buffers()}
     made = eg.Bilevel(
         lambda p, m: (m["l"] * functional_call(net, p, (xs,)) - xs[:, :2]).square().mean(),
@@ -534,7 +581,7 @@ def untouched() -> None:
         compute(made, params, theta, estimator=eg.ConjugateGradient(max_iterations=2))
         assert {n: id(v) for n, v in vars(net).items()} == held
         assert all(p.grad is None for p in net.parameters())
-        xs, ys, *_ = share(data(), whole=False)
+        xs, ys, *_ = share(data(), plain)
         for _ in range(2):
             net.zero_grad()
             (net(xs) - ys).square().mean().backward()
@@ -564,6 +611,26 @@ def memory_is_flat() -> None:
         compute(made, wide, theta, solver=solver, estimator=estimator)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     assert peaks[1] < peaks[0] + 20
+
+
+@check
+def shards() -> None:
+    """What is sharded is refused where it cannot be served, and else goes on like anything."""
+    made, params, theta = problem(sharded)
+    settled = eg.settle(made, params, theta, solver=FEW)
+    assert all(isinstance(p, DTensor) for p in settled.params.values())
+    onward, anew = (compute(made, params, theta, settled=s) for s in (settled, None))
+    torch.testing.assert_close(onward.grads, anew.grads, rtol=1e-12, atol=0)
+    both = laid_out({"a": torch.ones(2)}, sharded)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    fully_shard(net)
+    refused(lambda: problem(lambda: (net, None)), "FSDP", "before it is wrapped")
+    refused(lambda: eg.nn.Functional(net), "FSDP")
+    grouped = eg.Bilevel(made.inner_loss, made.outer_loss, group=dist.group.WORLD)
+    refused(lambda: compute(grouped, params, theta), "one loss on all processes")
+    still = eg.FixedPoint(lambda p, m: {"a": 0.5 * p["a"] + m["b"]}, lambda p, m: p["a"].sum())
+    one = {"b": torch.ones(2)}
+    refused(lambda: eg.meta_gradient(still, both, one, solver=eg.Picard()), "full_tensor")
 
 
 @check

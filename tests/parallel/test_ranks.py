@@ -2,11 +2,14 @@
 
 import importlib.util
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from rank_checks import CHECKS, RANKS, world
+from rank_checks import CHECKS, ENGINES, RANKS, world
+
+from equigrad.estimators import ESTIMATORS
 
 NEEDS = {"accelerate": "accelerate", "fabric": "lightning_fabric"}
 LAST = "a_rank_that_dies"
@@ -15,7 +18,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no to
 
 
 def missing(name: str) -> str | None:
-    needed = NEEDS.get(name)
+    needed = NEEDS.get(name.rpartition("-")[2])
     return needed if needed and importlib.util.find_spec(needed) is None else None
 
 
@@ -43,6 +46,21 @@ def found(request, tmp_path_factory) -> dict[tuple[int, str], str]:
             if worker.is_alive():  # a check hangs, which is what they are there to find
                 worker.kill()
         return dict(results)
+
+
+def table() -> str:
+    """Estimators by engines, as the page on several processes has it."""
+    served = {n: f.keywords.get("served") for n, f in CHECKS.items() if isinstance(f, partial)}
+    lines = ["| estimator | " + " | ".join(ENGINES) + " |", "| --- |" + " --- |" * len(ENGINES)]
+    for kind in ESTIMATORS:
+        cells = ["yes" if served[f"{kind.__name__}-{e}"] else "–" for e in ENGINES]
+        lines.append(f"| {kind.__name__} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_has_a_test_for_each_cell():
+    page = Path(__file__).parents[2] / "docs" / "several-processes.md"
+    assert table() in page.read_text()
 
 
 @pytest.mark.parametrize("name", CHECKS)

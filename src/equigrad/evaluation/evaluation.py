@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from typing import Self
 
 from equigrad.evaluation import derivatives, phases
-from equigrad.evaluation.given import agreed_seed, check_given
+from equigrad.evaluation.given import agreed_seed, check_given, gathered
 from equigrad.evaluation.reaches import find_reaches
 from equigrad.evaluation.scene import Judged, Scene
 from equigrad.evaluation.stage import Stage
@@ -44,6 +44,8 @@ class Evaluation(Scene):
         settled: Settled | None = None,
         seed: int | None = None,
     ) -> None:
+        there = gathered(problem, params, meta_params)
+        problem, params, meta_params = there.problem, there.params, there.meta_params
         ranks, tally = problem.ranks, Tally()
         with ranks.together():
             check_given(problem, params, meta_params, tally)
@@ -71,6 +73,7 @@ class Evaluation(Scene):
             tally=tally,
             judged=Judged(),
             settled=settled,
+            layouts=there.layouts,
         )
 
     def __enter__(self) -> Self:

@@ -1,6 +1,8 @@
 """What an evaluation is given: checked here, and compared between ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,78 @@ from torch.utils._pytree import tree_leaves
 from equigrad.errors import ProblemError
 from equigrad.evaluation.tally import Tally
 from equigrad.evaluation.tensors import check_tensors
-from equigrad.parallel import Likeness, require_alike
+from equigrad.parallel import (
+    Layout,
+    Likeness,
+    OnShards,
+    Ranks,
+    mesh_of,
+    meshes,
+    require_alike,
+    whole,
+)
 from equigrad.problems import Params, Problem
+from equigrad.problems.refused import refuse_shards
 from equigrad.randomness import Stream
 from equigrad.wording import listed
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an evaluation is given, with φ and θ in ordinary tensors.
+
+    Attributes:
+        problem: as a function of these.
+        params: φ.
+        meta_params: θ.
+        layouts: how φ and θ lay on processes.
+    """
+
+    problem: Problem
+    params: Params
+    meta_params: Params
+    layouts: tuple[Layout, Layout] = (Layout(), Layout())
+
+
+def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
+    """What was given, with tensors that lie on several processes put together on each.
+
+    Raises:
+        ProblemError: they lie on different meshes or on one of several dimensions; or the problem
+            is no `Bilevel`, has its data spread over processes as well, or learns where φ starts.
+    """
+    tensors = (params, meta_params)
+    if not all(isinstance(t, Mapping) for t in tensors):
+        return Given(problem, params, meta_params)  # to be refused in a moment
+    named = {n: t for part in tensors for n, t in part.items() if isinstance(t, Tensor)}
+    found = meshes(named.values())
+    if not found:
+        return Given(problem, params, meta_params)
+    if not problem.spreads:
+        for name, tensor in named.items():
+            refuse_shards(name, tensor)
+    kind = f"{listed([n for n, t in named.items() if mesh_of(t) is not None])}: DTensors"
+    if len(found) > 1 or found[0].ndim > 1:
+        raise ProblemError(f"{kind} have to lie on one mesh of one dimension, got {found}")
+    if problem.ranks.group is not None:
+        raise ProblemError(
+            f"{kind} have one loss on all processes, and group= or a data-parallel module says "
+            f"that each has its own; gather them with .full_tensor(), or leave group out"
+        )
+    learned = {id(m) for m in meta_params.values()}
+    if any(p.requires_grad and (not p.is_leaf or id(p) in learned) for p in params.values()):
+        raise ProblemError(
+            f"{kind} cannot be the start that is learned: gather params and meta_params with "
+            f".full_tensor()"
+        )
+    layouts = Layout.of(params, found[0]), Layout.of(meta_params, found[0])
+    streams: tuple[Stream, ...] = ("inner", "outer")
+    own = {problem.name(s): OnShards(problem.function(s), *layouts) for s in streams}
+    bilevel: Any = problem
+    together = replace(bilevel, **own)
+    object.__setattr__(together, "ranks", Ranks(found[0].get_group(), shares=False))
+    own_params, own_meta = ({n: whole(t.detach()) for n, t in part.items()} for part in tensors)
+    return Given(together, own_params, own_meta, layouts)
 
 
 def check_given(problem: Problem, params: Params, meta_params: Params, tally: Tally) -> None:

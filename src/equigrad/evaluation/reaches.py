@@ -126,8 +126,10 @@ class _Trial:
         idle = sorted(set(params).difference(*(moved for _, moved in said)))
         if idle:
             self._tally.note(f"no loss depends on params {listed(idle)}")
-        found = {s: set[str]().union(*(reached[s] for reached, _ in said)) for s in reached}
-        return {s: [name for name in self._meta if name in found[s]] for s in found}
+        return {
+            stream: [n for n in self._meta if any(n in theirs[stream] for theirs, _ in said)]
+            for stream in reached
+        }
 
     def _run(self, params: Params) -> tuple[dict[Stream, set[str]], set[str]]:
         """The same on this rank, and the params that a function depends on."""

@@ -2,6 +2,7 @@
 
 from equigrad.parallel.likeness import Likeness, require_alike
 from equigrad.parallel.ranks import ALONE, Ranks
+from equigrad.parallel.shards import Layout, OnShards, mesh_of, meshes, whole
 from equigrad.parallel.wrappers import (
     data_parallel,
     group_of,
@@ -12,12 +13,17 @@ from equigrad.parallel.wrappers import (
 
 __all__ = [
     "ALONE",
+    "Layout",
     "Likeness",
+    "OnShards",
     "Ranks",
     "data_parallel",
     "group_of",
     "is_data_parallel",
     "is_group",
+    "mesh_of",
+    "meshes",
     "processes",
     "require_alike",
+    "whole",
 ]

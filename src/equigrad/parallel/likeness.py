@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
+from equigrad.parallel.shards import mesh_of
 
 Mark = tuple[Any, ...]
 """Shape, dtype and a checksum of a tensor."""
@@ -102,7 +103,9 @@ def _mark(tensor: Tensor) -> Mark:
 
 def _constants(part: nn.Module) -> list[tuple[str, Tensor]]:
     """A module's own frozen parameters, and buffers but for those of batch normalisation."""
-    found = [(n, p) for n, p in part.named_parameters(recurse=False) if not p.requires_grad]
+    found: list[tuple[str, Tensor]] = [
+        (n, p) for n, p in part.named_parameters(recurse=False) if not p.requires_grad
+    ]
     if not isinstance(part, nn.modules.batchnorm._BatchNorm):
         found += part.named_buffers(recurse=False)
-    return [(n, t) for n, t in found if not t.is_meta]
+    return [(n, t) for n, t in found if not t.is_meta and mesh_of(t) is None]

@@ -37,11 +37,14 @@ class Ranks:
     Attributes:
         group: the processes; None for this one alone.
         wrapped: data-parallel modules that the losses call. Their own hooks are passed by.
+        shares: whether each has data of its own, and not a part of the tensors; random numbers
+            then differ between ranks.
         unfinite: the ranks whose loss was NaN or infinite first, since all were finite.
     """
 
     group: Any = None
     wrapped: tuple[nn.Module, ...] = ()
+    shares: bool = True
     unfinite: list[int] = field(default_factory=list)
 
     @property
@@ -53,6 +56,11 @@ class Ranks:
     def size(self) -> int:
         """The number of processes."""
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def stream(self) -> int:
+        """The number of this rank's random numbers."""
+        return self.rank if self.shares else 0
 
     def alone(self) -> "Ranks":
         """This process without the others."""

@@ -265,7 +265,7 @@ class Problem(Checked, ABC):
     ) -> Any:
         """What the user's function says of the batch of a step, without the regulariser."""
         if randomness is not None:
-            randomness.seed(stream, step, self.ranks.rank)
+            randomness.seed(stream, step, self.ranks.stream)
         function, batches = self.function(stream), self.batches(stream)
         try:
             if batches is None:

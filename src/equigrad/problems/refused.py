@@ -1,12 +1,10 @@
 """Modules and tensors that no meta-gradient is computed with."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.parallel import is_data_parallel, processes
+from equigrad.parallel import is_data_parallel, mesh_of, processes
 
 
 def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
@@ -23,11 +21,13 @@ def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
             raise ProblemError(
                 f"{type(part).__name__} {name or 'itself'!r} is shared by {processes(part)} "
                 f"processes, and each would get a meta-gradient of its own data alone: its hooks "
-                f"average .grad, which equigrad never fills. Hand over the module inside "
-                f"(.module), and Bilevel(group=torch.distributed.group.WORLD)"
+                f"average .grad, which equigrad never fills, and those of FSDP compute with its "
+                f"own shards in the place of params that it is handed. Hand over the module before "
+                f"it is wrapped, and Bilevel(group=torch.distributed.group.WORLD)"
             )
         for local, p in part.named_parameters(recurse=False):
-            refuse_shards(f"{name}.{local}".lstrip("."), p)
+            if not data_parallel:
+                refuse_shards(f"{name}.{local}".lstrip("."), p)
 
 
 def refuse_tensor(name: str, tensor: Tensor) -> None:
@@ -48,13 +48,11 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
         why = f"has layout {tensor.layout}; call .to_dense() on it"
     if why is not None:
         raise ProblemError(f"{name} {why}")
-    refuse_shards(name, tensor)
 
 
 def refuse_shards(name: str, tensor: Tensor) -> None:
-    """Raise a `ProblemError` where a tensor lies on several processes (FSDP2's `DTensor`)."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is not None and mesh.size() > 1:
+    """Raise a `ProblemError` where a tensor lies on several processes (a `DTensor`)."""
+    if (mesh := mesh_of(tensor)) is not None:
         raise ProblemError(
             f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
             f"would settle its own; gather it with .full_tensor()"
