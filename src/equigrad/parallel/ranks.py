@@ -20,7 +20,6 @@ Params = Mapping[str, Tensor]
 STAMPS = 2**20
 """Evaluations are told apart by their number modulo this."""
 
-
 MOST_NAMED = 50
 """Ranks that are told apart where a loss is not finite; those beyond go by this number."""
 
