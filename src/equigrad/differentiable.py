@@ -16,7 +16,7 @@ from equigrad.errors import ConfigurationError, ProblemError, SettlingWarning
 from equigrad.estimators import Adjoint, Contrastive, Estimator, Reptile
 from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation, check_tensors
-from equigrad.fields import expect
+from equigrad.fields import expect, require
 from equigrad.gradient import check_settings
 from equigrad.problems import Bilevel, FixedPoint, Params, Problem
 from equigrad.problems.problem import Loss
@@ -237,6 +237,11 @@ class _Call:
             outer_loss=LinearLoss({n: torch.ones_like(p) for n, p in start.items()}),
             reaches=None if learned else {"inner": [*floats], "outer": []},
             **known,
+        )
+        require(
+            made.ranks.group is None,
+            f"{self.who} settles on one process, and a module that it calls is shared by several, "
+            f"each with data of its own: call meta_gradient, or settle the module itself, unwrapped",
         )
         begin = {n: learned.get(sources.get(n, ""), p.detach()) for n, p in start.items()}
         report = _Report()

@@ -14,7 +14,7 @@ from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation
-from equigrad.fields import expect
+from equigrad.fields import expect, require
 from equigrad.problems import Params, Problem
 from equigrad.results import MetaGradient, Settled
 from equigrad.solvers import Phase, Solver
@@ -72,8 +72,10 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         -2.0
     """
     expect(Problem, problem=problem)
-    expect(Solver, solver=solver)
-    check_settings(solver)
+    with problem.ranks.together():
+        expect(Solver, solver=solver)
+        check_settings(solver, problem)
+    problem.ranks.require_same(solver=solver)
     with (
         checkpoints_named(),
         Evaluation(problem, params, meta_params, solver=solver) as evaluation,
@@ -82,8 +84,8 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
         return Settled(
-            params=free.params,
-            buffers=evaluation.stage.named_buffers(free),
+            params=dict(evaluation.as_given(free.params, {})[0]),
+            buffers=evaluation.buffers(free),
             status="; ".join([str(free.phase), *evaluation.tally.notes]),
             phase=free.phase,
             _end=free,
@@ -161,16 +163,24 @@ def meta_gradient(
     """
     estimator = Contrastive() if estimator is None else estimator
     expect(Problem, problem=problem)
-    expect(Solver, solver=solver)
-    expect(Estimator, estimator=estimator)
-    check_settings(solver)
-    expect(MetaGradient | None, previous=previous)
-    before = None if previous is None else previous._onward(solver, estimator)
-    end = seed = None
-    if settled is not None:
-        expect(Settled, settled=settled)
-        settled._require(params=params, meta_params=meta_params)
-        end, seed = settled._for(solver), settled._seed
+    end = seed = before = None
+    with problem.ranks.together():
+        expect(Solver, solver=solver)
+        expect(Estimator, estimator=estimator)
+        check_settings(solver, problem)
+        expect(MetaGradient | None, previous=previous)
+        if previous is not None:
+            before = previous._onward(solver, estimator)
+        if settled is not None:
+            expect(Settled, settled=settled)
+            settled._require(params=params, meta_params=meta_params)
+            end, seed = settled._for(solver), settled._seed
+    problem.ranks.require_same(
+        solver=solver,
+        estimator=estimator,
+        settled=settled is not None,
+        previous=previous is not None,
+    )
     with (
         checkpoints_named(),
         Evaluation(problem, params, meta_params, end, seed, solver, before) as evaluation,
@@ -212,10 +222,11 @@ def estimated(
         _look(evaluation, solver, estimator, estimate.phases)
     outer_loss = evaluation.outer_loss(free).item()
     phases = tuple(settled.phase for settled in estimate.phases)
+    settled_params, grads = evaluation.as_given(free.params, estimate.grads)
     return MetaGradient(
-        grads=estimate.grads,
-        params=free.params,
-        buffers=evaluation.stage.named_buffers(free),
+        grads=dict(grads),
+        params=dict(settled_params),
+        buffers=evaluation.buffers(free),
         outer_loss=outer_loss,
         status=_status(phases, estimate.grads, evaluation.tally.notes),
         phases=phases,
@@ -245,10 +256,13 @@ def _look(
 
 @contextmanager
 def _explaining(evaluation: Evaluation) -> Iterator[None]:
-    """Say of a map that diverges what it does where it started."""
+    """Say of a map that diverges what it does where it started, and of ranks which did."""
     try:
         yield
     except SettlingError as error:
+        if evaluation.problem.ranks.unfinite:
+            where = ", ".join(map(str, evaluation.problem.ranks.unfinite))
+            raise SettlingError(f"{error} (the loss was not finite on rank {where})") from error
         if evaluation.problem.symmetric or error.__cause__ is not None:  # says what to do already
             raise
         raise diagnostics.contraction.explained(error, evaluation) from error
@@ -265,8 +279,13 @@ def _copies(tensors: Params) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def check_settings(solver: Solver) -> None:
+def check_settings(solver: Solver, problem: Problem | None = None) -> None:
     """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
+    require(
+        not solver.compile or problem is None or problem.ranks.size == 1,
+        "compile=True takes several steps by one function, which cannot speak to other processes "
+        "on the way; use compile=False",
+    )
     options = getattr(solver, "options", None)
     settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
     numbers = {f.name for f in fields(solver) if "float" in str(f.type)}

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Stream = Literal["inner", "outer"]
 
+RANKS_APART = 1_000_000_000_039
+"""Between the seeds of two ranks, whose examples have masks of their own; a prime number."""
+
 
 class CommonRandomness:
     """Makes evaluation t of a loss draw the same random numbers in every phase.
@@ -61,9 +64,9 @@ class CommonRandomness:
         """1 or -1, by the number that was drawn on entering."""
         return 1 if self.base % 2 else -1
 
-    def seed(self, stream: Stream, step: int) -> None:
-        """Seed the generators for evaluation `step` of the inner or the outer loss."""
-        seed = self.base + 2 * step + (stream == "outer")
+    def seed(self, stream: Stream, step: int, rank: int = 0) -> None:
+        """Seed the generators for evaluation `step` of the inner or the outer loss on a rank."""
+        seed = self.base + 2 * step + (stream == "outer") + RANKS_APART * rank
         torch.default_generator.manual_seed(seed)
         for device in self._devices:
             module = torch.get_device_module(device)

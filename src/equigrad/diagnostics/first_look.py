@@ -66,9 +66,10 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     problem, twice = evaluation.problem, _twice(evaluation, free, estimator)
     function = given(problem.function("inner"))
     maker = getattr(function, "made_by", function if problem.reaches is None else None)
-    if maker is None or _seen[twice].get(id(maker)) is maker:
+    known = maker is None or _seen[twice].get(id(maker)) is maker
+    if all(problem.ranks.gathered(known)):
         return
-    if look(evaluation, free, estimator):
+    if look(evaluation, free, estimator) and maker is not None:
         with suppress(TypeError):  # cannot be referred to weakly: is looked at again
             _seen[twice][id(maker)] = maker
 

@@ -3,20 +3,17 @@
 from contextlib import ExitStack
 from typing import Self
 
-from torch import nn
-
 from equigrad.evaluation import derivatives, phases
+from equigrad.evaluation.given import agreed_seed, check_given, gathered
 from equigrad.evaluation.reaches import find_reaches
 from equigrad.evaluation.scene import Judged, Scene
 from equigrad.evaluation.stage import Stage
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
-from equigrad.evaluation.tensors import check_samples, check_tensors
 from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import lower_precision, lowered
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import tracked
-from equigrad.wording import listed
 
 
 class Evaluation(Scene):
@@ -51,21 +48,16 @@ class Evaluation(Scene):
         solver: Solver | None = None,
         before: Settled | None = None,
     ) -> None:
-        check_tensors("params", params)
-        check_tensors("meta_params", meta_params)
-        if problem.samples:
-            check_samples(params)
+        there = gathered(problem, params, meta_params)
+        problem, params, meta_params = there.problem, there.params, there.meta_params
+        ranks, tally = problem.ranks, Tally()
+        with ranks.together():
+            check_given(problem, params, meta_params, tally)
+            start = Start(params, meta_params)
+        if ranks.group is not None:
+            seed = agreed_seed(problem, params, meta_params, seed, tally)
         given = [*params.values(), *meta_params.values()]
         lower, problem = lower_precision(given), lowered(problem, given)
-        start, tally = Start(params, meta_params), Tally()
-        frozen = [
-            n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad
-        ]
-        if frozen:
-            tally.note(
-                f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
-                f"settle all the same; leave them out of params to keep them"
-            )
         detached = {name: tracked(p).detach() for name, p in params.items()}
         constants = {name: tracked(m).detach() for name, m in meta_params.items()}
         tensors = [*detached.values(), *constants.values()]
@@ -93,6 +85,7 @@ class Evaluation(Scene):
             streams=tuple(streams),
             settled=settled,
             before=before,
+            layouts=there.layouts,
         )
 
     def __enter__(self) -> Self:

@@ -140,13 +140,27 @@ class _Trial:
     def __init__(
         self, problem: Problem, meta_params: Params, randomness: CommonRandomness, tally: Tally
     ) -> None:
-        self._problem, self._randomness, self._tally = problem, randomness, tally
+        self._ranks, self._problem = problem.ranks, problem.alone()
+        self._randomness, self._tally = randomness, tally
         self._meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
 
     def run(self, params: Params) -> dict[Stream, list[str]]:
-        """The meta-parameters that each function depends on."""
+        """The meta-parameters that each function depends on, on any rank."""
+        with self._ranks.together():
+            reached, moved = self._run(params)
+        said = self._ranks.gathered((reached, moved))
+        idle = sorted(set(params).difference(*(moved for _, moved in said)))
+        if idle:
+            self._tally.note(f"no loss depends on params {listed(idle)}")
+        return {
+            stream: [n for n in self._meta if any(n in theirs[stream] for theirs, _ in said)]
+            for stream in reached
+        }
+
+    def _run(self, params: Params) -> tuple[dict[Stream, set[str]], set[str]]:
+        """The same on this rank, and the params that a function depends on."""
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-        found: dict[Stream, list[str]] = {}
+        found: dict[Stream, set[str]] = {}
         moved: set[str] = set()
         streams: tuple[Stream, ...] = ("inner", "outer")
         for stream in streams:
@@ -155,14 +169,11 @@ class _Trial:
             for step in range(1, len(self._problem.batches(stream) or [None])):
                 if len(reached) < len(self._meta):
                     reached |= self._later_batch(stream, params, step)
-            found[stream] = [name for name in self._meta if name in reached]
+            found[stream] = reached
         if self._problem.regularizer is not None:
             penalty = self._problem.regularizer.penalty(leaves, self._meta)
             check_scalar("the regularizer", penalty)
-        idle = sorted(set(params) - moved)
-        if idle:
-            self._tally.note(f"no loss depends on params {listed(idle)}")
-        return found
+        return found, moved
 
     def _first_batch(self, stream: Stream, params: Params) -> tuple[set[str], set[str]]:
         """The params and the meta-parameters that a function depends on."""

@@ -13,6 +13,7 @@ from equigrad.evaluation.stage import Stage
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
 from equigrad.evaluation.tensors import like
+from equigrad.parallel import Layout
 from equigrad.problems import Params, Part, Problem, Velocity
 from equigrad.problems.held import held
 from equigrad.problems.streams import DrawnBatches
@@ -49,6 +50,7 @@ class Scene:
         settled: where the free phase has ended already, if it has.
         before: where an earlier one ended, whose solver state and step it goes on from, if any.
         lost: the samples that are held.
+        layouts: how φ and θ lay on processes when they were given.
     """
 
     problem: Problem
@@ -64,6 +66,7 @@ class Scene:
     settled: Settled | None = None
     before: Settled | None = None
     lost: Lost | None = None
+    layouts: tuple[Layout, Layout] = (Layout(), Layout())
 
     def at(self, params: Params, meta_params: Params) -> Self:
         """With other params to settle from, at other meta-parameters."""
@@ -110,6 +113,15 @@ class Scene:
         """
         meta = like(beta, self.meta_params)
         return self.problem.velocity_at(meta, beta, self.stage.randomness, force)
+
+    def buffers(self, at: Moment) -> dict[str, Tensor]:
+        """The modules' buffers as they were at a moment of a phase, by name; means over ranks."""
+        return self.problem.ranks.averaged(self.stage.named_buffers(at))
+
+    def as_given(self, params: Params, meta_params: Params) -> tuple[Params, Params]:
+        """Tensors like φ and like θ, as these lay on processes when they were given."""
+        params_there, meta_there = self.layouts
+        return params_there.laid_out(params), meta_there.laid_out(meta_params)
 
     def batch_steps(self, stream: Stream) -> range:
         """The steps that show every batch of a loss once."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from equigrad.fields import Rule
+from equigrad.parallel import ALONE, is_group
 from equigrad.problems.problem import (
     Batches,
     Loss,
@@ -53,9 +55,16 @@ class Bilevel(Problem):
         samples: the first dimension of every parameter is one of samples, whose losses do not
             depend on each other and are added up: solvers then work on, and phases report, each by
             itself.
+        group: the processes of `torch.distributed` that each have a share of the data, for example
+            `torch.distributed.group.WORLD`, with the same φ and θ on every one. Both losses are
+            then the means of what they are on each (equal shares, and means over a share, make it
+            one process with all the data), and results are the same on all. Not needed where a
+            module is wrapped by `DistributedDataParallel`, Accelerate or Fabric: its group counts.
+            None is one process. See docs/several-processes.md.
 
     Raises:
-        ProblemError: a loss is not callable, or batches are none that can be begun again.
+        ProblemError: a loss is not callable, batches are none that can be begun again, or a module
+            is wrapped twice or for another group.
 
     Example:
         >>> import torch, equigrad as eg
@@ -70,6 +79,7 @@ class Bilevel(Problem):
 
     energy: ClassVar[bool] = True
     symmetric: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     inner_loss: Loss
     outer_loss: Loss
@@ -79,6 +89,13 @@ class Bilevel(Problem):
     modules: tuple[nn.Module, ...] | None = None
     reaches: Mapping[Stream, Collection[str]] | None = None
     samples: bool = False
+    group: Annotated[
+        Any,
+        Rule(
+            "torch.distributed.group.WORLD, another group that this process is in, or None",
+            lambda group: group is None or is_group(group),
+        ),
+    ] = None
 
     def function(self, stream: Stream) -> Loss:
         """The inner or the outer loss."""
@@ -87,6 +104,26 @@ class Bilevel(Problem):
     def name(self, stream: Stream) -> str:
         """`inner_loss` or `outer_loss`."""
         return f"{stream}_loss"
+
+    def evaluate(
+        self,
+        stream: Stream,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> Any:
+        """The inner or outer loss of the batch of a step, without the regulariser; of all ranks."""
+        own = super().evaluate
+        if self.ranks is ALONE:
+            return own(stream, params, meta_params, step, randomness)
+        return self.ranks.mean(
+            lambda params, meta_params: own(stream, params, meta_params, step, randomness),
+            params,
+            meta_params,
+            name=self.name(stream),
+            stamp=2 * step + (stream == "outer"),
+        )
 
     def total_inner_loss(
         self,

@@ -29,10 +29,12 @@ def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
         return problem
     casts = _casts(tensors)
     given: Any = problem
-    return replace(
+    found = replace(
         given,
         **{problem.name(s): _wrapped(problem.function(s), casts) for s in ("inner", "outer")},
     )
+    object.__setattr__(found, "ranks", problem.ranks)
+    return found
 
 
 def lower_precision(tensors: Iterable[Tensor]) -> torch.dtype | None:

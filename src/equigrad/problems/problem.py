@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from equigrad.buffers import find_modules
 from equigrad.errors import ConfigurationError, EquigradError, ProblemError
 from equigrad.fields import Checked, Rule
+from equigrad.parallel import ALONE, Ranks, data_parallel, group_of, is_group
 from equigrad.problems.refused import refuse_call, refuse_module
 from equigrad.problems.streams import DrawnBatches, is_sequence, may_be_batches
 from equigrad.randomness import CommonRandomness, Stream
@@ -105,6 +107,7 @@ class Problem(Checked):
         energy: class attribute; whether there is a loss that settling minimises.
         symmetric: class attribute; whether the residual is its gradient, so that `∂r/∂φ` is a
             Hessian.
+        spreads: class attribute; whether several processes may each have a share of its data.
         samples: whether the parameters' first dimension is one of samples that settle on their own.
         outer_loss: judges the settled φ.
         regularizer: a further term of an inner loss, in closed form.
@@ -112,12 +115,17 @@ class Problem(Checked):
         outer_batches: mini-batches of the outer loss.
         modules: modules that the functions call.
         reaches: the meta-parameters that each function depends on.
+        group: the processes that its data are spread over, where that is possible.
+        ranks: those processes, or this one alone.
     """
 
     refusal: ClassVar[type[EquigradError]] = ProblemError
     energy: ClassVar[bool]
     symmetric: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False
     samples: bool = False
+    group: Any = None
+    ranks: Ranks = ALONE
 
     outer_loss: Loss
     regularizer: Regularizer | None = None
@@ -129,12 +137,33 @@ class Problem(Checked):
     def __post_init__(self) -> None:
         if isinstance(self.modules, Iterable):
             object.__setattr__(self, "modules", tuple(self.modules))
-        super().__post_init__()
         if self.modules is None:
             roots = (self.function("inner"), self.outer_loss, self.regularizer)
             object.__setattr__(self, "modules", find_modules(*roots))
-        for module in self.modules or ():
-            refuse_module(module)
+        try:
+            super().__post_init__()
+            for module in self.modules or ():
+                refuse_module(module, data_parallel=self.spreads)
+            wrapped = [part for module in self.modules or () for part in data_parallel(module)]
+            group = group_of(self.group, wrapped)
+        except EquigradError as error:
+            self._told(error)
+            raise
+        if group is not None:
+            object.__setattr__(self, "ranks", Ranks(group, tuple(wrapped)))
+
+    def _told(self, error: EquigradError) -> None:
+        """Tell ranks that may have made the same problem without an error."""
+        if is_group(self.group):
+            Ranks(group_of(self.group, ())).tell(error)
+
+    def alone(self) -> Self:
+        """The problem of this rank's share of the data."""
+        if self.ranks.group is None:
+            return self
+        own = copy(self)
+        object.__setattr__(own, "ranks", self.ranks.alone())
+        return own
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
@@ -264,7 +293,7 @@ class Problem(Checked):
     ) -> Any:
         """What the user's function says of the batch of a step, without the regulariser."""
         if randomness is not None:
-            randomness.seed(stream, step)
+            randomness.seed(stream, step, self.ranks.stream)
         function = self.function(stream)
         batches = self.inner_batches if stream == "inner" else self.outer_batches
         try:

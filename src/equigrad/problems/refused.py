@@ -8,27 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
+from equigrad.parallel import is_data_parallel, mesh_of, processes
 
 
-def refuse_module(module: nn.Module) -> None:
+def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
     """Raise a `ProblemError` where a module writes into its weights or belongs to many processes.
 
     Args:
         module: that a problem's functions call.
+        data_parallel: whether it may be wrapped by `DistributedDataParallel`.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
             _refuse_renormed(name, part)
-        if _processes(part) > 1:
+        if processes(part) > 1 and not (data_parallel and is_data_parallel(part)):
             raise ProblemError(
-                f"{type(part).__name__} {name or 'itself'!r} is shared by {_processes(part)} "
+                f"{type(part).__name__} {name or 'itself'!r} is shared by {processes(part)} "
                 f"processes, and each would get a meta-gradient of its own data alone: its hooks "
-                f"average .grad, which equigrad never fills. Hand over the module inside "
-                f"(.module), and average result.grads over processes "
-                f"(torch.distributed.all_reduce) before result.assign()"
+                f"average .grad, which equigrad never fills, and those of FSDP compute with its "
+                f"own shards in the place of params that it is handed. Hand over the module before "
+                f"it is wrapped, and Bilevel(group=torch.distributed.group.WORLD)"
             )
         for local, p in part.named_parameters(recurse=False):
-            refuse_shards(f"{name}.{local}".lstrip("."), p)
+            if not data_parallel:
+                refuse_shards(f"{name}.{local}".lstrip("."), p)
 
 
 def refuse_tensor(name: str, tensor: Tensor) -> None:
@@ -49,13 +52,11 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
         why = f"has layout {tensor.layout}; call .to_dense() on it"
     if why is not None:
         raise ProblemError(f"{name} {why}")
-    refuse_shards(name, tensor)
 
 
 def refuse_shards(name: str, tensor: Tensor) -> None:
-    """Raise a `ProblemError` where a tensor lies on several processes (FSDP2's `DTensor`)."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is not None and mesh.size() > 1:
+    """Raise a `ProblemError` where a tensor lies on several processes (a `DTensor`)."""
+    if (mesh := mesh_of(tensor)) is not None:
         raise ProblemError(
             f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
             f"would settle its own; gather it with .full_tensor()"
@@ -106,16 +107,3 @@ def _refuse_renormed(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
             f"gradient vanishes. Set max_norm=None and add a penalty on long rows to the inner "
             f"loss, or settle it as a FixedPoint whose map projects the rows"
         )
-
-
-def _processes(part: nn.Module) -> int:
-    """How many processes share what a wrapper of torch's own, or one made from it, holds."""
-    wraps = any(
-        kind.__module__.startswith(
-            ("torch.nn.parallel.distributed", "torch.distributed", "deepspeed")
-        )
-        for kind in type(part).__mro__
-    )
-    if not wraps or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 1
-    return torch.distributed.get_world_size(getattr(part, "process_group", None))

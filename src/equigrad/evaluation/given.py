@@ -1,0 +1,151 @@
+"""What an evaluation is given: checked here, and compared between ranks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from equigrad.errors import ProblemError
+from equigrad.evaluation.tally import Tally
+from equigrad.evaluation.tensors import check_samples, check_tensors
+from equigrad.parallel import (
+    Layout,
+    Likeness,
+    OnShards,
+    Ranks,
+    mesh_of,
+    meshes,
+    require_alike,
+    whole,
+)
+from equigrad.problems import Params, Problem
+from equigrad.problems.refused import refuse_shards
+from equigrad.randomness import Stream
+from equigrad.wording import listed
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an evaluation is given, with φ and θ in ordinary tensors.
+
+    Attributes:
+        problem: as a function of these.
+        params: φ.
+        meta_params: θ.
+        layouts: how φ and θ lay on processes.
+    """
+
+    problem: Problem
+    params: Params
+    meta_params: Params
+    layouts: tuple[Layout, Layout] = (Layout(), Layout())
+
+
+def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
+    """What was given, with tensors that lie on several processes put together on each.
+
+    Raises:
+        ProblemError: they lie on different meshes or on one of several dimensions; or the problem
+            is no `Bilevel`, has its data spread over processes as well, or learns where φ starts.
+    """
+    tensors = (params, meta_params)
+    if not all(isinstance(t, Mapping) for t in tensors):
+        return Given(problem, params, meta_params)  # to be refused in a moment
+    named = {n: t for part in tensors for n, t in part.items() if isinstance(t, Tensor)}
+    found = meshes(named.values())
+    if not found:
+        return Given(problem, params, meta_params)
+    if not problem.spreads:
+        for name, tensor in named.items():
+            refuse_shards(name, tensor)
+    kind = f"{listed([n for n, t in named.items() if mesh_of(t) is not None])}: DTensors"
+    if len(found) > 1 or found[0].ndim > 1:
+        raise ProblemError(f"{kind} have to lie on one mesh of one dimension, got {found}")
+    if problem.ranks.group is not None:
+        raise ProblemError(
+            f"{kind} have one loss on all processes, and group= or a data-parallel module says "
+            f"that each has its own; gather them with .full_tensor(), or leave group out"
+        )
+    learned = {id(m) for m in meta_params.values()}
+    if any(p.requires_grad and (not p.is_leaf or id(p) in learned) for p in params.values()):
+        raise ProblemError(
+            f"{kind} cannot be the start that is learned: gather params and meta_params with "
+            f".full_tensor()"
+        )
+    layouts = Layout.of(params, found[0]), Layout.of(meta_params, found[0])
+    streams: tuple[Stream, ...] = ("inner", "outer")
+    own = {problem.name(s): OnShards(problem.function(s), *layouts) for s in streams}
+    bilevel: Any = problem
+    together = replace(bilevel, **own)
+    object.__setattr__(together, "ranks", Ranks(found[0].get_group(), shares=False))
+    own_params, own_meta = ({n: whole(t.detach()) for n, t in part.items()} for part in tensors)
+    return Given(together, own_params, own_meta, layouts)
+
+
+def check_given(problem: Problem, params: Params, meta_params: Params, tally: Tally) -> None:
+    """Refuse φ and θ that cannot be settled or learned, and note what is odd about them.
+
+    Raises:
+        ProblemError: they are no finite tensors by name, or φ is empty; or φ is frozen where
+            several processes share a module.
+    """
+    check_tensors("params", params)
+    check_tensors("meta_params", meta_params)
+    if problem.samples:
+        check_samples(params)
+    frozen = [n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad]
+    if not frozen:
+        return
+    if problem.ranks.group is not None:
+        raise ProblemError(
+            f"params {listed(frozen)} are frozen (requires_grad=False) in their module, of which "
+            f"data-parallel wrappers keep no copies in step: call requires_grad_() on them before "
+            f"the module is wrapped, or leave them out of params"
+        )
+    tally.note(
+        f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
+        f"settle all the same; leave them out of params to keep them"
+    )
+
+
+def agreed_seed(
+    problem: Problem, params: Params, meta_params: Params, seed: int | None, tally: Tally
+) -> int:
+    """The seed of the first rank, once all ranks have been seen to be given the same.
+
+    Raises:
+        ProblemError: they have not.
+    """
+    streams: tuple[Stream, ...] = ("inner", "outer")
+    given = [*params.values(), *meta_params.values()]
+    mine = Likeness(
+        params=Likeness.marks(params),
+        meta_params=Likeness.marks(meta_params),
+        constants=Likeness.marks(Likeness.constants_of(problem.modules or (), given)),
+        batches={f"{s}_batches": len(problem.batches(s) or ()) for s in streams},
+        seed=int(torch.randint(2**62, ())) if seed is None else seed,
+        examples={s: examples for s in streams if (examples := _examples(problem.batches(s)))},
+    )
+    said = problem.ranks.gathered(mine)
+    require_alike(said)
+    for stream in streams:
+        sizes = [rank.examples.get(stream) for rank in said]
+        if len(set(sizes)) > 1:
+            tally.note(
+                f"ranks have mini-batches of {', '.join(map(str, sizes))} examples of "
+                f"{problem.name(stream)}: the mean of each counts alike, and so an example of a "
+                f"small one for more; multiply the loss by its share of all examples, times the "
+                f"number of ranks"
+            )
+    return said[0].seed
+
+
+def _examples(batches: object) -> int | None:
+    """How many examples the first mini-batch holds, where that can be seen."""
+    if not isinstance(batches, Sequence) or not batches:
+        return None
+    sizes = [len(t) for t in tree_leaves(batches[0]) if isinstance(t, Tensor) and t.ndim]
+    return sizes[0] if sizes else None

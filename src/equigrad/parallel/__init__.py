@@ -1,0 +1,29 @@
+"""The one seam to processes: each has a share of the data, and all have the same φ and θ."""
+
+from equigrad.parallel.likeness import Likeness, require_alike
+from equigrad.parallel.ranks import ALONE, Ranks
+from equigrad.parallel.shards import Layout, OnShards, mesh_of, meshes, whole
+from equigrad.parallel.wrappers import (
+    data_parallel,
+    group_of,
+    is_data_parallel,
+    is_group,
+    processes,
+)
+
+__all__ = [
+    "ALONE",
+    "Layout",
+    "Likeness",
+    "OnShards",
+    "Ranks",
+    "data_parallel",
+    "group_of",
+    "is_data_parallel",
+    "is_group",
+    "mesh_of",
+    "meshes",
+    "processes",
+    "require_alike",
+    "whole",
+]

@@ -1,0 +1,229 @@
+"""The processes that a problem's data are spread over."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from equigrad.errors import ConfigurationError, EquigradError, ProblemError, RunError
+from equigrad.parallel.sums import Gather, Spread, summed
+from equigrad.parallel.wrappers import inside
+
+T = TypeVar("T")
+Params = Mapping[str, Tensor]
+
+STAMPS = 2**20
+"""Evaluations are told apart by their number modulo this."""
+
+MOST_NAMED = 50
+"""Ranks that are told apart where a loss is not finite; those beyond go by this number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    r"""All processes that have the same φ and θ, and each its own share of the data.
+
+    The loss of all is the mean of theirs, `L = (1/n) Σ_r L_r`, and so is every derivative of it.
+    What passes through here comes out the same on all ranks, down to the last bit, so that each of
+    them decides alike; nothing else in the library knows of processes. With equal shares and losses
+    that are means, all of it is that of one process with all the data.
+
+    Attributes:
+        group: the processes; None for this one alone.
+        wrapped: data-parallel modules that the losses call. Their own hooks are passed by.
+        shares: whether each has data of its own, and not a part of the tensors; random numbers
+            then differ between ranks.
+        unfinite: the ranks whose loss was NaN or infinite first, since all were finite.
+    """
+
+    group: Any = None
+    wrapped: tuple[nn.Module, ...] = ()
+    shares: bool = True
+    unfinite: list[int] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process in the group, from 0."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def stream(self) -> int:
+        """The number of this rank's random numbers."""
+        return self.rank if self.shares else 0
+
+    def alone(self) -> "Ranks":
+        """This process without the others."""
+        return Ranks(None, self.wrapped)
+
+    def mean(
+        self,
+        loss: Callable[[Params, Params], Tensor],
+        params: Params,
+        meta_params: Params,
+        *,
+        name: str,
+        stamp: int,
+    ) -> Tensor:
+        """The mean of a loss over ranks, differentiable as often as the loss is.
+
+        Args:
+            loss: of `(params, meta_params)`, on this rank's share.
+            params: φ, the same on every rank.
+            meta_params: θ, the same on every rank.
+            name: what the loss is called.
+            stamp: which evaluation this is, the same on every rank.
+
+        Raises:
+            EquigradError: the loss fails on a rank. Its own error is raised there.
+            RunError: a rank is lost, or evaluates something else.
+        """
+        if self.group is None:
+            with inside(self.wrapped):
+                return loss(params, meta_params)
+        *tensors, zero = Spread.apply(self._reduce, *params.values(), *meta_params.values())
+        own = dict(zip(params, tensors, strict=False))
+        other = dict(zip(meta_params, tensors[len(own) :], strict=True))
+        wide = torch.promote_types(tensors[0].dtype, torch.float64)
+        error, mine = None, zero
+        try:
+            with inside(self.wrapped):
+                mine = loss(own, other)
+            if not (isinstance(mine, Tensor) and mine.ndim == 0):
+                found = getattr(mine, "shape", type(mine).__name__)
+                raise ProblemError(f"{name} must return a scalar, got {found}")
+        except Exception as raised:
+            error, mine = raised, zero
+        fate = [float(error is not None), stamp % STAMPS, 2.0 ** min(self.rank, MOST_NAMED)]
+        side = torch.tensor(fate, dtype=wide).to(mine.device)
+        side[2] *= ~torch.isfinite(mine.detach())
+        # the square has a gradient, and one of that, which lead to the other ranks
+        total, side = Gather.apply(self._reduce, mine.to(wide) + zero.to(wide).square(), side)
+        failed, stamps, unfinite = map(int, side.real.tolist())
+        if failed:
+            with self.together():
+                if error is not None:
+                    raise error
+        if stamps != self.size * (stamp % STAMPS):
+            raise RunError(f"{self._who} evaluates {name} while others do not. {OUT_OF_STEP}")
+        if not (unfinite and self.unfinite):  # those that began it; soon it is all of them
+            self.unfinite[:] = [rank for rank in range(self.size) if unfinite >> rank & 1]
+        return (total / self.size).to(mine.dtype)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong inside on one rank is raised on all; nothing inside may call others.
+
+        Raises:
+            EquigradError: of the same kind as on the rank that fails, which is named.
+            RunError: a rank is lost.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.tell(error)
+            raise
+        if self.group is not None:
+            _raise_first(self.gathered(None))
+
+    def tell(self, error: Exception) -> None:
+        """Say to ranks that are together that this one fails; returns once they have heard."""
+        if self.group is not None:
+            self.gathered(_described(error))
+
+    def gathered(self, mine: T) -> list[T]:
+        """What every rank has, in their order.
+
+        Args:
+            mine: anything that can be pickled.
+
+        Raises:
+            RunError: a rank is lost.
+        """
+        if self.group is None:
+            return [mine]
+        found: list[Any] = [None] * self.size
+        with self._reaching():
+            dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def require_same(self, **settings: object) -> None:
+        """Raise a `ConfigurationError` unless all ranks say the same of themselves.
+
+        Args:
+            settings: whatever decides what is computed; compared by their `repr`, without places
+                in memory.
+        """
+        if self.group is None:
+            return
+        said = self.gathered({n: re.sub(r" at 0x\w+", "", repr(s)) for n, s in settings.items()})
+        for rank, theirs in enumerate(said):
+            for name, value in theirs.items():
+                if value != said[0][name]:
+                    raise ConfigurationError(
+                        f"{name} is {said[0][name]} on rank 0, and {value} on rank {rank}: hand "
+                        f"the same one over on every rank"
+                    )
+
+    def averaged(self, tensors: Params) -> dict[str, Tensor]:
+        """The means of floating-point tensors over ranks, others as they are."""
+        floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
+        if self.group is None or not floats:
+            return dict(tensors)
+        means = [t / self.size for t in summed(self._reduce, list(floats.values()))]
+        return {**tensors, **dict(zip(floats, means, strict=True))}
+
+    @property
+    def _who(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+    def _reduce(self, flat: Tensor) -> None:
+        with self._reaching():
+            dist.all_reduce(flat, group=self.group)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Say it clearly where another rank does not answer."""
+        try:
+            yield
+        except RuntimeError as error:  # the base of all that torch.distributed raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{self._who} no longer reaches the others ({reason}). One of them failed, was "
+                f"killed, took longer than the timeout of the process group, or does something "
+                f"else: its own output says more. {OUT_OF_STEP}"
+            ) from error
+
+
+OUT_OF_STEP = (
+    "All ranks have to make the same calls in the same order, with the same solver and estimator, "
+    "on machines and with OMP_NUM_THREADS alike"
+)
+"""What keeps ranks in step."""
+
+ALONE = Ranks()
+"""One process."""
+
+
+def _described(error: Exception) -> tuple[type[EquigradError], str]:
+    """The kind of an error as others can raise it, and what it says."""
+    if isinstance(error, EquigradError):
+        return type(error), str(error)
+    return ProblemError, f"{type(error).__name__}: {error}"
+
+
+def _raise_first(failed: list[tuple[type[EquigradError], str] | None]) -> None:
+    """Raise the error of the first rank that has one."""
+    for rank, error in enumerate(failed):
+        if error is not None:
+            kind, said = error
+            raise kind(f"on rank {rank}: {said}")

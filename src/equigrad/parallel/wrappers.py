@@ -1,0 +1,106 @@
+"""Modules that belong to several processes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from equigrad.errors import ProblemError
+
+
+def is_group(value: object) -> bool:
+    """Whether this is a group of processes that this one is in."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def processes(part: nn.Module) -> int:
+    """How many processes share what a wrapper of torch's own, or one made from it, holds."""
+    wraps = any(
+        kind.__module__.startswith(
+            ("torch.nn.parallel.distributed", "torch.distributed", "deepspeed")
+        )
+        for kind in type(part).__mro__
+    )
+    if not wraps or not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size(getattr(part, "process_group", None))
+
+
+def is_data_parallel(part: nn.Module) -> bool:
+    """Whether this is a module in `DistributedDataParallel`, or in something made from it."""
+    return dist.is_available() and isinstance(part, nn.parallel.DistributedDataParallel)
+
+
+def data_parallel(module: nn.Module) -> list[Any]:
+    """The parts of a module that are wrapped by `DistributedDataParallel` over several processes.
+
+    Raises:
+        ProblemError: one is inside of another.
+    """
+    found: list[Any] = [p for p in module.modules() if is_data_parallel(p) and processes(p) > 1]
+    for part in found:
+        if any(inner is not part and inner in found for inner in part.modules()):
+            raise ProblemError(
+                f"{type(part).__name__} is around another {type(part).__name__}: the module was "
+                f"wrapped twice. Wrap it once"
+            )
+    return found
+
+
+def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
+    """The one group of processes that a problem belongs to; None if it is one process.
+
+    Args:
+        given: by the user, or None.
+        wrapped: the data-parallel modules that the problem calls.
+
+    Raises:
+        ProblemError: they belong to different groups.
+    """
+    groups = [group for group in (given, *(w.process_group for w in wrapped)) if group is not None]
+    ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
+    if len(ranks) > 1:
+        raise ProblemError(
+            f"the problem belongs to different groups of processes, {sorted(map(list, ranks))}: "
+            f"wrap all modules for the group that is handed over as group="
+        )
+    return groups[0] if groups and len(ranks.pop()) > 1 else None
+
+
+@contextmanager
+def inside(wrapped: Iterable[Any]) -> Iterator[None]:
+    """While data-parallel modules do no more than what is inside of them.
+
+    Their reducers wait for gradients to be accumulated, which never happens, and would send the
+    buffers of rank 0 around.
+    """
+    own = [(w, vars(w).get("forward")) for w in wrapped]
+    for w, _ in own:
+        w.forward = _Inside(w)
+    try:
+        yield
+    finally:
+        for w, forward in own:
+            if forward is None:
+                del w.forward
+            else:
+                w.forward = forward
+
+
+class _Inside:
+    """Calls what a data-parallel module has inside, on the device that it moves inputs to."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._module = wrapper.module
+        self._device = wrapper.device if wrapper.device_ids else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._device is not None:
+            args, kwargs = tree_map_only(Tensor, self._to_device, (args, kwargs))
+        return self._module(*args, **kwargs)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
