@@ -241,7 +241,7 @@ class _Call:
         require(
             made.ranks.group is None,
             f"{self.who} settles on one process, and a module that it calls is shared by several, "
-            f"each with data of its own: call meta_gradient, or settle the module itself, unwrapped",
+            f"each with data of its own: call meta_gradient, or settle the module unwrapped",
         )
         begin = {n: learned.get(sources.get(n, ""), p.detach()) for n, p in start.items()}
         report = _Report()
