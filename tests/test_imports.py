@@ -20,7 +20,7 @@ from helpers import call_main
 
 EXTRAS = {"pandas", "sklearn", "matplotlib", "ray", "rich", "tyro", "tensorboard"}
 
-MOST = 80
+MOST = 95
 """Modules of equigrad that a run of digits imports: all compute something in it."""
 
 LAZY = [
