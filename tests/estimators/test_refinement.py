@@ -91,7 +91,7 @@ MET = ("small-units", "large-units", "factors", "saddle", "jump", "batch-norm", 
 def test_hard_problems_are_met(name):
     """And a stricter tolerance is no worse."""
     errors = []
-    for rtol in (1e-1, 1e-3, 1e-5):
+    for rtol in (1e-2, 1e-5):
         error, result = measured(name, rtol)
         assert "not reached" not in result.status
         assert error <= stated(result) <= rtol
