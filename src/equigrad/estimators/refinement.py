@@ -32,6 +32,9 @@ BEND = 0.1
 AHEAD = 8
 """How much further the free phase is settled than the nudged ones."""
 
+MOST_NOISE = 0.05
+"""One-sided contrasts that differ by more than this do not do so by noise."""
+
 PATIENCE = 4
 """Levels in a row without any accuracy, before it is taken that the next ones will be, too."""
 
@@ -123,7 +126,8 @@ class Refinement:
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         best, apart = self.refined()
         if self.obstacle == "apart" and len(self.evaluation.batch_steps("outer")) == 1:
-            self.obstacle, self.by_force, self.share = None, False, FIRST_SHARE
+            self.obstacle, self.by_force = None, False
+            self.share, self.worth = FIRST_SHARE, 1.0
             other, apart = self.refined()
             best = min(best, other, key=Answer.by_error)
         if best.error <= self.rtol:
@@ -268,7 +272,7 @@ class Refinement:
             left,
             rounding,
             lopsided=relative(one_sided, grads),
-            noise=4 * (self.worth * left + rounding),
+            noise=min(4 * (self.worth * left + rounding), MOST_NOISE),
         )
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:

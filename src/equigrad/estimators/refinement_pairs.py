@@ -150,7 +150,7 @@ class Comparison:
         """1 for an answer without accuracy, 2 where its phases stay on two sides, 0 for others."""
         if self.error >= 1:
             return 1
-        return 2 if self.apart < self.sides / 10 else 0
+        return 2 if self.apart < self.sides / 10 and self.gain < math.inf else 0
 
 
 def enough(phase: Phase) -> Phase:
