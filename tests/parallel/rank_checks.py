@@ -556,6 +556,34 @@ def random_numbers() -> None:
 
 
 @check
+def lower_precision() -> None:
+    """Under autocast, gradients are added up in float32."""
+    grads = []
+    for engine in (plain, wrapped, alone):
+        net, group = engine()
+        net, (xs, ys, vs, ws) = net.float(), [t.float() for t in share(data(), engine)]
+        made = eg.Bilevel(
+            lambda p, m, net=net, xs=xs, ys=ys: (
+                (functional_call(net, p, (xs,)) - ys).square().mean()
+                + m["l"].exp() * sum(w.square().sum() for w in p.values())
+            ),
+            lambda p, m, net=net, vs=vs, ws=ws: (
+                (functional_call(net, p, (vs,)) - ws).square().mean()
+            ),
+            group=group,
+        )
+        params = {n: p.detach() for n, p in net.named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=engine is not alone):
+            found = compute(
+                made, params, {"l": torch.tensor(-1.0)}, estimator=eg.Contrastive(beta=0.5)
+            )
+        agree(found)
+        grads.append(found.grads["l"])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads[0], grads[2], rtol=0.05, atol=0)
+
+
+@check
 def batch_statistics() -> None:
     """Running means of batch normalisation are averaged, and the module is as it was."""
     net, (xs, *_) = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double(), data()
