@@ -30,7 +30,7 @@ class DoubleBackwardError(EquigradError, NotImplementedError):
 
 
 class RunError(EquigradError, OSError):
-    """A run's folder or checkpoint cannot be used."""
+    """A run's folder or checkpoint cannot be used, or one of several processes is lost."""
 
 
 class DataError(EquigradError, OSError):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from rank_checks import CHECKS, ENGINES, RANKS, world
+from rank_checks import world
+from rank_toolbox import CHECKS, ENGINES, RANKS
 
 from equigrad.estimators import ESTIMATORS
 

@@ -63,7 +63,7 @@ class Ranks:
 
     def alone(self) -> "Ranks":
         """This process without the others."""
-        return Ranks(None, self.wrapped)
+        return self if self.group is None else Ranks(None, self.wrapped)
 
     def mean(
         self,

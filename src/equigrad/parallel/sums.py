@@ -85,12 +85,12 @@ class Gather(torch.autograd.Function):
 
 
 def summed(reduce: AllReduce, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors added up over ranks, in one go for each dtype; in float32 at least."""
+    """Tensors added up over ranks, in one go for each dtype and device; in float32 at least."""
     dense = [(t.to_dense() if t.is_sparse else t).detach() for t in tensors]
-    wide = [torch.promote_types(t.dtype, torch.float32) for t in dense]
+    kinds = [(torch.promote_types(t.dtype, torch.float32), t.device) for t in dense]
     found = list(dense)
-    for dtype in dict.fromkeys(wide):
-        places = [i for i, w in enumerate(wide) if w == dtype]
+    for kind in dict.fromkeys(kinds):
+        places, dtype = [i for i, k in enumerate(kinds) if k == kind], kind[0]
         flat = torch.cat([dense[i].reshape(-1).to(dtype) for i in places])
         reduce(_real(flat))
         for i, part in zip(places, flat.split([dense[i].numel() for i in places]), strict=True):

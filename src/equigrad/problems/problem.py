@@ -115,8 +115,7 @@ class Problem(Checked):
         outer_batches: mini-batches of the outer loss.
         modules: modules that the functions call.
         reaches: the meta-parameters that each function depends on.
-        group: the processes that its data are spread over, where that is possible.
-        ranks: those processes, or this one alone.
+        group: processes that its data are spread over; `ranks` are these, or this one alone.
     """
 
     refusal: ClassVar[type[EquigradError]] = ProblemError
@@ -147,21 +146,15 @@ class Problem(Checked):
             wrapped = [part for module in self.modules or () for part in data_parallel(module)]
             group = group_of(self.group, wrapped)
         except EquigradError as error:
-            self._told(error)
+            if is_group(self.group):  # ranks may have made the same problem without an error
+                Ranks(group_of(self.group, ())).tell(error)
             raise
         if group is not None:
             object.__setattr__(self, "ranks", Ranks(group, tuple(wrapped)))
 
-    def _told(self, error: EquigradError) -> None:
-        """Tell ranks that may have made the same problem without an error."""
-        if is_group(self.group):
-            Ranks(group_of(self.group, ())).tell(error)
-
     def alone(self) -> Self:
         """The problem of this rank's share of the data."""
-        if self.ranks.group is None:
-            return self
-        own = copy(self)
+        own = self if self.ranks.group is None else copy(self)
         object.__setattr__(own, "ranks", self.ranks.alone())
         return own
 
