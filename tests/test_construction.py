@@ -102,8 +102,8 @@ def test_a_problem_says_it_with_its_own_error():
         kind(inner=loss, outer_loss=loss)
     with pytest.raises(eg.ProblemError, match="was given 'inner_loss' twice"):
         kind(loss, loss, inner_loss=loss)
-    with pytest.raises(eg.ProblemError, match="takes 7 arguments without a name, got 5"):
-        kind(loss, loss, None, None, None, None, None, 5)
+    with pytest.raises(eg.ProblemError, match="takes 9 arguments without a name, got 5"):
+        kind(loss, loss, *[None] * 5, False, None, 5)
 
 
 def test_other_errors_are_those_of_the_users_class():

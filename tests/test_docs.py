@@ -24,6 +24,7 @@ NOT_RUN = {
     "energy-based-networks.md": "run by a test of its own below",
     "few-shot.md": "needs a folder of a run, and is run below",
     "representation.md": "needs a folder of a run",
+    "several-processes.md": "needs processes that torchrun joins",
     "speed.md": "compiles for half a minute; tests of compiled steps run the like",
 }
 

@@ -233,7 +233,12 @@ def network(seed=0):
     "solver",
     [
         eg.GradientDescent(lr=0.05, momentum=0.9),
-        eg.TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-2}),
+        eg.TorchOptimizer(
+            optimizer=torch.optim.Adam,
+            options={"lr": 1e-2},
+            scheduler=lambda adam: torch.optim.lr_scheduler.ExponentialLR(adam, 0.9),
+            accumulate=3,
+        ),
     ],
     ids=["momentum", "adam"],
 )

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,24 @@ class TrainingRun:
             group.update({name: value for name, value in other.items() if name != "params"})
         self._schedule.load_state_dict(copy.deepcopy(previous._schedule.state_dict()))
         self._peak = previous._peak
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, to go on from in another process."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
+            "peak": self._peak,
+            "waiting": self._waiting,
+            "gathered": self._gathered,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
+        self._peak, self._gathered = state["peak"], state["gathered"]
+        self._waiting = list(state["waiting"])
 
     def gather(self, velocity: tuple[Tensor, ...], batches: int) -> tuple[Tensor, ...] | None:
         """The mean of as many velocities as make a step; None while there are fewer."""

@@ -59,7 +59,7 @@ class Carriage:
             with torch.no_grad():
                 for name, tensor in state.tensors.items():
                     tensor.copy_(kept["tensors"][name])
-            if isinstance(state.memory, torch.optim.Optimizer):
+            if hasattr(state.memory, "load_state_dict"):
                 state.memory.load_state_dict(kept["memory"])
             else:
                 state.memory = kept["memory"]
@@ -244,4 +244,4 @@ def _moment(state: State) -> Moment:
 
 
 def _told(memory: Any) -> Any:
-    return memory.state_dict() if isinstance(memory, torch.optim.Optimizer) else memory
+    return memory.state_dict() if hasattr(memory, "state_dict") else memory
