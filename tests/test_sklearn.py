@@ -18,7 +18,7 @@ from equigrad.errors import SettlingWarning
 from equigrad.sklearn import StrengthLearningClassifier, StrengthLearningRegressor
 from equigrad.training.strengths import SINGLE_STRENGTHS
 
-SHORT = {"hidden": (8,), "outer_steps": 1, "inner_steps": 60, "lr": 0.1, "nudged_steps": 5}
+SHORT = {"hidden": (8,), "outer_steps": 1, "inner_steps": 60, "nudged_steps": 5}
 SHORT |= {"initial_strength": 1e-3}
 
 

@@ -37,6 +37,7 @@ class OuterState:
         history: a row an outer step.
         copies: further values of θ worth keeping (an average, for example), by what they are.
         ends: whether the step under way is the last.
+        stopped: whether a callback has ended the loop.
     """
 
     meta_params: dict[str, Tensor]
@@ -50,6 +51,7 @@ class OuterState:
     history: list[Row] = field(default_factory=list)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     ends: bool = False
+    stopped: bool = False
 
     @property
     def share(self) -> float:
@@ -70,6 +72,7 @@ class OuterState:
             "seconds": self.seconds,
             "history": self.history,
             "copies": self.copies,
+            "stopped": self.stopped,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -94,6 +97,7 @@ class OuterState:
         self.gradient_evaluations = state["gradient_evaluations"]
         self.seconds = state["seconds"]
         self.history = list(state["history"])
+        self.stopped = state.get("stopped", False)
         self.copies = {
             what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
             for what, copy in state["copies"].items()
@@ -117,7 +121,7 @@ class Callback:
         """Before the first step of this sitting; the place to load a checkpoint."""
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """After an outer step; its row is `state.history[-1]`."""
+        """After an outer step; its row is `state.history[-1]`. May set `state.stopped`."""
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
         """After the last step, or when the loop is left by an error or by Ctrl-C."""
@@ -261,7 +265,7 @@ def descend(
     try:
         for callback in callbacks:
             callback.on_start(state)
-        state.ends = state.step >= steps or state.seconds >= limit
+        state.ends = state.stopped or state.step >= steps or state.seconds >= limit
         while not state.ends:
             began = time.perf_counter()
             result = gradient(state)
@@ -279,6 +283,7 @@ def descend(
             state.step += 1
             for callback in callbacks:
                 callback.on_step(state, result)
+            state.ends = state.ends or state.stopped
     except BaseException as caught:
         error = caught
         raise

@@ -14,7 +14,7 @@ from equigrad.estimators import Contrastive, Estimator, LeastControl
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
-from equigrad.solvers import GradientDescent, Phase, Solver
+from equigrad.solvers import Phase, Solver
 from equigrad.training.loop import Callback, OuterState, learn
 from equigrad.training.split import Split
 
@@ -29,15 +29,15 @@ class Recipe:
     Attributes:
         estimator: of the meta-gradient.
         solver: how the network learns: the free phase, from the same start each time.
-        outer_lr: Adam's step size on the strengths.
+        outer_lr: step size on the strengths.
     """
 
     estimator: Estimator
-    solver: GradientDescent
+    solver: Solver
     outer_lr: float
 
 
-def with_nudged(rule: Estimator, solver: GradientDescent, steps: int) -> Estimator:
+def with_nudged(rule: Estimator, solver: Solver, steps: int) -> Estimator:
     """The rule, with nudged or controlled phases of so many steps unless it says how they settle.
 
     Args:

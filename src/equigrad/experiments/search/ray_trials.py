@@ -18,7 +18,6 @@ from ray.tune.schedulers import ASHAScheduler
 from equigrad.errors import RunError
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.search.trials import Search, Trial
-from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.gradient import MetaGradient
 from equigrad.training import Callback, Checkpoint, JsonLines, OuterState
 
@@ -161,7 +160,7 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
             identity=directory.identity,
         )
         log = JsonLines(trial.folder / "metrics.jsonl")
-        trainer, watchers = StrengthTrainer(config, config.seed), [checkpoint, log, Report()]
+        trainer, watchers = config.trainer(config.seed), [checkpoint, log, Report()]
         _, row = trainer.learn(config.estimator, watchers)
     except Exception as error:
         (trial.folder / "error.txt").write_text(traceback.format_exc())

@@ -27,7 +27,7 @@ from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
 from equigrad.fields import Count, CountFrom0, NotNegative, Positive, require
 from equigrad.problems import Params
-from equigrad.solvers import GradientDescent
+from equigrad.solvers import Solver
 from equigrad.training import (
     Callback,
     pick_device,
@@ -36,7 +36,6 @@ from equigrad.training import (
 from equigrad.training.files import save_tensors
 from equigrad.training.split import Split
 from equigrad.training.strengths import (
-    SINGLE_STRENGTHS,
     Learned,
     Recipe,
     StrengthLearner,
@@ -132,6 +131,10 @@ class StrengthLearning(Experiment, ABC):
         """What `equigrad predict` needs; None where there is nothing to ask."""
         return None
 
+    def trainer(self, seed: int) -> "StrengthTrainer":
+        """What learns, with the data of a seed."""
+        return StrengthTrainer(self, seed)
+
     def another(self, name: EstimatorName) -> Estimator:
         """An estimator that is neither the contrastive rule nor T1–T2."""
         return self.other or OTHERS[name]()
@@ -152,7 +155,7 @@ class LearningAlike(StrengthLearning):
     outer_lr: Positive
     """Adam's step size."""
 
-    solver: GradientDescent
+    solver: Solver
     """How the network learns: the free phase, from the same start each time."""
 
     contrastive: Contrastive
@@ -204,17 +207,18 @@ class StrengthTrainer(StrengthLearner):
             metrics[f"validation_{score}"], metrics[f"test_{score}"], gradient_evaluations, seconds
         )
 
-    def single(self, strengths: Sequence[float]) -> tuple[ScoreAndCost, float]:
+    def one_strength(self, *strengths: float) -> tuple[ScoreAndCost, float]:
         """The best of some single strengths, chosen by the validation data."""
         began = time.perf_counter()
-        best, strength = self.best_single(self.config.recipe("contrastive").solver, strengths)
+        solver = self.config.recipe("contrastive").solver
+        best, strength = self.best_single(solver, *([strengths] if strengths else []))
         seconds = time.perf_counter() - began
         return self.row(best.metrics, best.gradient_evaluations, seconds), strength
 
     def baselines(self) -> dict[str, Any]:
         """No regularisation, and the best single strength: rows as JSON has them."""
-        unregularised, _ = self.single([0.0])
-        single, strength = self.single(SINGLE_STRENGTHS)
+        unregularised, _ = self.one_strength(0.0)
+        single, strength = self.one_strength()
         rows = {"unregularised": vars(unregularised), "single": vars(single)}
         return {"rows": rows, "best_single_strength": strength}
 
@@ -291,7 +295,7 @@ def learn_strengths(
     rows: dict[str, list[ScoreAndCost]] = {}
     target: Target = Classes()
     for seed in seeds:
-        trainer = StrengthTrainer(config, seed)
+        trainer = config.trainer(seed)
         target = trainer.split.target
         folder = out if whole is None else out / f"seed-{seed}"
         directory = RunDirectory(folder, trainer.config, resume=resume)
