@@ -101,7 +101,7 @@ def one_split(config: Tabular, seed: int) -> list[tuple[float, float]]:
     return [
         of_sklearn(split, mlp),
         (single.test, halfway - began),
-        (learned.test, ended - halfway),
+        (learned.test, ended - began),
         of_sklearn(split, trees(random_state=seed)),
     ]
 

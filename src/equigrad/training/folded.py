@@ -23,7 +23,7 @@ from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearne
 FIRST = 0.01
 """The single strength that is tried first."""
 
-WARM_STEPS = 30
+WARM_STEPS = 20
 """Steps in which networks that have settled follow strengths that have changed a little."""
 
 PATIENCE = 2
@@ -32,7 +32,7 @@ PATIENCE = 2
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
-SOLVER = LBFGS(max_steps=200, tol=0.01, history=20)
+SOLVER = LBFGS(max_steps=100, tol=0.01, history=20)
 """How networks learn unless told otherwise."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
@@ -48,12 +48,14 @@ class Single:
         strength: the best of those that were tried.
         loss: of the rows that are held out.
         gradient_evaluations: that all of them took.
+        seconds: likewise.
     """
 
     params: dict[str, Tensor]
     strength: float
     loss: float
     gradient_evaluations: int
+    seconds: float = 0.0
 
 
 class FoldedLearner(StrengthLearner):
@@ -196,14 +198,23 @@ class FoldedLearner(StrengthLearner):
                 as it gets better, then stronger ones, then half a decade to both sides. Each begins
                 where its neighbour has settled.
         """
-        with self._seeded():
-            if strengths:
-                tried = [self._try(solver, strength, self.start) for strength in strengths]
-                return min(tried, key=lambda single: single.loss)
-            best = self._try(solver, FIRST, self.start)
-            for factor in (0.1, 10.0, 10**-0.5, 10**0.5):
-                best = self._follow(solver, best, factor)
-            return best
+        key = (solver, *strengths)
+        if key not in self._searched:
+            began = time.perf_counter()
+            with self._seeded():
+                best = self._try(solver, next(iter(strengths), FIRST), self.start)
+                for strength in strengths[1:]:
+                    other = self._try(solver, strength, self.start)
+                    best = min(best, other, key=lambda single: single.loss)
+                for factor in () if strengths else (0.1, 10.0, 10**-0.5, 10**0.5):
+                    best = self._follow(solver, best, factor)
+            self._searched[key] = replace(best, seconds=time.perf_counter() - began)
+        return self._searched[key]
+
+    @cached_property
+    def _searched(self) -> dict[tuple[Solver | float, ...], Single]:
+        """What a search has found, which several estimators start at."""
+        return {}
 
     def _try(self, solver: Solver, strength: float, start: Params) -> Single:
         params, cost, _ = self.settled(solver, strength, start, self.folds.train)
@@ -257,7 +268,6 @@ class FoldedLearner(StrengthLearner):
             callbacks: watch the outer loop.
             watched: whether the test rows are looked at after every outer step.
         """
-        began = time.perf_counter()
         single = self.single(recipe.solver, () if initial_strength is None else (initial_strength,))
         synapse = ComplexSynapse(self.network, strength=single.strength, positivity="log")
         meta_params = synapse.meta_params()
@@ -270,7 +280,6 @@ class FoldedLearner(StrengthLearner):
             found = {"stop_loss": self.loss(params, self.folds.stop), **self.held_out(params)}
             return found | (self.tested(params) if watched else {})
 
-        searching = time.perf_counter() - began
         with self._seeded():
             state = learn(
                 self.problem_of(synapse, self.folds.train, self.folds.judge),
@@ -288,7 +297,11 @@ class FoldedLearner(StrengthLearner):
             best = synapse.strengths(state.copies[BEST])
             params, cost, _ = self.settled(following, best, state.params, self.folds.train)
         network = self.refit(recipe.solver, best, params)
+        compared = None
+        if initial_strength is None:
+            worth = self.refit(recipe.solver, single.strength, single.params).metrics
+            compared = {"strength": single.strength, **worth}
         evaluations = single.gradient_evaluations + state.gradient_evaluations
         evaluations += cost + network.gradient_evaluations
-        seconds = searching + state.seconds + time.perf_counter() - began
-        return Learned(state, network, best, evaluations, seconds)
+        seconds = single.seconds + state.seconds + time.perf_counter() - began
+        return Learned(state, network, best, evaluations, seconds, compared)

@@ -80,6 +80,8 @@ class Learned:
         strengths: λ by name of the weight.
         gradient_evaluations: that all of it took.
         seconds: that all of it took.
+        single: where the search for the best single strength was part of it, that strength and
+            what it is worth.
     """
 
     state: OuterState
@@ -87,6 +89,7 @@ class Learned:
     strengths: dict[str, Tensor]
     gradient_evaluations: int
     seconds: float
+    single: dict[str, float] | None = None
 
 
 class StrengthLearner:
@@ -208,10 +211,11 @@ class StrengthLearner:
             watched: whether metrics are taken at every outer step; a look at many test rows may
                 cost as much as the step.
         """
-        began, searched = time.perf_counter(), 0
+        began, searched, single = time.perf_counter(), 0, None
         if initial_strength is None:
             best, initial_strength = self.best_single(recipe.solver)
             searched = best.gradient_evaluations
+            single = {"strength": initial_strength, **best.metrics}
         synapse = ComplexSynapse(self.network, strength=initial_strength)
         meta_params = synapse.meta_params()
         with self._seeded():
@@ -234,7 +238,7 @@ class StrengthLearner:
         evaluations = searched + state.gradient_evaluations + network.gradient_evaluations
         seconds = searching + state.seconds + time.perf_counter() - began
         strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
-        return Learned(state, network, strengths, evaluations, seconds)
+        return Learned(state, network, strengths, evaluations, seconds, single)
 
 
 def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch.nn import Module
 
@@ -16,6 +16,9 @@ from equigrad.training.split import Split
 @dataclass(frozen=True, kw_only=True)
 class OwnData(LearningAlike):
     """Data that the user brings, and how they are divided."""
+
+    tuning_seed: ClassVar[int] = 0
+    """Of a search: a run of the same seed has held back the same test rows."""
 
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""

@@ -86,7 +86,7 @@ class Tabular(OwnData):
     contrastive: Contrastive = RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    nudged_steps: Count = 20
+    nudged_steps: Count = 10
     """Steps of each nudged phase."""
 
     @classmethod
