@@ -1,6 +1,5 @@
 """Estimators of scikit-learn: networks whose every weight learns how strongly it is held back."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equigrad.errors import DataError, SettlingWarning
+from equigrad.errors import DataError
 from equigrad.estimators import Estimator
 from equigrad.fields import CountFrom0, CountFrom2, Positive, expect
 from equigrad.nn import tanh_network
@@ -18,7 +17,7 @@ from equigrad.training.folded import RULE, SOLVER, FoldedLearner
 from equigrad.training.folds import Folds
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.split import Split
-from equigrad.training.strengths import Learned, Recipe, with_nudged
+from equigrad.training.strengths import Recipe, with_nudged
 from equigrad.training.targets import Classes, Numbers, Target
 
 try:
@@ -82,8 +81,8 @@ class StrengthLearning(BaseEstimator):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 100,
-        tol: float = 0.01,
+        inner_steps: int = 200,
+        tol: float = 1e-3,
         beta: float = 0.1,
         nudged_steps: int = 10,
         estimator: Estimator | None = None,
@@ -157,22 +156,11 @@ class StrengthLearning(BaseEstimator):
         )
         committee.double().load_state_dict(named_by_member(learned.network.params))
         self.network_ = committee
-        self._keep(learned, target)
-        return self
-
-    def _keep(self, learned: Learned, target: Target) -> None:
-        """What was learned, as attributes."""
-        if learned.network.phase.failed:
-            warnings.warn(
-                f"the network that learned with the strengths did not: {learned.network.phase}; "
-                f"lower outer_lr",
-                SettlingWarning,
-                stacklevel=4,
-            )
         self.strengths_ = {name: s.numpy() for name, s in learned.strengths.items()}
         score = learned.network.metrics[f"validation_{target.score}"]
         self.validation_score_ = score / 100 if isinstance(target, Classes) else score
         self.history_ = learned.state.history
+        return self
 
     def _inputs(self, x: np.ndarray) -> Tensor:
         return torch.as_tensor((x - self.mean_) / self.scale_)
@@ -222,8 +210,8 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 100,
-        tol: float = 0.01,
+        inner_steps: int = 200,
+        tol: float = 1e-3,
         beta: float = 0.1,
         nudged_steps: int = 10,
         estimator: Estimator | None = None,

@@ -23,7 +23,7 @@ from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearne
 FIRST = 0.01
 """The single strength that is tried first."""
 
-WARM_STEPS = 20
+WARM_STEPS = 30
 """Steps in which networks that have settled follow strengths that have changed a little."""
 
 PATIENCE = 2
@@ -32,7 +32,7 @@ PATIENCE = 2
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
-SOLVER = LBFGS(max_steps=100, tol=0.01, history=20)
+SOLVER = LBFGS(max_steps=200, tol=1e-3, history=20)
 """How networks learn unless told otherwise."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
