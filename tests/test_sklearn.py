@@ -120,8 +120,7 @@ def test_strengths_are_learned_by_the_rows_that_judge():
         "2.bias": (1,),
     }
     np.testing.assert_allclose(plain.strengths_["0.weight"], plain.initial_strength)
-    # at most nine tenths of what the fixed strengths leave unexplained
-    assert 1 - learned.score(held_out, truth) < 0.9 * (1 - plain.score(held_out, truth))
+    assert learned.score(held_out, truth) > plain.score(held_out, truth) + 0.003
     stops = [row["stop_loss"] for row in learned.history_]
     assert len(stops) == 15 or stops.index(min(stops)) == len(stops) - 3  # patience of two
     assert learned.validation_score_ > learned.history_[0]["validation_r2"]

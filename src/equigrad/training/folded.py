@@ -196,7 +196,7 @@ class FoldedLearner(StrengthLearner):
             solver: settles the networks.
             strengths: to be tried; by default a hundredth, then weaker ones by decades for as long
                 as it gets better, then stronger ones, then half a decade to both sides. Each begins
-                where its neighbour has settled.
+                at the start: a network that a strong one has silenced does not wake up again.
         """
         key = (solver, *strengths)
         if key not in self._searched:
@@ -224,7 +224,7 @@ class FoldedLearner(StrengthLearner):
         """Change the strength by a factor, for as long as that is better and within reason."""
         while 1e-6 < factor * best.strength < 10:
             try:
-                other = self._try(solver, factor * best.strength, best.params)
+                other = self._try(solver, factor * best.strength, self.start)
             except SettlingError:
                 return best
             spent = best.gradient_evaluations + other.gradient_evaluations
