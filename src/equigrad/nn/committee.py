@@ -1,6 +1,6 @@
 """Networks that are asked together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,6 @@ def tanh_committee(inputs: int, hidden: Sequence[int], outputs: int, members: in
     return Committee([tanh_network(inputs, hidden, outputs) for _ in range(members)])
 
 
-def named_by_member(params: dict[str, Tensor]) -> dict[str, Tensor]:
+def named_by_member(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of networks side by side, of shape members × …, by a committee's names."""
     return {f"members.{k}.{n}": each for n, p in params.items() for k, each in enumerate(p)}

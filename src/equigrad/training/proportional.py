@@ -31,7 +31,7 @@ class ProportionalDescent(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Move; nothing moves where the gradient is zero."""
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]

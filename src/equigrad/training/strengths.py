@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
 """Strengths that are tried where one is to serve all weights."""
 
 
+Settling = TypeVar("Settling", bound=Solver)
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Generic[Settling]):
     """How an estimator learns the strengths.
 
     Attributes:
@@ -33,7 +37,7 @@ class Recipe:
     """
 
     estimator: Estimator
-    solver: Solver
+    solver: Settling
     outer_lr: float
 
 

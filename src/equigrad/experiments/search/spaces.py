@@ -173,7 +173,7 @@ SPACES: dict[tuple[str, str], Space] = {
             "contrastive.beta": one_of(0.03, 0.1, 0.3),
             "outer_lr": one_of(0.2, 0.5, 1.0),
             "nudged_steps": one_of(10, 20, 50),
-            "hidden": one_of((64,), (64, 64), (32, 32), (128, 128)),
+            "folds": one_of(2, 3, 5),
         },
         trials=20,
     ),
@@ -181,7 +181,7 @@ SPACES: dict[tuple[str, str], Space] = {
         "equigrad's own space",
         {
             "outer_lr": one_of(0.2, 0.5, 1.0),
-            "hidden": one_of((64,), (64, 64), (32, 32), (128, 128)),
+            "folds": one_of(2, 3, 5),
         },
     ),
     ("digits", "t1t2"): Space(

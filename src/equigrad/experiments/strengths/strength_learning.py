@@ -274,7 +274,7 @@ class StrengthTrainer(StrengthLearner):
             inputs=self.split.inputs,
         )
         published = self.config.published(name)
-        more = {} if learned.single is None else {"single_strength": learned.single}
+        more: dict[str, Any] = {} if learned.single is None else {"single_strength": learned.single}
         if self.split.encoding is not None:
             more["data"] = self.split.note.splitlines()
         return more | {

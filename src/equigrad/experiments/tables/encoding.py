@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import DataError
-from equigrad.experiments.tables.reading import Decimal, Table, as_numbers, holds_numbers, of_each
+from equigrad.experiments.tables.reading import (
+    Decimal,
+    Series,
+    Table,
+    as_numbers,
+    holds_numbers,
+    of_each,
+)
 from equigrad.training.names import name_of
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.targets import Classes, Numbers, Target
 from equigrad.wording import counted, listed, shortened
-
-if TYPE_CHECKING:
-    from pandas import Series
 
 MOST_CATEGORIES = 50
 """Of a column; the rarer ones share an input."""
@@ -241,7 +245,7 @@ def fit(
     return Encoding(tuple(found.columns), target, table.decimal), found.said
 
 
-def same(values: "Series", others: "Series") -> bool:
+def same(values: Series, others: Series) -> bool:
     """Whether two columns have the same values; the first rows tell most apart."""
     first = zip(values.head(9), others.head(9), strict=True)
     return all(_name(a) == _name(b) for a, b in first) and names_of(values).equals(names_of(others))
@@ -286,7 +290,7 @@ def fit_numbers(table: Table, name: str, found: Findings) -> None:
 
 
 def standardising(
-    numbers: "Series", name: str, source: str, part: str = "", form: str = ""
+    numbers: Series, name: str, source: str, part: str = "", form: str = ""
 ) -> Numeric:
     """What turns numbers into an input of zero mean and unit variance."""
     values = torch.from_numpy(numbers.to_numpy(copy=True))
@@ -295,13 +299,13 @@ def standardising(
     return Numeric(name, mean.item(), scale.item(), median, bool(gone.any()), part, form)
 
 
-def counts_rows(numbers: "Series") -> bool:
+def counts_rows(numbers: Series) -> bool:
     """Whether numbers are those of the rows: one more from each row of the file to the next."""
     places = numbers.to_numpy() - numbers.index.to_numpy()
     return len(places) > 20 and bool((places == places[0]).all())
 
 
-def date_form(values: "Series") -> str:
+def date_form(values: Series) -> str:
     """How the dates of a column are written; empty where they are none."""
     there = values.dropna()
     if there.empty or not there.astype(str).str.contains(r"\d[-/.:]\d").all():
@@ -310,17 +314,17 @@ def date_form(values: "Series") -> str:
     return next(fitting, "")
 
 
-def read_dates(values: "Series", form: str) -> "Series":
+def read_dates(values: Series, form: str) -> Series:
     """Times, missing where they are not written that way."""
     import pandas as pd
 
-    def parsed(texts: "Series") -> "Series":
+    def parsed(texts: Series) -> Series:
         return pd.to_datetime(texts.astype("string"), format=form, errors="coerce", utc=True)
 
     return of_each(values, parsed)
 
 
-def part_of(times: "Series", part: str) -> "Series":
+def part_of(times: Series, part: str) -> Series:
     """A part of times as numbers."""
     return getattr(times.dt, PARTS[part]).astype("float64")
 
@@ -360,7 +364,7 @@ def fit_categories(table: Table, name: str, found: Findings) -> None:
     found.columns.append(Categorical(name, tuple(sorted(frequent.index)), rare=len(rare) > 0))
 
 
-def names_of(values: "Series") -> "Series":
+def names_of(values: Series) -> Series:
     """Values as names of categories, empty where missing; a number has one name in any writing."""
     return of_each(values, lambda unique: unique.map(_name).astype(object)).fillna("")
 
@@ -411,12 +415,12 @@ def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Table,
     return Classes(tuple(names)), rows, torch.tensor(kept.map(place).to_numpy()), [said, *notes]
 
 
-def _frequent(texts: "Series") -> "Series":
+def _frequent(texts: Series) -> Series:
     """Those of classes with three rows or more."""
     return texts[texts.map(texts.value_counts()) >= 3]
 
 
-def _rows_left_out(table: Table, name: str, task: str, kept: "Sequence[int]") -> list[str]:
+def _rows_left_out(table: Table, name: str, task: str, kept: Sequence[int]) -> list[str]:
     """Rows without a target, with what is no number, or of a class with hardly a row."""
     values = table.frame[name]
     notes = []

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from equigrad.errors import DataError
 from equigrad.wording import listed
 
-if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+DataFrame = Any
+Series = Any
+"""Of pandas, whose own annotations are unions of most of its classes."""
 
 DELIMITERS = ",;\t|"
 HEAD = 2**20
@@ -56,7 +57,7 @@ class Table:
     """
 
     source: str
-    frame: "DataFrame"
+    frame: DataFrame
     decimal: Decimal = "."
     notes: tuple[str, ...] = ()
     question: str = ""
@@ -68,12 +69,12 @@ class Table:
         """Some of the rows, by an array of their positions."""
         return replace(self, frame=self.frame.take(chosen))
 
-    def numbers(self, name: str) -> "Series":
+    def numbers(self, name: str) -> Series:
         """A column's values as finite numbers, NaN where they are none."""
         return as_numbers(self.frame[name], self.decimal)
 
 
-def as_numbers(values: "Series", decimal: Decimal = ".") -> "Series":
+def as_numbers(values: Series, decimal: Decimal = ".") -> Series:
     """Finite numbers in float64, NaN for what is none; grouped thousands are numbers.
 
     Example:
@@ -84,7 +85,7 @@ def as_numbers(values: "Series", decimal: Decimal = ".") -> "Series":
     import numpy as np
     import pandas as pd
 
-    def parsed(texts: "Series") -> "Series":
+    def parsed(texts: Series) -> Series:
         other = "," if decimal == "." else "."
         texts = texts.astype("string")
         grouped = texts.str.fullmatch(GROUPED[decimal])
@@ -99,7 +100,7 @@ def as_numbers(values: "Series", decimal: Decimal = ".") -> "Series":
     return pd.Series(found, values.index)
 
 
-def of_each(values: "Series", function: "Callable[[Series], Series]") -> "Series":
+def of_each(values: Series, function: Callable[[Series], Series]) -> Series:
     """What a function makes of values, called with each of them once; missing ones stay missing."""
     import pandas as pd
 
@@ -108,7 +109,7 @@ def of_each(values: "Series", function: "Callable[[Series], Series]") -> "Series
     return found.set_axis(values.index)
 
 
-def holds_numbers(values: "Series") -> bool:
+def holds_numbers(values: Series) -> bool:
     """Whether pandas has read all of a column as numbers, the missing ones apart."""
     return values.dtype.kind in "iuf"
 
@@ -231,7 +232,7 @@ def _frame(
     delimiter: str,
     names: list[str] | None,
     decimal: Decimal,
-) -> "tuple[DataFrame, list[str]]":
+) -> tuple[DataFrame, list[str]]:
     """The columns, and what pandas and we have left out of them."""
     import pandas as pd
 
@@ -264,21 +265,21 @@ def _frame(
         if again:
             notes.append(f"columns of a name that was there were called {listed(again)}")
     if not frame.columns.is_unique:
-        names = frame.columns[frame.columns.duplicated()]
-        raise DataError(f"{path} has several columns of the name {listed(set(names))}; rename them")
+        again = set(frame.columns[frame.columns.duplicated()])
+        raise DataError(f"{path} has several columns of the name {listed(again)}; rename them")
     for name in frame:
         if not holds_numbers(frame[name]):
             frame[name] = of_each(frame[name], _plain)
     return frame, notes
 
 
-def _plain(values: "Series") -> "Series":
+def _plain(values: Series) -> Series:
     """Text without white space around it, missing where it says so."""
     texts = values.astype("string").str.strip()
     return texts.mask(texts.isin(MISSING)).astype(object)
 
 
-def _has_commas(frame: "DataFrame") -> bool:
+def _has_commas(frame: DataFrame) -> bool:
     """Whether most values of a column of text are numbers with a decimal comma."""
     for name in frame.columns:
         texts = frame[name].dropna()
