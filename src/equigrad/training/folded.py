@@ -20,8 +20,8 @@ from equigrad.training.loop import Callback, learn
 from equigrad.training.proportional import ProportionalDescent
 from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearner
 
-FIRST = 0.01
-"""The single strength that is tried first."""
+DECADES = (1.0, 0.1, 0.01, 0.001)
+"""Single strengths that are tried first."""
 
 WARM_STEPS = 30
 """Steps in which networks that have settled follow strengths that have changed a little."""
@@ -194,20 +194,21 @@ class FoldedLearner(StrengthLearner):
 
         Args:
             solver: settles the networks.
-            strengths: to be tried; by default a hundredth, then weaker ones by decades for as long
-                as it gets better, then stronger ones, then half a decade to both sides. Each begins
-                at the start: a network that a strong one has silenced does not wake up again.
+            strengths: to be tried; by default decades, and then half a decade to both sides. Each
+                begins at the start: a network that a strong one has silenced does not wake again.
         """
         key = (solver, *strengths)
         if key not in self._searched:
             began = time.perf_counter()
             with self._seeded():
-                best = self._try(solver, next(iter(strengths), FIRST), self.start)
-                for strength in strengths[1:]:
-                    other = self._try(solver, strength, self.start)
-                    best = min(best, other, key=lambda single: single.loss)
-                for factor in () if strengths else (0.1, 10.0, 10**-0.5, 10**0.5):
-                    best = self._follow(solver, best, factor)
+                first, *others = strengths or DECADES
+                best = self._try(solver, first, self.start)
+                for strength in others:
+                    best = self._better(solver, best, strength)
+                if not strengths and best.strength == DECADES[-1]:
+                    best = self._better(solver, best, 0.1 * best.strength)
+                for factor in () if strengths else (10**-0.5, 10**0.5):
+                    best = self._better(solver, best, factor * best.strength)
             self._searched[key] = replace(best, seconds=time.perf_counter() - began)
         return self._searched[key]
 
@@ -220,19 +221,14 @@ class FoldedLearner(StrengthLearner):
         params, cost, _ = self.settled(solver, strength, start, self.folds.train)
         return Single(params, strength, self.loss(params, self.folds.held), cost)
 
-    def _follow(self, solver: Solver, best: Single, factor: float) -> Single:
-        """Change the strength by a factor, for as long as that is better and within reason."""
-        while 1e-6 < factor * best.strength < 10:
-            try:
-                other = self._try(solver, factor * best.strength, self.start)
-            except SettlingError:
-                return best
-            spent = best.gradient_evaluations + other.gradient_evaluations
-            better = other.loss < best.loss
-            best = replace(other if better else best, gradient_evaluations=spent)
-            if not better:
-                break
-        return best
+    def _better(self, solver: Solver, best: Single, strength: float) -> Single:
+        """The better one, where the networks settle under the strength at all."""
+        try:
+            other = self._try(solver, strength, self.start)
+        except SettlingError:
+            return best
+        spent = best.gradient_evaluations + other.gradient_evaluations
+        return replace(min(best, other, key=lambda one: one.loss), gradient_evaluations=spent)
 
     def refit(
         self, solver: Solver, strengths: float | Mapping[str, Tensor], params: Params
