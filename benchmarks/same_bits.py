@@ -148,6 +148,7 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
             delimiter=None,
             encoding="utf-8",
             decimal=None,
+            header="yes",
             console=quiet,
         )
     elif "images" in own and spelled == "run folder":

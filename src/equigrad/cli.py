@@ -160,7 +160,10 @@ def parsers(
         "--out", type=Path, help="file of the predictions; standard output by default"
     )
     predict.add_argument("--delimiter", help="between columns; found in the header by default")
-    predict.add_argument("--encoding", default="utf-8", help="of the file's text")
+    predict.add_argument("--encoding", help="of the file's text; found in the file by default")
+    predict.add_argument(
+        "--header", choices=("auto", "yes", "no"), default="yes", help="whether it has names"
+    )
     predict.add_argument(
         "--decimal", choices=(".", ","), metavar="MARK", help="a point or a comma; as in the run"
     )
@@ -278,6 +281,7 @@ def ask(words: argparse.Namespace) -> None:
         delimiter=words.delimiter,
         encoding=words.encoding,
         decimal=words.decimal,
+        header=words.header,
         console=console,
     )
 

@@ -4,8 +4,11 @@ from torch.nn import Linear
 
 from equigrad import T1T2, GradientDescent
 from equigrad.errors import SettlingError
+from equigrad.training import folded
+from equigrad.training.folds import Folds
+from equigrad.training.proportional import ProportionalDescent
 from equigrad.training.split import Split
-from equigrad.training.strengths import Recipe, StrengthLearner
+from equigrad.training.strengths import Recipe, StrengthLearner, with_nudged
 from equigrad.training.targets import Numbers
 
 
@@ -52,3 +55,49 @@ def test_seconds_are_those_of_all_that_was_computed(learner, monkeypatch):
         assert learned.seconds == 1 + learned.state.seconds + 1
     one = learner.settle(recipe.solver).gradient_evaluations
     assert searched.gradient_evaluations - given.gradient_evaluations == 13 * one
+
+
+def test_adam_takes_mini_batches_where_there_are_too_many_rows(monkeypatch):
+    """By folds of 40 rows in two mini-batches: what 40 rows say of a line is found all the same."""
+    monkeypatch.setattr(folded, "MOST_AT_ONCE", 50)
+    monkeypatch.setattr(folded, "BATCH", 40)
+    monkeypatch.setattr(folded, "ADAMS_LR", 0.1)
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -2.0, 0.5])
+    folds = Folds.draw(torch.zeros(80), torch.ones(80), 2, seed=0)
+    split = Split((x, y), (x, y), (x, y), target=Numbers(0.0, 1.0), folds=folds)
+    learner = folded.FoldedLearner(Linear(3, 1), split, seed=0)
+    assert learner.batch_count == 2
+    rule = with_nudged(folded.RULE, folded.SOLVER, 10)
+    recipe = Recipe(rule, folded.SOLVER, 0.5)
+    learned = learner.learn_by(recipe, outer_steps=2, initial_strength=None)
+    assert learned.network.metrics["validation_r2"] > 0.95
+    assert learned.network.metrics["test_r2"] > 0.95
+
+
+def test_folds_share_the_rows():
+    """Every row is held out once, by half as judge, by half to stop; each fold has every class."""
+    groups = torch.tensor([0] * 30 + [1] * 6)
+    weights = torch.arange(1.0, 37.0)
+    folds = Folds.draw(groups, weights, 3, seed=0)
+    held = folds.held > 0
+    assert (held.sum(0) == 1).all()
+    assert not (held & (folds.train > 0)).any()
+    assert ((folds.judge > 0) ^ (folds.stop > 0)).equal(held)
+    assert [groups[rows].bincount().tolist() for rows in held] == [[10, 2]] * 3
+    for part in (folds.train, folds.judge, folds.stop):
+        torch.testing.assert_close(part.sum(1), torch.ones(3))
+    assert folds.shrink == pytest.approx(2 / 3)  # of all weight, what is learned from on average
+    torch.testing.assert_close(folds.refit, weights / weights.sum())
+
+
+def test_what_matters_most_moves_most_and_by_a_factor_of_e_at_most():
+    theta = torch.zeros(4, requires_grad=True)
+    theta.grad = torch.tensor([0.0, 1.0, -2.0, 1e4])
+    ProportionalDescent([theta], lr=0.5).step()
+    root = (torch.tensor([0.0, 1.0, 4.0, 1e8]).mean()).sqrt()
+    expected = torch.tensor([0.0, -0.5 / root, 1.0 / root, -1.0])
+    torch.testing.assert_close(theta.detach(), expected)
+    theta.grad = torch.zeros(4)
+    ProportionalDescent([theta], lr=0.5).step()
+    torch.testing.assert_close(theta.detach(), expected)

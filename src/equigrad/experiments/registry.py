@@ -84,6 +84,7 @@ COMMANDS = (
     ),
     Command("search", "digits", "strengths.digits:Digits", SEARCH),
     Command("search", "mnist", "strengths.images:Mnist", SEARCH),
+    Command("search", "tabular", "strengths.tabular:Tabular", SEARCH),
     Command("search", "cifar10", "strengths.images:Cifar10", SEARCH),
     reproduced("matched-phases", "theory.matched_phases:MatchedPhases"),
     reproduced("fig1", "theory.bound:Fig1"),

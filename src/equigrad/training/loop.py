@@ -53,6 +53,7 @@ class OuterState:
         copies: further values of θ worth keeping (an average, for example), by what they are.
         ends: whether the step under way is the last.
         carried: what else goes on from step to step.
+        stopped: whether a callback has ended the loop.
     """
 
     meta_params: dict[str, Tensor]
@@ -67,6 +68,7 @@ class OuterState:
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     ends: bool = False
     carried: Carried | None = None
+    stopped: bool = False
 
     @property
     def share(self) -> float:
@@ -88,6 +90,7 @@ class OuterState:
             "history": self.history,
             "copies": self.copies,
             **({} if self.carried is None else {"carried": self.carried.state_dict()}),
+            "stopped": self.stopped,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -119,6 +122,7 @@ class OuterState:
         self.gradient_evaluations = state["gradient_evaluations"]
         self.seconds = state["seconds"]
         self.history = list(state["history"])
+        self.stopped = state.get("stopped", False)
         self.copies = {
             what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
             for what, copy in state["copies"].items()
@@ -144,7 +148,7 @@ class Callback:
         """Before the first step of this sitting; the place to load a checkpoint."""
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """After an outer step; its row is `state.history[-1]`."""
+        """After an outer step; its row is `state.history[-1]`. May set `state.stopped`."""
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
         """After the last step, or when the loop is left by an error or by Ctrl-C."""
@@ -292,7 +296,7 @@ def descend(
     try:
         for callback in callbacks:
             callback.on_start(state)
-        state.ends = state.step >= steps or state.seconds >= limit
+        state.ends = state.stopped or state.step >= steps or state.seconds >= limit
         while not state.ends:
             began = time.perf_counter()
             result = gradient(state)
@@ -310,6 +314,7 @@ def descend(
             state.step += 1
             for callback in callbacks:
                 callback.on_step(state, result)
+            state.ends = state.ends or state.stopped
     except BaseException as caught:
         error = caught
         raise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError, DataError
 from equigrad.fields import expect
+from equigrad.training.folds import Folds
 from equigrad.training.targets import Classes, Target
 
 
@@ -25,6 +26,8 @@ class Split:
         encoding: what turned the user's data into inputs, which a saved model needs.
         inputs: names of the inputs, where they have any.
         note: what a reader of the numbers should know of it.
+        folds: how rows that are both learned from and judged by are shared between the two;
+            `train` and `validation` are then the same rows.
     """
 
     train: tuple[Tensor, Tensor]
@@ -34,6 +37,7 @@ class Split:
     encoding: Any = None
     inputs: Sequence[str] = ()
     note: str = ""
+    folds: Folds | None = None
 
     @property
     def judges(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -139,6 +143,20 @@ def divide(
         rest, _ = drawn(rest, lambda counts: apportioned(samples, counts, least=2))
     train, validation = drawn(rest, part(training_share, 1))
     return Rows(train, validation, test)
+
+
+def held_back(groups: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows that are held back, a share of every group, and the others, as the seed draws them.
+
+    Example:
+        >>> [len(rows) for rows in held_back(torch.tensor([0] * 10 + [1] * 5), 0.2, seed=0)]
+        [3, 12]
+    """
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    own = [order[groups[order] == group] for group in groups.unique()]
+    held = torch.cat([rows[: max(1, round(share * len(rows)))] for rows in own])
+    chosen = torch.isin(order, held)
+    return order[chosen], order[~chosen]
 
 
 def apportioned(total: int, counts: Sequence[int], *, least: int) -> list[int]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse
 from equigrad.problems import Bilevel, Params
-from equigrad.solvers import GradientDescent, Phase, Solver
+from equigrad.solvers import Phase, Solver
 from equigrad.training.loop import Callback, OuterState, learn
 from equigrad.training.split import Split
 
@@ -23,22 +24,25 @@ SINGLE_STRENGTHS = tuple(10 ** (k / 2) for k in range(-10, 3))
 """Strengths that are tried where one is to serve all weights."""
 
 
+Settling = TypeVar("Settling", bound=Solver)
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Generic[Settling]):
     """How an estimator learns the strengths.
 
     Attributes:
         estimator: of the meta-gradient.
         solver: how the network learns: the free phase, from the same start each time.
-        outer_lr: Adam's step size on the strengths.
+        outer_lr: step size on the strengths.
     """
 
     estimator: Estimator
-    solver: GradientDescent
+    solver: Settling
     outer_lr: float
 
 
-def with_nudged(rule: Estimator, solver: GradientDescent, steps: int) -> Estimator:
+def with_nudged(rule: Estimator, solver: Solver, steps: int) -> Estimator:
     """The rule, with nudged or controlled phases of so many steps unless it says how they settle.
 
     Args:
@@ -81,6 +85,8 @@ class Learned:
         strengths: λ by name of the weight.
         gradient_evaluations: that all of it took.
         seconds: that all of it took.
+        single: where the search for the best single strength was part of it, that strength and
+            what it is worth.
     """
 
     state: OuterState
@@ -88,6 +94,7 @@ class Learned:
     strengths: dict[str, Tensor]
     gradient_evaluations: int
     seconds: float
+    single: dict[str, float] | None = None
 
 
 class StrengthLearner:
@@ -209,10 +216,11 @@ class StrengthLearner:
             watched: whether metrics are taken at every outer step; a look at many test rows may
                 cost as much as the step.
         """
-        began, searched = time.perf_counter(), 0
+        began, searched, single = time.perf_counter(), 0, None
         if initial_strength is None:
             best, initial_strength = self.best_single(recipe.solver)
             searched = best.gradient_evaluations
+            single = {"strength": initial_strength, **best.metrics}
         synapse = ComplexSynapse(self.network, strength=initial_strength)
         meta_params = synapse.meta_params()
         with self._seeded():
@@ -235,7 +243,7 @@ class StrengthLearner:
         evaluations = searched + state.gradient_evaluations + network.gradient_evaluations
         seconds = searching + state.seconds + time.perf_counter() - began
         strengths = {n: s.detach() for n, s in synapse.strengths(meta_params).items()}
-        return Learned(state, network, strengths, evaluations, seconds)
+        return Learned(state, network, strengths, evaluations, seconds, single)
 
 
 def batches(x: Tensor, y: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:

@@ -38,6 +38,10 @@ class Target(ABC):
         """What is minimised, a scalar."""
 
     @abstractmethod
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The loss of each row."""
+
+    @abstractmethod
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """What a reader wants to know, the score among it."""
 
@@ -93,6 +97,10 @@ class Classes(Target):
         """Cross-entropy."""
         return cross_entropy(outputs, y)
 
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of each row."""
+        return cross_entropy(outputs, y, reduction="none")
+
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """Accuracy in percent."""
         return {"accuracy": 100 * (outputs.argmax(1) == y).double().mean().item()}
@@ -145,6 +153,10 @@ class Numbers(Target):
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Mean squared error."""
         return mse_loss(outputs.squeeze(1), y)
+
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Squared error of each row."""
+        return mse_loss(outputs.squeeze(1), y, reduction="none")
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
         """R², NaN for constant targets; and the root of the mean squared error in their units."""

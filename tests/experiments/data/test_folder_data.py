@@ -80,12 +80,12 @@ def test_broken_files_are_named_or_skipped(tmp_path, monkeypatch):
     for i in range(6):
         truncate(tmp_path / "cat" / f"{i}.png")
         (tmp_path / "dog" / f"{i}.png").write_text("not an image")
-    Image.new("I;16", (20, 20)).save(tmp_path / "cat" / "deep.png")
+    Image.new("F", (20, 20)).save(tmp_path / "cat" / "deep.tiff")
     with pytest.raises(DataError, match="13 of 17 images cannot be read") as raised:
         read_classes(tmp_path, size=16, channels=3)
     assert str(raised.value).count("\n") == 11  # ten of them, and how many more
     assert "and 3 more" in str(raised.value)
-    assert "8 bits a channel" in str(raised.value)
+    assert "8 or 16 bits a channel" in str(raised.value)
     kept = read_classes(tmp_path, size=16, channels=3, skip_broken=True)
     assert kept.images.labels.tolist() == [0, 0, 1, 1]
     assert kept.notes[0].startswith("13 of 17 images cannot be read")

@@ -1,6 +1,7 @@
 """The spaces of Tables S1 to S4, and points of them."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from equigrad.experiments.runs.config_file import at_paths, overlay
 from equigrad.experiments.search.spaces import SPACES, Choice, LogUniform, Space, read_space
 from equigrad.experiments.strengths.digits import Digits
 from equigrad.experiments.strengths.images import Cifar10, Mnist
+from equigrad.experiments.strengths.tabular import Tabular
 
 
 def configured(what, **chosen):
     if what == "digits":
         return Digits.preset()
+    if what == "tabular":
+        return Tabular(csv=Path("mine.csv"), target="price")
     return (Mnist if what in Mnist.settings else Cifar10).preset(setting=what, **chosen)
 
 

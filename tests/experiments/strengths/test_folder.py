@@ -4,11 +4,13 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from equigrad.cli import main
+from equigrad.experiments.data.image_folder import read_images
 from equigrad.experiments.runs.model import load_model
 from helpers import call_main
 
@@ -142,3 +144,14 @@ def test_models_know_what_they_learned_from(garden, tmp_path, capsys):
     assert (code, "learned from images; ask it with --images DIR" in said) == (2, True)
     code, said = call_main("predict", garden / "run", "--images", tmp_path, capsys=capsys)
     assert (code, "has no images" in said) == (2, True)
+
+
+def test_gray_images_of_16_bits_are_read_as_of_8(tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(257 * values).save(tmp_path / "deep.png")
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "plain.png")
+    files = [tmp_path / "deep.png", tmp_path / "plain.png"]
+    pixels, _, broken = read_images(files, size=16, channels=1)
+    assert broken == []
+    assert torch.equal(pixels[0], pixels[1])
+    assert pixels.max() == 255

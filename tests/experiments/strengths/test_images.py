@@ -81,7 +81,7 @@ def test_strengths_make_ten_images_enough():
     contrastive = replace(config.contrastive, solver=solver, nudged_steps=30, outer_lr=0.02)
     t1t2 = replace(config.t1t2, solver=solver, outer_lr=0.02)
     job = StrengthTrainer(replace(config, contrastive=contrastive, t1t2=t1t2), 0)
-    plain, _ = job.single([0.0])
+    plain, _ = job.one_strength(0.0)
     for method in ("contrastive", "t1t2"):
         _, row = job.learn(method)
         assert row.validation > plain.validation + 15

@@ -132,10 +132,12 @@ def _read(path: Path, size: int, mode: str) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{image.mode} pixels; save it with 8 bits a channel")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"{image.mode} pixels; save it with 8 or 16 bits a channel")
             image.draft(mode, (2 * size, 2 * size))
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                upright = upright.convert("I").point(lambda value: value / 257).convert("L")
             if "transparency" in upright.info or upright.mode in ("LA", "PA", "RGBA"):
                 upright = upright.convert("RGBA")
                 white = Image.new("RGBA", upright.size, "white")

@@ -19,6 +19,7 @@ from equigrad.experiments.runs.experiment import Training
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.tables.encoding import Categorical, Encoding, Numeric
 from equigrad.nn import lenet5, settling_networks, tanh_network
+from equigrad.nn.committee import tanh_committee
 from equigrad.solvers import Solver
 from equigrad.solvers.phase import numbered
 from equigrad.training.files import load_tensors, save_tensors
@@ -27,7 +28,7 @@ from equigrad.training.targets import Classes, Numbers, Target
 
 Configured = TypeVar("Configured", bound=Training)
 
-PREDICTOR = "equigrad model 1"
+PREDICTOR = "equigrad model 2"
 """The format of a model that predicts."""
 
 NETWORKS = {
@@ -35,6 +36,7 @@ NETWORKS = {
     for made in (
         tanh_network,
         lenet5,
+        tanh_committee,
         settling_networks.relaxing_tanh_network,
         settling_networks.recurrent_tanh_network,
         settling_networks.hopfield_network,

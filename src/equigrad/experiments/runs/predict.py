@@ -14,9 +14,8 @@ from equigrad.errors import DataError, RunError
 from equigrad.experiments.data.image_folder import SUFFIXES, find, named, read_images
 from equigrad.experiments.data.images import Pixels
 from equigrad.experiments.runs.model import load_model
-from equigrad.experiments.tables import tables
-from equigrad.experiments.tables.encoding import Encoding
-from equigrad.experiments.tables.tables import MISSING, Decimal
+from equigrad.experiments.tables.encoding import Encoding, names_of
+from equigrad.experiments.tables.reading import Decimal, Header, read
 from equigrad.training.files import write_whole
 from equigrad.training.targets import Target
 from equigrad.wording import counted, listed
@@ -28,8 +27,9 @@ def predict_table(
     *,
     out: Path | None,
     delimiter: str | None,
-    encoding: str,
+    encoding: str | None,
     decimal: Decimal | None,
+    header: Header,
     console: Console,
 ) -> None:
     """Predict the target of every row of a CSV file, in its order, and score where it is known.
@@ -38,9 +38,10 @@ def predict_table(
         model: a run's folder, or its `model.pt`.
         path: the table; columns in any order.
         out: the file of predictions; None for standard output.
-        delimiter: as in `equigrad.experiments.tables.tables.read`.
+        delimiter: as in `equigrad.experiments.tables.reading.read`.
         encoding: likewise.
         decimal: likewise; None for that of the table that the model learned from.
+        header: likewise.
         console: where notes go.
 
     Raises:
@@ -51,16 +52,19 @@ def predict_table(
     if not isinstance(asked.encoding, Encoding):
         raise DataError(f"{model} learned from images; ask it with --images DIR")
     decimal = decimal or asked.encoding.decimal
-    table = tables.read(path, delimiter=delimiter, encoding=encoding, decimal=decimal)
+    table = read(path, delimiter=delimiter, encoding=encoding, decimal=decimal, header=header)
     x, notes = asked.encoding.encode(table)
-    known = {column.name for column in asked.encoding.columns} | {asked.encoding.target}
-    if more := [name for name in table.columns if name not in known]:
+    notes = [*table.notes, *notes]
+    known = {column.column for column in asked.encoding.columns} | {asked.encoding.target}
+    if more := [name for name in table.frame.columns if name not in known]:
         notes.append(f"not looked at: {listed(more)}")
     outputs, _ = asked.ask(x)
     name = asked.encoding.target
-    if name in table.columns:
-        notes += scored(asked.target, outputs, table.columns[name], table.numbers(name))
-    write(out, {"line": table.lines, **asked.target.answers(outputs)}, notes, console)
+    if name in table.frame:
+        numbers = [None if isnan(x) else x for x in table.numbers(name)]
+        notes += scored(asked.target, outputs, names_of(table.frame[name]).tolist(), numbers)
+    rows = list(range(1, len(table) + 1))
+    write(out, {"row": rows, **asked.target.answers(outputs)}, notes, console)
 
 
 def predict_images(
@@ -121,7 +125,7 @@ def scored(
 ) -> list[str]:
     """What predictions are worth where the target is there and can be read."""
     values = target.read(texts, numbers)
-    strange = {t for t, v in zip(texts, values, strict=True) if v is None and t not in MISSING}
+    strange = {t for t, v in zip(texts, values, strict=True) if v is None and t}
     rows = [i for i, value in enumerate(values) if value is not None]
     notes = [f"not scored, the target being {listed(sorted(strange), 5)}"] if strange else []
     if rows:

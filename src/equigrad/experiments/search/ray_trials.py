@@ -18,7 +18,6 @@ from ray.tune.schedulers import ASHAScheduler
 from equigrad.errors import RunError
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.search.trials import Search, Trial
-from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.gradient import MetaGradient
 from equigrad.training import Callback, Checkpoint, JsonLines, OuterState
 
@@ -32,7 +31,8 @@ QUIET = {
 }
 """What Ray reads from the environment."""
 
-STEP, ACCURACY = "outer_step", "validation_accuracy"
+STEP, SCORE = "outer_step", "validation"
+"""What Ray is told of an outer step."""
 
 
 def run_trials(
@@ -131,7 +131,7 @@ def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
     steps = config.experiment.outer_steps
     asha = ASHAScheduler(
         time_attr=STEP,
-        metric=ACCURACY,
+        metric=SCORE,
         mode="max",
         max_t=steps,
         grace_period=min(config.grace_period, steps),
@@ -142,8 +142,8 @@ def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
         if trial.ended:
             past: Any = SimpleNamespace(trial_id=f"ended-{trial.number}")
             asha.on_trial_add(controller, past)
-            for step, accuracy in trial.history:
-                asha.on_trial_result(controller, past, {STEP: step, ACCURACY: accuracy})
+            for step, score in trial.history:
+                asha.on_trial_result(controller, past, {STEP: step, SCORE: score})
     return asha
 
 
@@ -161,7 +161,8 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
             identity=directory.identity,
         )
         log = JsonLines(trial.folder / "metrics.jsonl")
-        trainer, watchers = StrengthTrainer(config, config.seed), [checkpoint, log, Report()]
+        trainer = config.trainer(config.seed)
+        watchers = [checkpoint, log, Report(f"validation_{trainer.split.target.score}")]
         _, row = trainer.learn(config.estimator, watchers)
     except Exception as error:
         (trial.folder / "error.txt").write_text(traceback.format_exc())
@@ -170,11 +171,18 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         tune.report({"lost" if lost else "failed": said})
         return
-    tune.report({STEP: config.outer_steps, ACCURACY: row.validation, "seconds": row.seconds})
+    tune.report({STEP: config.outer_steps, SCORE: row.validation, "seconds": row.seconds})
 
 
 class Report(Callback):
-    """Tells Ray the accuracy after every outer step, those before a resume included."""
+    """Tells Ray the score after every outer step, those before a resume included.
+
+    Args:
+        score: its name in the rows of the history.
+    """
+
+    def __init__(self, score: str) -> None:
+        self.score = score
 
     def on_start(self, state: OuterState) -> None:
         """Report the known results to the scheduler."""
@@ -186,7 +194,7 @@ class Report(Callback):
         self._tell(state.history[-1])
 
     def _tell(self, row: dict[str, Any]) -> None:
-        tune.report({name: row[name] for name in (STEP, ACCURACY, "seconds")})
+        tune.report({STEP: row[STEP], SCORE: row[self.score], "seconds": row["seconds"]})
 
 
 class Notes(tune.Callback):
@@ -203,8 +211,8 @@ class Notes(tune.Callback):
     ) -> None:
         """After a report."""
         noted = self.trials[trial.config["number"]]
-        if ACCURACY in result and (not noted.history or result[STEP] > noted.outer_steps):
-            noted.history.append((result[STEP], result[ACCURACY]))
+        if SCORE in result and (not noted.history or result[STEP] > noted.outer_steps):
+            noted.history.append((result[STEP], result[SCORE]))
             noted.seconds = result["seconds"]
             self.changed(noted)
 

@@ -28,6 +28,7 @@ from equigrad.experiments.search.spaces import Point
 from equigrad.experiments.search.trials import Search, Trial
 from equigrad.experiments.strengths.strength_learning import StrengthExperiment
 from equigrad.training.files import write_whole
+from equigrad.training.targets import Target
 
 
 def search(config: Search, out: Path, *, resume: bool, console: Console) -> list[Trial]:
@@ -47,9 +48,10 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
     ray = ray_trials()  # before anything is written
     directory = RunDirectory(out, config.what(), resume=resume)
     experiment = config.experiment
-    note = experiment.load(torch.device("cpu"), torch.float32).note  # raises here, and once
+    split = experiment.load(torch.device("cpu"), torch.float32)  # raises here, and once
+    note, target = split.note, split.target
     trials = [
-        found_trial(i, point, trial_config, out.resolve() / "trials" / f"{i:03}")
+        found_trial(i, point, trial_config, out.resolve() / "trials" / f"{i:03}", target)
         for i, (point, trial_config) in enumerate(zip(points, configs, strict=True))
     ]
     of = "all points" if len(points) == space.size else f"{len(points)} points"
@@ -64,11 +66,14 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
     return conclude(config, trials, directory, console)
 
 
-def found_trial(number: int, point: Point, config: StrengthExperiment, folder: Path) -> Trial:
+def found_trial(
+    number: int, point: Point, config: StrengthExperiment, folder: Path, target: Target
+) -> Trial:
     """A trial as its folder knows it."""
     ending = RunDirectory(folder, config, resume=True).read_json("trial.json") or {}
-    trial = Trial(number=number, point=point, config=config, folder=folder, **ending)
-    trial.history = [(step, accuracy) for step, accuracy in trial.history]
+    found = {"number": number, "point": point, "config": config, "folder": folder}
+    trial = Trial(**found, target=target, **ending)
+    trial.history = [(step, score) for step, score in trial.history]
     return trial
 
 
@@ -125,16 +130,16 @@ class Board:
     def _tell(self) -> None:
         said, best = counted(self.trials), max(self.trials, key=rank)
         if best.history:
-            accuracy = f"{best.validation:.2f} % after {best.outer_steps} steps"
-            said += f"{'; ' if said else ''}best: trial {best.number}, {accuracy}"
+            score = f"{best.target.say(best.validation)} after {best.outer_steps} steps"
+            said += f"{'; ' if said else ''}best: trial {best.number}, {score}"
         done = sum(trial.ended for trial in self.trials)
         self.progress.update(self.task, completed=done, said=said or "starting Ray")
 
 
 def rank(trial: Trial) -> tuple[bool, int, float]:
-    """The further the better, and then by validation accuracy; what failed is last."""
-    accuracy = trial.validation if trial.history else -math.inf
-    return trial.status != "failed", trial.outer_steps, accuracy
+    """The further the better, and then by validation score; what failed is last."""
+    score = trial.validation if trial.history else -math.inf
+    return trial.status != "failed", trial.outer_steps, score
 
 
 def counted(trials: Sequence[Trial]) -> str:
@@ -181,7 +186,7 @@ def conclude(
             "config": describe(replace(best.config, seed=0)),  # reported seeds begin there
             "trial": best.number,
             "point": best.point,
-            "validation_accuracy": best.validation,
+            f"validation_{best.target.score}": best.validation,
             "seed": best.config.seed,
             "versions": versions(),
         },
@@ -189,19 +194,25 @@ def conclude(
     figures.save(draw(trials), directory.path / "search.png")
     ordered = sorted(trials, key=rank, reverse=True)
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("trial", *short(list(best.point)), "outer steps", "validation %"):
+    for heading in (
+        "trial",
+        *short(list(best.point)),
+        "outer steps",
+        f"validation {best.target.unit}",
+    ):
         table.add_column(heading, justify="right", overflow="fold")
     for trial in ordered[:5]:
         if trial.status != "failed":
             values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.point.values())
-            numbers = str(trial.outer_steps), f"{trial.validation:.2f}"
+            numbers = str(trial.outer_steps), format(trial.validation, trial.target.form)
             table.add_row(str(trial.number), *values, *numbers)
     console.print(f"{len(trials)} trials: {counted(trials)}; the best are", highlight=False)
     console.print(table)
     file = shlex.quote(str(directory.path / "best.json"))
+    where = "on splits that it was not chosen on" if best.config.tuning_seed else "with test rows"
+    seeds = " --seeds 3" if best.config.tuning_seed else ""
     console.print(
-        f"run the best on splits that it was not chosen on:\n"
-        f"  equigrad run {name} --config {file} --seeds 3",
+        f"run the best {where}:\n  equigrad run {name} --config {file}{seeds}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -224,7 +235,7 @@ def short(paths: Sequence[str]) -> list[str]:
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
-    """Validation accuracy against each hyperparameter that takes several values."""
+    """Validation score against each hyperparameter that takes several values."""
     paths = [p for p in trials[0].point if len({str(t.point[p]) for t in trials}) > 1]
     paths = paths or list(trials[0].point)
     figure = Figure(figsize=(max(4.5, 3 * len(paths)), 3.4), layout="constrained")
@@ -254,6 +265,6 @@ def draw(trials: Sequence[Trial]) -> Figure:
             )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("validation accuracy (%)")
+    panels[0].set_ylabel(f"validation {trials[0].target.axis}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

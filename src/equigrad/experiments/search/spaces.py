@@ -167,6 +167,23 @@ SPACES: dict[tuple[str, str], Space] = {
         },
         trials=50,
     ),
+    ("tabular", "contrastive"): Space(
+        "equigrad's own space",
+        {
+            "contrastive.beta": among(0.03, 0.1, 0.3),
+            "outer_lr": among(0.2, 0.5, 1.0),
+            "nudged_steps": among(10, 20, 50),
+            "folds": among(2, 3, 5),
+        },
+        trials=20,
+    ),
+    ("tabular", "t1t2"): Space(
+        "equigrad's own space",
+        {
+            "outer_lr": among(0.2, 0.5, 1.0),
+            "folds": among(2, 3, 5),
+        },
+    ),
     ("digits", "t1t2"): Space(
         "equigrad's own space",
         {

@@ -10,9 +10,7 @@ from equigrad.errors import ConfigurationError
 from equigrad.experiments.search.spaces import SPACES, Point, Space, read_space
 from equigrad.experiments.strengths.strength_learning import StrengthExperiment
 from equigrad.fields import Checked, Count, NotNegative, Rule, require
-
-TUNING_SEED = 100
-"""Tables report seeds 0, 1 …: what is chosen on a split is not judged on it."""
+from equigrad.training.targets import Classes, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,7 @@ class Search(Checked):
 
 def preset(kind: type[StrengthExperiment], **chosen: str) -> Search:
     """The defaults of a search through the settings of an experiment."""
-    return Search(experiment=replace(kind.preset(**chosen), seed=TUNING_SEED))
+    return Search(experiment=replace(kind.preset(**chosen), seed=kind.tuning_seed))
 
 
 @dataclass(kw_only=True)
@@ -95,7 +93,8 @@ class Trial:
         status: `whole` where it took all outer steps, `stopped` where it lagged behind, `failed`
             where it cannot be computed; `lost` where its process or its disk failed, and `waiting`
             until it is known.
-        history: outer steps done, and the validation accuracy after them in percent.
+        target: what is learned.
+        history: outer steps done, and the validation score after them.
         seconds: spent in the outer loop.
         error: why it failed.
     """
@@ -105,6 +104,7 @@ class Trial:
     config: StrengthExperiment
     folder: Path
     status: Literal["waiting", "whole", "stopped", "failed", "lost"] = "waiting"
+    target: Target = field(default_factory=Classes)
     history: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def validation(self) -> float:
-        """The last validation accuracy."""
+        """The last validation score."""
         return self.history[-1][1] if self.history else float("nan")
 
     @property
@@ -131,5 +131,5 @@ class Trial:
         """Its end in a line."""
         said = f"trial {self.number}: {self.status} after {self.outer_steps} outer steps"
         if self.history:
-            said += f", validation {self.validation:.2f} %"
+            said += f", validation {self.target.say(self.validation)}"
         return f"{said}; {self.error}" if self.error else said

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from equigrad.estimators import Contrastive
 from equigrad.experiments.data.image_folder import read_classes
 from equigrad.experiments.data.images import Pixels
+from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.model import Architecture
 from equigrad.experiments.strengths.own_data import OwnData
-from equigrad.fields import Count, at_least
+from equigrad.fields import Count, Positive, Share, at_least
 from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split, divide
 from equigrad.training.targets import Classes
@@ -29,11 +31,6 @@ class Folder(OwnData):
     single strengths, and the other estimator. The run leaves a model for `equigrad predict`.
     """
 
-    # other defaults than those of OwnData, which says what they mean
-    outer_steps: Count = 30
-    solver: GradientDescent = FOLDER_SOLVER
-    nudged_steps: Count = 50
-
     images: Path
     """The folder."""
 
@@ -46,8 +43,33 @@ class Folder(OwnData):
     skip_broken: bool = False
     """Leave out files that cannot be read; by default they are named, and nothing runs."""
 
+    training_share: Share = 0.5
+    """Share of the others that is the training set; the rest is the validation set."""
+
+    samples: Count | None = None
+    """Images for training and validation together; all that are not for testing by default."""
+
+    outer_steps: Count = 30
+    """Steps of Adam on the strengths, which are clamped at zero."""
+
+    outer_lr: Positive = 0.001
+    """Adam's step size."""
+
+    solver: GradientDescent = FOLDER_SOLVER
+    """How the network learns: the free phase, from the same start each time."""
+
+    contrastive: Contrastive = PAPERS_RULE
+    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+
+    nudged_steps: Count = 50
+    """Steps of each nudged phase."""
+
     batch: Count | None = 100
     """Images of a mini-batch at most; None for all at once."""
+
+    def batch_sizes(self) -> tuple[int | None, int | None]:
+        """Images of a mini-batch for training and for validation; None for all at once."""
+        return self.batch, self.batch
 
     @classmethod
     def _asked_for(cls) -> tuple[str, ...]:

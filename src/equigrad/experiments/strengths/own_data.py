@@ -2,32 +2,23 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch.nn import Module
 
-from equigrad.estimators import Contrastive
-from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.strengths.strength_learning import LearningAlike
-from equigrad.fields import Count, NotNegative, Positive, Share
+from equigrad.fields import NotNegative, Share
 from equigrad.problems import Params
-from equigrad.solvers import GradientDescent
 from equigrad.training.split import Split
-
-OWN_DATA_SOLVER = GradientDescent(lr=0.02, momentum=0.9, nesterov=True, max_steps=400)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData(LearningAlike):
     """Data that the user brings, and how they are divided."""
 
-    # other defaults than those of LearningAlike, which says what they mean
-    initial_strength: NotNegative | None = None
-    outer_steps: Count = 50
-    outer_lr: Positive = 0.001
-    solver: GradientDescent = OWN_DATA_SOLVER
-    contrastive: Contrastive = PAPERS_RULE
+    tuning_seed: ClassVar[int] = 0
+    """Of a search: a run of the same seed has held back the same test rows."""
 
     scale: Literal["smoke", "small"] = "small"
     """`smoke` presets a few short steps, to see that all works."""
@@ -35,14 +26,8 @@ class OwnData(LearningAlike):
     test_share: Share = 0.2
     """Share of the rows that is held back and used for the test column alone."""
 
-    training_share: Share = 0.5
-    """Share of the others that is the training set; the rest is the validation set."""
-
-    samples: Count | None = None
-    """Rows for training and validation together; all that are not for testing by default."""
-
-    batch: Count | None = 1000
-    """Rows of a mini-batch at most; None for all at once."""
+    initial_strength: NotNegative | None = None
+    """Where every strength starts; None for the best single one."""
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
@@ -82,7 +67,3 @@ class OwnData(LearningAlike):
     def model(self, split: Split, params: Params) -> Model:
         """What `equigrad predict` needs."""
         return Model(self.architecture(split), dict(params), split.target, split.encoding)
-
-    def batch_sizes(self) -> tuple[int | None, int | None]:
-        """Rows of a mini-batch for training and for validation; None for all at once."""
-        return self.batch, self.batch

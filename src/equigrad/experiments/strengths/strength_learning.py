@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import torch
 from rich.console import Console
@@ -26,7 +26,7 @@ from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.runs.training import run_to_end
 from equigrad.fields import Count, CountFrom0, NotNegative, Positive, Threads, require
 from equigrad.problems import Params
-from equigrad.solvers import GradientDescent
+from equigrad.solvers import Solver
 from equigrad.training import (
     Callback,
     pick_device,
@@ -35,7 +35,6 @@ from equigrad.training import (
 from equigrad.training.files import save_tensors
 from equigrad.training.split import Split
 from equigrad.training.strengths import (
-    SINGLE_STRENGTHS,
     Learned,
     Recipe,
     StrengthLearner,
@@ -66,6 +65,9 @@ class Published:
 @dataclass(frozen=True, kw_only=True)
 class StrengthExperiment(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
+
+    tuning_seed: ClassVar[int] = 100
+    """Of a search: tables report seeds 0, 1 …; what is chosen on a split is not judged on it."""
 
     seed: CountFrom0 = 0
     """Draws the split and the network's start."""
@@ -134,6 +136,10 @@ class StrengthExperiment(Experiment, ABC):
         """What `equigrad predict` needs; None where there is nothing to ask."""
         return None
 
+    def trainer(self, seed: int) -> "StrengthTrainer":
+        """What learns, with the data of a seed."""
+        return StrengthTrainer(self, seed)
+
     def another(self, name: EstimatorName) -> Estimator:
         """An estimator that is neither the contrastive rule nor T1–T2."""
         return self.other or other(name)
@@ -154,7 +160,7 @@ class LearningAlike(StrengthExperiment):
     outer_lr: Positive
     """Adam's step size."""
 
-    solver: GradientDescent
+    solver: Solver
     """How the network learns: the free phase, from the same start each time."""
 
     contrastive: Contrastive
@@ -205,17 +211,18 @@ class StrengthTrainer(StrengthLearner):
             metrics[f"validation_{score}"], metrics[f"test_{score}"], gradient_evaluations, seconds
         )
 
-    def single(self, strengths: Sequence[float]) -> tuple[ScoreAndCost, float]:
+    def one_strength(self, *strengths: float) -> tuple[ScoreAndCost, float]:
         """The best of some single strengths, chosen by the validation data."""
         began = time.perf_counter()
-        best, strength = self.best_single(self.config.recipe("contrastive").solver, strengths)
+        solver = self.config.recipe("contrastive").solver
+        best, strength = self.best_single(solver, *([strengths] if strengths else []))
         seconds = time.perf_counter() - began
         return self.row(best.metrics, best.gradient_evaluations, seconds), strength
 
     def baselines(self) -> dict[str, Any]:
         """No regularisation, and the best single strength: rows as JSON has them."""
-        unregularised, _ = self.single([0.0])
-        single, strength = self.single(SINGLE_STRENGTHS)
+        unregularised, _ = self.one_strength(0.0)
+        single, strength = self.one_strength()
         rows = {"unregularised": vars(unregularised), "single": vars(single)}
         return {"rows": rows, "best_single_strength": strength}
 
@@ -268,7 +275,10 @@ class StrengthTrainer(StrengthLearner):
             inputs=self.split.inputs,
         )
         published = self.config.published(name)
-        return {
+        more: dict[str, Any] = {} if learned.single is None else {"single_strength": learned.single}
+        if self.split.encoding is not None:
+            more["data"] = self.split.note.splitlines()
+        return more | {
             "estimator": name,
             "metrics": network.metrics,
             "paper": None if published is None else published.numbers(),
@@ -292,7 +302,7 @@ def learn_strengths(
     rows: dict[str, list[ScoreAndCost]] = {}
     target: Target = Classes()
     for seed in seeds:
-        trainer = StrengthTrainer(config, seed)
+        trainer = config.trainer(seed)
         target = trainer.split.target
         folder = out if whole is None else out / f"seed-{seed}"
         directory = RunDirectory(folder, trainer.config, resume=resume)

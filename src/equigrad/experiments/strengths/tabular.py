@@ -1,29 +1,31 @@
 """The tabular experiment: a strength for every weight of a network trained on a CSV file."""
 
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from equigrad.errors import ConfigurationError, DataError
-from equigrad.experiments.runs.model import Architecture
+from equigrad.errors import DataError
+from equigrad.estimators import Contrastive
+from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.strengths.own_data import OwnData
-from equigrad.experiments.tables import tables
-from equigrad.experiments.tables.encoding import (
-    OPTIONS,
-    Missing,
-    TaskName,
-    fit,
-    read_target,
-    refuse_missing,
-)
-from equigrad.experiments.tables.tables import Decimal, Table
-from equigrad.fields import Count
+from equigrad.experiments.strengths.strength_learning import StrengthTrainer
+from equigrad.experiments.tables.encoding import Missing, TaskName, fit, read_target
+from equigrad.experiments.tables.reading import Decimal, Header, Table, read
+from equigrad.fields import Count, CountFrom2, Positive
+from equigrad.nn.committee import named_by_member
+from equigrad.nn.networks import tanh_network
+from equigrad.problems import Params
+from equigrad.solvers import LBFGS
+from equigrad.training.folded import RULE, SOLVER, FoldedLearner
+from equigrad.training.folds import Folds
 from equigrad.training.scale import mean_and_scale
-from equigrad.training.split import Split, divide
-from equigrad.training.targets import Classes, Numbers, Target
-from equigrad.wording import counted, listed
+from equigrad.training.split import Split, held_back
+from equigrad.training.targets import Classes, Numbers
+from equigrad.wording import counted, listed, meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +53,41 @@ class Tabular(OwnData):
     categorical: tuple[str, ...] = ()
     """Columns whose values are names, also where they look like numbers."""
 
-    missing: Missing = "error"
-    """`error` names columns with missing values, `impute` fills them in, `drop` drops the rows."""
+    missing: Missing = "impute"
+    """`impute` fills missing values in and says where, `drop` leaves out rows that have any."""
+
+    header: Header = "auto"
+    """Whether the first row has the columns' names; `auto` asks where it is mostly numbers."""
 
     delimiter: str | None = None
     """What is between columns; by default whichever of , ; tab | divides the header."""
 
-    encoding: str = "utf-8"
-    """Of the file's text."""
+    encoding: str | None = None
+    """Of the file's text; by default UTF-8, UTF-16 with its mark, else Latin-1."""
 
-    decimal: Decimal = "."
-    """The decimal mark."""
+    decimal: Decimal | None = None
+    """The decimal mark; by default found in the numbers."""
 
     hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden tanh layers."""
+
+    folds: CountFrom2 = 2
+    """Networks that learn side by side, each without the rows that judge it."""
+
+    outer_steps: Count = 15
+    """Steps on the logarithms of the strengths, at most; rows that are held out stop them."""
+
+    outer_lr: Positive = 0.5
+    """Root mean square of such a step; no strength changes by more than a factor of e."""
+
+    solver: LBFGS = SOLVER
+    """How the networks learn; Adam takes its place where there are more than 30,000 rows."""
+
+    contrastive: Contrastive = RULE
+    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+
+    nudged_steps: Count = 10
+    """Steps of each nudged phase."""
 
     @classmethod
     def _asked_for(cls) -> tuple[str, ...]:
@@ -77,118 +100,160 @@ class Tabular(OwnData):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Rows drawn by the seed; the encoding is fitted to those for training and validation."""
-        table, notes = self._table()
-        target, values, how = read_target(table, self.target, self.task)
-        classes = isinstance(target, Classes)
-        rows = divide(
-            values if classes else torch.zeros(len(table), dtype=torch.long),
-            test_share=self.test_share,
-            training_share=self.training_share,
-            samples=self.samples,
-            seed=self.seed,
-            names=target.names if classes else (),
+        target, table, values, notes = read_target(*self._table())
+        groups = (
+            values if isinstance(target, Classes) else torch.zeros(len(table), dtype=torch.long)
         )
-        fitted, more = fit(
-            table.rows(rows.seen.tolist()),
-            target=self.target,
-            missing=self.missing,
-            categorical=self.categorical,
+        test, seen = held_back(groups, self.test_share, self.seed)
+        fitted, found = fit(
+            table.rows(seen.numpy()), target=self.target.strip(), categorical=self.categorical
         )
-        inputs, unseen = fitted.encode(table, OPTIONS)
-        if not classes:
-            target, values = standardised(
-                values, rows.seen, f"{table.source}: the target {self.target!r}"
-            )
-            for name, chosen in vars(rows).items():
-                if values[chosen].unique().numel() < 2:
-                    remedy = "take another seed" if len(chosen) > 1 else "give it a larger share"
-                    raise DataError(
-                        f"{table.source}: there is one target only in the "
-                        f"{counted(len(chosen), f'{name} row')} of seed {self.seed}, and R² needs "
-                        f"two that differ; {remedy}, or add rows"
-                    )
-            values = values.to(dtype)
+        inputs, unseen = fitted.encode(table)
+        if isinstance(target, Numbers):
+            what = f"{table.source}: the target {self.target!r}"
+            mean, scale = mean_and_scale(values[seen], what)
+            target, values = Numbers(mean.item(), scale.item()), ((values - mean) / scale).to(dtype)
 
         def part(chosen: Tensor) -> tuple[Tensor, Tensor]:
             return inputs[chosen].to(device, dtype), values[chosen].to(device)
 
-        counts = [len(chosen) for chosen in vars(rows).values()]
         about = (
-            f"{how}; {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} test rows "
+            f"{len(seen):,} rows to learn from in {self.folds} folds and {len(test):,} test rows "
             f"of {table.source}; {counted(inputs.shape[1], 'input')}"
         )
+        weights = torch.ones(len(seen), device=device, dtype=dtype)
         return Split(
-            part(rows.train),
-            part(rows.validation),
-            part(rows.test),
+            part(seen),
+            part(seen),
+            part(test),
             target=target,
             encoding=fitted,
             inputs=fitted.inputs,
-            note="\n".join([about, *notes, *more, *unseen]),
+            note="\n".join([notes[0], about, *notes[1:], *table.notes, *found, *unseen]),
+            folds=Folds.draw(groups[seen], weights, self.folds, self.seed),
         )
 
-    def _table(self) -> tuple[Table, list[str]]:
-        """The table without the columns and the rows that are to be left out."""
-        path = Path(self.csv)
-        table = tables.read(
-            path, delimiter=self.delimiter, encoding=self.encoding, decimal=self.decimal
+    def _table(self) -> tuple[Table, str, TaskName]:
+        """The table without columns and rows that are to be left out, its target and task.
+
+        Raises:
+            DataError: all that the user has to decide, with a command that does.
+        """
+        table = read(
+            Path(self.csv),
+            delimiter=self.delimiter,
+            encoding=self.encoding,
+            decimal=self.decimal,
+            header=self.header,
         )
-        table.column(self.target, "--target")
-        for name in self.ignore:
-            table.column(name, "--ignore")
-        for name in self.categorical:
-            table.column(name, "--categorical")
-        if self.target in self.ignore:
-            raise ConfigurationError(f"the target {self.target!r} cannot be left out with --ignore")
-        if self.target in self.categorical:
-            raise ConfigurationError(
-                f"--categorical is for columns to learn from, and {self.target!r} is the target; "
-                f"say --task classification"
-            )
-        if both := [name for name in self.categorical if name in self.ignore]:
-            raise ConfigurationError(
-                f"{listed(both)} cannot be left out with --ignore and taken with --categorical"
-            )
-        kept = {n: column for n, column in table.columns.items() if n not in self.ignore}
-        if "" in kept:
-            raise DataError(
-                f"column {list(kept).index('') + 1} of {path} has no name in the header; give it "
-                f"one, or leave it out with --ignore ''"
-            )
-        table = replace(table, columns=kept)
-        if self.missing == "error":
-            refuse_missing(
-                table,
-                list(kept),
-                "fill them in, or say --missing impute, --missing drop, or --ignore a column",
-            )
-            return table, []
-        needed = [self.target] if self.missing == "impute" else list(kept)
-        whole = [
-            i
-            for i, values in enumerate(zip(*(kept[name] for name in needed), strict=True))
-            if not any(value in tables.MISSING for value in values)
-        ]
-        if not whole:
-            empty = [name for name in needed if tables.MISSING.issuperset(kept[name])]
-            remedy = f"none of its {counted(len(table), 'row')} is left; fill them in"
-            choice = "" if self.missing == "impute" else ", or --ignore a column"
-            refuse_missing(table, empty or needed, remedy + choice)
-        gone = len(table) - len(whole)
-        what = "without a target" if self.missing == "impute" else "with missing values"
-        return table.rows(whole), [f"left out: {counted(gone, 'row')} {what}"] if gone else []
+        target = self.target.strip()
+        if questions := Questions.about(self, table):
+            raise DataError("\n".join(questions))
+        frame = table.frame.drop(columns=list(self.ignore))
+        notes = [*table.notes]
+        if self.missing == "drop":
+            whole = frame.dropna()
+            if gone := len(frame) - len(whole):
+                notes.append(f"left out: {counted(gone, 'row')} with missing values")
+            frame = whole.reset_index(drop=True)
+        if self.ignore:
+            notes.append(f"left out, as --ignore says: {listed(self.ignore)}")
+        return replace(table, frame=frame, notes=tuple(notes)), target, self.task
+
+    def trainer(self, seed: int) -> StrengthTrainer:
+        """One that learns by folds."""
+        return FoldedTrainer(self, seed)
+
+    def network(self, split: Split) -> Module:
+        """One network, of which every fold has a copy."""
+        widths = split.train[0].shape[1], self.hidden, split.target.outputs
+        return tanh_network(*widths)
 
     def architecture(self, split: Split) -> Architecture:
-        """Tanh layers."""
+        """Tanh networks, one a fold, of whose outputs the mean is taken."""
         widths = {
             "inputs": split.train[0].shape[1],
             "hidden": list(self.hidden),
             "outputs": split.target.outputs,
+            "members": self.folds,
         }
-        return Architecture("tanh_network", widths)
+        return Architecture("tanh_committee", widths)
+
+    def model(self, split: Split, params: Params) -> Model:
+        """What `equigrad predict` needs."""
+        return super().model(split, named_by_member(params))
 
 
-def standardised(values: Tensor, seen: Tensor, what: str) -> tuple[Target, Tensor]:
-    """Numbers with zero mean and unit variance over the rows that were seen."""
-    mean, scale = mean_and_scale(values[seen], what)
-    return Numbers(mean.item(), scale.item()), (values - mean) / scale
+class FoldedTrainer(StrengthTrainer, FoldedLearner):
+    """Learns by folds, with the experiment's settings."""
+
+
+@dataclass
+class Questions:
+    """What a user has to decide before a table can be learned from, and one way to decide it.
+
+    Attributes:
+        asked: in words.
+        answers: settings that differ from those given, by name.
+    """
+
+    asked: list[str] = field(default_factory=list)
+    answers: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def about(cls, config: Tabular, table: Table) -> list[str]:
+        """All of them, with a command that can be pasted; empty where there are none."""
+        self, columns = cls(), list(table.frame.columns)
+        target = config.target.strip()
+        if table.question:
+            self.asked.append(table.question)
+            place = columns.index(target) if target in columns else len(columns) - 1
+            self.answers |= {"header": "no", "target": f"column_{place + 1}"}
+        elif target not in columns:
+            self.asked.append(_no_column("--target", target, columns))
+            near = meant(target, columns)
+            self.answers["target"] = near.split("'")[1] if near else "COLUMN"
+        for name in ("ignore", "categorical"):
+            given: tuple[str, ...] = getattr(config, name)
+            absent = [] if table.question else [one for one in given if one not in columns]
+            self.asked += [_no_column(f"--{name}", one, columns) for one in absent]
+            if target in given:
+                self.asked.append(
+                    f"{target!r} is the target, and cannot be left out with --ignore"
+                    if name == "ignore"
+                    else f"--categorical is for columns to learn from, and {target!r} is the "
+                    f"target; say --task classification"
+                )
+            if absent or target in given:
+                kept = tuple(one for one in given if one in columns and one != target)
+                self.answers[name] = kept
+        if both := [one for one in config.categorical if one in config.ignore]:
+            self.asked.append(
+                f"{listed(both)} cannot be left out with --ignore and taken with --categorical"
+            )
+            self.answers["categorical"] = tuple(c for c in config.categorical if c not in both)
+        if not self.asked:
+            return []
+        command = _command(replace(config, **self.answers))
+        return [*self.asked, f"a command that decides, to be changed as you like:\n  {command}"]
+
+
+def _no_column(option: str, name: str, columns: list[str]) -> str:
+    near = meant(name, columns)
+    return f"{option} {name!r} is no column of the table, which has {listed(columns)}.{near}"
+
+
+READING = ("csv", "target", "task", "header", "ignore", "categorical", "missing", "delimiter")
+"""Settings of how a table is read, in the order of a command."""
+
+
+def _command(config: Tabular) -> str:
+    """The command that reads a table with these settings."""
+    plain = Tabular(csv=Path(), target="")
+    words = ["equigrad", "run", "tabular"]
+    for name in (*READING, "encoding", "decimal"):
+        value = getattr(config, name)
+        if value != getattr(plain, name):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)

@@ -1,118 +1,137 @@
-"""Encoding of tables: standardised numbers, and an input for each category."""
+"""Encoding of tables: standardised numbers, parts of dates, an input for each category."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import DataError
-from equigrad.experiments.tables.tables import (
-    GROUPED,
-    MISSING,
+from equigrad.experiments.tables.reading import (
     Decimal,
+    Series,
     Table,
-    without_missing,
+    as_numbers,
+    holds_numbers,
+    of_each,
 )
-from equigrad.training.names import places
+from equigrad.training.names import name_of
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.targets import Classes, Numbers, Target
 from equigrad.wording import counted, listed, shortened
 
 MOST_CATEGORIES = 50
-"""A column of text with more is taken for names or free text, unless it is said to have them."""
-
-FEWEST_TEXTS = 10
-"""Among so many texts or more, half at most may be different categories."""
+"""Of a column; the rarer ones share an input."""
 
 MOST_WHOLE_CLASSES = 10
 """A target of whole numbers with more values is taken for a number."""
 
-MARKS = str.maketrans("", "", "-.,")
-OPTIONS = "--categorical {name}, or --ignore {name}"
-"""What a run may be told of a column of numbers that holds something else."""
+DATES = (
+    "ISO8601",
+    *(
+        " ".join([day, *time])
+        for day, time in product(
+            ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%d/%m/%y", "%m/%d/%y"),
+            ([], ["%H:%M"], ["%H:%M:%S"]),
+        )
+    ),
+)
+"""How a date may be written; where several ways fit all rows, the first."""
 
-OTHER_MARK: dict[Decimal, Decimal] = {".": ",", ",": "."}
-Missing = Literal["error", "impute", "drop"]
+PARTS = {"year": "year", "month": "month", "weekday": "day_of_week", "hour": "hour"}
+"""Of a date, and what pandas calls them."""
+
+Missing = Literal["impute", "drop"]
 TaskName = Literal["auto", "classification", "regression"]
 
 
 @dataclass(frozen=True)
 class Numeric:
-    """A column of numbers.
+    """A column of numbers, or a part of a column of dates.
 
     Attributes:
-        name: of the column.
+        column: its name in the table.
         mean: that is subtracted.
         deviation: that divides.
         median: stands for what is missing.
         marked: whether an input says where a value is missing.
+        part: of a date, such as `month`; empty for a number.
+        form: how the dates are written.
     """
 
-    name: str
+    column: str
     mean: float
     deviation: float
     median: float
     marked: bool
+    part: str = ""
+    form: str = ""
 
     @property
     def inputs(self) -> list[str]:
         """Names of what the network sees."""
-        return [self.name, f"{self.name} is missing"] if self.marked else [self.name]
+        name = f"{self.column} {self.part}".strip()
+        return [name, f"{name} is missing"] if self.marked else [name]
 
-    def encode(self, table: Table, otherwise: str) -> tuple[Tensor, str]:
-        """Rows × inputs, and a note where values are missing that no input marks."""
-        texts, numbers = table.columns[self.name], table.numbers(self.name)
-        junk = [i for i, number in enumerate(numbers) if number is None and texts[i] not in MISSING]
-        if junk:
-            raise not_a_number(table, self.name, junk, otherwise)
-        gone = torch.tensor([number is None for number in numbers])
-        values = torch.tensor(
-            [self.median if number is None else number for number in numbers], dtype=torch.float64
-        )
-        standardised = (values - self.mean) / self.deviation
+    def encode(self, table: Table) -> tuple[Tensor, str]:
+        """Rows × inputs, and a note on values that are missing here and were not before."""
+        if self.part:
+            values = part_of(read_dates(table.frame[self.column], self.form), self.part)
+        else:
+            values = table.numbers(self.column)
+        numbers = torch.from_numpy(values.to_numpy(copy=True))
+        gone = numbers.isnan()
+        standardised = (numbers.where(~gone, self.median) - self.mean) / self.deviation
         encoded = torch.stack([standardised, gone.double()][: len(self.inputs)], dim=1)
         if self.marked or not gone.any():
             return encoded, ""
-        rows, median = counted(int(gone.sum()), "row"), f"{self.median:g}"
-        note = f"column {self.name!r}: {rows} without a value, taken as the median {median}"
-        return encoded, note
+        rows = counted(int(gone.sum()), "row")
+        return encoded, (
+            f"column {self.column!r}: {rows} without a value, taken as {self.median:g}, the median"
+        )
 
 
 @dataclass(frozen=True)
 class Categorical:
-    """A column of categories, with an input for each.
+    """A column of categories, with an input for each that is not rare.
 
     Attributes:
-        name: of the column.
-        categories: those that were seen; the empty one stands for missing.
+        column: its name in the table.
+        categories: the frequent ones; the empty one stands for missing.
+        rare: whether the others share an input, as those do that were not seen.
     """
 
-    name: str
+    column: str
     categories: tuple[str, ...]
+    rare: bool = False
 
     @property
     def inputs(self) -> list[str]:
         """Names of what the network sees."""
-        return [f"{self.name}={c}" if c else f"{self.name} is missing" for c in self.categories]
+        names = [
+            f"{self.column}={c}" if c else f"{self.column} is missing" for c in self.categories
+        ]
+        return [*names, f"{self.column} is rare"] if self.rare else names
 
-    def encode(self, table: Table, otherwise: str) -> tuple[Tensor, str]:
-        """Rows × inputs, all zero for a category that was not seen, and a note that names it."""
-        texts = without_missing(table.columns[self.name])
-        encoded = torch.zeros(len(texts), len(self.categories), dtype=torch.float64)
-        unknown: Counter[str] = Counter()
-        for i, place in enumerate(places(self.categories, texts, table.numbers(self.name))):
-            if place is None:
-                unknown[texts[i]] += 1
-            else:
-                encoded[i, place] = 1
-        if not unknown:
-            return encoded, ""
-        rows, names = counted(unknown.total(), "row"), listed(list(unknown), 5)
-        return encoded, f"column {self.name!r}: {rows} of unseen category {names}"
+    def encode(self, table: Table) -> tuple[Tensor, str]:
+        """Rows × inputs, and a note on categories that nothing is known of."""
+        import pandas as pd
+
+        texts = names_of(table.frame[self.column])
+        places = torch.tensor(pd.Index(self.categories, dtype=object).get_indexer(texts))
+        other = places < 0
+        encoded = torch.zeros(len(places), len(self.inputs), dtype=torch.float64)
+        known = (~other).nonzero().squeeze(1)
+        encoded[known, places[known]] = 1
+        if self.rare:
+            encoded[other, -1] = 1
+        elif other.any():
+            unknown = texts[other.numpy()]
+            rows, names = counted(len(unknown), "row"), listed(unknown.unique(), 5)
+            return encoded, f"column {self.column!r}: {rows} of unseen category {names}"
+        return encoded, ""
 
 
 Column = Numeric | Categorical
@@ -120,18 +139,16 @@ Column = Numeric | Categorical
 
 @dataclass(frozen=True)
 class Encoding:
-    """Turns rows of a table into inputs of a network, as it was fitted to what the network saw.
+    """Turns rows of a table into inputs of a network, by plain numbers that a model is saved with.
 
     Attributes:
         columns: that the network sees.
         target: name of the column that is predicted.
-        missing: what was done about missing values.
         decimal: the decimal mark of the table.
     """
 
     columns: tuple[Column, ...]
     target: str
-    missing: Missing
     decimal: Decimal = "."
 
     @property
@@ -139,232 +156,279 @@ class Encoding:
         """Names of what the network sees."""
         return [name for column in self.columns for name in column.inputs]
 
-    def encode(self, table: Table, otherwise: str = "") -> tuple[Tensor, list[str]]:
+    def encode(self, table: Table) -> tuple[Tensor, list[str]]:
         """Rows × inputs in float64, and what the user should know.
 
-        Args:
-            table: the rows.
-            otherwise: what else can be done about a value that is no number, as `OPTIONS`.
-
         Raises:
-            DataError: a column is not there, has values missing that should not, or holds what is
-                not a number.
+            DataError: columns are not there.
         """
-        names = [column.name for column in self.columns]
-        if absent := [name for name in names if name not in table.columns]:
+        names = list(dict.fromkeys(column.column for column in self.columns))
+        if absent := [name for name in names if name not in table.frame]:
             raise DataError(
                 f"{table.source} lacks the columns {listed(absent)} that the network learned from; "
-                f"it has {listed(table.columns)}"
+                f"it has {listed(table.frame.columns)}"
             )
-        if self.missing != "impute":
-            refuse_missing(table, names, "the network learned from rows without any; fill them in")
-        columns = (column.encode(table, otherwise) for column in self.columns)
-        encoded, notes = zip(*columns, strict=True)
-        return torch.cat(encoded, dim=1), [note for note in notes if note]
-
-
-def refuse_missing(table: Table, names: Sequence[str], remedy: str) -> None:
-    """Raise a `DataError` that names the columns with missing values, how many and where."""
-    gaps = {}
-    for name in names:
-        rows = [i for i, text in enumerate(table.columns[name]) if text in MISSING]
-        if rows:
-            gaps[name] = f"{name!r} ({len(rows)}, the first in line {table.lines[rows[0]]})"
-    if gaps:
-        more = f" and {len(gaps) - 10} more" if len(gaps) > 10 else ""
-        raise DataError(
-            f"{table.source} has missing values in {', '.join(list(gaps.values())[:10])}{more}: "
-            f"{remedy}"
+        encoded, notes = zip(*(column.encode(table) for column in self.columns), strict=True)
+        odd = (
+            odd_values(table, c.column)
+            for c in self.columns
+            if isinstance(c, Numeric) and not c.part
         )
+        return torch.cat(encoded, dim=1), [note for note in (*odd, *notes) if note]
 
 
-def not_a_number(table: Table, name: str, junk: Sequence[int], otherwise: str) -> DataError:
-    """What to raise where a column of numbers holds something else, and what to say otherwise."""
-    decimal, mark = table.decimal, OTHER_MARK[table.decimal]
-    marked = [text for text in (table.columns[name][i] for i in junk) if mark in text]
-    grouped = bool(marked) and all(GROUPED[decimal].fullmatch(text) for text in marked)
-    surely = grouped and any(decimal in text or text.count(mark) > 1 for text in marked)
-    remedies = f"{'else mend' if marked else 'mend'} them"
-    if marked and not surely:
-        remedies = f"if {mark!r} is the decimal mark, say --decimal {mark}; {remedies}"
-    if grouped:
-        remedies = f"they look like grouped thousands, to be written without {mark!r}; {remedies}"
-    if otherwise:
-        remedies += f", or say {otherwise.format(name=name)}"
-    return DataError(
-        f"{table.source}: column {name!r} should hold numbers, and {len(junk)} of its {len(table)} "
-        f"values are none: {table.where(name, junk)}; {remedies}"
-    )
+@dataclass
+class Findings:
+    """What is learned of a table's columns, and what was done about their faults.
+
+    Attributes:
+        columns: to learn from.
+        notes: in words.
+        left_out: columns with the reason.
+    """
+
+    columns: list[Column] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, column: str, reason: str) -> None:
+        """Note a column that nothing is learned from."""
+        self.left_out.setdefault(reason, []).append(column)
+
+    @property
+    def said(self) -> list[str]:
+        """All in words."""
+        return [
+            f"left out, {why}: {listed(names)}" for why, names in self.left_out.items()
+        ] + self.notes
 
 
 def fit(
-    table: Table,
-    *,
-    target: str,
-    missing: Missing,
-    categorical: Sequence[str] = (),
+    table: Table, *, target: str, categorical: Sequence[str] = ()
 ) -> tuple[Encoding, list[str]]:
     """Learn the kinds of the columns, their means, deviations, medians and categories.
+
+    Dates become year, month, weekday and hour. What is no number in a column of numbers counts as
+    missing. Categories of few rows share an input. Left out are columns with one value, row
+    numbers, columns that equal the target, and columns of text in which no value is frequent.
 
     Args:
         table: the rows that the learner and its judge see, and no others.
         target: the column that is predicted.
-        missing: `error` and `drop` refuse missing values, `impute` takes the median of numbers and
-            gives an input of its own to where they are missing.
         categorical: columns whose numbers are names of categories.
 
     Returns:
-        The encoding, and what the user should know.
+        The encoding, and what was done.
 
     Raises:
-        DataError: a column's values are not of one kind, or nothing is left to learn from.
+        DataError: nothing is left to learn from.
     """
-    columns: list[Column] = []
-    notes: list[str] = []
-    constant: list[str] = []
-    for name in (name for name in table.columns if name != target):
-        if len(set(table.names(name))) == 1:
-            constant.append(name)
-            continue
-        if name not in categorical and is_numeric(table, name):
-            columns.append(fit_numbers(table, name))
-            numbers = [float(number) for number in table.numbers(name) if number is not None]
-            if counts_rows(numbers):
-                notes.append(
-                    f"column {name!r} holds whole numbers that are all different: if it only "
-                    f"numbers the rows, leave it out with --ignore {name}"
-                )
+    found = Findings()
+    goal = table.frame[target]
+    for name in (name for name in table.frame.columns if name != target):
+        values = table.frame[name]
+        if values.head(9).nunique(dropna=False) == values.nunique(dropna=False) == 1:
+            found.leave_out(name, "having one value only")
+        elif same(values, goal):
+            found.leave_out(name, f"as it equals the target {target!r}")
+        elif name not in categorical and is_numeric(table, name):
+            fit_numbers(table, name, found)
+        elif name not in categorical and (form := date_form(values)):
+            fit_dates(table, name, form, found)
         else:
-            columns.append(fit_categories(table, name, forced=name in categorical))
-    if constant:
-        notes.append(f"left out, having one value only: {listed(constant)}")
-    if not columns:
-        raise DataError(f"{table.source} has no column to learn from beside the target {target!r}")
-    return Encoding(tuple(columns), target, missing, table.decimal), notes
+            fit_categories(table, name, found)
+    if not found.columns:
+        raise DataError(
+            f"{table.source} has no column to learn from beside the target {target!r}; "
+            f"{'; '.join(found.said)}"
+        )
+    return Encoding(tuple(found.columns), target, table.decimal), found.said
 
 
-def counts_rows(numbers: Sequence[float]) -> bool:
-    """Whether numbers look like numbers of rows: whole, all different, without gaps to speak of."""
-    whole = all(number == int(number) for number in numbers)
-    spread = max(numbers) - min(numbers) + 1
-    return whole and len(set(numbers)) == len(numbers) > 20 and spread <= 3 * len(numbers)
+def same(values: Series, others: Series) -> bool:
+    """Whether two columns have the same values; the first rows tell most apart."""
+    first = zip(values.head(9), others.head(9), strict=True)
+    return all(_name(a) == _name(b) for a, b in first) and names_of(values).equals(names_of(others))
 
 
 def is_numeric(table: Table, name: str) -> bool:
-    """Whether a column holds numbers: half of its values or more; then the others are junk."""
-    texts, numbers = table.columns[name], table.numbers(name)
-    there = [i for i, text in enumerate(texts) if text not in MISSING]
-    junk = [i for i in there if numbers[i] is None]
-    if 2 * len(junk) > len(there):
-        refuse_other_mark(table, name, OPTIONS)
-        return False
-    if junk:
-        raise not_a_number(table, name, junk, OPTIONS)
-    return True
+    """Whether a column holds numbers: half of its values or more, and not a few names besides."""
+    values = table.frame[name]
+    if holds_numbers(values):
+        return True
+    there = values.dropna()
+    share = as_numbers(there, table.decimal).notna().mean()
+    few = there.nunique() <= MOST_WHOLE_CLASSES and 2 * there.nunique() <= len(there)
+    return share == 1 or (share >= 0.5 and not few)
 
 
-def refuse_other_mark(table: Table, name: str, otherwise: str) -> None:
-    """Raise a `DataError` where most of a column looks like numbers with the other decimal mark."""
-    texts, numbers = table.columns[name], table.numbers(name)
-    mark = OTHER_MARK[table.decimal]
-    digits = [
-        i
-        for i, (text, number) in enumerate(zip(texts, numbers, strict=True))
-        if number is None and mark in text and text.translate(MARKS).isdigit() and not is_date(text)
-    ]
-    if 2 * len(digits) > len(texts):
-        raise not_a_number(table, name, digits, otherwise)
+def odd_values(table: Table, name: str) -> str:
+    """A note that names what is no number in a column of numbers; empty for nothing."""
+    values = table.frame[name]
+    if holds_numbers(values):
+        return ""
+    odd = values[table.numbers(name).isna() & values.notna()]
+    if odd.empty:
+        return ""
+    values = ", ".join(f"{shortened(str(v))} (row {i + 1})" for i, v in odd.head(5).items())
+    more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+    return f"column {name!r}: no numbers, taken as missing: {values}{more}"
 
 
-def fit_numbers(table: Table, name: str) -> Numeric:
+def fit_numbers(table: Table, name: str, found: Findings) -> None:
     """Mean and deviation, medians having taken the place of what is missing."""
     numbers = table.numbers(name)
-    there = torch.tensor([x for x in numbers if x is not None], dtype=torch.float64)
-    median = there.quantile(0.5).item()
-    filled = torch.tensor([median if x is None else x for x in numbers], dtype=torch.float64)
-    mean, scale = mean_and_scale(filled, f"{table.source}: column {name!r}")
-    return Numeric(name, mean.item(), scale.item(), median, len(there) < len(numbers))
+    if counts_rows(numbers):
+        found.leave_out(name, "as it numbers the rows")
+    else:
+        found.columns.append(standardising(numbers, name, table.source))
+        if gone := int(numbers.isna().sum()):
+            found.notes.append(
+                f"column {name!r}: {counted(gone, 'missing value')} taken as the median "
+                f"{numbers.median():g}, with an input that says where"
+            )
 
 
-def fit_categories(table: Table, name: str, *, forced: bool) -> Categorical:
-    """The categories in order; text that looks like names, dates or prose is refused."""
-    texts = table.names(name)
-    categories = tuple(sorted(set(texts)))
-    there = [text for text in texts if text]
-    different = len(set(there))
-    many = different > MOST_CATEGORIES or 2 * different > len(there) >= FEWEST_TEXTS
-    if many and not forced:
-        kind = (
-            "dates; turn them into numbers, days since the first for example"
-            if any(map(is_date, categories))
-            else "names, free text or numbers with a unit; write such numbers without their unit"
+def standardising(
+    numbers: Series, name: str, source: str, part: str = "", form: str = ""
+) -> Numeric:
+    """What turns numbers into an input of zero mean and unit variance."""
+    values = torch.from_numpy(numbers.to_numpy(copy=True))
+    gone, median = values.isnan(), float(numbers.median())
+    mean, scale = mean_and_scale(values.where(~gone, median), f"{source}: column {name!r}")
+    return Numeric(name, mean.item(), scale.item(), median, bool(gone.any()), part, form)
+
+
+def counts_rows(numbers: Series) -> bool:
+    """Whether numbers are those of the rows: one more from each row of the file to the next."""
+    places = numbers.to_numpy() - numbers.index.to_numpy()
+    return len(places) > 20 and bool((places == places[0]).all())
+
+
+def date_form(values: Series) -> str:
+    """How the dates of a column are written; empty where they are none."""
+    there = values.dropna()
+    if there.empty or not there.astype(str).str.contains(r"\d[-/.:]\d").all():
+        return ""
+    fitting = (form for form in DATES if read_dates(there, form).notna().all())
+    return next(fitting, "")
+
+
+def read_dates(values: Series, form: str) -> Series:
+    """Times, missing where they are not written that way."""
+    import pandas as pd
+
+    def parsed(texts: Series) -> Series:
+        return pd.to_datetime(texts.astype("string"), format=form, errors="coerce", utc=True)
+
+    return of_each(values, parsed)
+
+
+def part_of(times: Series, part: str) -> Series:
+    """A part of times as numbers."""
+    return getattr(times.dt, PARTS[part]).astype("float64")
+
+
+def fit_dates(table: Table, name: str, form: str, found: Findings) -> None:
+    """A number for each part that differs between rows."""
+    times = read_dates(table.frame[name], form)
+    parts = [part for part in PARTS if part_of(times, part).nunique() > 1]
+    for part in parts:
+        numbers = part_of(times, part)
+        found.columns.append(standardising(numbers, name, table.source, part, form))
+    if parts:
+        how = "ISO 8601" if form == "ISO8601" else form
+        found.notes.append(
+            f"column {name!r}: dates ({how}), of which {', '.join(parts)} are inputs"
         )
-        raise DataError(
-            f"{table.source}: column {name!r} has {different} different texts in {len(there)} of "
-            f"the {len(texts)} rows that are learned from, such as {shortened(categories[-1])}. "
-            f"They look like {kind}, or leave them out with --ignore {name}, or take them as "
-            f"categories all the same with --categorical {name}"
+    else:
+        found.leave_out(name, "having one date only")
+
+
+def fit_categories(table: Table, name: str, found: Findings) -> None:
+    """The frequent categories in order, and whether there are others."""
+    texts = names_of(table.frame[name])
+    fewest = min(10, max(2, len(texts) // 20))
+    counts = texts.value_counts()
+    frequent = counts[counts >= fewest].head(MOST_CATEGORIES)
+    rare = counts.drop(frequent.index)
+    if len(frequent) - ("" in frequent.index) < 1:
+        found.leave_out(name, "being text of which hardly any two rows have the same")
+        return
+    if len(rare):
+        rows = counted(int(rare.sum()), "row")
+        found.notes.append(
+            f"column {name!r}: {counted(len(rare), 'rare value')} in {rows} share one input, such "
+            f"as {listed(rare.index, 3)}"
         )
-    return Categorical(name, categories)
+    found.columns.append(Categorical(name, tuple(sorted(frequent.index)), rare=len(rare) > 0))
 
 
-def is_date(text: str) -> bool:
-    """Whether a text is a date as ISO 8601 writes it, or with points or slashes."""
-    for form in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):
-        try:
-            datetime.strptime(text, form)
-        except ValueError:
-            continue
-        return True
+def names_of(values: Series) -> Series:
+    """Values as names of categories, empty where missing; a number has one name in any writing."""
+    return of_each(values, lambda unique: unique.map(_name).astype(object)).fillna("")
+
+
+def _name(value: object) -> str:
     try:
-        datetime.fromisoformat(text)
+        return name_of(float(str(value)))
     except ValueError:
-        return False
-    return True
+        return str(value)
 
 
-def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Tensor, str]:
-    """What is predicted: its kind, a class or a number for every row, and how the kind was found.
+def read_target(table: Table, name: str, task: TaskName) -> tuple[Target, Table, Tensor, list[str]]:
+    """What is predicted: its kind, the rows that have it, a class or number for each, and notes.
 
-    Numbers come as they are written; `Numbers` that standardise them are to be fitted.
+    Rows without a target are left out, and so are classes of one or two rows. Numbers come as they
+    are written; `Numbers` that standardise them are to be fitted.
 
     Raises:
-        DataError: one class, constant numbers, numbers that are none, texts all different.
+        DataError: one class, constant numbers, texts all different.
     """
-    texts, numbers = table.names(name), table.numbers(name)
-    junk = [i for i, number in enumerate(numbers) if number is None]
-    there = [number for number in numbers if number is not None]
-    values = set(texts)
-    if task != "classification":
-        refuse_other_mark(table, name, "--task classification")
+    there = table.frame[name].dropna()
+    numbers = as_numbers(there, table.decimal)
+    numeric = is_numeric(table, name) and not there.empty
     how = "as --task says"
     if task == "auto":
-        whole = all(number == int(number) for number in there)
-        few = len(set(there)) <= MOST_WHOLE_CLASSES and 2 * len(set(there)) <= len(there)
-        if junk and 2 * len(junk) <= len(texts) and len(values) > MOST_WHOLE_CLASSES:
-            raise not_a_number(table, name, junk, "--task classification")
-        task = "classification" if junk or (whole and few) else "regression"
+        values = numbers.dropna()
+        whole = bool((values % 1 == 0).all())
+        few = values.nunique() <= MOST_WHOLE_CLASSES and 2 * values.nunique() <= len(values)
+        task = "regression" if numeric and not (whole and few) else "classification"
         other = "regression" if task == "classification" else "classification"
-        kind = "text" if junk else "whole numbers" if whole else "numbers"
-        how = f"the target {name!r} being {kind} with {len(values)} values"
-        how += "" if junk else f"; else --task {other}"
+        kind = ("whole numbers" if whole else "numbers") if numeric else "text"
+        how = f"the target {name!r} being {kind} with {there.nunique()} values"
+        how += f"; else --task {other}" if numeric else ""
+    kept = numbers.dropna() if task == "regression" else _frequent(names_of(there))
+    notes = _rows_left_out(table, name, task, kept.index)
+    if kept.nunique() < 2:
+        raise DataError(
+            f"{table.source}: the target {name!r} has "
+            f"{'the value ' + shortened(str(kept.iloc[0])) + ' only' if len(kept) else 'no value'}"
+            f", and there is nothing to tell apart{''.join('; ' + note for note in notes)}"
+        )
+    rows = table if len(kept) == len(table) else table.rows(kept.index)
     if task == "regression":
-        if junk:
-            raise not_a_number(table, name, junk, "--task classification")
-        if len(set(there)) == 1:
-            raise DataError(f"{table.source}: the target {name!r} is {there[0]:g} in every row")
-        return Numbers(), torch.tensor(there, dtype=torch.float64), f"regression, {how}"
-    if len(values) == 1:
-        raise DataError(
-            f"{table.source}: the target {name!r} has one class only, {shortened(texts[0])}, and "
-            f"there is nothing to tell apart"
-        )
-    if len(values) > MOST_CATEGORIES and 3 * len(values) > len(texts):
-        raise DataError(
-            f"{table.source}: the target {name!r} has {len(values)} different values in "
-            f"{len(texts)} rows, which are no classes, such as {shortened(texts[0])}"
-        )
-    names = sorted(values) if junk else sorted(values, key=lambda text: float(text))
+        return Numbers(), rows, torch.tensor(kept.to_numpy()), [f"regression, {how}", *notes]
+    names = sorted(kept.unique(), key=float) if numeric else sorted(kept.unique())
     place = {text: i for i, text in enumerate(names)}
-    kind = f"classification into {len(names)} classes, {how}"
-    return Classes(tuple(names)), torch.tensor([place[text] for text in texts]), kind
+    said = f"classification into {len(names)} classes, {how}"
+    return Classes(tuple(names)), rows, torch.tensor(kept.map(place).to_numpy()), [said, *notes]
+
+
+def _frequent(texts: Series) -> Series:
+    """Those of classes with three rows or more."""
+    return texts[texts.map(texts.value_counts()) >= 3]
+
+
+def _rows_left_out(table: Table, name: str, task: str, kept: Sequence[int]) -> list[str]:
+    """Rows without a target, with what is no number, or of a class with hardly a row."""
+    values = table.frame[name]
+    notes = []
+    if gone := int(values.isna().sum()):
+        notes.append(f"left out: {counted(gone, 'row')} without a target")
+    lost = values.drop(kept).dropna()
+    if len(lost):
+        names = listed(lost.astype(str).unique(), 5)
+        what = "is no number" if task == "regression" else "is a class of one or two rows"
+        notes.append(f"left out: {counted(len(lost), 'row')} where the target {what}: {names}")
+    return notes
