@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import equigrad as eg
-from equigrad.cli import say_how_to_resume, too_large
+from equigrad.cli import say_how_to_resume
+from equigrad.experiments.runs.complaints import too_large
 from equigrad.training import loop
 from helpers import call_main
 

@@ -8,6 +8,7 @@ import pydoc
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +168,9 @@ def test_the_list_keeps_its_columns(width, monkeypatch, capsys):
     headings = "Estimator How gradients error Order Memory Needs Start"
     assert all(word in said for word in headings.split())
     assert "needed" in said
+
+
+def test_no_file_has_more_than_four_hundred_lines():
+    source = Path(equigrad.__file__).parent
+    long = {p.name: n for p in source.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long

@@ -4,20 +4,18 @@ import argparse
 import dataclasses
 import inspect
 import os
-import runpy
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equigrad import __version__
-from equigrad.errors import ConfigurationError, EquigradError, RunError
+from equigrad.errors import EquigradError, RunError
 from equigrad.wording import meant
 
 if TYPE_CHECKING:
@@ -34,12 +32,6 @@ VERBS = {
 SHELLS = ("bash", "zsh", "tcsh")
 """Whose completion is written by `shtab`."""
 
-MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-"""What torch says where a tensor finds no room."""
-
-ROOMY = 100
-"""Columns of a terminal from which on a table need not spare its spaces."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `equigrad`: exit code 2 for what the user can mend, 130 for Ctrl-C."""
@@ -47,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments, ours=ours)
     except EquigradError as error:
+        from equigrad.experiments.runs.complaints import complain
+
         complain(error)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
+        from equigrad.experiments.runs.complaints import complain, too_large
+
         if (beyond := too_large(error)) is None:
             raise
         complain(beyond)
@@ -59,30 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our words, `head` for example, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-
-
-def complain(error: EquigradError) -> None:
-    """Say on standard error what the user can mend."""
-    from rich.console import Console
-
-    complaints = Console(stderr=True)
-    complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
-    complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
-
-
-def too_large(error: Exception) -> EquigradError | None:
-    """What torch's error says, where a setting is too large for the memory or for the dtype."""
-    said = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or any(words in said for words in MEMORY):
-        return ConfigurationError(
-            f"there is not enough memory ({said or 'MemoryError'}): lower what sets the size of "
-            f"the network, the images or a batch"
-        )
-    if "without overflow" in said:
-        return ConfigurationError(
-            f"a setting is too large for the dtype ({said}): lower it, or take --dtype float64"
-        )
-    return None
 
 
 def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
@@ -113,8 +85,12 @@ def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
 
         keep_freed_memory()
     if words.verb == "list":
+        from equigrad.experiments.runs.listing import show
+
         show(COMMANDS)
     elif words.verb == "check":
+        from equigrad.experiments.runs.described import examine
+
         examine(words.target, rtol=words.rtol, directions=words.directions, seed=words.seed)
     elif words.verb == "scores":
         score(words, arguments)
@@ -226,38 +202,6 @@ def require_extras(*more: str) -> None:
         )
 
 
-def show(known: Sequence["Command"]) -> None:
-    """Print the commands and the estimators."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from equigrad.estimators.table import HEADINGS, LEGEND, rows
-
-    console = Console()
-    table = Table(box=None, show_header=False)
-    for command in known:
-        table.add_row(f"equigrad {command.verb} {command.name}", command.summary)
-    console.print(table)
-    headings = (heading[0].upper() + heading[1:] for heading in HEADINGS)
-    roomy = console.width >= ROOMY
-    estimators = Table(
-        *headings,
-        box=SIMPLE_HEAD,
-        padding=(0, int(roomy), 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    estimators.columns[0].no_wrap = True
-    for column, texts in zip(estimators.columns, zip(HEADINGS, *rows(), strict=True), strict=True):
-        longest = max(len(word) for text in texts for word in text.split())
-        column.min_width, column.width = longest, None if roomy else longest
-    for row in rows():
-        estimators.add_row(*row)
-    console.print(estimators)
-    console.print(LEGEND)
-
-
 def ask(words: argparse.Namespace) -> None:
     """Predictions of a saved model; notes go where they do not mix with them."""
     from rich.console import Console
@@ -286,27 +230,11 @@ def ask(words: argparse.Namespace) -> None:
     )
 
 
-def examine(target: str, **options: Any) -> None:
-    """Check the problem that a user's file describes; exit code 1 where it is wrong."""
-    from equigrad.diagnostics.check import check_meta_gradient
-
-    described = read_description(target)
-    known = set(inspect.signature(check_meta_gradient).parameters) - options.keys()
-    if unknown := set(described) - known:
-        raise ConfigurationError(f"{target} has {sorted(unknown)}, allowed are {sorted(known)}")
-    if missing := {"problem", "params", "meta_params", "solver"} - set(described):
-        raise ConfigurationError(f"{target} lacks {sorted(missing)}")
-    progress = partial(print, file=sys.stderr)
-    check = check_meta_gradient(**{"progress": progress, **described}, **options)
-    print(check)
-    if not check.passed:
-        raise SystemExit(1)
-
-
 def score(words: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Score the training examples that a user's file describes."""
     from rich.console import Console
 
+    from equigrad.experiments.runs.described import read_description
     from equigrad.experiments.runs.example_scores import score as score_examples
 
     try:
@@ -317,29 +245,6 @@ def score(words: argparse.Namespace, arguments: Sequence[str]) -> None:
         say_how_to_resume(arguments, words.out)
         raise
     print(f"saved in {words.out}")
-
-
-def read_description(target: str) -> Mapping[str, Any]:
-    """The dictionary that a user's file gives, or a function in it returns."""
-    path, _, name = target.rpartition(":")
-    if not path or not name:
-        raise ConfigurationError(f"say which problem of which file, as FILE.py:NAME, got {target}")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # what the file imports from beside it
-    try:
-        scope = runpy.run_path(path)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error}") from error
-    except Exception as error:
-        raise ConfigurationError(f"{path} does not run: {type(error).__name__}: {error}") from error
-    if name not in scope:
-        raise ConfigurationError(f"{path} defines no {name!r}")
-    described = scope[name]() if callable(scope[name]) else scope[name]
-    if not isinstance(described, Mapping):
-        raise ConfigurationError(
-            f"{target} must be a dictionary of arguments by name, or a function that returns one; "
-            f"got {type(described).__name__}"
-        )
-    return described
 
 
 def execute(command: "Command", arguments: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
-from equigrad.problems.problem import dense
+from equigrad.problems.pullback import dense
 from equigrad.problems.refused import given
 from equigrad.randomness import Stream
 from equigrad.solvers import Settled

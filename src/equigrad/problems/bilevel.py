@@ -9,17 +9,8 @@ from torch import Tensor, nn
 
 from equigrad.fields import Rule
 from equigrad.parallel import ALONE, is_group
-from equigrad.problems.problem import (
-    Batches,
-    Loss,
-    Params,
-    Problem,
-    Regularizer,
-    Velocity,
-    dense,
-    pushed,
-    scalar,
-)
+from equigrad.problems.problem import Batches, Loss, Problem, Regularizer
+from equigrad.problems.pullback import Params, Velocity, dense, pushed, scalar
 from equigrad.randomness import CommonRandomness, Stream
 
 

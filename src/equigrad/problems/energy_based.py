@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
 from equigrad.fields import Rule
-from equigrad.problems.problem import Loss, Params, Part, Problem, Velocity, slope
+from equigrad.problems.problem import Loss, Part, Problem
+from equigrad.problems.pullback import Params, Velocity, slope
 from equigrad.randomness import CommonRandomness, Stream
 
 Activation = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]

@@ -9,16 +9,8 @@ from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
 from equigrad.fields import Rule
-from equigrad.problems.problem import (
-    Batches,
-    Loss,
-    Params,
-    Problem,
-    Velocity,
-    check_scalar,
-    pushed,
-    slope,
-)
+from equigrad.problems.problem import Batches, Loss, Problem, check_scalar
+from equigrad.problems.pullback import Params, Velocity, pushed, slope
 from equigrad.randomness import CommonRandomness, Stream
 
 

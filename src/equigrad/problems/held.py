@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equigrad.problems.problem import Params, Problem
+from equigrad.problems.problem import Problem
+from equigrad.problems.pullback import Params
 
 
 def held(problem: Problem, params: Params, samples: Sequence[int]) -> Problem:

@@ -1,0 +1,88 @@
+"""Derivatives of scalars and of maps, as all kinds of problems take them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]
+"""Named tensors: what `dict(module.named_parameters())` gives and `functional_call` takes."""
+
+Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
+"""`(params, step) -> velocity, value`.
+
+The velocity has one tensor for each of `params`, in their order. Calling `value` before they move
+gives the loss there, at no cost but that of a regulariser's.
+"""
+
+
+def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple[Tensor, ...]:
+    """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative where numbers are complex."""
+    seed = scalar(scale, loss)
+    grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
+    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else dense(grads)
+
+
+def dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same in ordinary tensors: embeddings with `sparse=True` have sparse gradients."""
+    if any(g.is_sparse for g in grads):
+        return tuple(g.to_dense() if g.is_sparse else g for g in grads)
+    return grads
+
+
+def pull_back(
+    outputs: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """`Σ (∂output/∂input)ᵀ adjoint` for every input, where some outputs may depend on none."""
+    varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
+    if not varying:
+        return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
+    return dense(
+        torch.autograd.grad(
+            [o for o, _ in varying],
+            inputs,
+            [a for _, a in varying],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def pushed(velocity: Velocity, beta: complex, force: Params) -> Velocity:
+    """A velocity with a constant force: that of `L_in + β force·φ`."""
+    forces = tuple(force.values())
+    betas = [scalar(-beta, f).expand_as(f) for f in forces]
+
+    def with_force(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
+        moves, value = velocity(params, step)
+        moves = tuple(torch._foreach_addcmul(moves, forces, betas))
+        return moves, lambda: value() + beta * inner_product(forces, params)
+
+    return with_force
+
+
+def inner_product(forces: Sequence[Tensor], params: Params) -> Tensor:
+    """`force·φ`."""
+    products = [(f * p).sum() for f, p in zip(forces, params.values(), strict=True)]
+    return torch.stack(products).sum()
+
+
+def scalar(value: complex, like: Tensor) -> Tensor:
+    """A number as a tensor of a loss's type and place, made once.
+
+    As a seed of the backward pass it multiplies the gradient at no cost; as a tensor it can change
+    without compiled steps having to be compiled again.
+    """
+    dtype = like.dtype.to_complex() if isinstance(value, complex) else like.dtype
+    return _scalar(value, dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _scalar(value: complex, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
