@@ -19,12 +19,19 @@ SMOKE = ["run", "digits", "--scale", "smoke", "--no-compare"]
 REQUIRED = {"csv": Path("mine.csv"), "target": "price", "images": Path("mine")}
 
 
+def given(config):
+    """With what has no default, also in the experiment that is searched."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    changed = {name: value for name, value in REQUIRED.items() if name in fields}
+    if dataclasses.is_dataclass(experiment := getattr(config, "experiment", None)):
+        changed["experiment"] = given(experiment)
+    return dataclasses.replace(config, **changed)
+
+
 @pytest.mark.parametrize("scale", ["smoke", "paper"])
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: f"{c.verb}-{c.name}")
 def test_every_configuration_is_read_as_it_was_written(command, scale):
-    config = command.defaults(scale=scale)
-    fields = {field.name for field in dataclasses.fields(config)}
-    config = dataclasses.replace(config, **{n: v for n, v in REQUIRED.items() if n in fields})
+    config = given(command.defaults(scale=scale))
     written = json.loads(json.dumps(describe(config)))
     assert overlay(command.defaults(scale="small"), written) == config
 

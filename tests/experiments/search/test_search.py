@@ -108,7 +108,7 @@ def test_a_trial_goes_on_where_it_was_stopped(folder, monkeypatch):
     assert told[0] == before[0]  # what is known is told, not computed again
     whole, end = StrengthTrainer(trial.config, trial.config.seed).learn("contrastive")
     accuracies = [row["validation_accuracy"] for row in whole.state.history]
-    assert [row["validation_accuracy"] for row in told] == [*accuracies, end.validation]
+    assert [row["validation"] for row in told] == [*accuracies, end.validation]
 
 
 def test_a_full_disk_is_no_fault_of_the_point(folder, monkeypatch):
@@ -188,7 +188,7 @@ def test_the_scheduler_is_told_of_trials_that_have_ended(folder):
         controller: Any = None
         asha.on_trial_add(controller, new)
         for step, accuracy, decided in ((9, 0.0, "CONTINUE"), (10, 59.0, decision)):
-            row = {"outer_step": step, "validation_accuracy": accuracy}
+            row = {"outer_step": step, "validation": accuracy}
             assert asha.on_trial_result(controller, new, row) == decided
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from equigrad.errors import DataError
+from equigrad.experiments.tables.dates import PARTS, date_form, part_of, read_dates
 from equigrad.experiments.tables.reading import (
     Decimal,
     Series,
@@ -27,21 +27,6 @@ MOST_CATEGORIES = 50
 
 MOST_WHOLE_CLASSES = 10
 """A target of whole numbers with more values is taken for a number."""
-
-DATES = (
-    "ISO8601",
-    *(
-        " ".join([day, *time])
-        for day, time in product(
-            ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%d/%m/%y", "%m/%d/%y"),
-            ([], ["%H:%M"], ["%H:%M:%S"]),
-        )
-    ),
-)
-"""How a date may be written; where several ways fit all rows, the first."""
-
-PARTS = {"year": "year", "month": "month", "weekday": "day_of_week", "hour": "hour"}
-"""Of a date, and what pandas calls them."""
 
 Missing = Literal["impute", "drop"]
 TaskName = Literal["auto", "classification", "regression"]
@@ -303,30 +288,6 @@ def counts_rows(numbers: Series) -> bool:
     """Whether numbers are those of the rows: one more from each row of the file to the next."""
     places = numbers.to_numpy() - numbers.index.to_numpy()
     return len(places) > 20 and bool((places == places[0]).all())
-
-
-def date_form(values: Series) -> str:
-    """How the dates of a column are written; empty where they are none."""
-    there = values.dropna()
-    if there.empty or not there.astype(str).str.contains(r"\d[-/.:]\d").all():
-        return ""
-    fitting = (form for form in DATES if read_dates(there, form).notna().all())
-    return next(fitting, "")
-
-
-def read_dates(values: Series, form: str) -> Series:
-    """Times, missing where they are not written that way."""
-    import pandas as pd
-
-    def parsed(texts: Series) -> Series:
-        return pd.to_datetime(texts.astype("string"), format=form, errors="coerce", utc=True)
-
-    return of_each(values, parsed)
-
-
-def part_of(times: Series, part: str) -> Series:
-    """A part of times as numbers."""
-    return getattr(times.dt, PARTS[part]).astype("float64")
 
 
 def fit_dates(table: Table, name: str, form: str, found: Findings) -> None:
