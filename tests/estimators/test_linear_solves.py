@@ -89,13 +89,32 @@ def test_whoever_is_wrong_says_so(estimator):
         assert found.error_estimate < 1e-2 or wrong > 1e-4, case.name
 
 
-def test_damping_is_in_units_of_the_hessian():
-    """An inner loss times 1e-8 leaves Nyström nothing to see, and it says so."""
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e8])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_damping_is_relative_to_the_hessian(scale, rank):
+    """In other units of the inner loss Nyström is as far off, and says so alike."""
+    estimator = eg.Nystrom(rank=rank)
+    wrong, said = [], []
+    for units in (1.0, scale):
+        given, exact = spread(10.0, 8, scale=units)
+        found = eg.meta_gradient(*given, solver=STILL, estimator=estimator)
+        wrong.append(error(found, exact))
+        said.append(found.error_estimate)
+        assert "set damping well below the curvatures" in found.status
+    assert wrong[1] == pytest.approx(wrong[0], rel=1e-6)
+    assert said[1] == pytest.approx(said[0], rel=1e-6)
+    assert rank < 8 or wrong[0] < 0.1
+
+
+def test_less_damping_leaves_less_of_an_error():
     given, exact = spread(10.0, 8, scale=1e-8)
-    found = eg.meta_gradient(*given, solver=STILL, estimator=eg.Nystrom(rank=8))
-    assert error(found, exact) > 0.9
-    assert found.error_estimate == pytest.approx(1, rel=0.05)
-    assert "set damping well below the curvatures" in found.status
+    wrong = [
+        error(
+            eg.meta_gradient(*given, solver=STILL, estimator=eg.Nystrom(rank=8, damping=d)), exact
+        )
+        for d in (1e-2, 1e-4, 1e-6)
+    ]
+    assert wrong[0] > 50 * wrong[1] > 2500 * wrong[2]
 
 
 def rooted(p, m):

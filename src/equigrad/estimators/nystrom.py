@@ -20,9 +20,13 @@ class Nystrom(Implicit):
     so that, by Woodbury's identity, `x = (g - C (ρW + CᵀC)⁻¹ Cᵀ g) / ρ`. No iteration, and a
     bounded inverse whatever the Hessian; what H has beyond the sampled columns is taken for zero.
 
+    The damping is relative, so that the gradient does not depend on the units of the inner loss:
+    `ρ = damping ‖C‖₂`, where the largest singular value of the sampled columns is at most the
+    largest curvature, and close to it where they see its direction.
+
     Attributes:
         rank: k, Hessian-vector products; at most the number of inner parameters is used.
-        damping: ρ > 0, in units of the Hessian: what has less curvature is taken to have ρ.
+        damping: `ρ / ‖C‖₂` > 0: what has less curvature than ρ is taken to have ρ.
         seed: draws the coordinates.
     """
 
@@ -50,7 +54,8 @@ class Nystrom(Implicit):
         units = torch.zeros(len(sample), linear.size, dtype=pressure.dtype, device=pressure.device)
         units[torch.arange(len(sample), device=pressure.device), sample] = 1
         columns = torch.stack([linear.product(unit) for unit in units], dim=1)
-        inner = self.damping * columns[sample] + columns.T @ columns
+        damping = self.damping * (torch.linalg.matrix_norm(columns, 2).item() or 1.0)
+        inner = damping * columns[sample] + columns.T @ columns
         # a pseudo-inverse: sampled columns may depend on each other
         weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
-        return Solution((pressure - columns @ weights) / self.damping)
+        return Solution((pressure - columns @ weights) / damping)
