@@ -2,6 +2,7 @@
 """Torch's optimisers, step by step: the derivative of where they arrive, and of their settings."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -295,3 +296,33 @@ def test_a_rate_learned_through_an_argmin():
     found = torch.autograd.grad(outer_loss(end, meta), [*meta.values()])
     for grad, expected in zip(found, unrolled_by_hand(meta, nesterov=False), strict=True):
         torch.testing.assert_close(grad, expected, atol=1e-12, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (lambda meta: 0.1, r"lr is called as lr\(meta_params, step\), and takes \(meta\)"),
+        (lambda meta, step: None, "returned None: it has to return a number"),
+        (lambda meta, step: {"w": None}, "it has to return a number"),
+        (lambda meta, step: [0.1], "it has to return a number"),
+    ],
+)
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_schedule_that_is_none_is_a_sentence(lr, message, adam):
+    problem = eg.Bilevel(
+        lambda p, m: (p["w"] - m["t"]).square().sum(), lambda p, m: p["w"].square().sum()
+    )
+    options: Any = {"lr": lr}
+    solver = (
+        eg.TorchOptimizer(optimizer=torch.optim.Adam, options=options, max_steps=3)
+        if adam
+        else eg.GradientDescent(**options, max_steps=3)
+    )
+    with pytest.raises(eg.ConfigurationError, match=message):
+        eg.meta_gradient(
+            problem,
+            {"w": torch.zeros(2)},
+            {"t": torch.ones(2)},
+            solver=solver,
+            estimator=eg.Unrolled(),
+        )

@@ -1,6 +1,8 @@
 """Settings of a solver that are functions of the meta-parameters and of the step."""
 
+import inspect
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +21,37 @@ dimensions (of tasks, for example) may be left out."""
 def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
     """What a schedule says, or a clear word where it asks for what is not there."""
     try:
-        return schedule(meta_params, step)
+        said = schedule(meta_params, step)
+    except TypeError as error:
+        _refuse_arity(name, schedule, error)
+        raise
     except KeyError as error:
         raise ConfigurationError(
             f"{name} asked for meta-parameter {error}, which is not there: those that are learned "
             f"are {listed(meta_params)}"
+        ) from error
+    given = said.values() if isinstance(said, Mapping) else [said]
+    for value in (v for item in given for v in (item if isinstance(item, tuple) else (item,))):
+        if not isinstance(value, Tensor | Real) or value is True or value is False:
+            raise ConfigurationError(
+                f"{name} is a function of (meta_params, step) that returned {said!r}: it has to "
+                f"return a number, a tensor, or a dictionary with one for each of params"
+            )
+    return said
+
+
+def _refuse_arity(name: str, schedule: Schedule, error: TypeError) -> None:
+    """Raise a `ConfigurationError` where a schedule does not take what it is called with."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):  # of a function that is not Python's own
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ConfigurationError(
+            f"{name} is called as {name}(meta_params, step), and takes {signature}: let it take "
+            f"these two"
         ) from error
 
 
