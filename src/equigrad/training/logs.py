@@ -89,6 +89,12 @@ class TensorBoard(Callback):
         for name, value in row.items():
             if name != "outer_step" and not isinstance(value, str):
                 self._writer.add_scalar(name, value, row["outer_step"])
+        try:
+            self._writer.flush()  # what its thread would write later, into a folder that is gone
+        except OSError as error:
+            raise RunError(
+                f"{self.folder} is gone: it was removed while the run went on"
+            ) from error
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
         """Close the writer."""
