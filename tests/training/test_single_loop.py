@@ -320,3 +320,91 @@ def test_the_learner_of_symmetric_states_is_not_the_nudged_one():
     assert (state.params["w"] - free).norm() < 0.05 * (nudged - free).norm()
     outer = problem.outer_loss({"w": free}, meta).item()
     assert state.history[-1]["outer_loss"] == pytest.approx(outer, rel=1e-2)
+
+
+def loop(problem, params, meta, direction, **options):
+    arguments = {
+        "solver": eg.GradientDescent(lr=0.1),
+        "optimizer": torch.optim.SGD(meta.values(), lr=0.1),
+        "steps": 3,
+        **options,
+    }
+    return learn_jointly(problem, params, meta, direction=direction, **arguments)
+
+
+def test_what_is_hidden_from_second_derivatives_is_refused():
+    problem, params, meta, _ = quadratic()
+
+    def inner(p, m):
+        return problem.inner_loss(p, m) + 0.5 * (p["w"].detach() * p["w"]).sum()
+
+    hidden = eg.Bilevel(inner, problem.outer_loss)
+    with pytest.raises(eg.ProblemError, match="autograd"):
+        loop(hidden, params, meta, LinearSystem())
+
+
+def test_a_random_loss_is_named_at_every_step():
+    problem, params, meta, _ = quadratic()
+    own = torch.Generator().manual_seed(0)
+
+    def inner(p, m):
+        return problem.inner_loss(p, m) + torch.rand((), generator=own) * p["w"].sum()
+
+    state = loop(eg.Bilevel(inner, problem.outer_loss), params, meta, Contrasts())
+    assert all("no function of params and step" in str(row["status"]) for row in state.history)
+
+
+def test_a_map_has_no_contrast_and_decay_in_the_optimiser_is_named():
+    fixed = eg.FixedPoint(
+        lambda p, m: {"h": torch.tanh(0.5 * p["h"] + m["b"])}, lambda p, m: p["h"].sum()
+    )
+    meta = {"b": torch.zeros(3, requires_grad=True)}
+    with pytest.raises(eg.ConfigurationError, match="a FixedPoint has none"):
+        loop(fixed, {"h": torch.zeros(3)}, meta, Contrasts())
+    problem, params, meta, _ = quadratic()
+    adamw = eg.TorchOptimizer(optimizer=torch.optim.AdamW, options={"lr": 1e-2})
+    state = loop(problem, params, meta, LinearSystem(), solver=adamw)
+    assert "AdamW has weight_decay=0.01" in str(state.history[-1]["status"])
+
+
+def test_every_phase_reports_its_own_nudge():
+    problem, params, meta, _ = quadratic()
+    seen = []
+
+    class Watch(eg.training.Callback):
+        def on_step(self, state, result):
+            seen.append([phase.beta for phase in result.phases])
+
+    loop(problem, params, meta, Contrasts(beta=0.2, scheme="symmetric"), callbacks=[Watch()])
+    assert seen == [[0.2, -0.2]] * 3
+
+
+@pytest.mark.parametrize("inner_steps", [1, 4, 5])
+def test_a_loader_is_drawn_from_once_a_batch_and_theta_sees_all_of_them(inner_steps):
+    """Eight batches: with a stride of four, θ would see two of them."""
+    drawn, asked = [], set()
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            drawn.append(i)
+            return i
+
+    def inner(p, m, batch):
+        if m["t"].requires_grad and torch.is_grad_enabled():
+            asked.add(batch.item())
+        return (p["w"] - m["t"][batch]).square().sum()
+
+    problem = eg.Bilevel(
+        inner,
+        lambda p, m: p["w"].square().sum(),
+        inner_batches=torch.utils.data.DataLoader(Data(), batch_size=1),
+        reaches={"inner": ["t"], "outer": []},
+    )
+    meta = {"t": torch.zeros(8, requires_grad=True)}
+    steps, before = 16, len(drawn)
+    loop(problem, {"w": torch.zeros(1)}, meta, Contrasts(), steps=steps, inner_steps=inner_steps)
+    assert asked == set(range(8))
+    assert len(drawn) - before <= steps * (inner_steps + 1) + 8

@@ -5,18 +5,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from equigrad.estimators.contrastive import Contrastive
+from equigrad.estimators.estimator import Estimator
+from equigrad.estimators.neumann_series import NeumannSeries
 from equigrad.evaluation.reaches import Reaches
 from equigrad.evaluation.stage import Stage
 from equigrad.evaluation.tally import Tally
 from equigrad.fields import Checked, CountFrom2, Positive, require
 from equigrad.problems import Params, Problem, slope
 from equigrad.randomness import Stream
+from equigrad.solvers.phase import Moment
+from equigrad.vectors import relative
 
 
 @dataclass
@@ -76,6 +81,17 @@ class Place:
         self.tally.spend(1)
         return dict(zip(leaves, slope(loss, list(leaves.values())), strict=True)), loss.detach()
 
+    def stand_at(self, state: State) -> None:
+        """Have the losses find their modules as they were when a state last moved."""
+        self.stage.stand_at(
+            Moment(
+                params=state.tensors,
+                solver_state=state.memory,
+                end_step=self.step,
+                buffers=state.buffers,
+            )
+        )
+
     def velocity(self, at: Params, beta: float) -> tuple[Tensor, ...]:
         """`-∂(L_in + β L_out)/∂φ` there."""
         self.tally.spend(1 if beta == 0 else 2)
@@ -104,9 +120,18 @@ class Turn:
 class Direction(Checked, ABC):
     """What moves beside θ, how, and the direction for θ that follows from where it stands."""
 
+    @property
+    @abstractmethod
+    def estimator(self) -> Estimator:
+        """What it is at rest: it serves the same problems."""
+
     @abstractmethod
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
         """Where everything that moves starts, the learner first."""
+
+    @abstractmethod
+    def strengths(self, beta: float) -> list[float]:
+        """The nudging strength of every state."""
 
     @abstractmethod
     def strength(self, share: float) -> float:
@@ -175,19 +200,31 @@ class Contrasts(Direction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Contrastive(scheme=self.scheme, points=self.points)
         require(
-            not isinstance(self.beta, AdaptiveBeta) or self._rule.nodes == (0, 1),
+            self._nodes == [0, 1] or not isinstance(self.beta, AdaptiveBeta),
             "AdaptiveBeta compares a nudged state with a free one: take scheme='forward', points=2",
         )
 
-    @property
+    @cached_property
     def _rule(self) -> Contrastive:
-        return Contrastive(scheme=self.scheme, points=self.points)
+        return Contrastive(scheme=self.scheme, points=self.points, nudge="loss")
+
+    @cached_property
+    def _nodes(self) -> list[int]:
+        return [int(node.real) for node in self._rule.nodes]
+
+    @property
+    def estimator(self) -> Contrastive:
+        """The contrastive rule, nudged by the loss."""
+        return self._rule
 
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
         """All at the same place."""
-        return [dict(params) for _ in self._rule.nodes]
+        return [dict(params) for _ in self._nodes]
+
+    def strengths(self, beta: float) -> list[float]:
+        """So many times β, by the scheme."""
+        return [node * beta for node in self._nodes]
 
     def strength(self, share: float) -> float:
         """As given, or scheduled; an adapted one starts at its most."""
@@ -211,23 +248,22 @@ class Contrasts(Direction):
 
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
         """Down the inner loss and its share of the outer one."""
-        beta = float(self._rule.nodes[index].real) * place.beta
-        return place.velocity(place.states[index].tensors, beta)
+        return place.velocity(place.states[index].tensors, self._nodes[index] * place.beta)
 
     def turn(self, place: Place) -> Turn:
         """The contrast, and how far one of lower order is from it."""
-        nodes = [int(node.real) for node in self._rule.nodes]
-        inner = [place.slopes("inner", state.tensors)[0] for state in place.states]
-        outer = [
-            place.slopes("outer", state.tensors) if node or i == 0 else ({}, None)
-            for i, (node, state) in enumerate(zip(nodes, place.states, strict=True))
-        ]
+        nodes, inner, outer = self._nodes, [], []
+        for i, (node, state) in enumerate(zip(nodes, place.states, strict=True)):
+            place.stand_at(state)
+            inner.append(place.slopes("inner", state.tensors)[0])
+            asked = node or i == 0  # the free state is asked for its outer loss, to be logged
+            outer.append(place.slopes("outer", state.tensors) if asked else ({}, None))
         grads = self._contrast(place, nodes, inner, [slopes for slopes, _ in outer])
         error = beta = None
         fewer = len(nodes) - (1 if self.scheme == "forward" else 2)
         if fewer >= 2:
             rough = self._contrast(place, nodes[:fewer], inner, [slopes for slopes, _ in outer])
-            error = _distance(rough, grads)
+            error = relative([*rough.values()], [*grads.values()])
         if isinstance(self.beta, AdaptiveBeta):
             beta = _adapted(self.beta, place)
         judged = [
@@ -275,9 +311,18 @@ class LinearSystem(Direction):
         """The learner where it is given, v at zero."""
         return [dict(params), {name: torch.zeros_like(p) for name, p in params.items()}]
 
+    @property
+    def estimator(self) -> NeumannSeries:
+        """The Neumann series, which goes on from one step of θ to the next."""
+        return NeumannSeries()
+
     def strength(self, share: float) -> float:
         """Nothing is nudged."""
         return 0.0
+
+    def strengths(self, beta: float) -> list[float]:
+        """Neither the learner nor v is."""
+        return [0.0, 0.0]
 
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
         """Down the inner loss; down the residual of the linear system."""
@@ -291,6 +336,7 @@ class LinearSystem(Direction):
     def turn(self, place: Place) -> Turn:
         """The implicit direction at the v there is."""
         learner, solution = place.states
+        place.stand_at(learner)
         direct, loss = place.slopes("outer", learner.tensors)
         mixed = self._product(place, learner.tensors, solution.tensors, by="meta")
         grads = {
@@ -316,12 +362,6 @@ class LinearSystem(Direction):
             residual, list(leaves.values()), along, allow_unused=True, materialize_grads=True
         )
         return dict(zip(leaves, grads, strict=True))
-
-
-def _distance(one: Params, other: Params) -> float:
-    """Of two gradients, relative to the second."""
-    apart = torch.stack([(one[name] - other[name]).norm() for name in other]).norm()
-    return (apart / torch.stack([g.norm() for g in other.values()]).norm()).item()
 
 
 def _adapted(rule: AdaptiveBeta, place: Place) -> float:

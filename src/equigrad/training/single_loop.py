@@ -1,5 +1,6 @@
 """One loop for θ and φ: neither waits for the other to settle."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equigrad.diagnostics.first_look import first_look
+from equigrad.diagnostics.own_weights import checkpoints_named
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.evaluation.evaluation import Evaluation
 from equigrad.evaluation.stage import Stage
@@ -15,12 +18,15 @@ from equigrad.evaluation.tally import Tally
 from equigrad.fields import Count, expect
 from equigrad.gradient import MetaGradient
 from equigrad.problems import Params, Problem
+from equigrad.randomness import Stream
 from equigrad.solvers import Phase, Solver
-from equigrad.solvers.phase import Moment
+from equigrad.solvers.phase import resting
 from equigrad.solvers.solver import Objective
 from equigrad.training.directions import Contrasts, Direction, Place, State
 from equigrad.training.loop import Callback, OuterState, descend
 from equigrad.vectors import tracked
+
+STREAMS: tuple[Stream, ...] = ("inner", "outer")
 
 
 @dataclass
@@ -140,9 +146,12 @@ def learn_jointly(
             f"every few steps; use GradientDescent or TorchOptimizer"
         )
     direction = direction or Contrasts()
-    with Evaluation(problem, params, meta_params) as seen:
-        problem, reaches = seen.problem, seen.reaches
+    with checkpoints_named(), Evaluation(problem, params, meta_params, solver=solver) as seen:
+        direction.estimator.check(seen, solver)
+        first_look(seen, resting(seen.params, seen.stage.first_buffers), direction.estimator)
+        problem, reaches, notes = seen.problem, seen.reaches, seen.tally.notes
         buffers = seen.stage.first_buffers
+        stride = _stride(inner_steps, *(len(seen.batch_steps(s)) for s in STREAMS))
     states = []
     for start in direction.starts(params):
         tensors = {n: tracked(p).detach().clone().requires_grad_() for n, p in start.items()}
@@ -156,22 +165,22 @@ def learn_jointly(
         tensors = [t for s in states for t in s.tensors.values()]
         with Stage(problem.modules or (), [*tensors, *meta.values()]) as stage:
             place = Place(problem, meta, reaches, stage, states, tally, 0, beta)
-            starts = _move(direction, solver, place, state.step * inner_steps, inner_steps)
-            place.step = state.step
-            stage.stand_at(_moment(states[0]))
+            first = state.step * stride
+            starts = _move(direction, solver, place, range(first, first + inner_steps))
             turn = direction.turn(place)
         carried.beta = turn.beta
         state.params = direction.learner(states)
+        phases = tuple(
+            Phase(strength, inner_steps, start, s.residual, "stopped")
+            for strength, start, s in zip(direction.strengths(beta), starts, states, strict=True)
+        )
         return MetaGradient(
             grads=turn.grads,
             params=state.params,
             buffers={},
             outer_loss=turn.outer_loss.item(),
-            status="" if beta == 0 else f"β={beta:g}",
-            phases=tuple(
-                Phase(0.0, inner_steps, first, s.residual, "stopped")
-                for first, s in zip(starts, states, strict=True)
-            ),
+            status="; ".join([str(phases[0]), *([f"β={beta:g}"] if beta else []), *notes]),
+            phases=phases,
             gradient_evaluations=tally.gradient_evaluations,
             error_estimate=turn.error,
             _meta_params=meta_params,
@@ -190,20 +199,27 @@ def learn_jointly(
     )
 
 
-def _move(
-    direction: Direction, solver: Solver, place: Place, first: int, steps: int
-) -> list[float]:
-    """Take the steps of all states; the residuals at their start.
+def _stride(inner_steps: int, *batches: int) -> int:
+    """From the first batch of an outer step to that of the next: coprime to all numbers of batches.
+
+    θ sees the last batch of each outer step, and so sees all of them in turn, as φ does.
+    """
+    return next(
+        s for s in itertools.count(inner_steps) if all(math.gcd(s, n) == 1 for n in batches)
+    )
+
+
+def _move(direction: Direction, solver: Solver, place: Place, steps: range) -> list[float]:
+    """Take the steps of all states, side by side: a batch is drawn once. The residuals at first.
 
     Raises:
         SettlingError: one of them is no longer finite.
     """
     starts = []
-    for index, state in enumerate(place.states):
-        place.stage.stand_at(_moment(state))
-        leaves = list(state.tensors.values())
-        for step in range(first, first + steps):
-            place.step = step
+    for step in steps:
+        place.step = step
+        for index, state in enumerate(place.states):
+            place.stand_at(state)
             velocity = direction.velocity(place, index)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(velocity))).item()
             if not math.isfinite(norm):
@@ -211,12 +227,13 @@ def _move(
                     f"the velocity of state {index} (β={place.beta:g}) is {norm} at step {step}: "
                     f"take smaller steps of φ or of θ, or a smaller beta"
                 )
-            if step == first:
+            if step == steps.start:
                 starts.append(norm)
             state.residual = norm
+            objective = _objective(place, direction, index)
             with torch.no_grad():
-                solver.update(leaves, velocity, state.memory, _objective(place, direction, index))
-        state.buffers = place.stage.snapshot()
+                solver.update(list(state.tensors.values()), velocity, state.memory, objective)
+            state.buffers = place.stage.snapshot()
     return starts
 
 
@@ -234,12 +251,6 @@ def _objective(place: Place, direction: Direction, index: int) -> Objective:
         step=lambda: place.step,
         loss=lambda: torch.zeros(()),
         evaluate=evaluate,
-    )
-
-
-def _moment(state: State) -> Moment:
-    return Moment(
-        params=state.tensors, solver_state=state.memory, end_step=0, buffers=state.buffers
     )
 
 
