@@ -1,4 +1,4 @@
-"""Where a meta-gradient is worked on: a problem at fixed meta-parameters, on its stage."""
+"""Evaluations of a problem at fixed meta-parameters: phases, derivatives, module state, counts."""
 
 import lazy_loader
 

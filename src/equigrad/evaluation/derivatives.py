@@ -1,4 +1,4 @@
-"""The losses and their derivatives where phases have ended."""
+"""The losses and their derivatives at the end of a phase."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +14,7 @@ from equigrad.solvers import Settled
 
 @torch.no_grad()
 def outer_loss(scene: Scene, at: Settled) -> Tensor:
-    """The outer loss where a phase ended, averaged over its batches."""
+    """The outer loss at the end of a phase, averaged over its batches."""
     if at is scene.judged.at and scene.judged.loss is not None:
         return scene.judged.loss
     scene = scene.holding(at)
@@ -25,7 +25,7 @@ def outer_loss(scene: Scene, at: Settled) -> Tensor:
 
 
 def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`∂L_out/∂φ` and `∂L_out/∂θ` where a phase ended, averaged over batches."""
+    """`∂L_out/∂φ` and `∂L_out/∂θ` at the end of a phase, averaged over batches."""
     scene = scene.holding(at)
     scene.stage.stand_at(at)
     names = scene.reaches.functions["outer"]
@@ -42,7 +42,7 @@ def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[
         torch._foreach_add_(total, grads, alpha=1 / len(steps))
         mean = mean + loss.detach() / len(steps)
         scene.tally.spend(1)
-    if at.phase.beta == 0 or scene.judged.at is None:  # nobody asks for it at a nudged solution
+    if at.phase.beta == 0 or scene.judged.at is None:  # the loss is needed at free ends only
         scene.judged.at, scene.judged.loss = at, mean
     direct = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
     direct.update(zip(names, total[len(params) :], strict=True))
@@ -50,10 +50,10 @@ def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[
 
 
 def meta_partial(scene: Scene, stream: Stream, at: Settled) -> dict[str, Tensor]:
-    """`∂L/∂θ` of the inner or outer data loss where a phase ended, averaged over its batches.
+    """`∂L/∂θ` of the inner or outer data loss at the end of a phase, averaged over its batches.
 
-    Only those meta-parameters appear that the loss depends on; where it depends on none, it is
-    not evaluated.
+    The result holds only the meta-parameters that the loss depends on. If there are none, the loss
+    is not evaluated.
     """
     names = scene.reaches.functions[stream]
     if not names:
@@ -69,7 +69,7 @@ def meta_partial(scene: Scene, stream: Stream, at: Settled) -> dict[str, Tensor]
     steps = scene.batch_steps(stream)
     for step in steps:
         loss = scene.evaluate(stream, at.params, meta, step)
-        if not loss.requires_grad:  # a batch that no meta-parameter acts on
+        if not loss.requires_grad:  # this batch depends on no meta-parameter
             continue
         torch._foreach_add_(total, slope(loss, leaves), alpha=1 / len(steps))
         scene.tally.spend(1)
@@ -82,17 +82,17 @@ def contrast(
     weights: Sequence[complex],
     direct: Params | None = None,
 ) -> dict[str, Tensor]:
-    """`Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)` for weights that sum to zero; its real part.
+    """The real part of `Σ_i w_i ∂L/∂θ(φ_i, θ, β_i)`, for weights that sum to zero.
 
-    Differences to the first state are formed before anything is weighted, and the regulariser's
-    part in factored form.
+    To avoid cancellation, differences to the first state are formed before they are weighted, and
+    the regulariser contributes in factored form.
 
     Args:
         scene: the problem at its θ.
-        states: where the phases ended.
+        states: the ends of the phases.
         weights: w_i.
-        direct: `∂L_out/∂θ`, which takes the place of what the outer loss contributes where the
-            phases were nudged by a constant force.
+        direct: `∂L_out/∂θ`, which replaces the contribution of the outer loss if a constant force
+            nudged the phases.
     """
     total = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
     for name, grad, weight in _terms(scene, states, weights, nudged_by_loss=direct is None):
@@ -110,7 +110,7 @@ def contrast(
 def _terms(
     scene: Scene, states: Sequence[Settled], weights: Sequence[complex], nudged_by_loss: bool
 ) -> Iterator[tuple[str, Tensor, complex]]:
-    """What a contrast of the data losses adds up: a name, a derivative by it, and its weight."""
+    """The terms of a contrast of the data losses: a name, its derivative, and its weight."""
     reference = meta_partial(scene, "inner", states[0])
     for state, weight in zip(states, weights, strict=True):
         if reference and state is not states[0]:

@@ -1,4 +1,4 @@
-"""One meta-gradient's workplace: evaluates a problem at fixed meta-parameters, and counts."""
+"""The evaluation that one meta-gradient is computed in."""
 
 from contextlib import ExitStack
 from typing import Self
@@ -17,25 +17,24 @@ from equigrad.vectors import tracked
 
 
 class Evaluation(Scene):
-    """Everything that an estimator may ask of a problem while it works on one meta-gradient.
+    """The interface of estimators to a problem, for the computation of one meta-gradient.
 
-    It is open from the moment that it is made, as a file is, and to be used in a `with` statement:
-    leaving that, also by an exception, puts everything back that the phases have changed.
+    Like a file, it is open as soon as it is made, and is used in a `with` statement: on exit, also
+    by an exception, it restores everything that the phases have changed.
 
-    What it holds is documented in `Scene`, what it does in `phases` and `derivatives`, whose
-    functions it has as methods.
+    `Scene` documents its attributes. The functions of `phases` and `derivatives` are its methods.
 
     Args:
         problem: the problem.
-        params: φ where the free phase starts.
+        params: φ at the start of the free phase.
         meta_params: θ.
-        settled: where the free phase has ended already, if it has.
-        seed: of the random numbers that it drew, in that case.
-        solver: of which θ may be settings.
-        before: the end of an earlier free phase, whose solver state and step this one goes on from.
+        settled: the end of the free phase, if it has run already.
+        seed: seed of the random numbers which that free phase drew.
+        solver: the solver, whose settings may depend on θ.
+        before: the end of an earlier free phase, whose solver state and step count are continued.
 
     Raises:
-        ProblemError: losses or parameters are not what they have to be.
+        ProblemError: losses or parameters are invalid.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an evaluation is given: checked here, and compared between ranks."""
+"""Checks of φ and θ and their comparison between ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +29,13 @@ from equigrad.wording import listed
 
 @dataclass(frozen=True)
 class Given:
-    """What an evaluation is given, with φ and θ in ordinary tensors.
+    """A problem with its φ and θ as ordinary tensors.
 
     Attributes:
-        problem: as a function of these.
+        problem: the problem, as a function of these tensors.
         params: φ.
         meta_params: θ.
-        layouts: how φ and θ lay on processes.
+        layouts: how the original φ and θ were distributed over processes.
     """
 
     problem: Problem
@@ -45,15 +45,16 @@ class Given:
 
 
 def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
-    """What was given, with tensors that lie on several processes put together on each.
+    """The problem, φ and θ, with tensors that are spread over processes gathered on each process.
 
     Raises:
-        ProblemError: they lie on different meshes or on one of several dimensions; or the problem
-            is no `Bilevel`, has its data spread over processes as well, or learns where φ starts.
+        ProblemError: the tensors lie on different meshes or on one of several dimensions; or the
+            problem is not a `Bilevel`, also has its data spread over processes, or learns the
+            start of φ.
     """
     tensors = (params, meta_params)
     if not all(isinstance(t, Mapping) for t in tensors):
-        return Given(problem, params, meta_params)  # to be refused in a moment
+        return Given(problem, params, meta_params)  # `check_given` will refuse it
     named = {n: t for part in tensors for n, t in part.items() if isinstance(t, Tensor)}
     found = meshes(named.values())
     if not found:
@@ -86,11 +87,11 @@ def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
 
 
 def check_given(problem: Problem, params: Params, meta_params: Params, tally: Tally) -> None:
-    """Refuse φ and θ that cannot be settled or learned, and note what is odd about them.
+    """Refuse φ and θ that cannot settle or be learned, and note frozen parameters.
 
     Raises:
-        ProblemError: they are no finite tensors by name, or φ is empty; or φ is frozen where
-            several processes share a module.
+        ProblemError: they are not mappings from names to finite tensors, or φ is empty; or φ is
+            frozen in a module that several processes share.
     """
     check_tensors("params", params)
     check_tensors("meta_params", meta_params)
@@ -114,10 +115,10 @@ def check_given(problem: Problem, params: Params, meta_params: Params, tally: Ta
 def agreed_seed(
     problem: Problem, params: Params, meta_params: Params, seed: int | None, tally: Tally
 ) -> int:
-    """The seed of the first rank, once all ranks have been seen to be given the same.
+    """Check that all ranks have the same φ, θ and batches, and return the first rank's seed.
 
     Raises:
-        ProblemError: they have not.
+        ProblemError: they differ.
     """
     streams: tuple[Stream, ...] = ("inner", "outer")
     given = [*params.values(), *meta_params.values()]
@@ -144,7 +145,7 @@ def agreed_seed(
 
 
 def _examples(batches: object) -> int | None:
-    """How many examples the first mini-batch holds, where that can be seen."""
+    """The number of examples in the first mini-batch; None if that is unknown."""
     if not isinstance(batches, Sequence) or not batches:
         return None
     sizes = [len(t) for t in tree_leaves(batches[0]) if isinstance(t, Tensor) and t.ndim]

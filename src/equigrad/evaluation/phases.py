@@ -1,4 +1,4 @@
-"""The phases: free, nudged, and controlled."""
+"""The phases of a meta-gradient: free, nudged and controlled."""
 
 import dataclasses
 import math
@@ -16,19 +16,19 @@ from equigrad.solvers import Lost, Moment, Settled, Solver, Watch
 from equigrad.solvers import settle as settle_phase
 
 ANSWERED = 1e-2
-"""A nudged phase under a tolerance goes on until this share of its first residual is left."""
+"""Share of its first residual that a nudged phase must get below before a tolerance ends it."""
 
 FOR_MAPS = "Make the weights of the map smaller (weight or spectral normalisation), damp it"
-"""What to do where iterating a map diverges; a sentence is built around it."""
+"""Advice for a map whose iteration diverges, as part of a sentence."""
 
 
 def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:
-    """The free phase: settle from the given parameters, without nudge.
+    """Run the free phase: settle from the given parameters, without a nudge.
 
     Args:
-        scene: what settles.
-        solver: settles this phase.
-        watch: sees every step, as in `equigrad.solvers.settle`.
+        scene: the problem at its θ.
+        solver: the solver of this phase.
+        watch: called at every step, as in `equigrad.solvers.settle`.
     """
     if scene.settled is not None:
         return scene.settled
@@ -59,12 +59,12 @@ def settle(scene: Scene, solver: Solver, watch: Watch | None = None) -> Settled:
 def settle_recorded(
     scene: Scene, solver: Solver, every: int | None = None, keep: int | None = None
 ) -> tuple[Settled, list[Moment]]:
-    """The free phase, and moments of it from which it can be replayed.
+    """Run the free phase and record moments from which it can be replayed.
 
     Args:
-        scene: what settles.
-        solver: settles this phase.
-        every: steps between two moments; None for the start alone.
+        scene: the problem at its θ.
+        solver: the solver of this phase.
+        every: steps between two moments; None to record the start alone.
         keep: how many of the latest moments to keep; None for all.
     """
     moments: deque[Moment] = deque(maxlen=keep)
@@ -82,7 +82,7 @@ def settle_recorded(
             )
 
     free = settle(scene, solver, watch)
-    # what is lost in the end has never settled: it is held all the way
+    # a sample that is lost at the end has no gradient at any step, so every moment holds it
     return free, [dataclasses.replace(moment, lost=free.lost) for moment in moments]
 
 
@@ -97,21 +97,22 @@ def settle_nudged(
     share: float = ANSWERED,
     force: Params | None = None,
 ) -> Settled:
-    """A phase from the free solution, with any β: settle `L_in + β L_out`.
+    """Run a nudged phase from the free solution: settle `L_in + β L_out`, for any β.
 
-    All such phases start with the same buffers, batches and randomness. A nudged phase starts
-    almost at rest: under a tolerance it has settled when the nudge is answered, too.
+    All such phases start with the same buffers, batches and randomness. The first residual of a
+    nudged phase is of the order of β and may already be below the tolerance, so that the phase must
+    also reduce it to the given share.
 
     Args:
-        scene: what settles.
-        free: the free phase's end.
-        solver: settles this phase.
+        scene: the problem at its θ.
+        free: the end of the free phase.
+        solver: the solver of this phase.
         beta: nudging strength, of either sign, or zero for a matched phase. A complex number
-            makes φ, θ and the losses complex, which have to be holomorphic.
-        keep_momentum: go on with the free phase's solver state, or start a new one.
-        steps: run exactly so many steps.
-        share: of its first residual, which a nudged phase has to reach under a tolerance.
-        force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss: settle
+            makes φ, θ and the losses complex, which must then be holomorphic.
+        keep_momentum: whether to continue with the free phase's solver state or a new one.
+        steps: the exact number of steps to run; None to let the solver decide.
+        share: share of the first residual that a nudged phase must get below.
+        force: a constant `∂L_out/∂φ`, by name, that replaces the outer loss: settle
             `L_in + β force·φ`.
     """
     scene = scene.holding(free)
@@ -151,17 +152,17 @@ def settle_controlled(
     gradients: int,
     loss: Callable[[Params, int], Tensor],
 ) -> Settled:
-    """A phase in which more than φ moves: learner and controller together.
+    """Run a phase in which a learner and a controller settle together.
 
     Args:
-        scene: what the velocity was made of.
-        velocity: of all that moves.
-        start: where it begins.
-        solver: settles this phase.
-        strength: of the control, which the phase reports as its β.
-        after: the moment whose buffers it begins with.
-        gradients: that one velocity takes.
-        loss: what the phase minimises, for solvers that compare values; `no_loss` if nothing.
+        scene: the problem at its θ.
+        velocity: velocity of φ and the controller.
+        start: their initial values.
+        solver: the solver of this phase.
+        strength: strength of the control, which the phase reports as its β.
+        after: the moment whose buffers and step count the phase begins with.
+        gradients: gradients that one velocity takes.
+        loss: the loss that the phase minimises, for solvers that compare values; else `no_loss`.
     """
     scene.stage.stand_at(after)
     batches = _batches(scene, solver, strength)
@@ -182,7 +183,7 @@ def settle_controlled(
 
 
 def beginning(scene: Scene, solver: Solver) -> Moment:
-    """Where the free phase starts."""
+    """The start of the free phase, as a moment."""
     return Moment(
         params=scene.params,
         solver_state=solver.init(list(scene.params.values())),
@@ -192,7 +193,7 @@ def beginning(scene: Scene, solver: Solver) -> Moment:
 
 
 def no_loss(*asked: Any) -> Any:
-    """What dynamics of a learner and a controller have in the place of a loss.
+    """A placeholder for the loss that the dynamics of a learner and a controller do not have.
 
     Raises:
         ConfigurationError: always.
@@ -206,7 +207,7 @@ def no_loss(*asked: Any) -> Any:
 def _loss(
     scene: Scene, beta: complex, force: Params | None = None
 ) -> Callable[[Params, int], Tensor]:
-    """What a phase minimises, for solvers that compare values."""
+    """The loss that a phase minimises, for solvers that compare values."""
     problem, randomness, meta_params = scene.problem, scene.stage.randomness, scene.meta_params
 
     def loss(params: Params, step: int) -> Tensor:
@@ -221,7 +222,7 @@ def _loss(
 
 
 def _batches(scene: Scene, solver: Solver, beta: complex) -> int:
-    """How many steps make a pass over the data of a phase."""
+    """The number of steps in one pass over the data of a phase."""
     inner = len(scene.batch_steps("inner"))
     batches = math.lcm(inner, len(scene.batch_steps("outer"))) if beta != 0 else inner
     if batches > 1 and solver.fixed_loss:
@@ -233,22 +234,22 @@ def _batches(scene: Scene, solver: Solver, beta: complex) -> int:
 
 
 def _next_step(after: Moment, batches: int) -> int:
-    """The number of the step with which a phase goes on from another."""
+    """The number of the first step of a phase that continues another."""
     if isinstance(after, Settled) and after.phase.outcome == "converged":
-        # it came to rest at the end of a pass, and left out its last step
+        # it converged on the last velocity of a pass, without taking that step
         return batches * math.ceil(after.end_step / batches)
     return after.end_step
 
 
 def _previous(state: Any, beta: complex) -> Any:
-    """A solver's state to go on from, complex where β is; none where it cannot be."""
+    """A solver state to continue from, complex if β is; None if it cannot be continued."""
     if not isinstance(beta, complex):
         return state
     return [s.to(s.dtype.to_complex()) for s in state] if isinstance(state, list) else None
 
 
 def _remedy(scene: Scene, beta: complex) -> str | None:
-    """What to do where a phase diverges; None for what does for any learner."""
+    """Advice for a phase that diverges; None for the general advice."""
     if scene.problem.symmetric:
         return None
     return f"{FOR_MAPS}, or {'lower the nudging strength beta' if beta else 'start elsewhere'}"

@@ -1,4 +1,4 @@
-"""What each meta-parameter acts on, found by evaluating the problem's functions once."""
+"""Which functions of a problem each meta-parameter reaches, found by evaluating them once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NO_STEP_SIZE = (
     "a number that settles fast, and learn what moves the settled params: the strength or the "
     "centre of a regulariser, weights of losses or samples, parts of the model"
 )
-"""Why a learning rate has no meta-gradient, and what has one; a sentence is built around it."""
+"""Why a learning rate has no meta-gradient, and what does, as part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Reaches:
     """Names of the meta-parameters that each part of a problem depends on.
 
     Attributes:
-        functions: what the inner and the outer function depend on.
-        regularizer: what the regulariser of the inner loss depends on.
-        start: what the given params were computed from.
-        solver: what the solver's settings are computed from.
+        functions: names that the inner and the outer function depend on.
+        regularizer: names that the regulariser of the inner loss depends on.
+        start: names that the initial params were computed from.
+        solver: names that the solver's settings are computed from.
     """
 
     functions: Mapping[Stream, list[str]]
@@ -40,19 +40,19 @@ class Reaches:
     solver: list[str]
 
     def loss(self, stream: Stream) -> frozenset[str]:
-        """What a loss depends on, the inner one with its regulariser."""
+        """Names that a loss depends on; for the inner loss, with its regulariser."""
         own = frozenset(self.functions[stream])
         return own | self.regularizer if stream == "inner" else own
 
     @property
     def only_start(self) -> list[str]:
-        """What reaches no loss but through the start."""
+        """Names that reach a loss only through the start."""
         seen = self.loss("inner") | self.loss("outer")
         return [name for name in self.start if name not in seen]
 
     @property
     def only_solver(self) -> list[str]:
-        """What reaches no loss but through the solver's settings."""
+        """Names that reach a loss only through the solver's settings."""
         seen = self.loss("inner") | self.loss("outer") | {*self.start}
         return [name for name in self.solver if name not in seen]
 
@@ -66,23 +66,23 @@ def find_reaches(
     tally: Tally,
     schedules: Mapping[str, Schedule],
 ) -> Reaches:
-    """See that the losses are what they have to be, and what θ reaches in them.
+    """Find which meta-parameters each function of a problem depends on, and check the functions.
 
-    Where the problem does not say what reaches what, its functions are evaluated: on one batch, and
-    on further ones until all of θ is found.
+    Unless the problem says which names reach what, its functions are evaluated on one batch, and on
+    further batches until every meta-parameter is found.
 
     Args:
         problem: the problem.
         params: φ, detached.
         meta_params: θ, detached.
-        start: both as they were given.
+        start: both as they were given, with their graph.
         randomness: seeds the functions.
-        tally: is told of the gradients, and of params that no loss depends on.
+        tally: counts the gradients, and notes params that no loss depends on.
         schedules: the solver's settings that are functions of θ.
 
     Raises:
-        ProblemError: a function returns what it must not, none depends on φ, or a meta-parameter
-            reaches nothing.
+        ProblemError: a function returns an invalid value or does not depend on φ, or a
+            meta-parameter reaches nothing.
     """
     functions: dict[Stream, list[str]]
     if problem.reaches is None:
@@ -97,7 +97,7 @@ def find_reaches(
 
 
 def _scheduling(schedules: Mapping[str, Schedule], meta_params: Params) -> list[str]:
-    """What the settings of the first step are computed from."""
+    """Names that the solver's settings at the first step are computed from."""
     meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
     with torch.enable_grad():
         given = [asked(name, schedule, meta, 0) for name, schedule in schedules.items()]
@@ -110,7 +110,7 @@ def _scheduling(schedules: Mapping[str, Schedule], meta_params: Params) -> list[
 
 
 def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
-    """Refuse meta-parameters that reach nothing."""
+    """Raise for meta-parameters that reach nothing."""
     seen = found.loss("inner") | found.loss("outer") | {*found.start} | {*found.solver}
     unseen = sorted(set(start.meta_params) - seen)
     given = {id(p) for p in start.params.values()}
@@ -135,7 +135,7 @@ def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
 
 
 class _Trial:
-    """Evaluates a problem's functions to see what they depend on."""
+    """Evaluates a problem's functions to find their dependences."""
 
     def __init__(
         self, problem: Problem, meta_params: Params, randomness: CommonRandomness, tally: Tally
@@ -145,7 +145,7 @@ class _Trial:
         self._meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
 
     def run(self, params: Params) -> dict[Stream, list[str]]:
-        """The meta-parameters that each function depends on, on any rank."""
+        """The meta-parameters that each function depends on, on any of the ranks."""
         with self._ranks.together():
             reached, moved = self._run(params)
         said = self._ranks.gathered((reached, moved))
@@ -158,7 +158,7 @@ class _Trial:
         }
 
     def _run(self, params: Params) -> tuple[dict[Stream, set[str]], set[str]]:
-        """The same on this rank, and the params that a function depends on."""
+        """The meta-parameters that each function depends on, and the params, on this rank."""
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         found: dict[Stream, set[str]] = {}
         moved: set[str] = set()
@@ -176,7 +176,7 @@ class _Trial:
         return found, moved
 
     def _first_batch(self, stream: Stream, params: Params) -> tuple[set[str], set[str]]:
-        """The params and the meta-parameters that a function depends on."""
+        """The params and the meta-parameters that a function depends on, on its first batch."""
         loss = self._checked(stream, params)
         leaves = [*params.values(), *self._meta.values()]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -193,7 +193,7 @@ class _Trial:
         return moves, {name for name, r in there if r}
 
     def _later_batch(self, stream: Stream, params: Params, step: int) -> set[str]:
-        """The meta-parameters that a function depends on there."""
+        """The meta-parameters that a function depends on, on a later batch."""
         loss = self._probe(stream, params, step)
         if not loss.requires_grad:
             return set()
@@ -202,7 +202,7 @@ class _Trial:
         return {name for name, g in zip(self._meta, grads, strict=True) if g is not None}
 
     def _checked(self, stream: Stream, params: Params) -> Tensor:
-        """What a function says of its first batch, which has to have a gradient."""
+        """A function's scalar on its first batch; raises if it has no gradient."""
         name = self._problem.name(stream)
         try:
             probe = self._probe(stream, params, 0)

@@ -1,4 +1,4 @@
-"""A problem at fixed meta-parameters, on its stage."""
+"""A problem at fixed meta-parameters, with its module state, random numbers and tally."""
 
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -23,7 +23,7 @@ from equigrad.solvers import Lost, Moment, Settled
 
 @dataclass
 class Judged:
-    """The outer loss where its gradients were last taken, which gave it on the way."""
+    """The outer loss where its gradients were last taken, kept so that it is not computed twice."""
 
     at: Settled | None = None
     loss: Tensor | None = None
@@ -31,26 +31,26 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
-    """What phases, derivatives and estimators are functions of.
+    """A problem at fixed θ: the argument of all phases, derivatives and estimators.
 
-    Views of it, by `at` and `holding`, have the same stage and tally.
+    The views that `at` and `holding` return share its stage and tally.
 
     Attributes:
-        problem: whose functions compute in the lower precision under autocast.
-        params: φ where the free phase starts, detached.
+        problem: the problem; its functions compute in lower precision under autocast.
+        params: φ at the start of the free phase, detached.
         meta_params: θ, detached.
         lower: the lowest precision that the problem's functions compute in under autocast; None
             without.
         start: φ and θ as they were given, with their graph.
-        reaches: what the problem depends on.
-        stage: the buffers, flags and random numbers that its functions find.
-        tally: is told what was spent, and what is to be noted.
-        judged: by `outer_gradients`, for `outer_loss`.
-        streams: what draws from loaders.
-        settled: where the free phase has ended already, if it has.
-        before: where an earlier one ended, whose solver state and step it goes on from, if any.
-        lost: the samples that are held.
-        layouts: how φ and θ lay on processes when they were given.
+        reaches: the meta-parameters that each function depends on.
+        stage: the buffers, training flags and random numbers of the functions.
+        tally: counts gradients and collects notes.
+        judged: set by `outer_gradients`, used by `outer_loss`.
+        streams: the batches that are drawn from loaders.
+        settled: the end of the free phase, if it has run already.
+        before: the end of an earlier free phase to continue from, with solver state and step count.
+        lost: the samples that are held constant.
+        layouts: how the original φ and θ were distributed over processes.
     """
 
     problem: Problem
@@ -69,11 +69,11 @@ class Scene:
     layouts: tuple[Layout, Layout] = (Layout(), Layout())
 
     def at(self, params: Params, meta_params: Params) -> Self:
-        """With other params to settle from, at other meta-parameters."""
+        """A view with another start φ and other meta-parameters."""
         return self._view(params=dict(params), meta_params=dict(meta_params), settled=None)
 
     def holding(self, at: Moment) -> Self:
-        """With those samples held that a phase has lost until then: what follows has the others."""
+        """A view that holds the samples which were lost by the end of a phase."""
         lost = at.lost
         if lost is None or lost is self.lost:
             return self
@@ -85,44 +85,44 @@ class Scene:
         return view
 
     def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
-        """The user's inner or outer function on one step's batch, with that step's randomness."""
+        """The user's inner or outer function on a step's batch, with that step's random numbers."""
         return self.problem.evaluate(stream, params, meta_params, step, self.stage.randomness)
 
     def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
-        """A scalar that depends on all that the user's function depends on."""
+        """A scalar with the dependences of the user's function."""
         return self.problem.probe(stream, params, meta_params, step, self.stage.randomness)
 
     def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
-        """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
+        """The residual on a step's batch, with its graph; the caller counts the gradient."""
         return self.problem.residual(params, meta_params, step, self.stage.randomness)
 
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
-        """The problem's functions on one step's batch, as scalars to be differentiated."""
+        """The problem's functions on a step's batch, as scalars that can be differentiated."""
         return self.problem.parts(params, meta_params, step, self.stage.randomness)
 
     def residual_at(self) -> Callable[[Params, int], tuple[Tensor, ...]]:
-        """The residual at this θ for a loop, with its graph to φ; whoever asks, counts it."""
+        """The residual at this θ for a loop, with its graph to φ; the caller counts gradients."""
         return self.problem.residual_at(self.meta_params, self.stage.randomness)
 
     def velocity(self, beta: complex = 0.0, force: Params | None = None) -> Velocity:
-        """The velocity at this θ for a loop; whoever asks, counts it.
+        """The velocity at this θ for a loop; the caller counts the gradients.
 
         Args:
             beta: nudging strength β.
-            force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss.
+            force: a constant `∂L_out/∂φ`, by name, that replaces the outer loss.
         """
         meta = like(beta, self.meta_params)
         return self.problem.velocity_at(meta, beta, self.stage.randomness, force)
 
     def buffers(self, at: Moment) -> dict[str, Tensor]:
-        """The modules' buffers as they were at a moment of a phase, by name; means over ranks."""
+        """The modules' buffers at a moment of a phase, by name, averaged over ranks."""
         return self.problem.ranks.averaged(self.stage.named_buffers(at))
 
     def as_given(self, params: Params, meta_params: Params) -> tuple[Params, Params]:
-        """Tensors like φ and like θ, as these lay on processes when they were given."""
+        """Tensors in the shapes of φ and θ, distributed over processes as these were given."""
         params_there, meta_there = self.layouts
         return params_there.laid_out(params), meta_there.laid_out(meta_params)
 
     def batch_steps(self, stream: Stream) -> range:
-        """The steps that show every batch of a loss once."""
+        """The step numbers that show every batch of a loss once."""
         return range(len(self.problem.batches(stream) or [None]))

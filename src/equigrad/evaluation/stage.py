@@ -1,4 +1,4 @@
-"""What a problem's functions find around them: buffers, training flags and random numbers."""
+"""The surroundings of a problem's functions: buffers, training flags and random numbers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,16 +14,16 @@ from equigrad.solvers import Moment
 
 
 class Stage:
-    """Holds what all phases share, so that each finds it as the others do.
+    """Module state and random numbers, which are the same at the start of every phase.
 
-    As a context manager it seeds all random numbers, and puts back the global generators, the
-    modules' buffers and their training flags on leaving, also by an exception. Within, gradients
-    are recorded, and autocast is off around the problem's functions.
+    As a context manager it seeds all random numbers and, on exit, also by an exception, restores
+    the global generators and the modules' buffers and training flags. Inside, gradients are enabled
+    and autocast is off, except within the problem's functions.
 
     Args:
-        modules: that the problem's functions call.
-        tensors: whatever is computed with.
-        seed: of an earlier stage, to see the same random numbers again; None to draw one.
+        modules: modules that the problem's functions call.
+        tensors: all tensors of the computation.
+        seed: seed of an earlier stage, to repeat its random numbers; None to draw one.
 
     Attributes:
         randomness: seeds the problem's functions.
@@ -51,12 +51,12 @@ class Stage:
         self._exit.close()
 
     def on_exit(self, put_back: Callable[[], None]) -> None:
-        """Have something further put back on leaving."""
+        """Register a further function to call on exit."""
         self._exit.callback(put_back)
 
     @property
     def seed(self) -> int:
-        """The seed of all random numbers, to see the same ones again."""
+        """The seed of all random numbers, with which a later stage can repeat them."""
         return self.randomness.base
 
     def sign(self) -> int:
@@ -65,27 +65,27 @@ class Stage:
 
     @property
     def first_buffers(self) -> tuple[Tensor, ...]:
-        """The modules' buffers as the user left them."""
+        """The modules' buffers before the meta-gradient."""
         return self._buffers.before
 
     def snapshot(self) -> tuple[Tensor, ...]:
-        """The modules' buffers as they are now."""
+        """A copy of the modules' current buffers."""
         return self._buffers.snapshot()
 
     def named_buffers(self, at: Moment) -> dict[str, Tensor]:
-        """The modules' buffers as they were at a moment of a phase, by name."""
+        """The modules' buffers at a moment of a phase, by name."""
         return self._buffers.named(at.buffers)
 
     def changed(self) -> list[str]:
-        """What the modules hold that is other than it was, in words."""
+        """Descriptions of the module state that has changed."""
         return self._buffers.changed()
 
     def stand_at(self, at: Moment) -> None:
-        """Put the modules' buffers and training flags as they were at a moment of a phase."""
+        """Restore the modules' buffers of a moment of a phase, and their training flags."""
         self._stand(at.buffers)
 
     def stand_at_start(self) -> None:
-        """Put them as the user left them."""
+        """Restore the modules' buffers and training flags from before the meta-gradient."""
         self._stand(self.first_buffers)
 
     def _stand(self, buffers: tuple[Tensor, ...]) -> None:

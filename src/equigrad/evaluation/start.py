@@ -1,4 +1,4 @@
-"""How the params that a learner starts from depend on meta-parameters."""
+"""The dependence of a learner's initial params on meta-parameters."""
 
 from dataclasses import dataclass, field
 
@@ -11,12 +11,12 @@ from equigrad.problems import Params
 
 @dataclass(frozen=True)
 class Start:
-    """Params φ_0 that may have been computed from meta-parameters θ.
+    """Initial params φ_0 that may be computed from meta-parameters θ.
 
     Attributes:
         params: φ_0 as given, with its graph.
-        meta_params: θ as given, where that graph leads.
-        names: of the meta-parameters that it leads to.
+        meta_params: θ as given, at the ends of that graph.
+        names: names of the meta-parameters that φ_0 depends on.
 
     Raises:
         ProblemError: the graph was freed.
@@ -35,10 +35,10 @@ class Start:
         """`(∂φ_0/∂θ)ᵀ adjoint`.
 
         Args:
-            adjoint: the derivative of the outer loss by the start, by name of the parameter.
+            adjoint: derivative of the outer loss with respect to the start, by parameter name.
 
         Returns:
-            The part of the meta-gradient that goes through the start, by name; zero elsewhere.
+            The part of the meta-gradient through the start, by name; zero for other names.
         """
         pulled = self._through(adjoint)
         return {
@@ -47,10 +47,10 @@ class Start:
         }
 
     def push(self, direction: Params) -> dict[str, Tensor]:
-        """`(∂φ_0/∂θ) direction`, by name of the parameter: how the start moves with θ."""
+        """`(∂φ_0/∂θ) direction`, the change of the start when θ moves, by parameter name."""
         probe = {n: torch.zeros_like(p).requires_grad_() for n, p in self.params.items()}
         pulled = {n: g for n, g in self._through(probe).items() if g is not None}
-        # the pull-back is linear in the probe, and its derivative the push
+        # the vector-Jacobian product is linear in the probe; its derivative is the push-forward
         moved = [(g, direction[n]) for n, g in pulled.items() if g.requires_grad]
         if not moved:
             return {n: torch.zeros_like(p) for n, p in self.params.items()}
@@ -64,7 +64,7 @@ class Start:
         return dict(zip(probe, pushed, strict=True))
 
     def _through(self, adjoint: Params) -> dict[str, Tensor | None]:
-        """`(∂φ_0/∂θ)ᵀ adjoint` by name of the meta-parameter; None where there is no path."""
+        """`(∂φ_0/∂θ)ᵀ adjoint` by name of the meta-parameter; None if there is no path."""
         outputs = [(p, adjoint[n]) for n, p in self.params.items() if p.requires_grad]
         inputs = {n: m for n, m in self.meta_params.items() if m.requires_grad}
         found: dict[str, Tensor | None] = dict.fromkeys(self.meta_params)

@@ -1,4 +1,4 @@
-"""What a meta-gradient has cost so far, and what its user should know about it."""
+"""The count of gradient evaluations of one meta-gradient, and its notes to the user."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """Is told what was spent and what is worth saying, by all who work on a meta-gradient.
+    """Counts the gradients of one meta-gradient and collects notes to the user.
 
     Attributes:
-        gradient_evaluations: gradients of the inner or the outer loss taken so far; a
-            Hessian-vector product counts as two, values without a gradient do not count.
-        notes: what the user should know about this meta-gradient, a sentence each.
-        error_notes: those of them that were said as its error was estimated.
+        gradient_evaluations: gradients of the inner or outer loss taken so far; a Hessian-vector
+            product counts as two, and values without a gradient do not count.
+        notes: what the user should know about this meta-gradient, one sentence each.
+        error_notes: the notes that were made while its error was estimated.
     """
 
     gradient_evaluations: int = 0
@@ -21,20 +21,20 @@ class Tally:
     error_notes: list[str] = field(default_factory=list)
 
     def spend(self, gradients: int) -> None:
-        """So many gradients were taken."""
+        """Count a number of gradients."""
         self.gradient_evaluations += gradients
 
     def spend_each(self, gradients: int) -> Callable[[int], None]:
-        """What is to be told of velocities that take so many gradients each, as they are taken."""
+        """A function that counts velocities, each of which takes a number of gradients."""
         return lambda velocities: self.spend(gradients * velocities)
 
     @contextmanager
     def of_the_error(self) -> Iterator[None]:
-        """What is noted meanwhile is about the error."""
+        """A context whose notes are about the error estimate."""
         said = len(self.notes)
         yield
         self.error_notes += self.notes[said:]
 
     def note(self, *sentences: str) -> None:
-        """The user should know this."""
+        """Add notes for the user."""
         self.notes.extend(sentences)

@@ -1,4 +1,4 @@
-"""Named tensors: what may be given, and how they become complex."""
+"""Checks of named tensors, and their conversion to complex numbers."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,14 @@ from equigrad.wording import listed
 
 
 def check_tensors(what: str, tensors: object) -> None:
-    """See that named tensors can be settled or learned.
+    """Check that named tensors can settle or be learned.
 
     Args:
-        what: they are, for the message.
-        tensors: what was given for them.
+        what: what the tensors are, for the message.
+        tensors: the user's value.
 
     Raises:
-        ProblemError: no mapping from names to finite tensors of floating-point numbers, or none.
+        ProblemError: it is not a mapping from names to finite floating-point tensors, or is empty.
     """
     if not isinstance(tensors, Mapping):
         raise ProblemError(
@@ -38,10 +38,10 @@ def check_tensors(what: str, tensors: object) -> None:
 
 
 def check_samples(params: Params) -> None:
-    """See that the first dimension of all params is one of the same samples.
+    """Check that the first dimension of all params counts the same samples.
 
     Raises:
-        ProblemError: it is not, or there are none.
+        ProblemError: it does not, or there are no samples.
     """
     counts = {name: len(p) if p.ndim else None for name, p in params.items()}
     if None in counts.values() or len({*counts.values()}) > 1:
@@ -55,7 +55,7 @@ def check_samples(params: Params) -> None:
 
 
 def like(beta: complex, tensors: Params) -> dict[str, Tensor]:
-    """The tensors, complex where β is."""
+    """The tensors, made complex if β is complex."""
     if not isinstance(beta, complex):
         return dict(tensors)
     return {name: t.to(t.dtype.to_complex()) for name, t in tensors.items()}

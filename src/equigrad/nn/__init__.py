@@ -1,4 +1,4 @@
-"""Models whose parameters settle."""
+"""Networks, layers and synapses whose parameters or states settle."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Batch normalisation that remembers nothing."""
+"""Batch normalisation by the statistics of a given batch, without running statistics."""
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +9,22 @@ from equigrad.nn.copies import copied
 
 
 class BatchStatistics(nn.Module):
-    r"""Batch normalisation by the statistics of what it is handed, in either mode.
+    r"""Batch normalisation by the statistics of its own input, in training and in `eval` mode.
 
         y = g (x - μ) / √(σ² + ε) + b        (Ioffe and Szegedy 2015)
 
     with the mean and variance of every channel over the whole batch, or over its first `reference`
-    rows. A network with these has no buffers, and a loss is a function of its parameters alone.
-    Over the whole batch, what it says of an image depends on the images beside it (it is
-    transductive); with the support set first and `reference` its size, on those alone.
+    rows. A network with such layers has no buffers, and its loss is a function of its parameters
+    alone. Over the whole batch, the output for an image depends on the other images of the batch
+    (it is transductive). With the support set in the first `reference` rows, it depends on the
+    support set alone.
 
     Args:
-        norm: the layer to take the place of; its gain and shift are taken over.
+        norm: the layer to replace; its gain and shift are taken over.
 
     Attributes:
-        reference: how many rows the statistics are of; None for all.
-        constant: whether derivatives take the statistics of the reference for constants.
+        reference: number of rows that the statistics are taken over; None for all.
+        constant: whether derivatives treat the statistics of the reference as constants.
 
     Example:
         >>> layer = BatchStatistics(nn.BatchNorm1d(3))
@@ -43,7 +44,7 @@ class BatchStatistics(nn.Module):
         return self.normalise(x, self.weight, self.bias)
 
     def normalise(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-        """The same with another gain and shift."""
+        """Normalise a batch with another gain and shift."""
         if self.reference is None:
             return batch_norm(x, None, None, gain, shift, training=True, eps=self.eps)
         each = [0, *range(2, x.ndim)]
@@ -59,17 +60,17 @@ class BatchStatistics(nn.Module):
 class ReferenceStatistics(nn.Module):
     """A module whose batch normalisation takes the statistics of a reference batch.
 
-    What it says of an image depends on no other but those of the reference, such as the training
-    set, and is a function of its parameters alone: derivatives go through the statistics. Each call
-    computes the reference along, unless it is what the call is about.
+    The output for an image depends on that image, the reference (the training set, for example)
+    and the parameters, and on nothing else; derivatives go through the statistics. Each call also
+    computes the outputs of the reference, unless the reference is its input.
 
-    With `constant`, derivatives of what it says of anything but the reference hold the statistics
-    fixed. So does a network in `eval` mode, whose running statistics are those of its training set;
-    they move with the parameters all the same, and such derivatives leave that out.
+    With `constant`, derivatives of the output for any other input hold the statistics fixed. A
+    network in `eval` mode does the same with its running statistics. These too depend on the
+    parameters, and such derivatives leave this dependence out.
 
     Args:
-        model: any module whose first dimension is that of rows. It is copied, never changed.
-        reference: inputs, as the module takes them.
+        model: any module whose inputs have one row a sample. It is copied, never changed.
+        reference: a batch of inputs for the module.
         constant: whether derivatives hold the statistics fixed.
 
     Example:
@@ -101,8 +102,8 @@ class ReferenceStatistics(nn.Module):
 
 
 def with_batch_statistics(model: nn.Module) -> nn.Module:
-    """A copy of a module whose batch normalisation remembers nothing."""
-    known: dict[nn.Module, nn.Module] = {}  # a layer may stand in two places
+    """A copy of a module whose batch normalisation keeps no running statistics."""
+    known: dict[nn.Module, nn.Module] = {}  # a layer may occur twice
 
     def swapped(part: nn.Module) -> nn.Module:
         if part not in known:
@@ -116,7 +117,7 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
 
 
 def with_statistics_of(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy of a module in `eval` mode, with the statistics of a batch in its normalisation."""
+    """A copy of a module in `eval` mode whose normalisation uses the statistics of a batch."""
     module = copied(model).eval()
 
     def remember(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What networks that settle may be shown, and what is said of anything else."""
+"""Checks of the inputs and labels of a network, and losses summed over samples."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from equigrad.errors import ProblemError
 
 @contextmanager
 def reading(network: nn.Module, x: Tensor) -> Iterator[None]:
-    """Say what a network was shown, where it cannot read it.
+    """Turn torch's errors into one that describes the input which the network cannot read.
 
     Raises:
         ProblemError: x is not finite, or has a shape or type that the network cannot take.
@@ -31,7 +31,7 @@ def reading(network: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what torch says beneath."""
+    """The first line of an error's message, without torch's details below it."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -39,7 +39,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of class labels, summed over samples.
 
     Raises:
-        ProblemError: these are no labels of that many samples and classes.
+        ProblemError: the labels do not fit the number of samples and classes.
     """
     with labelling(labels, logits):
         return cross_entropy(logits, labels, reduction="sum")
@@ -49,7 +49,7 @@ def summed_squares(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error, summed over samples and outputs.
 
     Raises:
-        ProblemError: the targets are not of the outputs' shape.
+        ProblemError: the targets do not have the shape of the outputs.
     """
     if outputs.shape != targets.shape:
         raise ProblemError(
@@ -61,11 +61,15 @@ def summed_squares(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def labelling(labels: Tensor, outputs: Tensor) -> Iterator[None]:
-    """Say what labels were given, where they do not fit outputs, samples x classes.
+    """Turn torch's errors into one that describes labels which do not fit the outputs.
+
+    Args:
+        labels: the class of each sample.
+        outputs: logits, samples x classes.
 
     Raises:
-        ProblemError: torch finds that they do not. Where that is a graphics processor's kernel, it
-            is torch's to say.
+        ProblemError: torch finds that they do not fit. On a GPU, a label that is out of range stops
+            torch's kernel instead, and torch's own error stands.
     """
     try:
         yield
@@ -79,5 +83,5 @@ def labelling(labels: Tensor, outputs: Tensor) -> Iterator[None]:
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether a module has a dropout that is at work."""
+    """Whether a module has a dropout layer in training mode."""
     return any(isinstance(part, _DropoutNd) and part.training for part in module.modules())

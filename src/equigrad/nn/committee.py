@@ -1,4 +1,4 @@
-"""Networks that are asked together."""
+"""A committee: several networks whose outputs are averaged."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,10 +9,10 @@ from equigrad.nn.networks import tanh_network
 
 
 class Committee(nn.Module):
-    """The mean of the outputs of some networks.
+    """The mean of the outputs of several networks.
 
     Args:
-        members: the networks, of the same inputs and outputs.
+        members: the networks, with the same inputs and outputs.
 
     Example:
         >>> committee = Committee([nn.Linear(2, 1), nn.Linear(2, 1)])
@@ -30,10 +30,10 @@ class Committee(nn.Module):
 
 
 def tanh_committee(inputs: int, hidden: Sequence[int], outputs: int, members: int) -> Committee:
-    """Networks as `tanh_network` makes them, so many of them."""
+    """A committee of `tanh_network`s."""
     return Committee([tanh_network(inputs, hidden, outputs) for _ in range(members)])
 
 
 def named_by_member(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of networks side by side, of shape members × …, by a committee's names."""
+    """Rename stacked parameters, of shape members × …, to the names of a committee's parameters."""
     return {f"members.{k}.{n}": each for n, p in params.items() for k, each in enumerate(p)}

@@ -1,4 +1,4 @@
-"""The complex synapse: a weight, what it is pulled to, and how strongly."""
+"""The complex synapse: a weight that is pulled to a centre with a strength of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -15,30 +15,30 @@ Learnable = Literal["strength", "center"]
 
 
 class ComplexSynapse(Functional):
-    r"""Any module whose every weight is pulled to a centre with a strength of its own.
+    r"""Any module with every weight pulled to a centre, each with a strength of its own.
 
         R(φ, θ) = ½ Σ_i λ_i (φ_i - ω_i)²        (Zucchet et al., Eq. 7)
 
     A synapse has a fast weight φ (`params`), and as meta-parameters θ a meta-plasticity λ
     (`strength`) and a slow weight ω (`center`), either of which can be learned or fixed. Used as
-    `regularizer=` of a problem, its derivatives are local and in closed form (Appendix B), the
-    contrast of two phases free of cancellation:
+    `regularizer=` of a problem, its derivatives are local and in closed form (Appendix B), and the
+    contrast of two phases is free of cancellation:
 
         ½(a-ω)² - ½(b-ω)² = ½ (a-b)(a+b-2ω).
 
-    Fast weights may have leading dimensions more than the module's (one of tasks, for example):
-    each of them is pulled to the same centre with the same strength, and the penalty is their sum.
+    Fast weights may have more leading dimensions than the module's weights (one for tasks, for
+    example). Each copy is pulled to the same centre with the same strength; the penalty is the sum.
 
     Args:
         model: any module; called as `synapse(params, *inputs)`. It is copied, never changed.
-        strength: initial λ ≥ 0, one number for all weights, or a number or tensor for every name.
-        center: initial ω, likewise; or "init", the module's own parameters.
-        learn: what is meta-learned, `strength`, `center` or both.
+        strength: initial λ ≥ 0: one number for all weights, or a number or tensor for every name.
+        center: initial ω, given likewise; or "init" for the module's own parameters.
+        learn: what is meta-learned: `strength`, `center` or both.
         positivity: how a learned λ is kept ≥ 0. `projection`: λ itself is the meta-parameter,
             and `project_` clamps it at zero after each outer step. `log`: log λ is.
 
     Raises:
-        ConfigurationError: a negative strength, nothing to learn, an unknown option.
+        ConfigurationError: a negative strength, nothing to learn, or an unknown option.
         ProblemError: strength or center given by name do not fit the module's names and shapes.
 
     Example:
@@ -101,16 +101,16 @@ class ComplexSynapse(Functional):
         return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
     def start(self, meta_params: Params) -> dict[str, Tensor]:
-        """Where a new task's fast weights begin: at their centres."""
+        """Initial fast weights of a new task: the centres."""
         return dict(self.centers(meta_params))
 
     def weights(self, params: Params, meta_params: Params) -> Params:
-        """The module's weights: the fast ones, all of them."""
+        """The module's weights; all of them are fast."""
         return params
 
     @property
     def regularizer(self) -> "ComplexSynapse":
-        """Itself."""
+        """The synapse itself."""
         return self
 
     @property
@@ -124,31 +124,31 @@ class ComplexSynapse(Functional):
         return frozenset(names)
 
     def strengths(self, meta_params: Params) -> dict[str, Tensor]:
-        """λ by name of the weight it acts on."""
+        """The strengths λ, by name of the weight that each acts on."""
         if "strength" not in self.learn:
             return self._strength
         found = {name: self._find(meta_params, self._strength_name(name)) for name in self._initial}
         return {name: s.exp() for name, s in found.items()} if self._log else found
 
     def centers(self, meta_params: Params) -> dict[str, Tensor]:
-        """ω by name of the weight it pulls at."""
+        """The centres ω, by name of the weight that each pulls."""
         if "center" not in self.learn:
             return self._center
         return {name: self._find(meta_params, f"center.{name}") for name in self._initial}
 
     def penalty(self, params: Params, meta_params: Params) -> Tensor:
-        """`½ Σ_i λ_i (φ_i - ω_i)²`, differentiable in everything."""
+        """The penalty `½ Σ_i λ_i (φ_i - ω_i)²`, differentiable in λ, ω and φ."""
         strength, center = self.strengths(meta_params), self.centers(meta_params)
         terms = [(strength[n] * (params[n] - center[n]).square()).sum() for n in self._initial]
         return 0.5 * torch.stack(terms).sum()
 
     def bind(self, meta_params: Params) -> "BoundSynapse":
-        """The regulariser at these meta-parameters: what a problem's `regularizer` must have."""
+        """The regulariser at fixed meta-parameters, as a problem's `regularizer` provides it."""
         return BoundSynapse(self, meta_params)
 
     @torch.no_grad()
     def project_(self, meta_params: Params) -> None:
-        """Clamp a learned λ at zero, in place; nothing to do for log λ."""
+        """Clamp a learned λ at zero, in place. A learned log λ needs no clamping."""
         if "strength" in self.learn and not self._log:
             for name in self._initial:
                 meta_params[self._strength_name(name)].clamp_(min=0)
@@ -165,7 +165,7 @@ class ComplexSynapse(Functional):
             ) from None
 
     def _spread(self, what: str, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-        """One tensor a weight, of its shape."""
+        """Expand the given values to one tensor a weight, of its shape."""
         if not isinstance(value, Mapping):
             return {name: torch.full_like(p, value) for name, p in self._initial.items()}
         if value.keys() != self._initial.keys():
@@ -185,7 +185,7 @@ class ComplexSynapse(Functional):
 
 
 class BoundSynapse:
-    """A complex synapse at fixed meta-parameters: its local rules, in closed form."""
+    """A complex synapse at fixed meta-parameters, with its local rules in closed form."""
 
     def __init__(self, synapse: ComplexSynapse, meta_params: Params) -> None:
         self._synapse = synapse
@@ -194,7 +194,7 @@ class BoundSynapse:
         self._center = [c.detach() for c in synapse.centers(meta_params).values()]
 
     def add_velocity(self, velocity: tuple[Tensor, ...], params: Params) -> tuple[Tensor, ...]:
-        """`velocity - λ (φ - ω)`, called without recording a graph."""
+        """Add the pull `-λ (φ - ω)` to a velocity. Called without recording a graph."""
         if list(params) != self._names:  # φ holds more, or in another order
             by_name = dict(zip(params, velocity, strict=True))
             own = {name: params[name] for name in self._names}

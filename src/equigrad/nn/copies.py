@@ -1,4 +1,4 @@
-"""Copies of modules, also of those that `copy.deepcopy` refuses."""
+"""Deep copies of modules, including modules that `copy.deepcopy` refuses."""
 
 import copy
 import functools
@@ -11,21 +11,20 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(module: Module) -> Module:
-    """A deep copy of a module, whatever it holds beside its parameters and buffers.
+    """A deep copy of a module, whatever its attributes hold besides parameters and buffers.
 
-    Tensors that were computed (activations that a forward pass has kept, weights that a hook
-    computes anew) are copied without their graph. What has no copy at all, such as a lock, is
-    shared.
+    Tensors that were computed (activations kept by a forward pass, weights recomputed by a hook)
+    are copied without their graph. Attributes that cannot be copied, such as a lock, are shared.
 
     Args:
-        module: to be copied; is not changed.
+        module: the module to copy; it is not changed.
     """
     memo: dict[int, Any] = {}
     for value in _attributes(module):
         memo.update((id(t), t.detach().clone()) for t in tensors_in(value) if not t.is_leaf)
     try:
         return copy.deepcopy(module, dict(memo))
-    except (TypeError, NotImplementedError):  # what cannot be pickled has no copy either
+    except (TypeError, NotImplementedError):  # deepcopy refuses what cannot be pickled
         for value in _attributes(module):
             try:
                 copy.deepcopy(value, dict(memo))
@@ -35,14 +34,14 @@ def copied(module: Module) -> Module:
 
 
 def held_parameters(module: nn.Module) -> Iterator[tuple[Any, Any, nn.Parameter]]:
-    """Parameters that modules within hold in attributes, beside where they register them.
+    """Parameters that submodules hold in plain attributes, besides where they are registered.
 
     Args:
-        module: is looked into; torch's own modules hold none.
+        module: the module to search; torch's own modules hold none.
 
     Yields:
-        The container, the key that `container[key] = tensor` replaces the parameter by, and the
-        parameter. Tuples are rebuilt where one of theirs is replaced.
+        A container, the key such that `container[key] = tensor` replaces the parameter, and the
+        parameter. A tuple is rebuilt when one of its items is replaced.
     """
     for part in module.modules():
         own = vars(part)
@@ -69,7 +68,7 @@ def _held(owner: Any, key: Any, value: Any, depth: int = 3) -> Iterator[Any]:
 
 
 class _InTuple:
-    """The items of a tuple, to be replaced one by one."""
+    """A tuple held by an owner, whose items can be replaced one by one."""
 
     def __init__(self, owner: Any, key: Any) -> None:
         self._owner, self._key = owner, key
@@ -83,7 +82,7 @@ class _InTuple:
 
 
 def _attributes(module: nn.Module) -> Iterator[Any]:
-    """What the modules within hold beside parameters, buffers and modules."""
+    """The attributes of all submodules other than parameters, buffers, modules and hooks."""
     own = ("_parameters", "_buffers", "_modules")
     for part in module.modules():
         yield from (v for n, v in vars(part).items() if n not in own and not _hooks(n))
@@ -94,7 +93,7 @@ def _hooks(name: str) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in mappings, lists and tuples, however deep."""
+    """The tensors in nested mappings, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

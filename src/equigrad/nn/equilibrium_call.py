@@ -1,4 +1,4 @@
-"""One pass of an equilibrium layer: a cell, its weights and inputs by name, and its start."""
+"""One forward pass of an equilibrium layer: the cell, its weights and inputs by name, its start."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,29 +17,29 @@ from equigrad.solvers.phase import numbered
 from equigrad.vectors import tracked
 
 State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""What settles: a tensor, a tuple or list of tensors, or a dictionary."""
+"""The state h that settles: a tensor, a tuple or list of tensors, or a dictionary of them."""
 
 
 def kind_of(cell: nn.Module) -> type[Problem]:
-    """The problem that a cell is: one of an energy if it declares a primitive function of one."""
+    """The problem class of a cell: `EnergyBased` if it has a `primitive`, else `FixedPoint`."""
     return EnergyBased if hasattr(cell, "primitive") else FixedPoint
 
 
 class Call:
-    """One pass: a cell, its weights and inputs by name, and where it starts.
+    """One forward pass: a cell, its weights and inputs by name, and its initial state.
 
     Attributes:
-        method: what is called of the cell, as a module.
+        method: the method of the cell that is called, wrapped as a module.
         tensors: weights and inputs, by name.
-        start: where h starts, by name.
-        seed: of the random numbers.
+        start: initial state h, by name.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, cell: nn.Module, inputs: tuple[Any, ...], start: State) -> None:
         self.cell = cell
         self.method = _Method(cell, "primitive" if kind_of(cell) is EnergyBased else "forward")
         leaves, self._tree = tree_flatten(inputs)
-        # no weight can have such a name, since no module's name is empty
+        # no weight can have a name with two dots, since no module's name is empty
         self._slots = [f"input..{i}" if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
         given = {f"input..{i}": tracked(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         self._weights = dict(cell.named_parameters())
@@ -58,14 +58,14 @@ class Call:
             _check_finite(f"the start of {name!r} of {type(cell).__name__}", part)
 
     def full_precision(self) -> AbstractContextManager[Any]:
-        """Where solvers and estimators compute as they are, and the cell alone under autocast."""
+        """A context without autocast for solvers and estimators; the cell alone restores it."""
         device, _ = self._autocast
         if not torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast(device, enabled=False)
 
     def problem(self, tensors: Params, learned: Params, cotangent: Params | None = None) -> Problem:
-        """The cell as a problem with θ = `learned`, judged by `⟨cotangent, h⟩`."""
+        """The cell as a problem with θ = `learned` and the outer loss `⟨cotangent, h⟩`."""
         known: Any = {
             "outer_loss": LinearLoss(cotangent or {}),
             "modules": (),  # buffers are swapped, not changed
@@ -82,20 +82,20 @@ class Call:
 
     @torch.no_grad()
     def move_buffers(self, params: Params) -> None:
-        """Evaluate the cell once, and let it change its buffers."""
+        """Evaluate the cell once and let it update its buffers."""
         if self._buffers:
             with CommonRandomness(params.values(), self.seed) as randomness, self._precision():
                 randomness.seed("inner", 0)
                 self.method.forward(*self._arguments(params, self.tensors))
 
     def shaped(self, params: Params) -> Any:
-        """The state as the cell knows it."""
+        """The state in the form that the cell takes: a tensor, a tuple or a dictionary."""
         if issubclass(self._form, Tensor):
             return params["h"]
         return dict(params) if issubclass(self._form, Mapping) else tuple(params.values())
 
     def _image(self, params: Params, tensors: Params) -> dict[str, Tensor]:
-        """`f(h, x)` by name, or a clear word where the cell returns something else."""
+        """`f(h, x)` by name, with an error where the cell returns a state of another shape."""
         image = self._evaluate(params, tensors)
         named = {"h": image} if isinstance(image, Tensor) else _named(image)
         shapes, found = _shapes(params), _shapes(named)
@@ -107,14 +107,14 @@ class Call:
         return named
 
     def _evaluate(self, params: Params, tensors: Params) -> Any:
-        """The cell at h, with these weights and inputs."""
+        """Evaluate the cell at h, with these weights and inputs."""
         arguments = self._arguments(params, tensors)
         swapped = {
             f"module.{name}": tensors[name]
             for name, weight in self._weights.items()
             if not _same(tensors[name], weight)
         }
-        if self.cell.training:  # the same map at every step, also where buffers act on it
+        if self.cell.training:  # every step sees the same buffers, so that the map does not change
             swapped |= {f"module.{name}": b.clone() for name, b in self._buffers.items()}
         with self._precision():
             if swapped:
@@ -122,21 +122,21 @@ class Call:
             return self.method.forward(*arguments)
 
     def _arguments(self, params: Params, tensors: Params) -> tuple[Any, ...]:
-        """The state and the inputs."""
+        """The arguments of the cell: the state and the inputs."""
         leaves = [tensors[s] if isinstance(s, str) and s in tensors else s for s in self._slots]
         return self.shaped(params), *tree_unflatten(leaves, self._tree)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """That of the forward pass, for the cell."""
+        """A context that restores the forward pass's autocast for the cell."""
         if not self._lower:
             return nullcontext()
         device, dtype = self._autocast
-        # h is a leaf that moves in place, and a cache would go on with what it was
+        # the solver updates h, a leaf, in place, and autocast's cache would keep its old value
         return torch.autocast(device, dtype, cache_enabled=False)
 
 
 def _named(h: State) -> dict[str, Tensor]:
-    """The tensors of h by name, if they are what they have to be."""
+    """The tensors of h by name; raises if h has the wrong type or sample counts differ."""
     if isinstance(h, Tensor):
         named = {"h": h}
     elif isinstance(h, Mapping):
@@ -160,7 +160,7 @@ def _shapes(named: Params) -> dict[str, tuple[int, ...]]:
 
 
 def _same(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether the module's own weight does in place of a tensor: it need not be swapped."""
+    """Whether a tensor is the module's own weight, which then need not be swapped."""
     if tensor is weight:
         return True
     return not tensor.requires_grad and tensor.data_ptr() == weight.data_ptr()
@@ -175,7 +175,7 @@ def _check_finite(what: str, x: Tensor) -> None:
 
 
 class _Method(nn.Module):
-    """A module's method as its forward pass."""
+    """A module whose forward pass is a given method of another module."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()

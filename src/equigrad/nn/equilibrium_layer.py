@@ -1,4 +1,4 @@
-"""A layer whose output is where a cell settles."""
+"""A layer whose output is the fixed point of a cell."""
 
 import dataclasses
 import warnings
@@ -38,60 +38,58 @@ OF_A_CELL = Caller(
     ),
     state="outside of the cell",
 )
-"""What the first look says of a cell."""
+"""How messages of the first look refer to a cell."""
 
 
 class EquilibriumLayer(nn.Module):
-    r"""Settles a cell, and hands its gradient to an estimator.
+    r"""A layer that settles a cell in the forward pass and leaves its gradient to an estimator.
 
         h* = f(h*, x)
 
-    for a cell `f(h, x)`, sample by sample. The backward pass asks the estimator for the gradient of
-    `⟨∂L/∂h*, h*⟩` by the cell's weights and by x; nothing of the settling is kept for it, so that
-    memory does not grow with the solver's steps. Estimators see `∂L/∂h*` divided by the largest
-    norm of it of a sample: their β and their tolerances do not depend on how the loss is scaled.
+    for a cell `f(h, x)`, where every sample settles for itself. The backward pass asks the
+    estimator for the gradient of `⟨∂L/∂h*, h*⟩` with respect to the cell's weights and x. It needs
+    no iterates, so that memory does not grow with the solver's steps. The estimator gets the
+    cotangent `∂L/∂h*` divided by its largest norm over the samples, so that its β and tolerances do
+    not depend on the scale of the loss.
 
-    A cell that has an energy declares it by a method `primitive(h, *inputs)`, the scalar
+    A cell with an energy declares it by a method `primitive(h, *inputs)`, which returns the scalar
     `Φ(h, x)` summed over samples, and an attribute `activation` ρ, such that
-    `f(h, x) = ρ(∂Φ/∂h)`; it needs no `forward`. Then estimators that contrast phases serve it, too.
+    `f(h, x) = ρ(∂Φ/∂h)`; it needs no `forward`. Estimators that contrast phases then work, too.
 
-    Dropout draws one mask a forward pass, which is the same at every step of the solver and in the
-    backward pass. So are buffers that the cell changes in training mode (statistics of batch
-    normalisation, vectors of spectral normalisation): all steps see them as they were before, and
-    they move once a forward pass, as if the cell were evaluated once, where it has settled. Under
-    autocast the cell computes in the lower precision, forward and backward, and all that surrounds
-    it in that of h.
+    Dropout draws one mask a forward pass, which all solver steps and the backward pass share.
+    Buffers that the cell changes in training mode (statistics of batch normalisation, vectors of
+    spectral normalisation) stay fixed during all steps; they are updated once a forward pass, by
+    one evaluation at the fixed point. Under autocast the cell computes in the lower precision,
+    forward and backward, and the solver and estimator compute in the precision of h.
 
     Args:
-        cell: any module, or any other callable, called as `cell(h, *inputs)`; returns h in its
-            shape. The first dimension of h is one of samples. `torch.compile(cell)` will do, too.
-            The weights of a function are those of the modules that it uses (see
+        cell: any module or other callable, called as `cell(h, *inputs)`; returns h in its shape.
+            The first dimension of h counts the samples. `torch.compile(cell)` works, too. The
+            weights of a function are those of the modules that it uses (see
             `equigrad.nn.function_cell.FunctionCell`).
-        solver: settles the cell; `tol` is that of the norm of `f(h, x) - h` of a sample.
-        estimator: how the gradient is had; any that serves the cell where it has settled.
-        unsettled: what to do where a sample has not settled or has diverged (without a tolerance:
-            where the largest residual has more than doubled), or the estimator has something to
-            say: `warn`, `raise` or `ignore`. A sample that has diverged is left where it started,
-            and gets no gradient. Under `warn`, the first forward pass that fails says so,
-            with the spectral radius, and the first such backward pass; `phase` says it of every
-            pass.
+        solver: settles the cell; `tol` bounds the norm of `f(h, x) - h` of a sample.
+        estimator: computes the gradient; any that can work at the fixed point of this cell.
+        unsettled: what to do if a sample has not settled or has diverged (without a tolerance: if
+            the largest residual has more than doubled), or if the estimator reports a problem:
+            `warn`, `raise` or `ignore`. A sample that has diverged keeps its initial state and gets
+            no gradient. Under `warn`, the first forward pass that fails is reported, with the
+            spectral radius, and so is the first such backward pass; `phase` reports every pass.
 
     Attributes:
-        cell: the cell; a `FunctionCell` around what is no module.
-        phase: the report of the last forward pass; its `residuals` are those of the samples and its
-            `unsettled` the numbers of those that have not settled.
+        cell: the cell; a `FunctionCell` around a callable that is not a module.
+        phase: the report of the last forward pass; its `residuals` are those of the samples, and
+            its `unsettled` lists the indices of the samples that have not settled.
         error_estimate: estimated relative error of the gradients of the last backward pass, where
-            the estimator has one, as in `equigrad.MetaGradient`; of the estimator's own making
-            alone, whatever the forward pass has left.
-        status: in words, what is worth knowing of the last backward pass; empty where nothing is.
+            the estimator provides one, as in `equigrad.MetaGradient`. It covers the estimator's
+            own error, not the error that an inexact forward pass causes.
+        status: remarks on the last backward pass, in words; empty if there are none.
 
     Raises:
-        ConfigurationError: an argument is not what it has to be, or the estimator cannot serve the
-            cell.
-        ProblemError: from a forward pass, where the cell changes the shape of h, or an input is not
+        ConfigurationError: an argument is invalid, or the estimator does not work with the cell.
+        ProblemError: in a forward pass, if the cell changes the shape of h, an input is not
             finite, or a function uses a tensor whose gradient would be missing.
-        SettlingError: from a forward pass in which all samples diverge, or some have not settled
-            under `raise`.
+        SettlingError: in a forward pass, if all samples diverge, or if some have not settled and
+            `unsettled` is `raise`.
 
     Example:
         >>> import torch, equigrad as eg
@@ -137,17 +135,16 @@ class EquilibriumLayer(nn.Module):
         self._said: set[str] = set()
 
     def forward(self, *inputs: Any, start: State | None = None) -> Any:
-        """Where the cell settles.
+        """The fixed point of the cell.
 
         Args:
-            inputs: what the cell takes beside h; tensors also in lists, tuples and dictionaries.
-            start: h to start from: a tensor, or a tuple, list or dictionary of tensors. It has no
-                influence on what settles, and gets no gradient. Where None, what
-                `cell.start(*inputs)` gives if there is such a method, else zeros like the first
-                input, in the dtype of the cell's weights.
+            inputs: the cell's arguments besides h; lists, tuples and dictionaries may hold tensors.
+            start: initial h: a tensor, or a tuple, list or dictionary of tensors. It is treated as
+                a constant and gets no gradient. If None, `cell.start(*inputs)` where the cell has
+                such a method, else zeros like the first input, in the dtype of the cell's weights.
 
         Returns:
-            h as `start` has it.
+            h*, in the form of `start`.
         """
         call = Call(self.cell, inputs, self._start(inputs) if start is None else start)
         equilibrium = Equilibrium(
@@ -164,11 +161,11 @@ class EquilibriumLayer(nn.Module):
         with call.full_precision():
             settled, seed = self._settle(call, equilibrium)
         outputs = equilibrium.attach(settled, seed, call.tensors)
-        call.tensors = {}  # autograd keeps what backward needs, and sees to it that it is unchanged
+        call.tensors = {}  # autograd keeps them for the backward pass, and checks for changes
         return call.shaped(outputs)
 
     def extra_repr(self) -> str:
-        """Solver and estimator."""
+        """The solver and the estimator."""
         return f"solver={self.solver},\nestimator={self.estimator},"
 
     def _start(self, inputs: tuple[Any, ...]) -> State:
@@ -184,7 +181,7 @@ class EquilibriumLayer(nn.Module):
         return torch.zeros_like(inputs[0], dtype=weight.dtype)
 
     def _settle(self, call: Call, equilibrium: Equilibrium) -> tuple[Settled, int]:
-        """Where the cell settles, and the seed of its random numbers."""
+        """Settle the cell; return the settled state and the seed of its random numbers."""
         theta = {name: t for name, t in call.tensors.items() if t.is_floating_point()}
         with Evaluation(call.problem(call.tensors, theta), call.start, theta) as evaluation:
             call.seed = evaluation.stage.seed
@@ -196,12 +193,12 @@ class EquilibriumLayer(nn.Module):
         return settled, call.seed
 
     def _report(self, result: MetaGradient | None, notes: list[str]) -> None:
-        """Keep what the backward pass found."""
+        """Keep the results of the backward pass as attributes."""
         self.error_estimate = None if result is None else result.error_estimate
         self.status = "; ".join(notes)
 
     def _first_look(self, call: Call, problem: Any, settled: Settled, learned: Params) -> list[str]:
-        """What is wrong with the cell where it settled: four evaluations, in the first backward."""
+        """Check the cell at its fixed point by four evaluations, in the first backward pass."""
         if self._looked:
             return []
         self._looked = True
@@ -213,7 +210,7 @@ class EquilibriumLayer(nn.Module):
         return evaluation.tally.notes
 
     def _say(self, which: str, message: Callable[[], str]) -> None:
-        """Raise, or warn the first time, as `unsettled` asks for."""
+        """Raise, or warn the first time, as `unsettled` says."""
         if self.unsettled == "raise":
             raise SettlingError(message())
         if self.unsettled == "warn" and which not in self._said:
@@ -222,7 +219,7 @@ class EquilibriumLayer(nn.Module):
 
 
 def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
-    """Refuse what backward could not do, before anything is computed."""
+    """Raise if the estimator cannot compute the backward pass, before anything is computed."""
     kind, who = kind_of(cell), type(cell).__name__
     if kind is EnergyBased and not hasattr(cell, "activation"):
         raise ConfigurationError(
@@ -244,5 +241,5 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
 
 
 def _serves(traits: Traits, kind: type[Problem]) -> bool:
-    """Whether an estimator can work where a cell has settled, with `∂L/∂h*` for a loss."""
+    """Whether an estimator can work at a fixed point, with the cotangent `∂L/∂h*` for a loss."""
     return traits.equilibrium and not traits.minimum and traits.fit(kind)

@@ -1,4 +1,4 @@
-"""A network whose state rests under its input, with a readout that settles with it."""
+"""A deep equilibrium model: an input module, a cell, and a readout that settles with the state."""
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,22 @@ from equigrad.problems import Params
 
 
 class EquilibriumNetwork(SettlingByMap):
-    r"""A network that is shown one input until it rests: a deep equilibrium model as a problem.
+    r"""A deep equilibrium model as a problem: a network that settles under a constant input.
 
         h = f(h, e(x)),    y = r(h)
 
-    h has a readout y, which settles with it, so that a controller acts on outputs and neurons
-    alike, and every weight acts on what settles. Where the loss need not be known before the
-    backward pass, `EquilibriumLayer` puts the same cell inside any network.
+    The readout y settles together with h, so that a controller can act on outputs as on neurons,
+    and every weight is part of the fixed-point map. `EquilibriumLayer` puts the same cell inside
+    any network, and does not need to know the loss before the backward pass.
 
     Args:
-        input: e, any module; what it makes of x has the shape of h.
+        input: e, any module; its output e(x) has the shape of h.
         recurrent: f, called as `recurrent(h, e(x))`; returns h in its shape. It should contract.
         readout: r, whose output is y.
-        outer_loss: of y and the targets, summed over samples.
+        outer_loss: loss of y and the targets, summed over samples.
 
     Raises:
-        ConfigurationError: a part that is no module, or has buffers (batch normalisation makes
+        ConfigurationError: a part is not a module, or has buffers (batch normalisation makes
             samples depend on each other).
 
     Example:
@@ -60,11 +60,11 @@ class EquilibriumNetwork(SettlingByMap):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """All neurons silent.
+        """The initial state: zeros.
 
         Raises:
-            ProblemError: the network cannot read such inputs, or its cell does not turn a state
-                and what is made of them into a state again.
+            ProblemError: the network cannot read such inputs, or its cell does not return a state
+                of the shape that it was given.
         """
         with reading(self, x):
             h = self.input(x[:1])
@@ -74,7 +74,7 @@ class EquilibriumNetwork(SettlingByMap):
         return {name: x.new_zeros(len(x), *part.shape[1:]) for name, part in (("h", h), ("y", y))}
 
     def _check_cell(self, h: Tensor) -> None:
-        """Try the cell on one sample, and remember that it fits such samples."""
+        """Try the cell on one sample, once for every shape of sample."""
         try:
             with torch.random.fork_rng():
                 shape = self.recurrent(torch.zeros_like(h), h).shape
@@ -91,7 +91,7 @@ class EquilibriumNetwork(SettlingByMap):
         self._fits = h.shape[1:]
 
     def map_on(self, x: Tensor, meta_params: Params) -> Map:
-        """What is made of the input is computed once, unless it draws random numbers."""
+        """The map of the states. e(x) is computed once, unless it draws random numbers."""
         encode, relax, read = (self.bind(part, meta_params) for part in self._paths)
         once = None if draws(self.input) else encode(x)
 

@@ -1,4 +1,4 @@
-"""A recurrent network at rest, with a readout that settles with it."""
+"""A recurrent network that settles under a constant input, with a readout that settles with it."""
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,22 @@ from equigrad.nn.relaxing import OuterLoss
 
 
 class EquilibriumRNN(EquilibriumNetwork):
-    r"""A recurrent network that is shown one input until it rests.
+    r"""A recurrent network that settles under a constant input.
 
         h = tanh(W h + U x + b),    y = V h + c
 
-    h has a readout y, which settles with it, so that a controller acts on outputs and neurons
-    alike. W starts as a contraction, of spectral norm about `recurrence`.
+    The readout y settles together with h, so that a controller can act on outputs as on neurons.
+    W is initialised with a spectral norm of about `recurrence`, as a contraction.
 
     Args:
         inputs: size of x; an input of more dimensions is flattened.
         hidden: number of neurons.
         outputs: size of y.
-        outer_loss: of y and the targets, summed over samples.
-        recurrence: about the spectral norm of W at the start.
+        outer_loss: loss of y and the targets, summed over samples.
+        recurrence: approximate spectral norm of the initial W.
 
     Raises:
-        ConfigurationError: a size that is no whole number of at least 1, or a recurrence below 0.
+        ConfigurationError: a size is not a whole number of at least 1, or recurrence is negative.
 
     Example:
         >>> import torch, equigrad as eg
@@ -52,13 +52,13 @@ class EquilibriumRNN(EquilibriumNetwork):
         expect(Count, inputs=inputs, hidden=hidden, outputs=outputs)
         expect(NotNegative, recurrence=recurrence)
         parts = _Flat(inputs, hidden), _Tanh(hidden, hidden, bias=False), nn.Linear(hidden, outputs)
-        # a matrix of independent normal entries has a spectral norm of about 2√n their deviation
+        # n × n independent normal entries have a spectral norm of about 2√n standard deviations
         nn.init.normal_(parts[1].weight, std=recurrence / (2 * hidden**0.5))
         super().__init__(*parts, outer_loss=outer_loss)
 
 
 class _Flat(nn.Linear):
-    """`U x + b` of an input of any dimensions."""
+    """`U x + b`, with inputs of any shape flattened."""
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         return linear(x.flatten(1), self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""Fourier features: what a network is told of a place."""
+"""Fourier features: sines and cosines of coordinates as the input of a network."""
 
 import torch
 from torch import Tensor, nn
@@ -7,24 +7,24 @@ from equigrad.fields import Count, Positive, expect
 
 
 class FourierFeatures(nn.Module):
-    r"""Sines and cosines of places, of random frequencies (Tancik et al. 2020).
+    r"""Sines and cosines of coordinates, with random frequencies (Tancik et al. 2020).
 
         γ(x) = [sin πFx, cos πFx],    F_ij ~ N(0, frequency²)
 
-    A network of places alone learns what varies slowly and little else; of these features it
-    learns the faster, the larger `frequency` is. An axis from -1 to 1 has as many cycles as its
-    frequency.
+    A network that sees raw coordinates learns little but slow variations. With these features it
+    learns faster ones, the faster the larger `frequency` is. An axis from -1 to 1 holds as many
+    cycles as its frequency.
 
     Args:
-        inputs: numbers of a place.
-        features: frequencies; there are twice as many outputs.
-        frequency: their standard deviation.
+        inputs: number of coordinates.
+        features: number of frequencies; there are twice as many outputs.
+        frequency: standard deviation of the frequencies.
 
     Attributes:
         frequencies: F, features x inputs, drawn by torch's generator; a buffer, not learned.
 
     Raises:
-        ConfigurationError: a number that is no whole one of at least 1, or a frequency ≤ 0.
+        ConfigurationError: inputs or features is not a whole number ≥ 1, or frequency is ≤ 0.
 
     Example:
         >>> encode = FourierFeatures(2, 16, frequency=4.0)
@@ -42,6 +42,6 @@ class FourierFeatures(nn.Module):
         self.register_buffer("frequencies", frequency * torch.randn(features, inputs))
 
     def forward(self, places: Tensor) -> Tensor:
-        """The features of places, ... x inputs."""
+        """The features of coordinates, ... x inputs."""
         angles = torch.pi * (places @ self.frequencies.T)
         return torch.cat([angles.sin(), angles.cos()], -1)

@@ -1,4 +1,4 @@
-"""A function as a cell: the modules that it uses are found, and what is not found is refused."""
+"""A function as a cell: a module that finds and registers the modules which the function uses."""
 
 import functools
 import inspect
@@ -16,10 +16,11 @@ from equigrad.errors import ConfigurationError, ProblemError
 
 
 def as_cell(cell: Callable[..., Any]) -> nn.Module:
-    """A module as it is, another callable as a `FunctionCell`.
+    """A module as it is; any other callable as a `FunctionCell`.
 
     Raises:
-        ConfigurationError: it cannot be called as `cell(h, *inputs)`, or its weights are not there.
+        ConfigurationError: it cannot be called as `cell(h, *inputs)`, or uses a variable that has
+            no value yet.
     """
     if isinstance(cell, nn.Module):
         return cell
@@ -32,19 +33,20 @@ def as_cell(cell: Callable[..., Any]) -> nn.Module:
 
 
 class FunctionCell(nn.Module):
-    """A function `f(h, *inputs)` as a module, with the weights that it uses as its own.
+    """A function `f(h, *inputs)` as a module that owns the weights which the function uses.
 
-    The weights are those of the modules that the function reaches: what a method is bound to, what
-    a `functools.partial` holds, variables around a function and global ones, also by functions of
-    the same file that it calls. A module that is found lends its weights, buffers and training flag
-    for each call, and its children become children of this one. It is no child itself: it may be
-    the network that the layer becomes a part of.
+    These are the weights of all modules that can be found from the function: the object that a
+    method is bound to, the arguments of a `functools.partial`, closure variables, and global
+    variables, also those of functions that it calls from the same file. The weights and buffers of
+    a module that is found are registered here under new names, and its children become children of
+    this module. The found module itself is not a child, since it may be the network that contains
+    the layer.
 
     Args:
         function: called as `function(h, *inputs)`.
 
     Raises:
-        ProblemError: from the first evaluation, where the function uses a tensor that requires a
+        ProblemError: in the first evaluation, if the function uses a tensor that requires a
             gradient and is neither such a weight nor an input: its gradient would be missing.
     """
 
@@ -57,7 +59,7 @@ class FunctionCell(nn.Module):
             self._borrow(module, f"of_{position}_")
 
     def forward(self, *inputs: Any) -> Any:
-        """The function at h and the inputs."""
+        """Evaluate the function at h and the inputs."""
         with self._in_place():
             if self._examined or torch.is_inference_mode_enabled():
                 return self.function(*inputs)
@@ -68,11 +70,11 @@ class FunctionCell(nn.Module):
         return image
 
     def extra_repr(self) -> str:
-        """The function."""
+        """The function's name."""
         return getattr(self.function, "__qualname__", type(self.function).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of a closure still uses the weights that were there before
+        # a copied function may still refer to the original weights, so the copy is checked again
         return {**self.__dict__, "_examined": False}
 
     def _borrow(self, module: nn.Module, prefix: str) -> None:
@@ -87,7 +89,10 @@ class FunctionCell(nn.Module):
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Have the lenders use what is in place here: a caller may have swapped it."""
+        """Put this module's weights, buffers and training flag into the found modules for one call.
+
+        A caller, such as `functional_call`, may have swapped them here.
+        """
         entries: list[tuple[dict[str, Any], str, Any, dict[str, Any], str]] = [
             (theirs, name, theirs[name], own, prefix + name)
             for module, prefix in self._lenders
@@ -107,7 +112,7 @@ class FunctionCell(nn.Module):
             yield
         finally:
             for theirs, name, before, own, longer in entries:
-                if own[longer] is before:  # nothing was swapped, and a new buffer is to stay
+                if own[longer] is before:  # not swapped by a caller: keep a buffer that was updated
                     own[longer] = theirs[name]
                 else:
                     theirs[name] = before
@@ -115,7 +120,7 @@ class FunctionCell(nn.Module):
                 module.training = training
 
     def _refuse_hidden(self, image: Any, inputs: tuple[Any, ...]) -> None:
-        """Refuse a gradient that nobody would get."""
+        """Raise if a tensor that requires a gradient is neither a known weight nor an input."""
         given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
         seen = {get_gradient_edge(x).node for x in (*given, *self.parameters()) if x.requires_grad}
         nodes = {get_gradient_edge(x).node for x in tree_leaves(image) if _tracked(x)}
@@ -137,7 +142,7 @@ def _tracked(x: Any) -> bool:
 
 
 def _modules(value: Any, seen: dict[int, Any]) -> Iterator[nn.Module]:
-    """The modules that a callable, or what it uses, is made of; `seen` keeps what has an id."""
+    """The modules that a callable uses, directly or not; `seen` holds the searched values by id."""
     if id(value) in seen:
         return
     seen[id(value)] = value
@@ -149,7 +154,7 @@ def _modules(value: Any, seen: dict[int, Any]) -> Iterator[nn.Module]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a value holds that may be, or use, a module."""
+    """The values inside a value that may be modules or use modules."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
@@ -175,6 +180,6 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _near(found: Any, function: types.FunctionType) -> bool:
-    """Whether a global variable is to be looked into: functions of other files are not."""
+    """Whether to search a global variable; functions of other files, modules and types are not."""
     elsewhere = isinstance(found, types.FunctionType) and found.__module__ != function.__module__
     return not elsewhere and not isinstance(found, types.ModuleType | type)

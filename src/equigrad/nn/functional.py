@@ -12,14 +12,14 @@ from equigrad.problems.refused import refuse_module
 
 
 class Functional:
-    """A copy of a module that computes with whatever parameters it is handed.
+    """A copy of a module that is called with its parameters as an argument.
 
-    Does what `torch.func.functional_call` does, at a fraction of its cost a call: the copy is the
-    functional's own, so its parameters need not be put back. The user's module is never touched.
+    It does the work of `torch.func.functional_call` at a fraction of the cost of a call: since the
+    copy is private, its parameters need not be restored. The user's module is never touched.
 
-    A parameter that the module holds a second time, in a list, a tuple or a dictionary, is replaced
-    there too; and a module that computes once more in the backward (gradient checkpointing) does so
-    with the parameters of the call that the backward is of.
+    A parameter that the module also holds in a list, a tuple or a dictionary is replaced there,
+    too. With gradient checkpointing, which computes again in the backward pass, the parameters are
+    those of the forward pass in question.
 
     Args:
         model: any module. Parameters with `requires_grad=False` stay constants.
@@ -28,8 +28,8 @@ class Functional:
         model: the private copy; its buffers and training flag are its own.
 
     Raises:
-        ProblemError: the module has no trainable parameters, or belongs to several processes; or,
-            when called, names or shapes of the parameters are not the module's.
+        ProblemError: the module has no trainable parameters, or is shared by several processes; or,
+            in a call, the names or shapes of the parameters are not those of the module.
 
     Example:
         >>> import torch
@@ -63,16 +63,16 @@ class Functional:
             if id(p) in first_name
         ]
         self._places += again
-        self._holds = bool(again)  # where attributes that are put back may lag behind
+        self._holds = bool(again)  # plain attributes may hold older tensors
         self._recomputes = any(map(_checkpoints, self.model.modules()))
         self._bound: tuple[Tensor, ...] = ()
 
     def params(self) -> dict[str, Tensor]:
-        """The module's parameters as they were given, in new tensors."""
+        """The module's original parameters, in new tensors."""
         return {name: p.clone() for name, p in self._initial.items()}
 
     def module(self, weights: Params | None = None) -> nn.Module:
-        """An ordinary module with these weights, or those it was given with, in new parameters."""
+        """An ordinary module with these weights, or the original ones, in new parameters."""
         weights = self._initial if weights is None else weights
         parameters = {name: nn.Parameter(weights[name].detach().clone()) for name in self._initial}
         self._bind(parameters)
@@ -81,18 +81,18 @@ class Functional:
         return module
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """The module's output with these parameters; names beyond the module's are ignored."""
+        """The module's output with these parameters; names that it does not have are ignored."""
         self._bind(params)
         out = self.model(*args, **kwargs)
         if self._recomputes and not torch.compiler.is_compiling():
-            # before the backward reaches what the module computed, it has the same weights again
+            # restore these weights before the backward pass recomputes the module's activations
             for tensor in tensors_in(out):
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     tensor.register_hook(lambda grad: self._bind(params))
         return out
 
     def _bind(self, params: Params) -> None:
-        """Put the parameters in their places, unless they are there already."""
+        """Put the parameters into the module, unless they are there already."""
         try:
             tensors = tuple([params[name] for name in self._initial])
         except KeyError:
@@ -116,7 +116,7 @@ class Functional:
 
 
 def _checkpoints(part: nn.Module) -> bool:
-    """Whether a module's own code speaks of checkpoints."""
+    """Whether the module's own source code mentions checkpoints."""
     kinds = [k for k in type(part).__mro__ if not k.__module__.startswith("torch.")]
     codes = [getattr(f, "__code__", None) for k in kinds for f in vars(k).values()]
     return any("checkpoint" in name for code in codes if code for name in code.co_names)

@@ -1,4 +1,4 @@
-"""The Hebbian product of a connection: what its two ends do, multiplied."""
+"""The Hebbian product of a connection: presynaptic times postsynaptic activity."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch.nn.functional import unfold
 from equigrad.errors import ConfigurationError
 
 Back = Callable[[Tensor], Tensor]
-"""Leads activity after a part of a connection back to the neurons that it came from."""
+"""Maps activity behind a part of a connection back to the neurons in front of it."""
 
 
 def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tensor]:
@@ -17,19 +17,18 @@ def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str
 
         ∂Φ/∂W = Σ_samples after beforeᵀ,    ∂Φ/∂b = Σ_samples after
 
-    which is all that a synapse has to know: the activities of the two neurons that it connects
-    (Scellier, Bengio 2017). A weight of a kernel takes the sum over the places where it is used;
-    what lies after a pooling is led back to the places that were let through (Laborieux et al.
-    2021).
+    so that a synapse needs only the activities of the two neurons that it connects (Scellier,
+    Bengio 2017). A kernel weight sums over all positions where it is used; activity behind a
+    pooling is mapped back to the positions that the pooling selected (Laborieux et al. 2021).
 
     Args:
-        connection: a `Linear` or a `Conv2d`, or a `Sequential` that holds one of them and besides
-            any of `Flatten`, `AvgPool2d` and `MaxPool2d`.
-        before: activity of the neurons that it leads from; samples first.
-        after: of those that it leads to.
+        connection: a `Linear` or a `Conv2d`, or a `Sequential` of one of them and any number of
+            `Flatten`, `AvgPool2d` and `MaxPool2d`.
+        before: activity of the presynaptic neurons; samples first.
+        after: activity of the postsynaptic neurons.
 
     Returns:
-        One tensor a parameter of the connection, by name.
+        One tensor for each parameter of the connection, by name.
 
     Raises:
         ConfigurationError: the connection has no such product in closed form.
@@ -63,7 +62,7 @@ def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str
 
 
 def _products(part: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """Products of a layer with weights."""
+    """The Hebbian products of a layer with weights."""
     if type(part) is nn.Linear:
         product = torch.einsum("n...i,n...j->ij", after, before)
         total = after.reshape(-1, after.shape[-1]).sum(0)
@@ -82,7 +81,7 @@ def _products(part: nn.Module, before: Tensor, after: Tensor) -> dict[str, Tenso
 
 
 def _back(part: nn.Module, before: Tensor) -> Back:
-    """The way back through a part without weights, which saw this activity."""
+    """The way back through a part without weights, given the activity at its input."""
     if isinstance(part, nn.Flatten):
         return lambda after: after.reshape(before.shape)
     if isinstance(part, nn.MaxPool2d):
@@ -116,7 +115,7 @@ def _back(part: nn.Module, before: Tensor) -> Back:
 
 
 def _tiles(part: nn.AvgPool2d) -> bool:
-    """Whether each place is averaged once at most, over whole kernels."""
+    """Whether a pooling averages every position at most once, over whole kernels."""
     plain = not (part.padding or part.ceil_mode or part.divisor_override)
     return plain and part.kernel_size == part.stride
 

@@ -23,44 +23,44 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda drive: drive,
 }
-"""What neurons make of their drives, by name."""
+"""Activation functions by name."""
 
 
 class Hopfield(nn.Module):
-    r"""A Hopfield network in layers, whose input is clamped.
+    r"""A layered Hopfield network with a clamped input.
 
         Φ(s, θ) = Σ_l ⟨s_l, c_l(s_{l-1})⟩,    s_0 = x
         s_l = ρ(c_l(s_{l-1}) + (∂c_{l+1}/∂s_l)ᵀ s_{l+1})
 
-    for connections `c_l` from one layer to the next: any modules, `W s + b` as a rule (Hopfield
-    1984; Scellier, Bengio 2017), or a convolution with a pooling (Laborieux et al. 2021). Signals
-    go back along the same weights, transposed, so that the network has an energy,
-    `E = Σ_i G(s_i) - Φ` with `G' = ρ⁻¹`, and equilibrium propagation gives its gradient. Learns by
-    `eg.meta_gradient(net.problem(x, y), net.start(x), dict(net.named_parameters()), …)`, which is
+    for connections `c_l` from one layer to the next: any modules, usually `W s + b` (Hopfield
+    1984; Scellier, Bengio 2017), or a convolution with a pooling (Laborieux et al. 2021). Feedback
+    uses the transposes of the same weights, so that the network has an energy,
+    `E = Σ_i G(s_i) - Φ` with `G' = ρ⁻¹`, and equilibrium propagation gives its gradient.
+    `eg.meta_gradient(net.problem(x, y), net.start(x), dict(net.named_parameters()), …)` returns
     the gradient of the loss summed over samples.
 
-    Two readouts. *squared error*: the last layer of neurons is the output, `½‖s_L - y‖²` its loss,
-    with y one for the class and zero elsewhere; the nudge acts on these neurons. *cross-entropy*:
-    the last connection reads the last layer of neurons without acting back on it; its output is
-    that of no neurons, but the logits of the loss. What it learns by is the direct term.
+    There are two readouts. *squared error*: the last layer of neurons is the output, with the loss
+    `½‖s_L - y‖²`, where y is one for the class and zero elsewhere; the nudge acts on these neurons.
+    *cross-entropy*: the last connection reads the last layer of neurons without feedback to it; its
+    outputs are the logits of the loss and no neurons. Its gradient is the direct term alone.
 
-    Connections keep the weights that they come with. PyTorch's own, uniform in `±1/√fan_in`, are
-    those of Laborieux et al. and of every setting in docs/energy-based-networks.md: small enough
-    that layers which drive each other come to rest.
+    Connections keep their initial weights. PyTorch's default, uniform in `±1/√fan_in`, is that of
+    Laborieux et al. and of every setting in docs/energy-based-networks.md; it is small enough for
+    layers that drive each other to settle.
 
     Args:
-        connections: modules that lead from the input to the first layer of neurons, and so on.
-            Their outputs may be of any shape, samples first, and depend on each sample alone.
+        connections: modules from the input to the first layer of neurons, and from each layer to
+            the next. Their outputs may have any shape, samples first, without mixing samples.
         activation: ρ of hidden neurons, elementwise and nowhere decreasing: `hard sigmoid`
-            (between 0 and 1), `sigmoid` (its smooth relative `1/(1 + e^{2-4d})`), `tanh`, or any
+            (between 0 and 1), `sigmoid` (its smooth version `1/(1 + e^{2-4d})`), `tanh`, or any
             function. The holomorphic scheme needs a smooth one.
-        output: ρ of the output neurons under squared error. The identity always hears the nudge,
-            which a hard sigmoid that saturates does not.
+        output: ρ of the output neurons under squared error. The identity always responds to the
+            nudge; a saturated hard sigmoid does not.
         readout: `squared error` or `cross-entropy`.
 
     Raises:
-        ConfigurationError: too few connections, one with buffers (batch normalisation makes
-            samples depend on each other), or an argument that is not what it has to be.
+        ConfigurationError: there are too few connections, one has buffers (batch normalisation
+            makes samples depend on each other), or an argument is invalid.
 
     Example:
         >>> import torch, equigrad as eg
@@ -118,8 +118,8 @@ class Hopfield(nn.Module):
         """A network whose connections are linear layers.
 
         Args:
-            sizes: of the input, the hidden layers, and the output.
-            options: as for `Hopfield`.
+            sizes: sizes of the input, the hidden layers and the output.
+            options: further arguments of `Hopfield`.
 
         Raises:
             ConfigurationError: a size < 1, or no layer at all.
@@ -130,7 +130,7 @@ class Hopfield(nn.Module):
 
     @property
     def reaches(self) -> dict[Stream, list[str]]:
-        """The parameters that act on neurons, and those that the loss sees; ties are in both."""
+        """Names of the parameters of Φ and of the outer loss; tied parameters are in both."""
         last = f"connections.{len(self.neurons)}."
         reached: dict[Stream, dict[str, None]] = {"inner": {}, "outer": {}}
         for place, name in self._names().items():
@@ -138,7 +138,7 @@ class Hopfield(nn.Module):
         return {stream: list(names) for stream, names in reached.items()}
 
     def _names(self) -> dict[str, str]:
-        """The name of the parameter in every place; one that is tied has its first place's."""
+        """The parameter's name at every place; a tied parameter has the name of its first place."""
         first: dict[int, str] = {}
         return {
             place: first.setdefault(id(p), place)
@@ -147,7 +147,7 @@ class Hopfield(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Where the neurons begin: what each makes of the layers before it alone.
+        """Initial activities: each layer driven by the layers before it alone.
 
         Args:
             x: inputs, samples first.
@@ -162,12 +162,12 @@ class Hopfield(nn.Module):
         return states
 
     def problem(self, x: Tensor, y: Tensor) -> EnergyBased:
-        """The network with its input clamped, judged by the loss summed over samples.
+        """The network with its input clamped, and the loss summed over samples as outer loss.
 
         Args:
             x: inputs, samples first.
-            y: class of each sample, whole numbers; or under squared error targets in the shape of
-                the output neurons.
+            y: class of each sample, as a whole number; or, under squared error, targets in the
+                shape of the output neurons.
         """
         self._follow()
         return EnergyBased(
@@ -180,7 +180,7 @@ class Hopfield(nn.Module):
         )
 
     def logits(self, params: Params, meta_params: Params) -> Tensor:
-        """What the network says: the output neurons, or the readout of the last layer.
+        """The network's output: the output neurons, or the readout of the last layer.
 
         Args:
             params: the settled neurons.
@@ -202,16 +202,16 @@ class Hopfield(nn.Module):
 
             Δ̂W_l = -Σ_i w_i s_l(i) s_{l-1}(i)ᵀ
 
-        With the states that the phases of `Contrastive` settle to, and its weights divided by β,
-        this is its gradient of all connections between neurons.
+        With the settled states of the phases of `Contrastive`, and its weights divided by β, this
+        is its gradient for all connections between neurons.
 
         Args:
             x: inputs.
-            states: neurons where each phase has settled.
-            weights: one a state.
+            states: the settled neurons of each phase.
+            weights: one number for each state.
 
         Returns:
-            One tensor a parameter, by name; the readout's, which lead to no neurons, are left out.
+            One tensor for each parameter, by name; the readout's parameters are left out.
 
         Raises:
             ConfigurationError: a connection has no such product in closed form.
@@ -229,21 +229,21 @@ class Hopfield(nn.Module):
         return total
 
     def forward(self, connection: int, activity: Tensor) -> Tensor:
-        """What a connection hands on of a layer's activity.
+        """The output of a connection.
 
         Args:
-            connection: its number.
-            activity: of the layer that it leads from.
+            connection: its index.
+            activity: activity of the layer in front of it.
         """
         return self.connections[connection](activity)
 
     def call(self, meta_params: Params, connection: int, activity: Tensor) -> Tensor:
-        """The same with other parameters."""
+        """The output of a connection, with other parameters."""
         functional = self._functional or self._follow()
         return functional(meta_params, connection, activity)
 
     def _follow(self) -> Functional:
-        """The functional, which is a copy, with the parts and the training flags of now."""
+        """The functional, with the network's current modules and training flags."""
         parts = [*self.modules(), *dict(self.named_parameters(remove_duplicate=False)).values()]
         same = len(parts) == len(self._made_of) and all(map(operator.is_, parts, self._made_of))
         if self._functional is None or not same:
@@ -273,7 +273,7 @@ class Hopfield(nn.Module):
 
 
 class _Energy:
-    """Φ of a network with clamped input."""
+    """The primitive function Φ of a network with a clamped input."""
 
     def __init__(self, net: Hopfield, x: Tensor) -> None:
         self.net, self.x = net, x
@@ -285,7 +285,7 @@ class _Energy:
         return self._driven_by(self._drive(meta_params), params, meta_params)
 
     def at(self, meta_params: Params) -> Callable[[Params], Tensor]:
-        """Φ at fixed θ, where what the input does to the first layer is computed once."""
+        """Φ at fixed θ; the input's drive on the first layer is computed once."""
         if draws(self.net.connections[0]):  # the same numbers in the same order as Φ
             return lambda params: self(params, meta_params)
         tensors = list(meta_params.values())
@@ -312,12 +312,12 @@ class _Energy:
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """`Σ one · other`, not conjugated."""
+    """`Σ one · other`, without complex conjugation."""
     return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    r"""`Σ_samples log Σ_j e^{z_j} - z_y`, also of complex logits, where it is holomorphic.
+    r"""`Σ_samples log Σ_j e^{z_j} - z_y`, holomorphic in complex logits.
 
     Args:
         logits: samples x classes.

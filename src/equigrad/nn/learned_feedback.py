@@ -1,4 +1,4 @@
-"""Layers whose backward path has weights of its own."""
+"""Layers whose backward pass uses learned weights of its own (Kolen-Pollack)."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from equigrad.nn.copies import copied
 
 
 class LearnedFeedback(nn.Module):
-    r"""A linear or convolutional layer, differentiated through weights that it learns beside.
+    r"""A linear or convolutional layer whose backward pass uses separate, learned weights.
 
         y = W x + b,    x̄ = Bᵀ ȳ,    W̄ = B̄ = ȳ xᵀ,    b̄ = ȳ
 
-    where a bar is the gradient by a quantity. Forward weights W and feedback weights B receive the
-    same gradient, so that with the same decay of both their difference dies out, `W - B ∝
-    (1 - decay)^t`, and the backward path learns to be the transpose of the forward one without
-    ever being told of it (Kolen, Pollack 1994; Akrout et al. 2019). Under `DynamicInversion` it
-    is the Kolen–Pollack controller.
+    where a bar marks the gradient with respect to a quantity. Forward weights W and feedback
+    weights B receive the same gradient. With the same weight decay, their difference vanishes,
+    `W - B ∝ (1 - decay)^t`: the backward path becomes the transpose of the forward path without
+    weight transport (Kolen, Pollack 1994; Akrout et al. 2019). Under `DynamicInversion` this is
+    the Kolen–Pollack controller.
 
     Args:
         layer: an `nn.Linear`, or an `nn.Conv2d` with zero padding; its weight and bias are taken
@@ -30,11 +30,11 @@ class LearnedFeedback(nn.Module):
     Attributes:
         weight: W.
         bias: b, or None.
-        feedback: B, of the shape of W; drawn as the layer draws its own.
+        feedback: B, of the shape of W; drawn by the layer's own initialisation.
 
     Raises:
-        ConfigurationError: any other layer, a subclass of these, or one whose weight is computed
-            from other parameters.
+        ConfigurationError: the layer is of another class, also a subclass, or its weight is
+            computed from other parameters.
 
     Example:
         >>> layer = LearnedFeedback(nn.Linear(3, 2))
@@ -79,7 +79,7 @@ class LearnedFeedback(nn.Module):
 
 
 class _Asymmetric(Function):
-    """Forward by one matrix, backward by another."""
+    """A product with one matrix in the forward pass and another in the backward pass."""
 
     @staticmethod
     def forward(
@@ -127,18 +127,18 @@ class _Asymmetric(Function):
 def with_learned_feedback(model: nn.Module) -> nn.Module:
     """A copy of a module whose linear and convolutional layers have learned feedback.
 
-    Other layers stay as they are.
+    Other layers are kept.
 
     Raises:
-        ConfigurationError: a linear or convolutional layer that `LearnedFeedback` does not take;
-            `nn.MultiheadAttention` has one.
+        ConfigurationError: a linear or convolutional layer that `LearnedFeedback` does not take,
+            such as the one in `nn.MultiheadAttention`.
 
     Example:
         >>> net = with_learned_feedback(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
         >>> sorted(dict(net.named_parameters()))[:3]
         ['0.bias', '0.feedback', '0.weight']
     """
-    known: dict[nn.Module, nn.Module] = {}  # a layer may stand in two places
+    known: dict[nn.Module, nn.Module] = {}  # a layer may occur twice
 
     def swapped(part: nn.Module) -> nn.Module:
         if part not in known:

@@ -1,4 +1,4 @@
-"""A learned initialisation and a learned step size for every weight: Meta-SGD."""
+"""Meta-SGD: a learned initialisation and a learned step size for every weight."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,16 @@ from equigrad.problems import Params
 
 
 class LearnedRates(Functional):
-    r"""Any module whose every weight is fast, with a meta-learned start and step size.
+    r"""Any module with all weights fast, and a meta-learned start and step size for each.
 
         φ_0 = θ,    φ ← φ - α ∘ ∂L/∂φ        (Li, Zhou, Chen, Li 2017)
 
-    θ and α, one number a weight, of either sign, are both learned. Hand `rates` to the solver, as
-    its `lr`, and take an estimator that differentiates the steps.
+    Both θ and α, one number of either sign for each weight, are learned. Pass `rates` to the solver
+    as its `lr`, and use an estimator that differentiates the steps.
 
     Args:
         model: any module. Parameters with `requires_grad=False` stay constants.
-        rate: every α at the beginning.
+        rate: initial value of every α.
 
     Example:
         >>> import torch, equigrad as eg
@@ -36,7 +36,7 @@ class LearnedRates(Functional):
         self._rate = rate
 
     def meta_params(self) -> dict[str, Tensor]:
-        """New leaves, which require a gradient; `start.` and `rate.` before the module's names."""
+        """New leaves `start.NAME` and `rate.NAME`, which require a gradient."""
         start = {f"start.{name}": p.requires_grad_() for name, p in self.params().items()}
         rates = {
             f"rate.{name}": torch.full_like(p, self._rate).requires_grad_()
@@ -45,7 +45,7 @@ class LearnedRates(Functional):
         return start | rates
 
     def start(self, meta_params: Params) -> dict[str, Tensor]:
-        """Where a new task's fast weights begin."""
+        """Initial fast weights of a new task."""
         return {name: meta_params[f"start.{name}"] for name in self._initial}
 
     def rates(self, meta_params: Params, step: int) -> dict[str, Tensor]:
@@ -53,5 +53,5 @@ class LearnedRates(Functional):
         return {name: meta_params[f"rate.{name}"] for name in self._initial}
 
     def weights(self, params: Params, meta_params: Params) -> Params:
-        """The module's weights: the fast ones, all of them."""
+        """The module's weights; all of them are fast."""
         return params

@@ -1,4 +1,4 @@
-"""A learned initialisation: what MAML and its relatives learn."""
+"""A meta-learned initialisation, as in MAML and its relatives."""
 
 from torch import Tensor
 
@@ -7,13 +7,13 @@ from equigrad.problems import Params
 
 
 class LearnedStart(Functional):
-    r"""Any module whose every weight is fast, and starts at a meta-learned value.
+    r"""Any module with all weights fast, starting at a meta-learned value.
 
         φ_0 = θ        (Finn, Abbeel, Levine 2017)
 
-    What has settled has forgotten where it started: only estimators that see the start, as `MAML`,
-    `FirstOrderMAML` and `Reptile` do, learn anything here. `ComplexSynapse` with a learned centre
-    is the counterpart for learners at equilibrium.
+    A settled state does not depend on its start, so that only estimators which see the start
+    (`MAML`, `FirstOrderMAML`, `Reptile`) learn anything here. `ComplexSynapse` with a learned
+    centre is the counterpart for learners at equilibrium.
 
     Example:
         >>> import torch
@@ -25,13 +25,13 @@ class LearnedStart(Functional):
     regularizer = None
 
     def meta_params(self) -> dict[str, Tensor]:
-        """New leaves with the module's own names and values; each requires a gradient."""
+        """New leaves with the module's own names and values, which require a gradient."""
         return {name: p.requires_grad_() for name, p in self.params().items()}
 
     def start(self, meta_params: Params) -> dict[str, Tensor]:
-        """Where a new task's fast weights begin: θ itself."""
+        """Initial fast weights of a new task: θ itself."""
         return dict(meta_params)
 
     def weights(self, params: Params, meta_params: Params) -> Params:
-        """The module's weights: the fast ones, all of them."""
+        """The module's weights; all of them are fast."""
         return params

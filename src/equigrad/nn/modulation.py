@@ -1,4 +1,4 @@
-"""Learning by modulation: a task changes gains, thresholds and the readout, and nothing else."""
+"""Learning by modulation: a task adapts only gains, shifts and the readout."""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,7 +12,7 @@ NORMALISATIONS = (_BatchNorm, BatchStatistics, nn.LayerNorm, nn.GroupNorm)
 
 
 class Modulation(Functional):
-    r"""Any module of which a task adapts the normalisation's gains and shifts, and the readout.
+    r"""Any module of which a task adapts only the normalisation's gains and shifts and the readout.
 
     Everything else is meta-learned: φ are the gains and shifts of every normalisation layer and the
     parameters of the head, θ all other weights (Zucchet et al., Section 4.2; after Zintgraf et al.
@@ -23,8 +23,8 @@ class Modulation(Functional):
         head: name of the submodule that is the readout; by default the last one with parameters.
 
     Raises:
-        ProblemError: no normalisation layer with parameters, no such head, or nothing is left to
-            meta-learn.
+        ProblemError: there is no normalisation layer with parameters, no such head, or nothing
+            left to meta-learn.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
@@ -65,18 +65,18 @@ class Modulation(Functional):
             )
 
     def params(self) -> dict[str, Tensor]:
-        """φ as the module had it, in new tensors."""
+        """The initial φ, in new tensors."""
         return {n: p for n, p in super().params().items() if n in self._fast}
 
     def meta_params(self) -> dict[str, Tensor]:
-        """θ in new leaves, by the module's own names; each requires a gradient."""
+        """θ as new leaves that require a gradient, by the module's own names."""
         everything = super().params()
         return {n: p.requires_grad_() for n, p in everything.items() if n not in self._fast}
 
     def start(self, meta_params: Params) -> dict[str, Tensor]:
-        """Where a new task begins: at the module's own gains, shifts and head."""
+        """Initial φ of a new task: the module's own gains, shifts and head."""
         return self.params()
 
     def weights(self, params: Params, meta_params: Params) -> Params:
-        """All the module's weights: the task's own and those that tasks share."""
+        """All weights of the module: the task's own and the shared ones."""
         return {**meta_params, **params}

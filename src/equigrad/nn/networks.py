@@ -1,4 +1,4 @@
-"""The networks of the experiments, with PyTorch's default start."""
+"""The feed-forward networks of the experiments, with PyTorch's default initialisation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,7 +26,7 @@ def tanh_network(inputs: int, hidden: Sequence[int], outputs: int) -> Sequential
     Args:
         inputs: number of inputs.
         hidden: widths of the hidden layers.
-        outputs: number of outputs, which are linear.
+        outputs: number of linear outputs.
 
     Raises:
         ConfigurationError: a width < 1.
@@ -52,24 +52,24 @@ def lenet5(
     normalise: bool = True,
     running_statistics: bool = False,
 ) -> Sequential:
-    """LeNet-5, for 3 × 32 × 32 images unless told otherwise, with batch normalisation and ReLUs.
+    """LeNet-5 with batch normalisation and ReLUs, by default for 3 × 32 × 32 images.
 
     LeCun et al. 1998, as Zucchet et al. (Methods) modify it: two convolutions of 5 × 5, each with
     a pooling by two, then layers of 120, 84 and 10 units.
 
     Args:
-        channels: of an image.
-        side: its height and width, 16 at least.
-        outputs: number of outputs, which are linear.
-        normalise: batch normalisation before each ReLU. Without, what the network says of an image
-            depends on no other.
+        channels: channels of an image.
+        side: its height and width, at least 16.
+        outputs: number of linear outputs.
+        normalise: whether there is batch normalisation before each ReLU. Without it, the output for
+            an image does not depend on other images.
         running_statistics: whether normalisation keeps running statistics, for use in `eval` mode.
-            Without, it takes those of the batch in either mode: the network has no buffers, and a
-            loss is a function of its parameters alone, but what it says of an image depends on the
-            images beside it (it is transductive).
+            Without them, it uses the statistics of the batch in either mode: the network has no
+            buffers, and its loss is a function of its parameters alone, but the output for an image
+            depends on the other images of the batch (it is transductive).
 
     Raises:
-        ConfigurationError: a side < 16, which leaves nothing after the second pooling.
+        ConfigurationError: side < 16, which leaves nothing after the second pooling.
 
     Example:
         >>> import torch
@@ -108,21 +108,21 @@ def conv4(
     outputs: int = 5,
     pooling: bool = True,
 ) -> Sequential:
-    """Four blocks of a 3 × 3 convolution, batch normalisation and a ReLU, and a linear readout.
+    """Four blocks of a 3 × 3 convolution, batch normalisation and ReLU, with a linear readout.
 
     The network of few-shot learning (Vinyals et al. 2016; Finn, Abbeel, Levine 2017). It keeps no
     running statistics.
 
     Args:
-        filters: of each convolution.
-        channels: of an image.
+        filters: number of filters of each convolution.
+        channels: channels of an image.
         side: its height and width.
-        outputs: number of outputs, which are linear.
-        pooling: halve the image by max-pooling after each block, as Zucchet et al. do; otherwise by
-            convolutions of stride 2, as Finn et al. do.
+        outputs: number of linear outputs.
+        pooling: whether to halve the image by max-pooling after each block, as Zucchet et al. do;
+            otherwise by convolutions of stride 2, as Finn et al. do.
 
     Raises:
-        ConfigurationError: filters < 1, or images that four poolings leave nothing of.
+        ConfigurationError: filters < 1, or images too small to be halved four times.
 
     Example:
         >>> import torch

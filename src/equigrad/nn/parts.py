@@ -1,4 +1,4 @@
-"""Parts of a network, called with other parameters than their own."""
+"""Parts of a network, called with given parameters."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from equigrad.problems import Params
 
 
 class Parts:
-    """Names of the parameters of a network's parts, for calls with what `meta_params` holds.
+    """The parameter names of a network's parts, to call a part with weights from `meta_params`.
 
-    Weights that are tied are one parameter, by the first of their names.
+    Tied weights are one parameter, under the first of their names.
 
     Args:
-        network: the whole.
-        paths: of the parts, as `get_submodule` knows them.
+        network: the whole network.
+        paths: paths of the parts, as `get_submodule` takes them.
     """
 
     def __init__(self, network: nn.Module, paths: list[str]) -> None:
@@ -32,13 +32,13 @@ class Parts:
         }
 
     def bind(self, network: nn.Module, path: str, meta_params: Params) -> Callable[..., Tensor]:
-        """A part of the network, or of a copy of it, with these parameters, to be called often."""
+        """A part of the network, or of a copy of it, with these parameters, as a function."""
         part = network.get_submodule(path)
         weights = {own: meta_params[full] for full, own in self._names[path]}
         own = _all_own(part, weights)
 
         def call(*inputs: Tensor) -> Tensor:
-            if own and not torch.is_grad_enabled():  # nothing need be put in its place
+            if own and not torch.is_grad_enabled():  # the part already holds these values
                 return part(*inputs)
             return functional_call(part, weights, inputs)
 
@@ -46,7 +46,7 @@ class Parts:
 
 
 def _all_own(part: nn.Module, weights: Params) -> bool:
-    """Whether these are the part's parameters, or views of the whole of them."""
+    """Whether these are the part's own parameters, or views with the same memory and shape."""
     return all(
         p.data_ptr() == (given := weights[name]).data_ptr()
         and p.stride() == given.stride()

@@ -1,4 +1,4 @@
-"""Feed-forward networks whose layers relax, and the base of all networks that settle by a map."""
+"""Feed-forward networks whose layers relax, and the base class of networks that settle by a map."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,14 +14,14 @@ OuterLoss = Callable[[Tensor, Tensor], Tensor]
 """`(outputs, targets) -> scalar`, summed over samples."""
 
 Map = Callable[[Params], Mapping[str, Tensor]]
-"""Of the states, by name, to the states."""
+"""A map from the states, by name, to the states."""
 
 
 class SettlingByMap(nn.Module):
     """A network whose states settle at the fixed point of a map made of some of its parts.
 
     Args:
-        outer_loss: of the outputs and the targets, summed over samples.
+        outer_loss: loss of the outputs and the targets, summed over samples.
     """
 
     def __init__(self, outer_loss: OuterLoss) -> None:
@@ -29,12 +29,12 @@ class SettlingByMap(nn.Module):
         self.outer_loss = outer_loss
 
     def _settles(self, paths: Mapping[str, str], output: str) -> None:
-        """Say what `bind` knows the parts by, and which state is the output."""
+        """Set the paths of the parts, by the names that `bind` takes, and the output state."""
         self._paths, self._output = paths, output
         self._parts = Parts(self, list(paths.values()))
 
     def problem(self, x: Tensor, y: Tensor) -> FixedPoint:
-        """The network on a batch, judged by its targets."""
+        """The network on a batch as a problem, with the loss of its targets as outer loss."""
         return FixedPoint(
             _OnBatch(self, x),
             lambda params, meta: self.outer_loss(params[self._output], y),
@@ -48,16 +48,16 @@ class SettlingByMap(nn.Module):
         return params[self._output]
 
     def bind(self, part: str, meta_params: Params) -> Callable[..., Tensor]:
-        """A part, by its name, with the weights that `meta_params` holds."""
+        """A part, by its name, as a function with weights from `meta_params`."""
         return self._parts.bind(self, self._paths[part], meta_params)
 
     def map_on(self, x: Tensor, meta_params: Params) -> Map:
-        """The map of the states on a batch, with the weights that `meta_params` holds."""
+        """The map of the states on a batch, with weights from `meta_params`."""
         raise NotImplementedError
 
 
 class _OnBatch:
-    """The map of a network on a batch, for any weights."""
+    """The map of a network on a fixed batch, for any weights."""
 
     def __init__(self, net: SettlingByMap, x: Tensor) -> None:
         self._net, self._x = net, x
@@ -70,7 +70,7 @@ class _OnBatch:
 
 
 def refuse_buffers(name: str, part: nn.Module) -> None:
-    """Raise a `ConfigurationError` for a part in which samples depend on each other."""
+    """Raise a `ConfigurationError` if a part has buffers, as one that mixes samples does."""
     if any(True for _ in part.buffers()):
         raise ConfigurationError(
             f"{name} has buffers, as batch normalisation has, whose samples depend on each other; "
@@ -79,27 +79,27 @@ def refuse_buffers(name: str, part: nn.Module) -> None:
 
 
 class Relaxing(SettlingByMap):
-    r"""A feed-forward network as a system that settles: a state for every layer of weights.
+    r"""A feed-forward network as a system that settles, with one state for every layer of weights.
 
         φ_1 = f_1(x),    φ_l = f_l(φ_{l-1}),    logits = φ_L
 
-    where a block f_l ends with the l-th layer that has weights: what comes before it (an
-    activation, a pooling) works on the state of the block below, so that a state is the potential
-    of its neurons. The map settles within L steps at what the network computes in one sweep, and
-    the gradient at its fixed point is that of backpropagation. What a controller adds to a layer is
-    seen by those above it.
+    where a block f_l ends with the l-th layer that has weights. Layers before it (an activation, a
+    pooling) act on the state of the block below, so that a state is the membrane potential of its
+    neurons. The map settles within L steps at the output of an ordinary forward pass, and the
+    gradient at its fixed point is that of backpropagation. Layers above see the control that a
+    controller adds to a layer.
 
     Args:
-        model: a sequence of layers; a child with weights of its own, such as a residual block, is
-            one. It is kept, not copied.
-        outer_loss: of the last state and the targets, summed over samples.
-        feedback: weights by name of a state that no layer has a use for: parameters `feedback.NAME`
-            of the network, from which `LinearFeedback(feedback="feedback")` leads that state. They
-            start as given.
+        model: a sequence of layers; a child with weights of its own, such as a residual block,
+            counts as one layer. It is kept, not copied.
+        outer_loss: loss of the last state and the targets, summed over samples.
+        feedback: initial feedback weights, by name of a state. They become the parameters
+            `feedback.NAME`, which no layer uses; `LinearFeedback(feedback="feedback")` drives that
+            state through them.
 
     Raises:
-        ConfigurationError: not a sequence, or one without weights, or with buffers (batch
-            normalisation makes samples depend on each other); feedback for what is no state.
+        ConfigurationError: model is not a `Sequential`, has no weights, or has buffers (batch
+            normalisation makes samples depend on each other); or feedback names no state.
 
     Example:
         >>> import torch, equigrad as eg
@@ -150,14 +150,14 @@ class Relaxing(SettlingByMap):
             self.feedback = nn.ParameterDict(dict(feedback))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the network computes in one sweep, without relaxing."""
+        """The ordinary forward pass, without relaxing."""
         for block in self.blocks:
             x = block(x)
         return x
 
     @torch.no_grad()
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """All neurons at rest: zeros in the shapes of the states.
+        """The initial state: zeros in the shapes of the states.
 
         Raises:
             ProblemError: the layers cannot read such inputs.
@@ -171,7 +171,7 @@ class Relaxing(SettlingByMap):
         return states
 
     def map_on(self, x: Tensor, meta_params: Params) -> Map:
-        """Every block at once; the first, which sees x alone, is computed once, unless it draws."""
+        """All blocks at once. The first sees x alone and is computed once, unless it draws."""
         names = list(self._paths)
         first, *others = (self.bind(name, meta_params) for name in names)
         once = None if draws(self.blocks[0]) else first(x)

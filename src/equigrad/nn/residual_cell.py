@@ -1,4 +1,4 @@
-"""A convolutional residual block that settles."""
+"""A convolutional residual block as the cell of an equilibrium model."""
 
 from torch import Tensor, nn
 
@@ -6,20 +6,21 @@ from equigrad.fields import Count, NotNegative, expect, require
 
 
 class ResidualCell(nn.Module):
-    r"""A residual block with its input injected, for `EquilibriumLayer` or `EquilibriumNetwork`.
+    r"""A residual block with input injection, for `EquilibriumLayer` or `EquilibriumNetwork`.
 
         h ← norm(relu(h + norm(z + conv(norm(relu(conv h))))))
 
-    of 3 × 3 convolutions and group normalisation (Wu, He 2018), which keeps samples apart. Its
-    convolutions start small, so that it contracts.
+    with 3 × 3 convolutions and group normalisation (Wu, He 2018), which does not mix samples. The
+    initial weights are small, so that the cell contracts.
 
     Args:
-        channels: of h and z.
-        groups: of a normalisation; they divide the channels.
-        deviation: of the weights' normal start.
+        channels: channels of h and z.
+        groups: groups of each normalisation; they divide the channels.
+        deviation: standard deviation of the normally distributed initial weights.
 
     Raises:
-        ConfigurationError: numbers below 1, channels that groups do not divide, or a deviation < 0.
+        ConfigurationError: channels or groups < 1, groups that do not divide the channels, or a
+            deviation < 0.
 
     Example:
         >>> import torch
@@ -44,6 +45,6 @@ class ResidualCell(nn.Module):
             nn.init.normal_(conv.weight, std=deviation)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        """One step."""
+        """One step of the map."""
         inner = self.norms[0](self.one(h).relu())
         return self.norms[2]((h + self.norms[1](z + self.two(inner))).relu())

@@ -1,6 +1,6 @@
-"""The networks of `equigrad run equilibrium`, made of plain numbers, so that a file can name them.
+"""The networks of `equigrad run equilibrium`, built from plain numbers that a file can hold.
 
-Each is shown images of a shape, channels x height x width.
+Each takes images of a given shape, channels x height x width.
 """
 
 import math
@@ -30,7 +30,7 @@ from equigrad.nn.relaxing import Relaxing
 from equigrad.nn.residual_cell import ResidualCell
 
 GROUPS = 8
-"""What channels of a convolutional equilibrium network are normalised in."""
+"""Number of groups in which a convolutional equilibrium network normalises its channels."""
 
 
 Feedback = Literal["transposed", "layerwise", "direct"]
@@ -42,12 +42,12 @@ def relaxing_tanh_network(
     """A feed-forward network of tanh layers whose states relax.
 
     Args:
-        shape: of an image, which is flattened.
+        shape: shape of an image, which is flattened.
         hidden: widths of the hidden layers.
         outputs: number of outputs.
-        feedback: what carries a control back: the `transposed` weights, or learned ones,
-            `layerwise` (`with_learned_feedback`) or `direct`, from the outputs to each hidden
-            layer, zero at first (`LinearFeedback`).
+        feedback: the weights that carry a control back: the `transposed` forward weights; or
+            learned ones, `layerwise` (`with_learned_feedback`) or `direct` from the outputs to each
+            hidden layer, zero at first (`LinearFeedback`).
 
     Raises:
         ConfigurationError: a width < 1.
@@ -64,7 +64,7 @@ def relaxing_tanh_network(
 def recurrent_tanh_network(
     shape: Sequence[int], hidden: Sequence[int], outputs: int
 ) -> EquilibriumRNN:
-    """An `EquilibriumRNN` of one hidden layer.
+    """An `EquilibriumRNN` with one hidden layer.
 
     Raises:
         ConfigurationError: several hidden layers, or none.
@@ -82,18 +82,18 @@ def hopfield_network(shape: Sequence[int], hidden: Sequence[int], outputs: int) 
 def convolutional_equilibrium_network(
     shape: Sequence[int], hidden: Sequence[int], outputs: int
 ) -> EquilibriumNetwork:
-    """A `ResidualCell` that settles under an image, and linear logits of its pools.
+    """A `ResidualCell` that settles under an image, with logits linear in its pooled state.
 
-    A convolution of stride 2 and a pooling by two make the image a quarter as high and wide; the
-    settled channels are averaged to 4 x 4 places.
+    A convolution of stride 2 and a pooling by two reduce height and width to a quarter; the settled
+    channels are averaged to 4 x 4 places.
 
     Args:
-        shape: of an image.
-        hidden: number of channels, a multiple of 8; one.
+        shape: shape of an image.
+        hidden: a single number of channels, a multiple of 8.
         outputs: number of classes.
 
     Raises:
-        ConfigurationError: several numbers of channels, or one that is no multiple of 8.
+        ConfigurationError: several numbers of channels, or one that is not a multiple of 8.
 
     Example:
         >>> net = convolutional_equilibrium_network((3, 32, 32), (16,), 10)
@@ -114,15 +114,15 @@ def convolutional_equilibrium_network(
 def convolutional_hopfield_network(
     shape: Sequence[int], hidden: Sequence[int], outputs: int
 ) -> Hopfield:
-    """A `Hopfield` network of convolutions with pooling by two, read under cross-entropy.
+    """A `Hopfield` network of convolutions with pooling by two and a cross-entropy readout.
 
     Args:
-        shape: of an image.
-        hidden: maps of each layer of neurons.
+        shape: shape of an image.
+        hidden: number of feature maps of each layer of neurons.
         outputs: number of classes.
 
     Raises:
-        ConfigurationError: more layers than the image can be halved.
+        ConfigurationError: there are more layers than times that the image can be halved.
     """
     channels, height, width = shape
     left = height >> len(hidden), width >> len(hidden)
@@ -140,10 +140,10 @@ def convolutional_hopfield_network(
 
 
 def single(hidden: Sequence[int]) -> int:
-    """The width of the one hidden layer there is.
+    """The width of the only hidden layer.
 
     Raises:
-        ConfigurationError: there are others, or none.
+        ConfigurationError: there is not exactly one hidden layer.
     """
     if len(hidden) != 1:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Many copies of one network at once, each with its own parameters and its own inputs."""
+"""Many copies of one network at once, each with its own parameters and inputs."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,35 +17,36 @@ from equigrad.nn.functional import Functional
 from equigrad.problems import Params
 
 WORTH = 0.85
-"""Share of the loop's time that another batching has to stay below for `auto` to take it: what it
-saves when measured by itself, it may lose to the larger blocks of memory that it asks for."""
+"""Share of the loop's time that another batching must stay below for `auto` to choose it.
+
+A smaller saving, measured by itself, may be lost to the larger blocks of memory that it needs."""
 
 Batching = Literal["auto", "loop", "vmap", "grouped", "grouped channels-last"]
 """How copies are computed: in turn, by `torch.func.vmap`, or as groups of channels."""
 
 
 class SideBySide:
-    """A module with a leading dimension of tasks: its parameters, inputs and outputs have one more.
+    """A module whose parameters, inputs and outputs have one more, leading dimension of tasks.
 
-    The outputs are the same to rounding whichever way they are computed:
+    The outputs are the same to rounding for every batching:
 
     - `loop`: one copy after the other.
     - `vmap`: all at once by `torch.func.vmap`, whatever the module.
     - `grouped`: the copies' channels side by side as groups of one wide network, for a
       `Sequential` of convolutions, linear layers, batch normalisation, pooling and activations;
       `grouped channels-last` lays images out with channels last.
-    - `auto`: whichever is fastest, by a short measurement for every new combination of shapes.
-      Timings decide, so that two runs can differ by rounding. What the module does not allow, as
-      LSTMs, branches on values and masks do not allow `vmap`, is not taken.
+    - `auto`: the fastest one, by a short measurement for every new combination of shapes.
+      Since timings decide, two runs can differ by rounding. A batching that the module does not
+      allow is not chosen; LSTMs and branches on values, for example, do not allow `vmap`.
 
-    Batch normalisation takes the statistics of each copy's own batch.
+    Batch normalisation uses the statistics of each copy's own batch.
 
     Args:
         model: any module. It is copied, never changed.
-        batching: how to compute.
+        batching: how to compute the copies.
 
     Raises:
-        ConfigurationError: an unknown batching, or one that does not serve this module.
+        ConfigurationError: an unknown batching, or one that this module does not allow.
 
     Example:
         >>> net = SideBySide(nn.Linear(3, 2))
@@ -72,7 +73,7 @@ class SideBySide:
         self._chosen: dict[object, Callable[[Params, Tensor], Tensor]] = {}
 
     def params(self) -> dict[str, Tensor]:
-        """One copy's parameters as they were given, in new tensors."""
+        """The original parameters of one copy, in new tensors."""
         return self._one.params()
 
     def __call__(
@@ -87,13 +88,14 @@ class SideBySide:
         """The outputs of every copy.
 
         Args:
-            params: by the module's names, of shape tasks × the parameter's; those of the
-                parameter's own shape are shared by all copies.
+            params: parameters by the module's names, of shape tasks × the parameter's shape; one of
+                the parameter's own shape is shared by all copies.
             x: inputs, of shape tasks × n × ….
-            reference: batch normalisation takes the statistics of so many first rows of each
-                task's; of all where None.
-            second_order: the derivatives will be differentiated once more: `auto` measures that.
-            training: whether the module stands in training mode, with dropout, or in `eval` mode.
+            reference: number of first rows of each task that batch normalisation takes its
+                statistics from; all rows if None.
+            second_order: whether the derivatives will be differentiated again, which `auto` then
+                measures.
+            training: whether the module is in training mode, with dropout, or in `eval` mode.
 
         Returns:
             Outputs of shape tasks × n × ….
@@ -164,7 +166,7 @@ class SideBySide:
         x: Tensor,
         second_order: bool,
     ) -> float:
-        """What one evaluation takes, with the derivatives that are asked for."""
+        """The seconds that one evaluation takes, with the requested derivatives."""
         own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
         leaves = [p for p in own.values() if p.requires_grad]
         best = float("inf")
@@ -192,7 +194,7 @@ class SideBySide:
         return vmap(self._copy, randomness="different")(dict(params), x)
 
     def _copy(self, params: Params, x: Tensor) -> Tensor:
-        """One copy's outputs; whatever it keeps of a call, such as a counter, is forgotten."""
+        """One copy's outputs; changes of the module's own state, such as a counter, are undone."""
         out = self._one(params, x)
         if self._remembers is None:
             self._remembers = any(True for _ in self._held.changed())
@@ -224,9 +226,9 @@ def _now(device: torch.device) -> float:
 
 
 def _layers(model: nn.Module, names: set[str]) -> list[tuple[str, nn.Module]] | None:
-    """The layers in their order with the prefix of their parameters; None where not all are known.
+    """The layers in order, with the prefixes of their parameters; None if one is unknown.
 
-    Parameters that are frozen, or shared by two layers, are not among the names.
+    Frozen parameters, and parameters shared by two layers, are not among the names.
     """
     found = list(_walk(model, ""))
     known = all(type(layer) in _BESIDE and _plain(layer) for _, layer in found)
@@ -244,7 +246,7 @@ def _walk(part: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _plain(layer: nn.Module) -> bool:
-    """Whether a layer has no option that its counterpart below does not know."""
+    """Whether a layer uses only options that its grouped counterpart below knows."""
     if isinstance(layer, nn.Flatten):
         return (layer.start_dim, layer.end_dim) == (1, -1)
     hooked = layer._forward_hooks or layer._forward_pre_hooks
@@ -319,4 +321,4 @@ _BESIDE: dict[type[nn.Module], Callable[..., Tensor]] = {
     BatchStatistics: _norm,
     **dict.fromkeys(_CHANNELWISE, _as_is),
 }
-"""How a layer acts on inputs of shape n × (tasks · channels) × …, the tasks one after another."""
+"""How a layer acts on inputs of shape n × (tasks · channels) × …, grouped by task."""

@@ -1,4 +1,4 @@
-"""What is to be settled, and by what it is judged: one kind of problem a file."""
+"""Kinds of bilevel problem: what settles in the inner problem, and the outer loss."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A loss that the inner parameters minimise."""
+"""A bilevel problem whose inner parameters minimise a loss."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -25,37 +25,35 @@ class Bilevel(Problem):
     Args:
         inner_loss: `(params, meta_params) -> scalar`, the loss that the inner parameters φ
             minimise; with `inner_batches`, `(params, meta_params, batch) -> scalar`.
-        outer_loss: the same for the loss that judges the settled φ. May depend on θ directly.
+        outer_loss: the same for the outer loss of the settled φ. May depend on θ directly.
         regularizer: an optional further term of the inner loss in closed form, for example
             `equigrad.nn.ComplexSynapse`. The inner loss is then `inner_loss + regularizer`.
-        inner_batches: mini-batches of the inner loss. Of a sequence, step t of the free phase, from
-            t = 0, sees batch `t mod len`. A `DataLoader`, or anything else that can be iterated
-            over again, is drawn from as steps ask for it: pass after pass, each with random numbers
-            of its own, the same in every phase; tensors come to the device of φ. Every nudged phase
-            goes on with the numbers of the steps where the free phase ended, so that its k-th step
-            after T free ones sees batch `(T + k) mod len`, as those of all other nudged phases do
-            (a free phase that met a tolerance has T rounded up to a whole pass). The loss as a
-            whole is the mean over batches.
-        outer_batches: the same for the outer loss, by the same numbers of steps.
+        inner_batches: mini-batches of the inner loss, which as a whole is the mean over batches.
+            With a sequence, step t of the free phase, from t = 0, sees batch `t mod len`. Nudged
+            phases continue the count: after T free steps, the k-th step of every nudged phase sees
+            batch `(T + k) mod len` (if the free phase met a tolerance, T is rounded up to a whole
+            pass). A `DataLoader`, or any other repeatable iterable, is drawn from when a step needs
+            a batch; each pass has its own random order, which is the same in every phase, and
+            tensors are moved to the device of φ.
+        outer_batches: the same for the outer loss, with the same step numbers.
         modules: modules that the losses call. Their buffers and training flags are the same at the
-            start of every nudged phase and are put back after the call. By default they are looked
-            for in the closures and named globals of the losses.
+            start of every nudged phase and are restored after the call. By default the modules are
+            found in the closures and named globals of the losses.
         reaches: names of the meta-parameters that the losses depend on, under `inner` and `outer`,
-            for whoever makes many problems alike and knows. Where None, both losses are evaluated
-            once before anything settles, to find out and to check them.
-        samples: the first dimension of every parameter is one of samples, whose losses do not
-            depend on each other and are added up: solvers then work on, and phases report, each by
-            itself.
-        group: the processes of `torch.distributed` that each have a share of the data, for example
-            `torch.distributed.group.WORLD`, with the same φ and θ on every one. Both losses are
-            then the means of what they are on each (equal shares, and means over a share, make it
-            one process with all the data), and results are the same on all. Not needed where a
-            module is wrapped by `DistributedDataParallel`, Accelerate or Fabric: its group counts.
-            None is one process. See docs/several-processes.md.
+            to save work when many similar problems are made. If None, both losses are evaluated
+            once before anything settles, to find these names and to check the losses.
+        samples: whether the first dimension of every parameter counts samples, whose losses are
+            independent and summed. Each sample then settles, and is reported, separately.
+        group: the processes of `torch.distributed` that each hold a share of the data, for example
+            `torch.distributed.group.WORLD`, with the same φ and θ on each. Both losses are then the
+            means over processes (for equal shares and mean losses, those of one process with all
+            the data), and all processes get the same results. Not needed if a module is wrapped by
+            `DistributedDataParallel`, Accelerate or Fabric, whose group is used. None is one
+            process. See docs/several-processes.md.
 
     Raises:
-        ProblemError: a loss is not callable, batches are none that can be begun again, or a module
-            is wrapped twice or for another group.
+        ProblemError: a loss is not callable, batches cannot be iterated over again, or a module is
+            wrapped twice or for another group.
 
     Example:
         >>> import torch, equigrad as eg
@@ -93,7 +91,7 @@ class Bilevel(Problem):
         return self.inner_loss if stream == "inner" else self.outer_loss
 
     def name(self, stream: Stream) -> str:
-        """`inner_loss` or `outer_loss`."""
+        """The name of a function: `inner_loss` or `outer_loss`."""
         return f"{stream}_loss"
 
     def evaluate(
@@ -104,7 +102,7 @@ class Bilevel(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Any:
-        """The inner or outer loss of the batch of a step, without the regulariser; of all ranks."""
+        """The inner or outer loss on a step's batch, over all ranks, without regulariser."""
         own = super().evaluate
         if self.ranks is ALONE:
             return own(stream, params, meta_params, step, randomness)
@@ -123,7 +121,7 @@ class Bilevel(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Tensor:
-        """The inner loss with its regulariser, differentiable as often as the model is."""
+        """The inner loss with its regulariser, with its graph."""
         loss = self.evaluate("inner", params, meta_params, step, randomness)
         if self.regularizer is not None:
             loss = loss + self.regularizer.penalty(params, meta_params)
@@ -136,7 +134,7 @@ class Bilevel(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
-        """`∂L_in/∂φ`, with its graph: using it once more takes a double backward."""
+        """`∂L_in/∂φ`, with its graph: differentiating it takes a double backward."""
         return dense(
             torch.autograd.grad(
                 self.total_inner_loss(params, meta_params, step, randomness),
@@ -154,7 +152,7 @@ class Bilevel(Problem):
         randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
-        """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, for a loop."""
+        """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:
             return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
         pull = None if self.regularizer is None else self.regularizer.bind(meta_params)

@@ -1,4 +1,4 @@
-"""Neurons that settle by an energy."""
+"""Energy-based networks, whose neurons settle at a stationary point of an energy."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from equigrad.problems.pullback import Params, Velocity, slope
 from equigrad.randomness import CommonRandomness, Stream
 
 Activation = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
-"""What a neuron makes of its drive: an elementwise function that does not decrease."""
+"""An activation function: elementwise and nowhere decreasing."""
 
 
 @runtime_checkable
 class Primitive(Protocol):
-    """A primitive function that has a cheaper form for many steps at the same θ."""
+    """A primitive function with a cheaper form for many steps at the same θ."""
 
     def __call__(self, params: Params, meta_params: Params) -> Tensor:
         """`Φ(s, θ)`, a scalar."""
@@ -32,32 +32,33 @@ class Primitive(Protocol):
 
 @dataclass(frozen=True)
 class EnergyBased(Problem):
-    r"""An energy-based network: its neurons settle where an energy is least.
+    r"""An energy-based network, whose neurons settle at a stationary point of an energy.
 
         min_θ L_out(s*(θ), θ)    with    s* = ρ(∂Φ/∂s(s*, θ))
 
     which is a stationary point of the energy `E(s, θ) = Σ_i G(s_i) - Φ(s, θ)` with `G' = ρ⁻¹`
     (Hopfield 1984; in terms of the primitive function Φ, Ernoult et al. 2019). For the hard
     sigmoid, `G = ½s²` on [0, 1], and s* is a minimum in that box. The velocity of a phase is
-    `ρ(∂Φ/∂s - β ∂L_out/∂s) - s`: the nudge acts on a neuron's drive, and whatever settles settles
-    `E + β L_out`. So the contrastive rule gives the gradient of θ; on a network this is equilibrium
-    propagation (Scellier, Bengio 2017). Not even Φ need be differentiated twice.
+    `ρ(∂Φ/∂s - β ∂L_out/∂s) - s`: the nudge acts on a neuron's drive, and the settled state is
+    stationary for `E + β L_out`. The contrastive rule therefore gives the gradient with respect to
+    θ; for a network this is equilibrium propagation (Scellier, Bengio 2017). Φ need not be
+    differentiated twice.
 
     For `Φ = Σ s_l·W_l s_{l-1}`, `-∂E/∂W_l = s_l s_{l-1}ᵀ`, so that the contrast is local: the
-    product of what the two neurons of a connection do in one phase less that in the other.
+    difference, between two phases, of the product of the two neurons that a weight connects.
 
     Args:
-        primitive: `(params, meta_params) -> Φ`, a scalar, summed over samples. One with a method
-            `at(meta_params)` (see `Primitive`) is asked for the cheaper form it gives.
-        outer_loss: `(params, meta_params) -> scalar`, likewise summed over samples if β is to mean
-            the same for any number of them. May depend on θ directly.
+        primitive: `(params, meta_params) -> Φ`, a scalar, summed over samples. If it has a method
+            `at(meta_params)` (see `Primitive`), the cheaper form which that returns is used.
+        outer_loss: `(params, meta_params) -> scalar`, also summed over samples, so that β does not
+            depend on their number. May depend on θ directly.
         activation: ρ of all neurons, or by name of `params`; elementwise and nowhere decreasing.
         modules: as for `Bilevel`.
-        reaches: as for `Bilevel`, of Φ and the outer loss.
+        reaches: as for `Bilevel`, for Φ and the outer loss.
         samples: as for `FixedPoint`.
 
     Raises:
-        ProblemError: primitive, loss or activation are not callable.
+        ProblemError: primitive, loss or activation is not callable.
 
     Example:
         >>> import torch, equigrad as eg
@@ -94,7 +95,7 @@ class EnergyBased(Problem):
         return self.primitive if stream == "inner" else self.outer_loss
 
     def name(self, stream: Stream) -> str:
-        """`primitive` or `outer_loss`."""
+        """The name of a function: `primitive` or `outer_loss`."""
         return "primitive" if stream == "inner" else "outer_loss"
 
     def evaluate(
@@ -105,12 +106,12 @@ class EnergyBased(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Any:
-        """`-Φ`, which is all of the energy that θ acts on, or the outer loss."""
+        """`-Φ`, the only part of the energy that θ acts on, or the outer loss."""
         value = super().evaluate(stream, params, meta_params, 0, randomness)
         return -value if stream == "inner" and isinstance(value, Tensor) else value
 
     def respond(self, drives: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What neurons make of their drives, by name: `ρ(drive)`.
+        """The activities `ρ(drive)`, by name.
 
         Raises:
             ProblemError: there is no activation of that name.
@@ -132,7 +133,7 @@ class EnergyBased(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Iterator[Part]:
-        """Φ, the outer loss, and what neurons make of their drives."""
+        """Φ, the outer loss and the activations."""
         yield from super().parts(params, meta_params, step, randomness)
         energy = self.evaluate("inner", params, meta_params, step, randomness)
         drives = slope(energy, list(params.values()), -1.0)
@@ -151,7 +152,7 @@ class EnergyBased(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
-        """`s - ρ(∂Φ/∂s)`, with its graph: using it once more takes a double backward."""
+        """`s - ρ(∂Φ/∂s)`, with its graph: differentiating it takes a double backward."""
         energy = self.evaluate("inner", params, meta_params, step, randomness)
         grads = torch.autograd.grad(
             -energy,
@@ -170,7 +171,7 @@ class EnergyBased(Problem):
         randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
-        """`ρ(∂Φ/∂s - β ∂L_out/∂s) - s` at fixed θ and β, for a loop."""
+        """`ρ(∂Φ/∂s - β ∂L_out/∂s) - s` at fixed θ and β, as a function for a solver's loop."""
         phi = self.primitive
         primitive = (
             phi.at(meta_params) if isinstance(phi, Primitive) else lambda s: phi(s, meta_params)

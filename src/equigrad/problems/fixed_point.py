@@ -1,4 +1,4 @@
-"""A map that the inner parameters are at rest under."""
+"""Problems whose inner parameters settle at a fixed point of a map."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from equigrad.randomness import CommonRandomness, Stream
 
 @runtime_checkable
 class Relaxation(Protocol):
-    """A map that has a cheaper form for many steps at the same θ.
+    """A map with a cheaper form for many steps at the same θ.
 
-    If it draws random numbers, so does that form, the same ones in the same order.
+    If the map draws random numbers, the cheaper form draws the same ones in the same order.
     """
 
     def __call__(self, params: Params, meta_params: Params) -> Mapping[str, Tensor]:
@@ -32,30 +32,30 @@ class Relaxation(Protocol):
 
 @dataclass(frozen=True)
 class FixedPoint(Problem):
-    r"""The settled state is a fixed point of a map: a network that relaxes.
+    r"""A problem whose settled state is a fixed point of a map, as in a network that relaxes.
 
         min_θ L_out(φ*(θ), θ)    with    φ* = F(φ*, θ)
 
-    Any map will do, with a symmetric Jacobian or not: deep equilibrium models, recurrent networks
-    at rest. The velocity is `F(φ, θ) - φ`. A map that draws random numbers (dropout) draws the same
-    at every step: it would have no fixed point otherwise.
+    The Jacobian of the map need not be symmetric: deep equilibrium models and recurrent networks
+    are examples. The velocity is `F(φ, θ) - φ`. A map that draws random numbers (dropout) draws the
+    same ones at every step; otherwise it would have no fixed point.
 
     Args:
         map: `(params, meta_params) -> dict` with the names and shapes of `params`; with
-            `inner_batches`, `(params, meta_params, batch) -> dict`. One with a method
-            `at(meta_params)` (see `Relaxation`) is asked for the cheaper form it gives.
-        outer_loss: `(params, meta_params) -> scalar`, judges the settled φ. May depend on θ
+            `inner_batches`, `(params, meta_params, batch) -> dict`. If it has a method
+            `at(meta_params)` (see `Relaxation`), the cheaper form which that returns is used.
+        outer_loss: `(params, meta_params) -> scalar`, the loss of the settled φ. May depend on θ
             directly.
         inner_batches: as for `Bilevel`; the map as a whole is the mean over batches, and every
-            pass of a loader is the first one again.
+            pass of a loader repeats the first.
         outer_batches: as for `Bilevel`.
         modules: as for `Bilevel`.
-        reaches: as for `Bilevel`, of the map and the outer loss.
-        samples: the first dimension of every parameter is one of samples, whose maps do not depend
-            on each other: solvers then work on, and phases report, each by itself.
+        reaches: as for `Bilevel`, for the map and the outer loss.
+        samples: whether the first dimension of every parameter counts samples, whose maps are
+            independent. Each sample then settles, and is reported, separately.
 
     Raises:
-        ProblemError: map or loss are not callable, or batches are none that can be begun again.
+        ProblemError: map or loss is not callable, or batches cannot be iterated over again.
 
     Example:
         >>> import torch, equigrad as eg
@@ -91,7 +91,7 @@ class FixedPoint(Problem):
         return self.map if stream == "inner" else self.outer_loss
 
     def name(self, stream: Stream) -> str:
-        """`map` or `outer_loss`."""
+        """The name of a function: `map` or `outer_loss`."""
         return "map" if stream == "inner" else "outer_loss"
 
     def residual(
@@ -101,14 +101,14 @@ class FixedPoint(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
-        """`φ - F(φ, θ)`, with its graph: using it takes a single backward."""
+        """`φ - F(φ, θ)`, with its graph: differentiating it takes a single backward."""
         image = self.evaluate("inner", params, meta_params, step, randomness)
         return tuple(p - image[name] for name, p in params.items())
 
     def residual_at(
         self, meta_params: Params, randomness: CommonRandomness | None = None
     ) -> Callable[[Params, int], tuple[Tensor, ...]]:
-        """`φ - F(φ, θ)` at fixed θ, with its graph to φ, for a loop."""
+        """`φ - F(φ, θ)` at fixed θ, with its graph to φ, as a function for a loop."""
         relax = self._map_at(meta_params, randomness)
 
         def residual(params: Params, step: int) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ class FixedPoint(Problem):
         randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
-        """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, for a loop."""
+        """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:
             return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
         relax = self._map_at(meta_params, randomness)
@@ -164,7 +164,7 @@ class FixedPoint(Problem):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Any:
-        """The map or the outer loss, with random numbers that are the same at every pass."""
+        """The map or the outer loss; the map draws the same random numbers in every pass."""
         step = step % len(self.batches(stream) or [None])
         return super().evaluate(stream, params, meta_params, step, randomness)
 

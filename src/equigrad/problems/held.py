@@ -1,4 +1,4 @@
-"""Problems in which some samples are held where they stand."""
+"""Problems in which some samples are held constant."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,16 +12,15 @@ from equigrad.problems.pullback import Params
 
 
 def held(problem: Problem, params: Params, samples: Sequence[int]) -> Problem:
-    """A problem whose functions see some samples as constants.
+    """A problem whose functions treat some samples as constants.
 
-    What never settled has no gradient: nothing depends on such a sample any more, so that it gets
-    no pressure and passes none on, in whatever phase or linear system follows. The outer loss keeps
-    its value, and what it owes to θ directly.
+    A sample that never settled has no gradient. Held constant, it contributes to no gradient or
+    linear system in later phases. The outer loss keeps its value and its direct dependence on θ.
 
     Args:
-        problem: with samples.
-        params: where they are held.
-        samples: their numbers.
+        problem: a problem with samples.
+        params: the values at which they are held.
+        samples: indices of the samples to hold.
     """
     lost = torch.tensor(samples, device=next(iter(params.values())).device)
     rows = {name: p.detach().index_select(0, lost) for name, p in params.items()}

@@ -1,4 +1,4 @@
-"""Problems under autocast: the user's functions compute in a lower precision, nothing else does."""
+"""Autocast: the user's functions compute in a lower precision, everything else in full."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -13,18 +13,18 @@ from equigrad.problems.pullback import Params
 
 
 def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
-    """A problem whose functions take the autocast of this moment with them, without its cache.
+    """A problem whose functions run under the autocast that is active now, without its cache.
 
-    Autocast keeps the casts of weights until it is left. Weights that settle move in place
-    meanwhile, and a loss would go on with what they were. What the functions return comes back in
-    the precision of what they were given, so that no more of it is lost.
+    Autocast caches its casts of weights until it is left. Since settling weights change in place,
+    cached casts would be out of date. Return values are promoted to the precision of the params, so
+    that no further precision is lost.
 
     Args:
-        problem: any.
-        tensors: whatever is computed with; autocast for their devices is the one to take along.
+        problem: any problem.
+        tensors: all tensors of the computation; they tell for which devices autocast matters.
 
     Returns:
-        The problem itself, if there is no autocast around.
+        The same problem if autocast is not active.
     """
     if not _within_autocast():
         return problem
@@ -39,13 +39,13 @@ def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
 
 
 def lower_precision(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """That in which functions of these tensors compute under the autocast of this moment."""
+    """The lowest precision that autocast now gives to functions of these tensors; None without."""
     dtypes = [dtype for _, dtype in _casts(tensors)]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def full_precision(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Where all that is not a user's function computes as it is."""
+    """A context with autocast off, for everything but the user's functions."""
     stack = ExitStack()
     for kind, dtype in _casts(tensors):
         stack.enter_context(torch.autocast(kind, dtype, enabled=False))
@@ -53,7 +53,7 @@ def full_precision(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _casts(tensors: Iterable[Tensor]) -> tuple[tuple[str, torch.dtype], ...]:
-    """The kinds of device that autocast is on for, and to what it casts there."""
+    """The device types for which autocast is on, and the dtype that each casts to."""
     return tuple(
         (kind, torch.get_autocast_dtype(kind))
         for kind in sorted({t.device.type for t in tensors})
@@ -62,7 +62,7 @@ def _casts(tensors: Iterable[Tensor]) -> tuple[tuple[str, torch.dtype], ...]:
 
 
 def _within_autocast() -> bool:
-    """Whether a cache may outlive an evaluation: also inside an autocast that is switched off."""
+    """Whether autocast contexts are open, even disabled ones, so that a cache may persist."""
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return depth > 0
@@ -82,7 +82,7 @@ class _Lowered:
     casts: tuple[tuple[str, torch.dtype], ...]
 
     def __call__(self, params: Params, *others: Any) -> Any:
-        # an autocast of the user's own, within this one, would fill the cache and leave it
+        # an autocast context inside the user's function may have left casts in the cache
         torch.clear_autocast_cache()
         with ExitStack() as stack:
             for kind, dtype in self.casts:
@@ -93,7 +93,7 @@ class _Lowered:
 
 @dataclass(frozen=True)
 class _LoweredAt(_Lowered):
-    """Of a function that has a cheaper form at fixed meta-parameters."""
+    """A function under autocast that has a cheaper form at fixed meta-parameters."""
 
     def at(self, meta_params: Params) -> Callable[[Params], Any]:
         """The cheaper form under the same autocast."""
@@ -105,7 +105,7 @@ class _LoweredAt(_Lowered):
 
 
 def _raised(found: Any, params: Params) -> Any:
-    """What a function returned, in no lower precision than its params have."""
+    """A function's result, promoted to at least the precision of its params."""
     if isinstance(found, Tensor):
         return _promoted(found, next(iter(params.values())))
     if isinstance(found, Mapping):

@@ -1,4 +1,4 @@
-"""What is to be settled, and by what it is judged: the base of all problems."""
+"""The base class of all problems: an inner problem, which settles φ, and an outer loss."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -49,10 +49,10 @@ class Pull(Protocol):
 
 
 class Regularizer(Protocol):
-    """A term of the inner loss whose derivatives are known in closed form.
+    """A term of the inner loss with derivatives in closed form.
 
-    `equigrad.nn.ComplexSynapse` is one. Estimators that contrast phases take its part of the
-    meta-gradient in factored form; those that differentiate it take its value.
+    `equigrad.nn.ComplexSynapse` is one. Estimators that contrast phases use the factored form of
+    its part of the meta-gradient; the others differentiate its value.
     """
 
     def penalty(self, params: Params, meta_params: Params) -> Tensor:
@@ -60,12 +60,12 @@ class Regularizer(Protocol):
         ...
 
     def bind(self, meta_params: Params) -> Pull:
-        """The regulariser at these meta-parameters, for use in a loop."""
+        """The regulariser at fixed meta-parameters, for use in a loop."""
         ...
 
     @property
     def meta_names(self) -> frozenset[str]:
-        """Names of the meta-parameters it depends on."""
+        """Names of the meta-parameters that it depends on."""
         ...
 
 
@@ -74,10 +74,10 @@ class Part:
     """One of the functions that a problem is made of.
 
     Attributes:
-        name: what it is called.
+        name: name of the function.
         value: computes a scalar.
-        leaves: what the scalar depends on.
-        of_data: whether it may see data beside them.
+        leaves: tensors that the scalar depends on.
+        of_data: whether it may also depend on data.
     """
 
     name: str
@@ -87,26 +87,26 @@ class Part:
 
 
 class Problem(Checked):
-    r"""What settles, and by what it is judged.
+    r"""A bilevel problem: what settles φ, and the outer loss of the settled φ.
 
     The base of `Bilevel`, `FixedPoint` and `EnergyBased`.
 
-    A problem is known by its residual `r(φ, θ)`, which is zero at rest: the gradient of a loss, or
-    `φ - F(φ, θ)` for a map. Solvers move φ along the velocity `-r`.
+    A problem is defined by its residual `r(φ, θ)`, which is zero where φ has settled: the gradient
+    of a loss, or `φ - F(φ, θ)` for a map. Solvers move φ along the velocity `-r`.
 
     Attributes:
         energy: class attribute; whether there is a loss that settling minimises.
         symmetric: class attribute; whether the residual is its gradient, so that `∂r/∂φ` is a
             Hessian.
         spreads: class attribute; whether several processes may each have a share of its data.
-        samples: whether the parameters' first dimension is one of samples that settle on their own.
-        outer_loss: judges the settled φ.
-        regularizer: a further term of an inner loss, in closed form.
-        inner_batches: mini-batches of what settles φ.
+        samples: whether the parameters' first dimension counts samples that settle independently.
+        outer_loss: the loss of the settled φ.
+        regularizer: a further term of the inner loss, in closed form.
+        inner_batches: mini-batches of the inner function, which settles φ.
         outer_batches: mini-batches of the outer loss.
         modules: modules that the functions call.
-        reaches: the meta-parameters that each function depends on.
-        group: processes that its data are spread over; `ranks` are these, or this one alone.
+        reaches: names of the meta-parameters that each function depends on.
+        group: processes that share its data; `ranks` represents these, or this process alone.
     """
 
     refusal: ClassVar[type[EquigradError]] = ProblemError
@@ -137,25 +137,25 @@ class Problem(Checked):
             wrapped = [part for module in self.modules or () for part in data_parallel(module)]
             group = group_of(self.group, wrapped)
         except EquigradError as error:
-            if is_group(self.group):  # ranks may have made the same problem without an error
+            if is_group(self.group):  # other ranks may have raised no error: let them know
                 Ranks(group_of(self.group, ())).tell(error)
             raise
         if group is not None:
             object.__setattr__(self, "ranks", Ranks(group, tuple(wrapped)))
 
     def alone(self) -> Self:
-        """The problem of this rank's share of the data."""
+        """The problem on this rank's share of the data."""
         own = self if self.ranks.group is None else copy(self)
         object.__setattr__(own, "ranks", self.ranks.alone())
         return own
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
-        """The user's function: what settles φ, or the outer loss."""
+        """The user's function: the inner one, which settles φ, or the outer loss."""
 
     @abstractmethod
     def name(self, stream: Stream) -> str:
-        """What that function is called."""
+        """The name of that function."""
 
     @abstractmethod
     def residual(
@@ -165,13 +165,13 @@ class Problem(Checked):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
-        """What is zero at rest, with its graph back to `params` and `meta_params`.
+        """The residual, with its graph to `params` and `meta_params`.
 
         Args:
             params: φ; all of them require a gradient.
             meta_params: θ.
-            step: which mini-batch.
-            randomness: seeds the random numbers; the global generators where None.
+            step: number of the step, which selects the mini-batch.
+            randomness: seeds the random numbers; None for the global generators.
 
         Returns:
             One tensor for each of `params`, in their order.
@@ -185,17 +185,17 @@ class Problem(Checked):
         randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
-        """The velocity at fixed θ and β, for a loop.
+        """The velocity at fixed θ and β, as a function for a solver's loop.
 
         Args:
             meta_params: θ, detached.
-            beta: nudging strength β, of either sign; complex where parameters are.
-            randomness: seeds the losses' random numbers; the global generators where None.
-            force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss.
+            beta: nudging strength β, of either sign; complex if the parameters are.
+            randomness: seeds the losses' random numbers; None for the global generators.
+            force: a constant `∂L_out/∂φ`, by name, that replaces the outer loss.
 
         Returns:
-            `(params, step) -> velocity, value`, where all of `params` require a gradient. It is to
-            be called without recording a graph.
+            `(params, step) -> velocity, value`, to be called under `torch.no_grad()` with `params`
+            that all require a gradient.
         """
 
     def residual_at(
@@ -211,10 +211,10 @@ class Problem(Checked):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Tensor:
-        """The inner loss with its regulariser, differentiable as often as the model is.
+        """The inner loss with its regulariser, with its graph.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: the problem has no inner loss.
         """
         raise ConfigurationError(
             f"this solver compares values of a loss, and a {type(self).__name__} has none; use "
@@ -224,16 +224,16 @@ class Problem(Checked):
     def velocity(
         self, params: Params, meta_params: Params, *, beta: float = 0.0, step: int = 0
     ) -> dict[str, Tensor]:
-        """Where φ moves, which is zero at rest: `-r - β ∂L_out/∂φ`.
+        """The velocity of φ, `-r - β ∂L_out/∂φ`, which is zero where φ has settled.
 
         Args:
             params: φ.
             meta_params: θ, held constant.
             beta: nudging strength β, of either sign.
-            step: which mini-batch.
+            step: number of the step, which selects the mini-batch.
 
         Returns:
-            One tensor a parameter, of its shape.
+            One tensor for each parameter, of its shape.
         """
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         constants = {name: m.detach() for name, m in meta_params.items()}
@@ -242,14 +242,14 @@ class Problem(Checked):
         return dict(zip(params, velocity, strict=True))
 
     def batches(self, stream: Stream) -> Sequence[Any] | None:
-        """The batches of what settles φ, or of the outer loss."""
+        """The mini-batches of the inner function or of the outer loss; None if there are none."""
         batches: Any = self.inner_batches if stream == "inner" else self.outer_batches
         if batches is None or is_sequence(batches):
             return batches
         return DrawnBatches(batches, f"{stream}_batches", torch.initial_seed())
 
     def drawing(self, seed: int, device: torch.device) -> "tuple[Problem, list[DrawnBatches]]":
-        """The problem with what draws from its loaders, in their order under a seed."""
+        """The problem with every loader replaced by `DrawnBatches` under a seed, and these."""
         streams: tuple[Stream, ...] = ("inner", "outer")
         given: Any = self
         drawn = {
@@ -260,7 +260,7 @@ class Problem(Checked):
         return (replace(given, **drawn) if drawn else self), list(drawn.values())
 
     def batch(self, stream: Stream, step: int) -> Any:
-        """The batch of a step."""
+        """The mini-batch of a step."""
         batches = self.batches(stream)
         assert batches is not None
         if isinstance(batches, DrawnBatches):
@@ -275,7 +275,7 @@ class Problem(Checked):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Any:
-        """What the user's function says of the batch of a step, without the regulariser."""
+        """The user's inner or outer function on a step's batch, without the regulariser."""
         if randomness is not None:
             randomness.seed(stream, step, self.ranks.stream)
         function = self.function(stream)
@@ -305,10 +305,10 @@ class Problem(Checked):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Tensor:
-        """A scalar that depends on all that the user's function depends on: the loss itself.
+        """A scalar with the dependences of the user's function: for a loss, the loss itself.
 
         Raises:
-            ProblemError: the function does not return what it has to.
+            ProblemError: the function returns an invalid value.
         """
         loss = self.evaluate(stream, params, meta_params, step, randomness)
         check_scalar(self.name(stream), loss)
@@ -321,7 +321,7 @@ class Problem(Checked):
         step: int = 0,
         randomness: CommonRandomness | None = None,
     ) -> Iterator[Part]:
-        """All functions of the user's, as scalars to be differentiated."""
+        """All functions of the user, as scalars that can be differentiated."""
         streams: tuple[Stream, ...] = ("inner", "outer")
         for stream in streams:
             yield Part(

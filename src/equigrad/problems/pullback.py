@@ -1,4 +1,4 @@
-"""Derivatives of scalars and of maps, as all kinds of problems take them."""
+"""Derivatives of scalars and vector-Jacobian products of maps, for all kinds of problem."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -12,20 +12,20 @@ Params = Mapping[str, Tensor]
 Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 """`(params, step) -> velocity, value`.
 
-The velocity has one tensor for each of `params`, in their order. Calling `value` before they move
-gives the loss there, at no cost but that of a regulariser's.
+The velocity has one tensor for each of `params`, in their order. `value`, called before they move,
+returns the loss there; it computes nothing anew but the regulariser.
 """
 
 
 def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple[Tensor, ...]:
-    """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative where numbers are complex."""
+    """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative for complex numbers."""
     seed = scalar(scale, loss)
     grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
     return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else dense(grads)
 
 
 def dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same in ordinary tensors: embeddings with `sparse=True` have sparse gradients."""
+    """Gradients as dense tensors; an embedding with `sparse=True` has a sparse gradient."""
     if any(g.is_sparse for g in grads):
         return tuple(g.to_dense() if g.is_sparse else g for g in grads)
     return grads
@@ -38,7 +38,7 @@ def pull_back(
     *,
     retain_graph: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`Σ (∂output/∂input)ᵀ adjoint` for every input, where some outputs may depend on none."""
+    """`Σ (∂output/∂input)ᵀ adjoint` for every input; outputs may depend on none of the inputs."""
     varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
     if not varying:
         return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
@@ -55,7 +55,7 @@ def pull_back(
 
 
 def pushed(velocity: Velocity, beta: complex, force: Params) -> Velocity:
-    """A velocity with a constant force: that of `L_in + β force·φ`."""
+    """A velocity with an added constant force: the velocity of `L_in + β force·φ`."""
     forces = tuple(force.values())
     betas = [scalar(-beta, f).expand_as(f) for f in forces]
 
@@ -74,10 +74,10 @@ def inner_product(forces: Sequence[Tensor], params: Params) -> Tensor:
 
 
 def scalar(value: complex, like: Tensor) -> Tensor:
-    """A number as a tensor of a loss's type and place, made once.
+    """A number as a tensor with the dtype and device of a loss, cached.
 
-    As a seed of the backward pass it multiplies the gradient at no cost; as a tensor it can change
-    without compiled steps having to be compiled again.
+    As the seed of a backward pass it scales the gradient at no cost. Being a tensor, it can change
+    without a recompilation of compiled steps.
     """
     dtype = like.dtype.to_complex() if isinstance(value, complex) else like.dtype
     return _scalar(value, dtype, like.device)

@@ -1,4 +1,4 @@
-"""Modules, tensors and functions that no meta-gradient is computed with."""
+"""Checks that refuse modules, tensors and functions which do not work in a meta-gradient."""
 
 import inspect
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from equigrad.parallel import is_data_parallel, mesh_of, processes
 
 
 def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
-    """Raise a `ProblemError` where a module writes into its weights or belongs to many processes.
+    """Raise a `ProblemError` for a module that changes its own weights or spans several processes.
 
     Args:
-        module: that a problem's functions call.
+        module: a module that a problem's functions call.
         data_parallel: whether it may be wrapped by `DistributedDataParallel`.
     """
     for name, part in module.named_modules():
@@ -35,10 +35,10 @@ def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
 
 
 def refuse_tensor(name: str, tensor: Tensor) -> None:
-    """Raise a `ProblemError` where a parameter is none that settles or is learned.
+    """Raise a `ProblemError` for a tensor that cannot settle or be learned.
 
     Args:
-        name: what it is called.
+        name: name of the tensor, for the message.
         tensor: φ or θ.
     """
     why = None
@@ -55,7 +55,7 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
 
 
 def refuse_shards(name: str, tensor: Tensor) -> None:
-    """Raise a `ProblemError` where a tensor lies on several processes (a `DTensor`)."""
+    """Raise a `ProblemError` for a tensor that is spread over several processes (a `DTensor`)."""
     if (mesh := mesh_of(tensor)) is not None:
         raise ProblemError(
             f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
@@ -64,24 +64,24 @@ def refuse_shards(name: str, tensor: Tensor) -> None:
 
 
 def given(function: Any) -> Any:
-    """The user's own function, which autocast and samples that are held have wrapped."""
+    """The user's own function, inside the wrappers for autocast and held samples."""
     while hasattr(function, "function"):
         function = function.function
     return function
 
 
 def refuse_call(name: str, function: Callable[..., Any], batches: str | None, count: int) -> None:
-    """Raise a `ProblemError` where a function cannot be called with so many arguments.
+    """Raise a `ProblemError` if a function cannot be called with a number of arguments.
 
     Args:
-        name: what the function is called.
-        function: the user's.
-        batches: the argument of the problem that makes it see a batch; None where there is none.
-        count: of arguments: params and meta_params, and a batch where there are batches.
+        name: name of the function.
+        function: the user's function.
+        batches: the argument of the problem that gives it batches; None if there is no such one.
+        count: number of arguments: params, meta_params, and a batch if there are batches.
     """
     try:
         signature = inspect.signature(given(function))
-    except (TypeError, ValueError):  # of a function that is not Python's own
+    except (TypeError, ValueError):  # a built-in function may have no signature
         return
     try:
         signature.bind(*range(count))

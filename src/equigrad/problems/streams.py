@@ -1,4 +1,4 @@
-"""Batches of a loader, drawn when a step asks for them."""
+"""Mini-batches of a loader, drawn when a step needs them and reproducible by step number."""
 
 import copy
 import random
@@ -14,46 +14,46 @@ from equigrad.errors import ProblemError
 from equigrad.randomness import seeded
 
 KEPT = 64
-"""How many batches from a step on are kept, at most, for further phases that begin there."""
+"""The largest number of batches that are kept for further phases which begin at the same step."""
 
 
 def is_sequence(batches: object) -> bool:
-    """Whether batches are had by their number; a loader is begun, and gives one after another."""
+    """Whether batches can be indexed; a loader can only be iterated over."""
     return hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
 
 
 def may_be_batches(batches: Any) -> bool:
-    """Whether every phase can have the same batches, at least one."""
+    """Whether every phase can iterate over the same batches, of which there is at least one."""
     if isinstance(batches, str | bytes) or hasattr(batches, "__next__"):
         return False
     return _length(batches) != 0
 
 
 class DrawnBatches(Sequence[Any]):
-    """The batches of a loader by the number of their step, pass after pass.
+    """The batches of a loader by step number, pass after pass.
 
-    Nothing but the batch of the step last asked for is held, and up to `KEPT` from a step on that
-    `keep` names. Steps before that are reached by beginning their pass again.
+    Only the batch of the latest step is kept in memory, and up to `KEPT` batches from the step that
+    `keep` was given. To go back to an earlier step, its pass is started again.
 
-    The random numbers of a step's draw are seeded by that step: torch's, Python's and numpy's
-    global generators, and those that the loader, its samplers and its dataset hold. So every pass
-    has an order of its own, and the same one whenever it is begun. `close` puts all of them back.
+    The random numbers of each draw are seeded by its step: the global generators of torch, Python
+    and numpy, and those of the loader, its samplers and its dataset. So every pass has its own
+    order, which is the same whenever that pass is started again. `close` restores all generators.
 
     Args:
-        loader: a `DataLoader`, or anything that can be iterated over again and again.
-        name: what it is called, for messages.
-        seed: of all passes.
-        device: where tensors in batches are moved; None to leave them where they are.
+        loader: a `DataLoader`, or any iterable that can be iterated over again.
+        name: its name, for messages.
+        seed: seed of all passes.
+        device: device that tensors in batches are moved to; None to leave them where they are.
 
     Raises:
-        ProblemError: when drawn from, it has no batches, fewer than its length says, or others when
-            it is begun again.
+        ProblemError: in a draw, if there are no batches, fewer than the loader's length, or others
+            when a pass is started again.
     """
 
     def __init__(
         self, loader: Iterable[Any], name: str, seed: int, device: torch.device | None = None
     ) -> None:
-        if isinstance(loader, DataLoader):  # whose workers may be in use by others
+        if isinstance(loader, DataLoader):  # others may be using the original's workers
             loader = copy.copy(loader)
         self._loader, self._name, self._seed, self._device = loader, name, seed, device
         self._parts = _parts(loader)
@@ -77,7 +77,7 @@ class DrawnBatches(Sequence[Any]):
                 self._back.callback(setattr, part, "epoch", part.epoch)
 
     def __len__(self) -> int:
-        """Batches of a pass; a loader that does not know is run through once."""
+        """The batches in a pass; a loader without a length is iterated over once to count them."""
         if self._count is None:
             self._begin(0)
             self._count = sum(1 for _ in iter(self._draw, _END))
@@ -112,25 +112,25 @@ class DrawnBatches(Sequence[Any]):
         return self._batch
 
     def keep(self, step: int) -> None:
-        """Phases begin at this step, several perhaps: keep what they share."""
+        """Keep up to `KEPT` batches from this step on, which several phases will begin with."""
         if self._keep_from is None or step < self._keep_from:
             self._keep_from = step
             self._kept.clear()
 
     def close(self) -> None:
-        """Hold nothing any more, and put the generators back."""
+        """Release all batches and restore the generators."""
         self._release()
         self._kept.clear()
         self._back.close()
 
     def _release(self) -> None:
-        """Let go of a pass; workers end, also those that would go on with the next one."""
+        """End the current pass, and with it the loader's workers, persistent ones too."""
         self._iterator = self._batch = None
         if isinstance(self._loader, DataLoader):
             self._loader._iterator = None
 
     def _begin(self, number: int) -> None:
-        """Begin a pass."""
+        """Start a pass."""
         self._release()
         self._pass, self._next = number, 0
         for part in self._parts:
@@ -140,7 +140,7 @@ class DrawnBatches(Sequence[Any]):
             self._iterator = iter(self._loader)
 
     def _draw(self) -> Any:
-        """The next batch of this pass, or that there is none."""
+        """The next batch of this pass, or `_END`."""
         assert self._iterator is not None
         with self._seeded(self._next):
             batch = next(self._iterator, _END)
@@ -167,7 +167,7 @@ _END = object()
 
 
 def moved(batch: Any, device: torch.device | None) -> Any:
-    """A batch with its tensors on a device, in whatever containers they are."""
+    """A batch with all tensors moved to a device, also those inside containers."""
     if device is None:
         return batch
     if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
@@ -186,7 +186,7 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 
 
 def _length(batches: Any) -> int | None:
-    """How many batches there are, if that is known."""
+    """The number of batches, if it is known."""
     try:
         return len(batches)
     except TypeError:  # an iterable dataset
@@ -194,7 +194,7 @@ def _length(batches: Any) -> int | None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A loader and what it draws by: all that may hold a generator or the number of a pass."""
+    """A loader, its samplers and its dataset, which may hold generators or an epoch number."""
     found, queue = [], [loader]
     while queue and len(found) < 20:
         part = queue.pop()
@@ -206,7 +206,7 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _fingerprint(batch: Any) -> list[Any]:
-    """What tells one batch from another: shapes and sums of its tensors."""
+    """Shapes and sums of a batch's tensors, to tell whether two batches are the same."""
     if isinstance(batch, Tensor):
         values = batch.detach()
         total = values.sum(dtype=None if values.is_complex() else torch.float64)
