@@ -1,4 +1,4 @@
-"""How a learner is led to where its outer loss is small: one controller a file."""
+"""Controllers that drive a learner to a small outer loss: one controller a file."""
 
 import lazy_loader
 

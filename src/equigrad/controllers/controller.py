@@ -1,4 +1,4 @@
-"""What a controller is."""
+"""The base class of all controllers, and the output control that they share."""
 
 import math
 from abc import abstractmethod
@@ -16,12 +16,12 @@ from equigrad.solvers import Moment, Settled, Solver
 
 @dataclass(frozen=True)
 class Controlled:
-    """Where a controlled phase ended.
+    """The end of a controlled phase.
 
     Attributes:
-        settled: φ and the report; its β is the strength of the control.
-        control: `ψ/s`, by name of the parameter: what the controller added to the velocity, per
-            unit of its `scale` s.
+        settled: φ and the report, whose β is the strength of the control.
+        control: `ψ/s` by parameter name: what the controller added to the velocity, per unit of its
+            `scale` s.
     """
 
     settled: Settled
@@ -30,28 +30,28 @@ class Controlled:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller(Checked):
-    r"""Adds a control ψ to the velocity, so that the outer loss becomes small.
+    r"""A controller, which adds a control ψ to the velocity so that the outer loss becomes small.
 
         τ dφ/dt = velocity(φ, θ) + ψ
         dv/dt = -∂L_out/∂φ - α v,    U = k_i v - k_p ∂L_out/∂φ
 
-    The output control U is a leaky integral of the outer loss's pressure, and a part proportional
-    to it (Meulemans et al. 2022). At rest `U = -b ∂L_out/∂φ` with the *strength* `b = k_i/α + k_p`.
-    Controllers differ in how they make ψ of U. ψ, v and U are computed per unit of b, so that their
-    size, and a tolerance on them, does not depend on it.
+    The output control U is a leaky integral of the negative gradient of the outer loss, plus a
+    proportional term (Meulemans et al. 2022). At equilibrium `U = -b ∂L_out/∂φ` with the *strength*
+    `b = k_i/α + k_p`. Controllers differ in how they compute ψ from U. ψ, v and U are computed per
+    unit of b, so that their size, and a tolerance on them, does not depend on b.
 
     Attributes:
-        leak: α ≥ 0. Where it is 0 the integral does not rest before `∂L_out/∂φ = 0`, which a loss
-            without a minimum, such as the cross-entropy, never reaches: where the phase ends, and
-            the size of its control, is then set by its tolerance.
-        gain: k_i ≥ 0. With the leak by default b = 0.1; the paper has gain 1 and leak 0.1, b = 10.
+        leak: α ≥ 0. If it is 0, the integral settles only at `∂L_out/∂φ = 0`, which a loss without
+            a minimum, such as the cross-entropy, never reaches; the tolerance then determines where
+            the phase ends and the size of its control.
+        gain: k_i ≥ 0. With the default leak, b = 0.1; the paper has gain 1 and leak 0.1, b = 10.
         proportional: k_p ≥ 0.
-        solver: settles the controlled phase, whose velocity has one tensor for each of φ, named
-            after it (`φ.NAME`), and more for what the controller remembers (`ψ.NAME`, `v.NAME`).
-            The solver of the free phase where None.
+        solver: the solver of the controlled phase, whose velocity has one tensor for each of φ
+            (`φ.NAME`) and further ones for the controller's state (`ψ.NAME`, `v.NAME`). None for
+            the solver of the free phase.
 
     Raises:
-        ConfigurationError: a value outside its range, or no gain at all.
+        ConfigurationError: a value is out of range, or there is no gain at all.
     """
 
     leak: NotNegative = 1.0
@@ -75,12 +75,12 @@ class Controller(Checked):
 
     @property
     def relaxed(self) -> bool:
-        """Whether b is finite, so that control is weighed against the outer loss."""
+        """Whether b is finite, so that control and outer loss are traded off."""
         return self.strength < math.inf
 
     @property
     def scale(self) -> float:
-        """The unit of the control: b, or 1 where that is infinite."""
+        """The unit of the control: b, or 1 if b is infinite."""
         return self.strength if self.relaxed else 1.0
 
     @abstractmethod
@@ -89,28 +89,28 @@ class Controller(Checked):
 
         Args:
             evaluation: the problem at its θ.
-            solver: of the free phase; the controller's own goes first.
-            after: where φ begins, and the buffers that go with it.
+            solver: solver of the free phase; the controller's own takes precedence.
+            after: initial φ, and the buffers that belong to it.
         """
 
     def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:
-        """Gradients of meta-parameters that the controller alone has a use for: none.
+        """Gradients of meta-parameters that only the controller uses; none by default.
 
         Args:
             evaluation: the problem at its θ.
-            solver: of the free phase.
-            at: where φ rests, free or controlled.
+            solver: solver of the free phase.
+            at: the end of a free or controlled phase.
         """
         return {}
 
 
 class OutputControl:
-    """The output control of one phase: the pressure at the outputs, and the integral of it.
+    """The output control of a phase: the outer loss's gradient at the outputs, and its integral.
 
     Args:
-        controller: its knobs.
+        controller: its gains and leak.
         evaluation: evaluates the outer loss.
-        after: where φ begins: there it is seen which parameters the outer loss depends on.
+        after: initial φ, at which the outputs are found: the parameters that the outer loss sees.
     """
 
     def __init__(self, controller: Controller, evaluation: Evaluation, after: Moment) -> None:
@@ -120,7 +120,7 @@ class OutputControl:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the parameters that the outer loss depends on: a gradient, once asked for."""
+        """Names of the parameters that the outer loss depends on, found at first access."""
         if self._outputs is None:
             self._evaluation.stage.stand_at(self._after)
             params = {n: p.clone().requires_grad_() for n, p in self._after.params.items()}
@@ -131,7 +131,7 @@ class OutputControl:
         return self._outputs
 
     def start(self, params: Params) -> dict[str, Tensor]:
-        """No integral, by name of the output; nothing where the controller has none."""
+        """The initial integral, zero, by output name; empty if the controller has no integral."""
         if self._controller.gain == 0:
             return {}
         return {name: torch.zeros_like(params[name]) for name in self.outputs}
@@ -139,7 +139,7 @@ class OutputControl:
     def __call__(
         self, params: Params, integral: Params, step: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`U/s` by name of the output, and the velocity of the integral."""
+        """`U/s` by output name, and the velocity of the integral."""
         knobs, scale = self._controller, self._controller.scale
         pressure = self._pressure(params, step)
         control = {n: g * (-knobs.proportional / scale) for n, g in pressure.items()}
@@ -150,9 +150,9 @@ class OutputControl:
         return control, moves
 
     def _pressure(self, params: Params, step: int) -> dict[str, Tensor]:
-        """`∂L_out/∂φ` by name of the outputs; while they are not known, of those that it reaches.
+        """`∂L_out/∂φ` by output name; while these are unknown, by the names that the loss reaches.
 
-        A mini-batch may miss an output that others reach: that is no pressure.
+        An output that this mini-batch does not reach has a gradient of zero.
         """
         with torch.enable_grad():
             loss = self._evaluation.evaluate("outer", params, self._evaluation.meta_params, step)
@@ -164,12 +164,12 @@ class OutputControl:
 
 
 def prefixed(prefix: str, tensors: Params) -> dict[str, Tensor]:
-    """The tensors under longer names."""
+    """The tensors under names with a prefix."""
     return {f"{prefix}.{name}": t for name, t in tensors.items()}
 
 
 def parts(state: Mapping[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
-    """What stands under each prefix, by its shorter name."""
+    """The tensors under each prefix, by their names without it."""
     found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     for name, t in state.items():
         prefix, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""Dynamic inversion: the control settles a linear system beside the learner."""
+"""Dynamic inversion: the control solves a linear system while the learner settles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,14 +25,14 @@ class DynamicInversion(Controller):
 
         dψ/dt = U - (∂r/∂φ)ᵀ ψ,    for a map  dψ/dt = (∂F/∂φ)ᵀ ψ - ψ + U
 
-    with the residual r = -velocity at φ as it now is (Meulemans et al. 2022). At rest
+    with the residual r = -velocity at the current φ (Meulemans et al. 2022). At equilibrium
     `ψ = (∂r/∂φ)⁻ᵀ U`, so that ψ satisfies the optimality condition of the least-control principle
-    exactly, and φ is a stationary point of `½‖r(φ, θ)‖² + b L_out(φ)`. Neither a second phase nor
-    weights of a backward path: one product with the transposed Jacobian a step, which for a map is
-    a backward pass and for a loss differentiates its gradient once more.
+    exactly, and φ is a stationary point of `½‖r(φ, θ)‖² + b L_out(φ)`. It needs no second phase and
+    no backward weights, but one product with the transposed Jacobian in each step: a backward pass
+    for a map, a second derivative for a loss.
 
     Raises:
-        DoubleBackwardError: from `meta_gradient`, where an inner loss has no second derivative.
+        DoubleBackwardError: from `meta_gradient`, if an inner loss has no second derivative.
     """
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
@@ -46,7 +46,7 @@ class DynamicInversion(Controller):
             with torch.enable_grad():
                 rest = residual(params, step)
             pulled = list(control.values())
-            if any(c.any() for c in pulled):  # at the start there is no control to be pulled back
+            if any(c.any() for c in pulled):  # the control is zero at the start
                 pulled = pull_back(rest, pulled, list(params.values()))
             push, integrated = output(params, integral, step)
             along = [

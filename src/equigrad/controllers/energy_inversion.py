@@ -22,23 +22,23 @@ class EnergyInversion(Controller):
         φ* minimises  E(φ) = ½‖r(φ, θ)‖² + b L_out(φ),    ψ* = r(φ*, θ)
 
     with the residual r = -velocity. Its stationary points are the fixed points of
-    `DynamicInversion`, and its minima are never unstable under the flow in continuous time; steps
-    have to be short where b or `∂r/∂φ` is large (`GradientFlow(dt=…)`, `Picard(damping=…)`). Of a
-    network that is settled layer by layer, it is the energy of predictive coding. Any solver that
-    minimises will do, also those that compare values (`LBFGS`).
+    `DynamicInversion`, and its minima are stable under the flow in continuous time; steps have to
+    be short if b or `∂r/∂φ` is large (`GradientFlow(dt=…)`, `Picard(damping=…)`). For a network
+    that settles layer by layer, E is the energy of predictive coding. Any solver that minimises
+    works, including those that compare values (`LBFGS`).
 
-    What the solver moves is χ, per unit of the strength and from where the phase begins:
+    The solver moves χ, the distance from the start of the phase per unit of the strength:
 
         φ = φ₀ + b χ,    dχ/dt = -(∂r/∂φ)ᵀ r/b - ∂L_out/∂φ = -∂/∂χ E(φ₀ + b χ)/b²
 
-    which is the flow of E with the same steps, and a tolerance that is one on the control per unit
-    of b, as of `DynamicInversion`. The phase begins best at the free equilibrium
-    (`LeastControl(start="free")`): elsewhere r is what has not settled there, and `r/b` is taken
-    for control until the phase has settled.
+    which takes the same steps as the flow of E, with a tolerance on the control per unit of b, as
+    in `DynamicInversion`. It is best to start at the free equilibrium
+    (`LeastControl(start="free")`): elsewhere r is also the residual that has not settled yet, and
+    `r/b` is taken for control until the phase has settled.
 
     Raises:
-        ConfigurationError: leak = 0, which makes b infinite; from `meta_gradient`, mini-batches of
-            what settles, whose squares do not average.
+        ConfigurationError: leak = 0, which makes b infinite; from `meta_gradient`, inner
+            mini-batches, whose squared residuals do not average.
     """
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class EnergyInversion(Controller):
         meta = evaluation.meta_params
 
         def place(state: Params) -> dict[str, Tensor]:
-            """φ₀ + b χ, which a residual can be differentiated by."""
+            """φ₀ + b χ, with respect to which a residual can be differentiated."""
             (moved,) = parts(state, "φ")
             return {
                 name: p.detach().add(moved[name].detach(), alpha=strength).requires_grad_()

@@ -1,4 +1,4 @@
-"""Feedback weights from what noise does to the outputs."""
+"""Learned feedback weights, from the correlation of noise with the outputs that it changes."""
 
 from torch import Tensor
 
@@ -22,32 +22,32 @@ def learn_feedback(
     gate: Gate | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    r"""Feedback weights Q for `LinearFeedback`, by correlating noise with what it does.
+    r"""Feedback weights Q for `LinearFeedback`, from the correlation of noise with its effect.
 
         Q = E[g' ∘ ξ (δh)ᵀ] / (σ² E[g'²]),    δh = h(φ_ξ) - h(φ_-ξ) over 2,    velocity(φ_ξ) + ξ = 0
 
-    A constant force ξ ~ N(0, σ²) on every parameter moves the settled φ by `(∂r/∂φ)⁻¹ ξ`, and so
-    the outputs by `∂h/∂φ (∂r/∂φ)⁻¹ ξ`. Hence `E[ξ δhᵀ] = σ² (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`, the very matrix
-    that the least control is a multiple of; with a gate, the Q whose gated product is nearest to it
-    in mean square. Only forward dynamics are used. The average is over samples and draws, with a
-    relative error of about `√(size of φ / (samples · draws))`; `Q ← (1-η) Q + η learn_feedback(…)`
-    averages over mini-batches, and follows θ.
+    A constant force ξ ~ N(0, σ²) on every parameter moves the settled φ by `(∂r/∂φ)⁻¹ ξ`, and
+    therefore the outputs by `∂h/∂φ (∂r/∂φ)⁻¹ ξ`. Hence `E[ξ δhᵀ] = σ² (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`, the
+    matrix that maps U to the least control; with a gate, Q is the matrix whose gated product is
+    nearest to it in mean square. Only forward dynamics are used. The average over samples and draws
+    has a relative error of about `√(size of φ / (samples · draws))`. The update
+    `Q ← (1-η) Q + η learn_feedback(…)` averages over mini-batches and follows θ.
 
     Args:
-        problem: what settles.
-        params: where it starts.
+        problem: the problem.
+        params: initial φ.
         meta_params: θ.
-        solver: settles the free phase and the noisy ones.
+        solver: solver of the free phase and the noisy ones.
         noise: σ.
-        draws: of ξ, each of them with both signs.
-        gate: as of the controller.
-        seed: of the draws.
+        draws: number of draws of ξ, each of which is used with both signs.
+        gate: g, as in the controller.
+        seed: seed of the draws.
 
     Returns:
-        Q by name of the parameter, those of the outputs included.
+        Q by parameter name, including the outputs.
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
     """
     expect(Positive, noise=noise)
     expect(Count, draws=draws)

@@ -25,36 +25,37 @@ from equigrad.solvers.rows import rows
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFeedback(Controller):
-    r"""Leads the parameters directly, by fixed or learned feedback weights.
+    r"""A controller that acts on all parameters directly, by fixed or learned feedback weights.
 
         ψ = g'(φ) ∘ Q U
 
-    with a matrix Q for each parameter. Without any, `ψ = U` on the parameters that the outer loss
-    sees: every weight of a learner is pushed by its own pressure, and for an inner loss φ settles
-    at a minimum of `L_in + b L_out`. First-order: the phase takes no product with `∂r/∂φ`. The
-    control is the least one where `col Q` is that of `(∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ` for outputs h(φ), which
-    `equigrad.controllers.learn_feedback` leads it to; `column_space_condition` measures it.
+    with a matrix Q for each parameter. Without any Q, `ψ = U` on the parameters that the outer loss
+    depends on, and for an inner loss φ settles at a minimum of `L_in + b L_out`. The method is
+    first-order: the phase takes no product with `∂r/∂φ`. The control is the least one if Q has the
+    column space of `(∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ` for outputs h(φ); `equigrad.controllers.learn_feedback`
+    learns such a Q, and `column_space_condition` measures how close it is.
 
-    Q may itself be a part of θ, and learn beside the weights. Its gradient is then that of
+    Q may itself be a part of θ and be learned together with the weights. Its gradient is then that
+    of
 
         Σ_samples ½‖g' ∘ Q - ξ (δh)ᵀ/σ²‖²
 
-    with noise ξ on the params and what that does to the outputs, as of `learn_feedback`: descending
-    it averages over mini-batches, and follows the weights.
+    with noise ξ on the params and its effect δh on the outputs, as in `learn_feedback`. Descending
+    it averages over mini-batches and follows the weights.
 
     Attributes:
-        feedback: Q by name of the parameter: size of the parameter (of one sample) x size of all
-            outputs, which are those parameters that the outer loss depends on, in their order.
-            Outputs that are not named have `ψ = U`, other parameters no control. Or a word: Q of
-            the parameter NAME is then the meta-parameter `WORD.NAME`, and learns.
-        gate: g, elementwise; the identity where None. For the potentials of neurons it is their
-            activation: a saturated neuron cannot act on the output.
-        noise: σ of the noise that a Q in θ learns from.
-        draws: of ξ for a gradient, each of them with both signs.
+        feedback: Q by parameter name, of shape (size of the parameter for one sample) x (size of
+            all outputs). Outputs are the parameters that the outer loss depends on, in their order.
+            Outputs without a Q have `ψ = U`; other parameters without one have no control. A string
+            WORD instead makes Q of the parameter NAME the meta-parameter `WORD.NAME`, which learns.
+        gate: g, elementwise; None for the identity. For membrane potentials it is the neurons'
+            activation function: a saturated neuron cannot act on the output.
+        noise: σ of the noise from which a Q in θ is learned.
+        draws: number of draws of ξ for a gradient, each of which is used with both signs.
 
     Raises:
-        ConfigurationError: a value outside its range; from `meta_gradient`, a Q of the wrong shape,
-            or for no parameter, or a word under which θ has none.
+        ConfigurationError: a value is out of range; from `meta_gradient`, a Q has the wrong shape
+            or no parameter of its name, or θ has no Q under the given word.
     """
 
     feedback: Mapping[str, Tensor] | str = field(default_factory=dict)
@@ -105,7 +106,7 @@ class LinearFeedback(Controller):
         return Controlled(dataclasses.replace(settled, params=ended, solver_state=None), control)
 
     def lessons(self, evaluation: Evaluation, solver: Solver, at: Settled) -> dict[str, Tensor]:
-        """The gradients of a Q that θ holds."""
+        """The gradients of every Q in θ."""
         if not isinstance(self.feedback, str):
             return {}
         feedback, samples = self.weights(evaluation.meta_params), evaluation.problem.samples
@@ -128,10 +129,10 @@ class LinearFeedback(Controller):
         }
 
     def weights(self, meta_params: Params) -> Mapping[str, Tensor]:
-        """Q by name of the parameter.
+        """Q by parameter name.
 
         Raises:
-            ConfigurationError: they are to be found in θ, and are not there.
+            ConfigurationError: feedback is a word, and θ has no Q under it.
         """
         if not isinstance(self.feedback, str):
             return self.feedback
@@ -147,7 +148,7 @@ class LinearFeedback(Controller):
     def _spread(
         self, feedback: Params, params: Params, push: Params, samples: bool
     ) -> dict[str, Tensor]:
-        """`g'(φ) ∘ Q U` by name, for U by name of the output."""
+        """`g'(φ) ∘ Q U` by name, for U by output name."""
         control = {name: u for name, u in push.items() if name not in feedback}
         if feedback:
             flat = rows(list(push.values()), samples)

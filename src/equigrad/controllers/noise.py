@@ -1,4 +1,4 @@
-"""What noise on the params does to the outputs."""
+"""The correlation of noise on the params with the change of the outputs that it causes."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -14,11 +14,11 @@ from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
 
 Gate = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
-"""An elementwise function, whose derivative gates what reaches a parameter."""
+"""An elementwise function whose derivative gates the control of a parameter."""
 
 
 def slope_of(gate: Gate | None, param: Tensor) -> Tensor:
-    """The derivative of an elementwise function; ones where there is none."""
+    """The derivative of an elementwise function; ones if there is no function."""
     if gate is None:
         return torch.ones_like(param)
     with torch.enable_grad():
@@ -38,21 +38,21 @@ def correlate(
     draws: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """`g' ∘ ξ (δh)ᵀ / σ²` by name of the param, a mean over samples and draws.
+    """`g' ∘ ξ (δh)ᵀ / σ²` by parameter name, averaged over samples and draws.
 
-    A constant force ξ ~ N(0, σ²) on every parameter, and its opposite, move the outputs h to
-    h_±: `δh = (h_+ - h_-) / 2`, and the mean tends to `g' ∘ (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`. Forward dynamics
-    alone.
+    A constant force ξ ~ N(0, σ²) on every parameter, and its opposite, move the outputs h to h_±.
+    With `δh = (h_+ - h_-) / 2`, the mean tends to `g' ∘ (∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ`. Only forward dynamics
+    are used.
 
     Args:
-        evaluation: what settles.
-        solver: settles the noisy phases.
-        at: where they begin.
+        evaluation: the problem at its θ.
+        solver: solver of the noisy phases.
+        at: the start of the noisy phases.
         outputs: names of the outputs.
-        gates: g', by name of the param.
+        gates: g', by parameter name.
         noise: σ.
-        draws: of ξ.
-        seed: of the draws.
+        draws: number of draws of ξ.
+        seed: seed of the draws.
     """
     samples = evaluation.problem.samples
     generator = torch.Generator().manual_seed(seed)
@@ -72,14 +72,14 @@ def correlate(
 
 
 def powers(gates: Params, samples: bool) -> dict[str, Tensor]:
-    """`E[g'²]` over samples, a column by name of the param."""
+    """`E[g'²]` over samples, as a column by parameter name."""
     return {n: rows([g.square()], samples).mean(0)[:, None] for n, g in gates.items()}
 
 
 def _settle(
     evaluation: Evaluation, solver: Solver, at: Settled, force: Params, sign: int
 ) -> dict[str, Tensor]:
-    """Where φ settles under a constant force."""
+    """The settled φ under a constant force."""
     velocity = evaluation.holding(at).velocity()
 
     def pushed(state: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:

@@ -1,4 +1,4 @@
-"""How the gradient of θ is had: one estimator a file, all behind `equigrad.meta_gradient`."""
+"""Estimators of the hypergradient: one a file, all behind `equigrad.meta_gradient`."""
 
 import lazy_loader
 

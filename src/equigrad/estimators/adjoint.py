@@ -1,4 +1,4 @@
-"""Implicit differentiation by settling the adjoint."""
+"""Implicit differentiation that finds the adjoint as a fixed point."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from equigrad.solvers import Anderson, Phase, Solver, settle
 from equigrad.vectors import flatten, unflatten
 
 _NO_VALUE: Any = None
-"""Solvers of maps do not look at a loss."""
+"""Solvers of maps evaluate no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +27,19 @@ class Adjoint(Implicit):
 
         x = (∂F/∂φ)ᵀ x + ∂L_out/∂φ
 
-    With `Picard()` it is recurrent backpropagation (Almeida 1987, Pineda 1987) until it settles,
-    with `Anderson()` or `Broyden()` the backward pass of deep equilibrium models (Bai, Kolter,
-    Koltun 2019). Where samples settle on their own, each of them has to.
+    With `Picard()` this is recurrent backpropagation (Almeida 1987, Pineda 1987), run to
+    convergence; with `Anderson()` or `Broyden()` it is the backward pass of deep equilibrium models
+    (Bai, Kolter, Koltun 2019). If samples settle independently, the adjoint of each must converge.
 
     Attributes:
-        solver: settles x, which starts at `∂L_out/∂φ`. Its `tol` is relative: to the largest norm
-            of `∂L_out/∂φ` of a sample. Without one, x is what its `max_steps` make of it: a series
-            of so many terms with `Picard`.
+        solver: the solver of x, which starts at `∂L_out/∂φ`. Its `tol` is relative to the largest
+            norm of `∂L_out/∂φ` of a sample. Without `tol`, all `max_steps` are taken; with
+            `Picard`, x is then a series with that number of terms.
 
     Raises:
-        ConfigurationError: the solver is none, compares values of a loss, or compiles.
-        CurvatureError: from `meta_gradient`, where x diverges.
+        ConfigurationError: the argument is not a solver, or a solver that compares values of a loss
+            or compiles.
+        CurvatureError: from `meta_gradient`, if x diverges.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -64,7 +65,7 @@ class Adjoint(Implicit):
         require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
-        """Settle x."""
+        """Find x as a fixed point."""
         forces = dict(zip(linear.params, unflatten(pressure, linear.leaves), strict=True))
         pushes = [f.reshape(len(f) if linear.samples else 1, -1) for f in forces.values()]
         norms = torch.stack([torch.linalg.vector_norm(f, dim=1) for f in pushes]).norm(dim=0)
@@ -74,7 +75,7 @@ class Adjoint(Implicit):
 
         def velocity(x: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             flat = flatten(list(x.values()))
-            with torch.enable_grad():  # the linearisation records its graph when first asked
+            with torch.enable_grad():  # the first product records the graph
                 moves = pressure - linear.product(flat)
             return tuple(unflatten(moves, linear.leaves)), _NO_VALUE
 

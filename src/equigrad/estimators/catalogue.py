@@ -1,4 +1,4 @@
-"""All estimators that there are, in the order in which tables list them."""
+"""The tuple of all estimators, in the order of the tables."""
 
 from equigrad.estimators.adjoint import Adjoint
 from equigrad.estimators.conjugate_gradient import ConjugateGradient
@@ -40,4 +40,4 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     Reptile,
     EvolutionStrategies,
 )
-"""All that there are, those at equilibrium first: `equigrad list` and the docs' table."""
+"""All estimators, in the order of `equigrad list` and of the docs' table."""

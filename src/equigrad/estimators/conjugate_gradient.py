@@ -16,20 +16,20 @@ from equigrad.fields import Count, NotNegative, Positive
 class ConjugateGradient(Implicit):
     r"""Solves `(H + damping I) x = ∂L_out/∂φ` by conjugate gradients (Hestenes, Stiefel 1952).
 
-    Used for meta-learning by Rajeswaran et al. 2019 (iMAML: with a proximal term, a complex synapse
-    whose centre is learned). Exact after as many iterations as the Hessian has different
+    Used for meta-learning by Rajeswaran et al. 2019 (iMAML, with a proximal term: a complex synapse
+    whose centre is learned). Exact after as many iterations as the Hessian has distinct
     eigenvalues. Needs a positive definite Hessian, which a learner that stopped early may not have.
 
     Attributes:
-        max_iterations: Hessian-vector products at most.
-        tol: stops where `‖∂L_out/∂φ - (H + damping I) x‖` is at most this share of `‖∂L_out/∂φ‖`.
-        damping: added to every eigenvalue.
-        indefinite: what to do where a direction of curvature ≤ 0 is met: `raise` an error, or
-            `stop` with the solution so far (Steihaug 1983), which the status says.
+        max_iterations: the most Hessian-vector products to take.
+        tol: stop when `‖∂L_out/∂φ - (H + damping I) x‖` is at most this share of `‖∂L_out/∂φ‖`.
+        damping: number added to every eigenvalue.
+        indefinite: what to do in a direction of curvature ≤ 0: `raise` an error, or `stop` with the
+            solution so far (Steihaug 1983) and say so in the status.
 
     Raises:
-        CurvatureError: from `meta_gradient`, where a direction of curvature ≤ 0 is met and
-            `indefinite` is `raise`.
+        CurvatureError: from `meta_gradient`, if a direction has curvature ≤ 0 and `indefinite` is
+            `raise`.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -49,7 +49,7 @@ class ConjugateGradient(Implicit):
     indefinite: Literal["raise", "stop"] = "raise"
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
-        """Conjugate gradients from zero."""
+        """Conjugate gradients, starting at zero."""
         x, residual = torch.zeros_like(pressure), pressure.clone()
         direction, power = residual.clone(), residual.dot(residual)
         target = self.tol * power.sqrt().item()
@@ -92,5 +92,5 @@ class ConjugateGradient(Implicit):
         return self._solution(x, residual)
 
     def _solution(self, x: Tensor, residual: Tensor) -> Solution:
-        """What x leaves of the system without damping."""
+        """The solution x with its residual in the system without damping."""
         return Solution(x, residual + self.damping * x)

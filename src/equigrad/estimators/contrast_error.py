@@ -1,4 +1,4 @@
-"""How wrong a contrastive hypergradient is, from the phases that it was made of."""
+"""The estimated error of a contrastive hypergradient, from the phases that it was computed from."""
 
 import dataclasses
 import math
@@ -13,26 +13,26 @@ from equigrad.solvers import Phase, Settled
 from equigrad.vectors import flatten, relative
 
 SAFETY = 3
-"""The estimate is so many times what the differences say."""
+"""The factor by which the estimate exceeds the measured differences."""
 
 RESTLESS = 0.3
-"""With a residual above this share of the nudge, the free phase is the first thing to look at."""
+"""With a residual above this share of the nudge, the advice is about the free phase."""
 
 NAMED = 0.1
-"""An error above this is named in the status, with what to change first."""
+"""An error above this is reported in the status, with advice."""
 
 
 @dataclass(frozen=True)
 class ContrastError:
-    """The relative error of a contrast, in its parts.
+    """The relative error of a contrast, by its causes.
 
     Attributes:
-        finite: of finite β.
-        unsettled: of nudged phases that ended before they had answered the nudge.
-        rounding: of the number format of φ.
-        drift: the free phase's residual in units of the nudge `β ‖∂L_out/∂φ‖`; no error in itself
-            where phases are matched, but a sign that the learner is not at rest.
-        adaptive: the solver scales its steps by the gradients that it has seen, as Adam does.
+        finite: error from finite β.
+        unsettled: error from nudged phases that ended before they had settled.
+        rounding: error from rounding in the dtype of φ.
+        drift: the free phase's residual in units of the nudge `β ‖∂L_out/∂φ‖`; not an error in
+            itself if phases are matched, but a sign that the learner has not settled.
+        adaptive: whether the solver scales its steps by past gradients, as Adam does.
     """
 
     finite: float = 0.0
@@ -47,7 +47,7 @@ class ContrastError:
         return SAFETY * (self.finite + self.unsettled + self.rounding)
 
     def sentence(self, *, advised: bool = True) -> str:
-        """The error, and what to change first, where that has not been said."""
+        """The error in words, with advice unless that has been given already."""
         much = f"{100 * self.total:.0f} %" if self.total < 1 else "100 % or more"
         return f"estimated error {much}" + (f": {self._advice()}" if advised else "")
 
@@ -85,30 +85,32 @@ def contrast_error(
     symmetric: bool,
     adaptive: bool,
 ) -> ContrastError:
-    """Compare the contrast with that of half the steps, and the outer force at φ_β and φ_0.
+    """Estimate a contrast's error from the contrast half-way and the change of the outer force.
 
-    Nudged phases of half the length leave a larger share of the nudge unanswered. What the contrast
-    has gained since, by what the share has lost, is what the share that is left is worth; where
-    that is not known, it is taken to be worth itself.
+    *Unsettled phases.* A nudged phase has answered the nudge when its residual is zero; until then
+    a share of the nudge is left. Between half the steps and the end, this share falls and the
+    contrast changes. The change per unit of the share, times the share left at the end, is the
+    estimate. If the contrast half-way is unknown, the estimate is the share itself.
 
-    The outer force at a nudged solution differs from that at the free one by a share of order β,
-    its bend; the error of finite β is the bend to the power of the scheme's order. Symmetric phases
-    also tell how far the response is from a straight line, again of order β, which takes the place
-    of one bend in two: where the inner loss is quadratic and the nudge a force, both are exact. An
-    outer loss that is linear, as that of `argmin`, has no bend; then the inner velocity's is taken.
+    *Finite β.* The outer force ∂L_out/∂φ at a nudged solution differs from that at the free one by
+    a relative amount of order β, called its bend; the error is the bend to the power of the
+    scheme's order. Symmetric phases also show the curvature of the response to β, again of order β,
+    which replaces one of two bends: if the inner loss is quadratic and the nudge a constant force,
+    both are exact. A linear outer loss, as in `argmin`, has no bend, and the bend of the inner
+    velocity is used instead.
 
     Args:
-        evaluation: evaluates, and counts a gradient of the outer loss for up to two phases, and
-            five of the inner one where that is linear.
+        evaluation: evaluates the losses, and counts a gradient of the outer loss for up to two
+            phases, and five gradients of the inner loss if the outer one is linear.
         free: the free solution.
-        ends: where the phases ended.
-        halves: where they stood half-way, if that is known.
+        ends: the ends of the phases.
+        halves: the phases half-way, if they are known.
         full: the contrast.
-        half: the contrast half-way, if that is known.
+        half: the contrast half-way, if it is known.
         force: `∂L_out/∂φ` at the free solution.
-        order: of the error in β.
-        symmetric: the phases are pairs at ±β.
-        adaptive: the solver scales its steps by the gradients that it has seen.
+        order: order of the error in β.
+        symmetric: whether the phases are pairs at ±β.
+        adaptive: whether the solver scales its steps by past gradients.
     """
     nudged = [state for state in ends if state.phase.beta != 0]
     size = flatten(list(force.values())).norm().item()
@@ -134,7 +136,7 @@ def contrast_error(
 
 
 def _bend(evaluation: Evaluation, at: Settled, force: Params) -> float:
-    """How much the outer force differs from that at the free solution, relative to itself."""
+    """The change of the outer force since the free solution, relative to its size."""
     params = {n: p.real if p.is_complex() else p for n, p in at.params.items()}
     there, _ = evaluation.outer_gradients(dataclasses.replace(at, params=params))
     bend = relative([*there.values()], [*force.values()])
@@ -142,7 +144,7 @@ def _bend(evaluation: Evaluation, at: Settled, force: Params) -> float:
 
 
 def _curved(free: Settled, plus: Settled, minus: Settled) -> float:
-    """How far the response is from a straight line: `‖φ_β + φ_-β - 2φ_0‖ / ‖φ_β - φ_-β‖`."""
+    """The curvature of the response to β: `‖φ_β + φ_-β - 2φ_0‖ / ‖φ_β - φ_-β‖`."""
     up, center, down = (
         flatten([state.params[name] for name in free.params]).double()
         for state in (plus, free, minus)
@@ -152,10 +154,10 @@ def _curved(free: Settled, plus: Settled, minus: Settled) -> float:
 
 
 def _uneven(evaluation: Evaluation, free: Settled, at: Settled) -> float:
-    """The bend of the inner velocity, of first order in β: how far from a straight line it is.
+    """The bend of the inner velocity, of first order in β: its deviation from a linear function.
 
-    Seen at whole and half the way to the nudged solution and as far on the other side, on the first
-    batch: its even part, and the root of the odd part that is of second order.
+    Measured on the first batch, at half and all of the distance to the nudged solution and the same
+    on the opposite side: the even part, and the root of the odd part, which is of second order.
     """
     scene = evaluation.holding(free)
     velocity, moves = scene.velocity(), []
@@ -176,7 +178,7 @@ def _uneven(evaluation: Evaluation, free: Settled, at: Settled) -> float:
 
 
 def _rounding(free: Settled, nudged: Sequence[Settled]) -> float:
-    """What rounding φ is worth beside the distance that the nudge moved it."""
+    """The rounding error of φ relative to the distance that the nudge moved it."""
     start = list(free.params.values())
     size = flatten(start).double().norm().item()
     moved = min(

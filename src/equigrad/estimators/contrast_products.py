@@ -1,4 +1,4 @@
-"""Hessian products by contrast: from first-order gradients on both sides of a settled state."""
+"""Hessian-vector products by central differences of first-order gradients at a settled state."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from equigrad.solvers import Settled
 from equigrad.vectors import flatten, mismatch, unflatten
 
 FACTOR = 8.0
-"""Between two distances that are compared."""
+"""Ratio between two distances that are compared."""
 
 MOST = 5
-"""Distances that are tried further, after the first two."""
+"""The most further distances to try, after the first two."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Errors:
     """The relative error `a h² + b / h` of products along a direction.
 
     Attributes:
-        a: of the curvature's change.
-        b: of rounding.
-        distance: where the error is the smallest.
+        a: coefficient of the change of the curvature.
+        b: coefficient of rounding.
+        distance: the distance with the smallest error.
     """
 
     a: float
@@ -35,12 +35,12 @@ class Errors:
     distance: float
 
     def error(self, distance: float) -> float:
-        """At a distance."""
+        """The error at a distance."""
         return self.a * distance**2 + self.b / distance
 
     @classmethod
     def of(cls, apart: Mapping[float, float]) -> Self:
-        """From how much the products of neighbouring distances differ, by the longer one.
+        """The coefficients, from the differences of products at neighbouring distances.
 
         Products at h and at h / FACTOR differ by nearly `a h²` where h is large, and by
         `FACTOR b / h` where it is small.
@@ -58,22 +58,22 @@ class ContrastProducts:
 
         H v ≈ ‖v‖ [ ∂L_in/∂φ(φ + h v/‖v‖) - ∂L_in/∂φ(φ - h v/‖v‖) ] / 2h,    H = ∂²L_in/∂φ²
 
-    and likewise for `(∂²L_in/∂θ∂φ) v` with `∂L_in/∂θ`: no gradient is differentiated. The error of
-    a difference is the curvature's change over h, of order h², and the gradients' rounding divided
-    by h. Where the curvature is large, the smallest error is at a short distance, and where it is
-    small, at a long one. Both are found, from how much the products of a few distances differ:
-    along the first vector, which is steep where a gradient is, and along a random one, which is
-    flat in most models. Their geometric mean is h, but at most eight times the shorter: there
-    conjugate gradients end the nearest on a deep network in float32 (`benchmarks/krylov.py`).
+    and likewise for `(∂²L_in/∂θ∂φ) v` with `∂L_in/∂θ`; no gradient is differentiated. The error of
+    a difference is the change of the curvature over h, of order h², plus the rounding of the
+    gradients divided by h. The best distance is short where the curvature is large, and long where
+    it is small. Both distances are found by comparing the products at a few distances: along the
+    first vector, which usually has large curvature, and along a random vector, which is flat in
+    most models. h is their geometric mean, but at most eight times the shorter one; with this
+    choice conjugate gradients end nearest on a deep network in float32 (`benchmarks/krylov.py`).
 
     Args:
-        evaluation: evaluates, and counts two gradient evaluations a product and batch.
-        at: where the phase ended.
+        evaluation: evaluates the inner loss, and counts two gradients for each product and batch.
+        at: the end of a phase.
 
     Attributes:
         distance: h; None before the first product.
-        accuracy: of a product along the first vector, relative to its size.
-        largest: the largest curvature `‖H v‖ / ‖v‖` that was met.
+        accuracy: relative error of a product along the first vector.
+        largest: the largest curvature `‖H v‖ / ‖v‖` so far.
     """
 
     samples = False
@@ -90,7 +90,7 @@ class ContrastProducts:
         self.largest = 0.0
 
     def product(self, vector: Tensor) -> Tensor:
-        """`H vector`, a flat vector."""
+        """`H vector`, as a flat vector."""
         size = vector.norm()
         if not size > 0:
             return torch.zeros_like(vector)
@@ -118,7 +118,7 @@ class ContrastProducts:
         return self._evaluation.contrast(sides, [1 / (2 * epsilon), -1 / (2 * epsilon)])
 
     def _choose(self, unit: Tensor) -> None:
-        """Find the distance, along a direction and a random one."""
+        """Choose the distance, from a given direction and a random one."""
         generator = torch.Generator(device=unit.device).manual_seed(0)
         noise = torch.randn(unit.shape, generator=generator, dtype=unit.dtype, device=unit.device)
         steep = self._compared(unit)
@@ -128,7 +128,7 @@ class ContrastProducts:
         self.distance, self.accuracy = distance, steep.error(distance)
 
     def _compared(self, unit: Tensor) -> Errors:
-        """The products' errors along a direction, from those of a few distances."""
+        """The errors of products along a direction, from the products at a few distances."""
         moved = torch._foreach_sub(self.leaves, self._start())
         scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
         first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
@@ -160,7 +160,7 @@ class ContrastProducts:
 
     @torch.no_grad()
     def _gradient(self, params: dict[str, Tensor]) -> Tensor:
-        """`∂L_in/∂φ`, averaged over batches, with the randomness of the phase's end."""
+        """`∂L_in/∂φ`, averaged over batches, with the random numbers of the end of the phase."""
         self._evaluation.stage.stand_at(self._at)
         leaves = {name: p.requires_grad_() for name, p in params.items()}
         steps = self._evaluation.batch_steps("inner")

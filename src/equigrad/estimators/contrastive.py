@@ -1,4 +1,4 @@
-"""The contrastive rule: run the learner again, slightly nudged, and contrast."""
+"""The contrastive rule: run the learner again with a small nudge, and contrast the phases."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -22,48 +22,47 @@ class Contrastive(Estimator):
 
     where phase i settles `L` with nudging strength `n_i β`, starting at the free solution, and the
     weights `α_i` are those of `equigrad.theory.finite_difference_weights` at the nodes `n_i`
-    (Zucchet et al., Eq. 4 and Appendix D). First-order gradients only; memory does not grow with
-    the number of steps. At exact equilibria the error is `O(β^{points-1})` for the forward scheme
-    and `O(β^{points})` for the symmetric and the holomorphic one.
+    (Zucchet et al., Eq. 4 and Appendix D). It takes first-order gradients only, and its memory does
+    not grow with the number of steps. At exact equilibria the error is `O(β^{points-1})` for the
+    forward scheme and `O(β^{points})` for the symmetric and the holomorphic scheme.
 
     **Matched phases** cancel the drift of a free phase that has not quite settled: all phases that
-    start at the free solution run equally many steps, the one with β = 0 too. The error that
-    remains is linear in the distance to equilibrium and is not divided by β
+    start at the free solution run the same number of steps, including the one with β = 0. The
+    remaining error is linear in the distance to equilibrium and is not divided by β
     (docs/matched-phases.md). The plain rule of the paper is `matched=False`.
 
     Attributes:
         beta: nudging strength β ≠ 0, of either sign.
-        scheme: `forward` takes the nodes 0, 1 … points-1; `symmetric` ±1 … ±points/2. Nodes of the
-            sign opposite to β reward a high outer loss, which may not be bounded. `holomorphic`
-            takes the points-th roots of one, so that the error falls with points at any β up to
-            some limit (Laborieux, Zenke 2022); losses and activations have to be holomorphic and
-            to compute with complex φ and θ, and half of the phases, which are conjugate to the
-            others, are left out.
-        points: number p of nodes: p ≥ 2, and even where symmetric.
-        sign: `random` draws the sign of β anew for every call.
-        matched: run every phase after the free one for equally many steps. The first nudged phase
-            decides how many: until it settles or reaches its limit.
-        nudged_solver: settles the nudged phases; the free phase's solver where None.
-        nudge: `loss` settles `L_in + β L_out`, the rule of the paper. By `force` nudged phases
-            settle `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: the outer loss is evaluated once instead of at every
-            step, its minimum pulls no phase away however large β is, and it is as accurate for
-            β → 0. None takes the force, but the loss for a `BlackBox`, which may have a
-            counterpart to β of its own.
-        momentum: `keep` goes on with the free phase's solver state, `reset` starts anew.
-        rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen as the
-            problem asks for, ten times `beta` is the first guess, and the solver's own limits do
-            not apply; see docs/accuracy.md. The inner loss has to be the same at every step, and
-            twice continuously differentiable where it settles. `MetaGradient.error_estimate` says
-            what was reached, and `status` what stood in the way where it is not enough.
+        scheme: `forward` has the nodes 0, 1 … points-1; `symmetric` has ±1 … ±points/2. Nodes of
+            the sign opposite to β reward a high outer loss, which may not be bounded. `holomorphic`
+            has the points-th roots of one, so that the error falls with points at any β up to some
+            limit (Laborieux, Zenke 2022). Its losses and activations have to be holomorphic and
+            accept complex φ and θ; one of each two phases that are complex conjugates is left out.
+        points: number p of nodes: p ≥ 2, and even if symmetric.
+        sign: `random` draws a new sign of β for every call.
+        matched: whether every phase after the free one runs the same number of steps. The first
+            nudged phase runs until it settles or reaches its limit, and sets this number.
+        nudged_solver: solver of the nudged phases; None for the free phase's solver.
+        nudge: `loss` settles `L_in + β L_out`, the rule of the paper. `force` settles
+            `L_in + β ∂L_out/∂φ(φ̂_0)·φ`: it evaluates the outer loss once instead of at every step,
+            cannot pull a phase towards the minimum of the outer loss for large β, and is as
+            accurate for β → 0. None is the force, but the loss for a `BlackBox`, which may have
+            its own counterpart of β.
+        momentum: `keep` continues with the free phase's solver state; `reset` starts a new one.
+        rtol: relative error to reach. Scheme, points, nudge and tolerances are then chosen for the
+            problem, ten times `beta` is the first guess, and the solver's own limits do not apply;
+            see docs/accuracy.md. The inner loss has to be the same at every step, and twice
+            continuously differentiable at the solution. `MetaGradient.error_estimate` says what was
+            reached, and `status` why it was not reached.
         budget: gradient evaluations to spend under `rtol`.
-        error: estimate the relative error, as `equigrad.estimators.contrast_error` says, for up to
-            three gradients of the outer loss and one of the inner loss a phase more; above a tenth,
-            `status` names it and what to change first. False spares that.
+        error: whether to estimate the relative error (`equigrad.estimators.contrast_error`), at the
+            cost of up to three gradients of the outer loss, and one of the inner loss for each
+            phase. `status` reports an error above a tenth, with advice.
 
     Raises:
-        ConfigurationError: β = 0, too few points, an odd number of symmetric points; an rtol
-            outside (0, 1), or together with what it chooses. From a call, a holomorphic scheme on
-            functions that are not holomorphic, or cannot compute with complex numbers.
+        ConfigurationError: β = 0, too few points, or an odd number of symmetric points; an rtol
+            outside (0, 1), or together with a setting that it chooses. From a call, a holomorphic
+            scheme on functions that are not holomorphic or do not accept complex numbers.
 
     Example:
         >>> Contrastive(beta=0.1, scheme="symmetric").nodes
@@ -132,7 +131,7 @@ class Contrastive(Estimator):
 
     @property
     def weights(self) -> list[complex]:
-        """What each phase contributes, in units of 1/β."""
+        """The weight of each phase in the contrast, in units of 1/β."""
         if self.scheme == "holomorphic":
             return holomorphic_weights(self.points)
         return [float(w) for w in finite_difference_weights(self._real_nodes)]
@@ -153,7 +152,7 @@ class Contrastive(Estimator):
                 evaluation,
                 solver,
                 rtol=self.rtol,
-                beta=10 * self.beta,  # where the error of finite β can be seen, and is looked at
+                beta=10 * self.beta,  # large enough to measure the error of finite β
                 budget=self.budget,
                 keep_momentum=self.momentum == "keep",
             ).run()
@@ -217,7 +216,7 @@ class Contrastive(Estimator):
     def _note_weak_contrast(
         self, evaluation: Evaluation, states: list[Settled], solver: Solver
     ) -> None:
-        """Say so where the phases differ by little more than rounding, or left the nudge undone."""
+        """Note that the phases differ by little more than rounding, or did not answer the nudge."""
         one, other = (list(state.params.values()) for state in states[:2])
         moved, size = (
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
@@ -251,7 +250,7 @@ class Contrastive(Estimator):
 
 
 def _note_departures(evaluation: Evaluation, states: list[Settled]) -> bool:
-    """Whether a nudged phase that no tolerance watched moved away from rest; says what helps."""
+    """Whether a nudged phase without a tolerance diverged from equilibrium; notes advice."""
     departed = any(state.phase.grew for state in states if state.phase.beta != 0)
     if departed:
         evaluation.tally.note(

@@ -1,4 +1,4 @@
-"""What an estimator is."""
+"""The base class of all estimators, and the traits that tables and error messages are made from."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from equigrad.wording import listed
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What an estimator needs and gives: the tables and the error messages are made from this.
+    """The requirements and properties of an estimator, for tables and error messages.
 
     Attributes:
-        idea: in a few words, how it has the gradient.
-        cost: gradient evaluations beyond the free phase; T steps in it, K in what follows.
-        error: what remains wrong at equilibrium, however long it computes.
-        double_backward: differentiates a gradient once more.
-        energy: needs a loss that settling minimises; a map will not do.
-        symmetric: needs the residual to be the gradient of that loss, `∂r/∂φ` its Hessian.
-        equilibrium: gives the gradient of a learner at rest, not of one that stopped early.
-        sees_start: takes the derivative through params that were computed from meta_params.
-        needs_start: gives nothing else.
-        minimum: needs an outer loss that is bounded from below, which a linear one is not.
-        memory: in the T steps of the free phase.
-        order: of the error in the nudging strength β.
-        steps: needs the steps of the free phase, and not its end alone.
-        one_system: solves one linear system for all of φ, so that tasks that share θ alone are
-            better settled one after the other.
+        idea: how it computes the gradient, in a few words.
+        cost: gradient evaluations beyond the free phase, which has T steps; K in what follows.
+        error: error that remains at equilibrium, however long it computes.
+        double_backward: it differentiates a gradient again.
+        energy: it needs a loss that settling minimises, and does not work for a map.
+        symmetric: it needs the residual to be the gradient of that loss, and `∂r/∂φ` its Hessian.
+        equilibrium: it gives the gradient at equilibrium, not that of a learner that stopped early.
+        sees_start: it differentiates through params that were computed from meta_params.
+        needs_start: it gives no other derivative.
+        minimum: it needs an outer loss that is bounded from below, which a linear one is not.
+        memory: growth of memory with the T steps of the free phase.
+        order: order of the error in the nudging strength β.
+        steps: it needs the steps of the free phase, not only its end.
+        one_system: it solves one linear system for all of φ, so that tasks which share only θ
+            should settle one after the other.
     """
 
     idea: str
@@ -54,11 +54,11 @@ class Traits:
     one_system: bool = False
 
     def fit(self, problem: Problem | type[Problem]) -> bool:
-        """Whether these traits fit a problem, or any of a kind."""
+        """Whether these traits fit a problem, or a class of problems."""
         return (problem.energy or not self.energy) and (problem.symmetric or not self.symmetric)
 
     def serve(self, evaluation: Evaluation) -> bool:
-        """Whether these traits fit a problem and what its θ acts on."""
+        """Whether these traits fit a problem and the paths by which its θ acts."""
         return (
             self.fit(evaluation.problem)
             and (self.sees_start or not evaluation.reaches.only_start)
@@ -69,14 +69,14 @@ class Traits:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an estimator returns.
+    """The result of an estimator.
 
     Attributes:
         grads: an estimate of `dL_out/dθ`, by name.
-        phases: every phase that was settled, the free one first.
-        error_estimate: estimated relative error of `grads`, or None where the estimator has none.
-        judge: works the error estimate out where that takes further evaluations, for whoever asks;
-            notes in the evaluation what is worth knowing.
+        phases: all phases that were run, the free one first.
+        error_estimate: estimated relative error of `grads`; None if the estimator has no estimate.
+        judge: computes an error estimate that takes further evaluations, on request, and adds notes
+            to the evaluation.
     """
 
     grads: dict[str, Tensor]
@@ -85,23 +85,23 @@ class Estimate:
     judge: Callable[[], float | None] | None = None
 
     def error(self) -> float | None:
-        """The error estimate; to be asked for while the evaluation lasts."""
+        """The error estimate, to be requested while the evaluation is open."""
         return self.error_estimate if self.judge is None else self.judge()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator(Checked):
-    """How the gradient of θ is had from a problem that settles."""
+    """A method that computes the gradient with respect to θ of a problem that settles."""
 
     traits: ClassVar[Traits]
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Refuse what this estimator cannot serve, naming what can.
+        """Refuse problems for which this estimator does not work, and name estimators that do.
 
         Raises:
-            ConfigurationError: the problem has no energy or no Hessian, and this needs one.
-            ProblemError: θ is the initialisation alone and this does not see it, or θ is not the
-                initialisation and this sees nothing else.
+            ConfigurationError: it needs an energy or a Hessian, and the problem has none.
+            ProblemError: θ is only the initialisation and the estimator does not see that, or θ is
+                not the initialisation and the estimator sees nothing else.
         """
         who, traits, reaches = type(self).__name__, self.traits, evaluation.reaches
         if not traits.fit(evaluation.problem):
@@ -136,7 +136,7 @@ class Estimator(Checked):
             )
 
     def _check_settings_of_the_solver(self, evaluation: Evaluation) -> None:
-        """Refuse θ that act through the solver alone, or say that this path is left out."""
+        """Refuse θ that acts only through solver settings, or note a path that is left out."""
         reaches, who = evaluation.reaches, type(self).__name__
         if not reaches.solver or self.traits.steps:
             return
@@ -153,14 +153,14 @@ class Estimator(Checked):
 
     @property
     def differentiates_twice(self) -> bool:
-        """Whether it takes autograd's word for the derivative of a gradient."""
+        """Whether it uses autograd to differentiate a gradient."""
         return self.traits.double_backward
 
     def check_settled(self, evaluation: Evaluation) -> None:
-        """Refuse to go on from a free phase of an earlier call, where this cannot.
+        """Raise if this estimator cannot continue from a free phase of an earlier call.
 
         Raises:
-            ConfigurationError: this needs more of a free phase than its end, or none.
+            ConfigurationError: it needs more of a free phase than its end, or no free phase.
         """
         if self.traits.steps:
             raise ConfigurationError(
@@ -170,11 +170,11 @@ class Estimator(Checked):
 
     @abstractmethod
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
-        """Settle what is needed and estimate `dL_out/dθ`."""
+        """Run the phases that are needed, and estimate `dL_out/dθ`."""
 
 
 def serving(evaluation: Evaluation, wanted: Callable[[Traits], bool] = lambda traits: True) -> str:
-    """The estimators that serve a problem and are as wanted, in words."""
+    """The estimators that work for a problem and meet a condition, in words."""
     from equigrad.estimators import ESTIMATORS
 
     fitting = [e for e in ESTIMATORS if e.traits.serve(evaluation) and wanted(e.traits)]

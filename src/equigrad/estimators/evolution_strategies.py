@@ -1,4 +1,4 @@
-"""Evolution strategies: the outer loss alone, at random meta-parameters."""
+"""Evolution strategies: differences of the outer loss at random meta-parameters."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,16 +19,16 @@ class EvolutionStrategies(Estimator):
 
         ∇̂_θ = (1/n) Σ_i [ L(θ + σε_i) - L(θ - σε_i) ] / 2σ · ε_i,    ε_i ~ N(0, I)
 
-    in antithetic pairs, where `L(θ)` is the outer loss after a free phase of its own (Salimans et
-    al. 2017). Nothing is differentiated, so that any solver and any model will do; all phases share
-    batches and random numbers. The relative standard error is about `√((dim θ + 1) / n)` for small
-    σ, and is reported as `error_estimate`. What `params` were computed from is seen, to first order
-    in σ.
+    in antithetic pairs, where `L(θ)` is the outer loss after a free phase at θ (Salimans et al.
+    2017). Nothing is differentiated, so that any solver and any model works; all phases share
+    batches and random numbers. The relative standard error, about `√((dim θ + 1) / n)` for small σ,
+    is reported as `error_estimate`. A dependence of the initial `params` on θ is included, to first
+    order in σ.
 
     Attributes:
-        pairs: n; each costs two further free phases.
+        pairs: n; each pair costs two further free phases.
         sigma: standard deviation σ of the perturbations, in the units of θ.
-        seed: draws them.
+        seed: seed of the perturbations.
 
     Example:
         >>> from equigrad.testing import Quadratic

@@ -1,4 +1,4 @@
-"""Implicit differentiation with the whole matrix: the reference for small problems."""
+"""Implicit differentiation with the full matrix, as a reference for small problems."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,14 +16,14 @@ from equigrad.fields import Count
 class ExactSolve(Implicit):
     r"""Forms `∂r/∂φ`, row by row, and solves `(∂r/∂φ)ᵀ x = ∂L_out/∂φ` by factorisation.
 
-    Exact at equilibrium, for invertible Hessians definite or not, and for maps.
+    Exact at equilibrium, for definite and indefinite invertible Hessians, and for maps.
 
     Attributes:
-        max_size: most inner parameters that it will form a matrix for.
+        max_size: the largest number of inner parameters for which it forms the matrix.
 
     Raises:
-        ConfigurationError: from `meta_gradient`, where there are more.
-        CurvatureError: from `meta_gradient`, where the matrix is singular.
+        ConfigurationError: from `meta_gradient`, if there are more.
+        CurvatureError: from `meta_gradient`, if the matrix is singular.
     """
 
     traits: ClassVar[Traits] = Traits(

@@ -14,15 +14,15 @@ from equigrad.solvers import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class FiniteDifferenceT1T2(Estimator):
-    r"""T1-T2 with its mixed derivative taken by central differences (Liu et al. 2019: DARTS).
+    r"""T1-T2 with the mixed derivative by central differences (DARTS: Liu et al. 2019).
 
         ∇̂_θ = ∂L_out/∂θ - [ ∂L_in/∂θ(φ + εg) - ∂L_in/∂θ(φ - εg) ] / 2ε,    g = ∂L_out/∂φ
 
-    First-order gradients only, at T1-T2's error. Equal to the symmetric contrastive rule whose
-    phases take a single gradient step of size η, divided by η, with `ε = ηβ`.
+    It takes first-order gradients only, and has the error of T1-T2. It equals the symmetric
+    contrastive rule with phases of a single gradient step of size η, divided by η, for `ε = ηβ`.
 
     Attributes:
-        distance: `ε ‖g‖`, from φ to either point.
+        distance: `ε ‖g‖`, the distance from φ to either point.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -35,7 +35,7 @@ class FiniteDifferenceT1T2(Estimator):
     distance: Positive = 1e-2
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
-        """Settle, and contrast `∂L_in/∂θ` on both sides along the outer gradient."""
+        """Settle, and contrast `∂L_in/∂θ` at two points along the outer gradient."""
         free = evaluation.settle(solver)
         pressure, grads = evaluation.outer_gradients(free)
         size = torch.stack([g.norm() for g in pressure.values()]).norm().item()

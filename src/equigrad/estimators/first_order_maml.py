@@ -1,4 +1,4 @@
-"""First-order MAML."""
+"""First-order MAML: MAML without the derivative of the learner's steps."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,16 +12,16 @@ from equigrad.solvers import Settled
 
 @dataclass(frozen=True, kw_only=True)
 class FirstOrderMAML(ThroughStart):
-    r"""The outer gradient at the end, taken for that at the start (Finn et al. 2017).
+    r"""First-order MAML, with the outer gradient at the end in place of that at the start.
 
         ∇̂_θ = ∂L_out/∂θ + (∂φ_0/∂θ)ᵀ ∂L_out/∂φ(φ_T)
 
-    `MAML` with the identity in place of `∂φ_T/∂φ_0`: right to first order in the distance that the
-    learner goes. First-order gradients only.
+    (Finn, Abbeel, Levine 2017). This is `MAML` with the identity in place of `∂φ_T/∂φ_0`, correct
+    to first order in the distance that the learner moves. It takes first-order gradients only.
 
     Raises:
-        ProblemError: from `meta_gradient`, where `params` were not computed from `meta_params`, or
-            a meta-parameter acts through the inner loss alone.
+        ProblemError: from `meta_gradient`, if `params` were not computed from `meta_params`, or a
+            meta-parameter acts only through the inner loss.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -40,5 +40,5 @@ class FirstOrderMAML(ThroughStart):
         return {*evaluation.reaches.start, *evaluation.reaches.loss("outer")}
 
     def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
-        """The outer gradient where the phase ended."""
+        """The outer gradient at the end of the phase."""
         return evaluation.outer_gradients(free)

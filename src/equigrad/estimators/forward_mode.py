@@ -1,4 +1,4 @@
-"""Forward mode through the settling."""
+"""Forward-mode differentiation of the solver's steps."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,18 +26,19 @@ class ForwardMode(Estimator):
 
         ṡ_{t+1} = (∂Φ/∂s) ṡ_t + (∂Φ/∂θ) e_i,    ∂_i = ∂L_out/∂θ_i + (∂L_out/∂φ)·φ̇_T
 
-    for every single meta-parameter i: what `Unrolled` computes, in the other direction (Franceschi
-    et al. 2017; real-time recurrent learning, Williams, Zipser 1989). Memory does not grow with the
-    number of steps, the cost does with that of meta-parameters: for a handful of them.
+    for every scalar meta-parameter i: the result of `Unrolled`, in the forward direction
+    (Franceschi et al. 2017; real-time recurrent learning, Williams, Zipser 1989). Memory does not
+    grow with the number of steps, but the cost grows with the number of meta-parameters, so that
+    there should be only a few.
 
     Attributes:
-        max_size: most single meta-parameters that it will carry tangents for.
+        max_size: the largest number of scalar meta-parameters that it accepts.
 
     Raises:
-        ConfigurationError: from `meta_gradient`, where there are more, or where the solver's steps
-            cannot be differentiated.
-        DoubleBackwardError: from `meta_gradient`, where the gradient of an operation of the model
-            has no forward-mode derivative.
+        ConfigurationError: from `meta_gradient`, if there are more, or if the solver's steps cannot
+            be differentiated.
+        DoubleBackwardError: from `meta_gradient`, if the gradient of an operation of the model has
+            no forward-mode derivative.
 
     Example:
         >>> from equigrad.testing import Quadratic
@@ -78,7 +79,7 @@ class ForwardMode(Estimator):
             )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
-        """Settle, then carry one tangent after another along the same steps."""
+        """Settle, then push each tangent forward along the same steps."""
         solver = recorded(solver, type(self).__name__)
         free, (start,) = evaluation.settle_recorded(solver)
         pressure, direct = evaluation.outer_gradients(free)
@@ -99,7 +100,7 @@ class ForwardMode(Estimator):
 def _push_forward(
     evaluation: Evaluation, solver: Solver, start: Moment, steps: int, direction: Params
 ) -> dict[str, Tensor]:
-    """How φ after some steps moves when θ moves along a direction."""
+    """The change of φ after some steps when θ moves along a direction."""
     evaluation = evaluation.holding(start)
     params, state = start.params, start.solver_state
     moves, state_moves = evaluation.start.push(direction), [torch.zeros_like(s) for s in state]
@@ -128,9 +129,9 @@ def _push_forward(
 
 
 class _ZeroTangents(TorchFunctionMode):
-    """Zero tangents as ordinary tensors where torch would write into its constant zero.
+    """Zero tangents as ordinary tensors, where torch would write into its constant zero.
 
-    The second derivative of `mse_loss` does, where a target has no tangent.
+    The second derivative of `mse_loss` does so if a target has no tangent.
     """
 
     def __torch_function__(

@@ -12,7 +12,7 @@ from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.fields import Count, Positive
 
 UNSOLVED = 1e-2
-"""A share of the right-hand side that no further product can take away makes a system singular."""
+"""A system is singular if no further product reduces its residual below this share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +21,17 @@ class GMRES(Implicit):
 
         x_k = argmin ‖g - A x‖  over  x ∈ x_0 + span{r_0, A r_0, …, A^{k-1} r_0},  r_0 = g - A x_0
 
-    For any invertible matrix A, symmetric or not, definite or not. Exact after as many iterations
-    as A has different eigenvalues, if it does not restart before. The basis is made by Arnoldi's
-    iteration with modified Gram-Schmidt.
+    It works for any invertible matrix A, symmetric or not, definite or not, and is exact after as
+    many iterations as A has distinct eigenvalues, if it does not restart before. The basis comes
+    from Arnoldi's iteration with modified Gram-Schmidt.
 
     Attributes:
-        max_iterations: products at most, over all restarts.
-        restart: vectors kept before the basis is thrown away and the iteration starts anew from
-            what it has found.
-        tol: stops where `‖g - A x‖` is at most this share of `‖g‖`.
+        max_iterations: the most products to take, over all restarts.
+        restart: number of basis vectors after which the iteration restarts at its current x.
+        tol: stop when `‖g - A x‖` is at most this share of `‖g‖`.
 
     Raises:
-        CurvatureError: from `meta_gradient`, where the matrix is singular.
+        CurvatureError: from `meta_gradient`, if the matrix is singular.
 
     Example:
         >>> from equigrad.testing import Quadratic
@@ -59,7 +58,7 @@ class GMRES(Implicit):
     tol: Positive = 1e-6
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
-        """Cycles from zero, each from the residual that the last one left."""
+        """Run cycles, starting at zero, each for the residual of the last one."""
         x, left, residual = torch.zeros_like(pressure), self.max_iterations, pressure
         target = self.tol * pressure.norm().item()
         while residual.norm().item() > target and left > 0:
@@ -81,7 +80,7 @@ class GMRES(Implicit):
 
 
 def _refuse_singular(share: float, products: int) -> None:
-    """Raise a `CurvatureError` where rounding cannot explain what is left of a system."""
+    """Raise a `CurvatureError` if the remaining residual is more than rounding can explain."""
     if share > UNSOLVED:
         raise CurvatureError(
             f"GMRES broke down after {products} products with {share:.2g} of its right-hand side "
@@ -93,10 +92,10 @@ def _refuse_singular(share: float, products: int) -> None:
 def _cycle(
     linear: Linear, residual: Tensor, target: float, iterations: int
 ) -> tuple[Tensor, int, bool]:
-    """The correction of smallest residual in a Krylov space.
+    """The correction in a Krylov space that makes the residual smallest.
 
     Returns:
-        The correction, the products it took, and whether the space was closed under the matrix.
+        The correction, the number of products, and whether the space is closed under the matrix.
     """
     size = residual.norm()
     basis = [residual / size]

@@ -1,4 +1,4 @@
-"""Whether a problem can be followed into the complex plane."""
+"""Checks that a problem's functions are holomorphic."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ OTHER_SCHEMES = "scheme='symmetric' and scheme='forward' serve any activation an
 
 
 def require_holomorphic(evaluation: Evaluation, at: Settled) -> None:
-    r"""See that all of a problem's functions are holomorphic where a phase has settled.
+    r"""Check that all functions of a problem are holomorphic at the end of a phase.
 
-    A function f of complex numbers is holomorphic where `∂f/∂z̄ = 0`. What autograd gives for a seed
-    v is `conj(∂f/∂z) v + ∂f/∂z̄ conj(v)`, so that the gradients for the seeds 1 and i tell the two
-    apart.
+    A function f of complex numbers is holomorphic where `∂f/∂z̄ = 0`. Autograd's gradient for a seed
+    v is `conj(∂f/∂z) v + ∂f/∂z̄ conj(v)`, so that the gradients for the seeds 1 and i distinguish
+    the two derivatives.
 
     Raises:
-        ConfigurationError: one of them is not, or cannot compute with complex numbers.
+        ConfigurationError: a function is not holomorphic, or does not accept complex numbers.
     """
     evaluation = evaluation.holding(at)
     evaluation.stage.stand_at(at)

@@ -1,4 +1,4 @@
-"""Implicit MAML."""
+"""Implicit MAML: a few conjugate gradient steps with a learned proximal centre."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from equigrad.solvers import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class IMAML(ConjugateGradient):
-    r"""Implicit MAML: few conjugate gradient steps, and a learned centre that every φ is pulled to.
+    r"""Implicit MAML, which learns a centre that every φ is pulled to.
 
         L_in = L_data + ½ λ ‖φ - ω‖²,    (I + ∂²L_data/∂φ² / λ) ∇_ω = ∂L_out/∂φ
 
     (Rajeswaran et al. 2019). It is `ConjugateGradient` with the authors' five iterations, which
-    end where the curvature is not positive, as it often is after few steps. It asks for a
-    regulariser with a learned centre, since without one the start of what has settled is forgotten
-    and its gradient zero.
+    stop at a direction of non-positive curvature, as is common after few steps. It requires a
+    regulariser with a learned centre: without one, the settled state does not depend on its start,
+    and the gradient is zero.
 
     Raises:
-        ProblemError: from `meta_gradient`, where the problem has no such regulariser.
+        ProblemError: from `meta_gradient`, if the problem has no such regulariser.
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(

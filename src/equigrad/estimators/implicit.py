@@ -1,4 +1,4 @@
-"""Implicit differentiation: one linear system with the inner Hessian."""
+"""Implicit differentiation: the hypergradient from one linear system at the settled state."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from equigrad.solvers import Settled, Solver, TorchOptimizer
 from equigrad.vectors import flatten
 
 Linear = Linearisation | ContrastProducts
-"""Products with the derivatives of the residual, however they are had."""
+"""Products with the derivatives of the residual, by autograd or by differences."""
 
 POOR = 1e-2
-"""An estimated relative error above this is named in the status."""
+"""An estimated relative error above this is reported in the status."""
 
 LOOKED_INTO = 1e-4
-"""A residual above this share of the right-hand side is worth a product to see what it means."""
+"""A residual above this share of the right-hand side justifies a product to estimate its effect."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Of a linear system `A x = g`.
+    """The solution of a linear system `A x = g`.
 
     Attributes:
         x: a flat vector.
-        residual: `g - A x`; None where a product more has to tell.
+        residual: `g - A x`; None if it takes a further product to compute.
     """
 
     x: Tensor
@@ -47,28 +47,28 @@ class Implicit(Estimator):
 
         ∇_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ x,    (∂r/∂φ)ᵀ x = ∂L_out/∂φ
 
-    where r is the residual: `∂L_in/∂φ` of a `Bilevel`, so that `∂r/∂φ` is the Hessian H, and
-    `φ - F(φ, θ)` of a `FixedPoint`. The estimators of this family differ in how they solve for x
-    alone.
+    where r is the residual: `∂L_in/∂φ` for a `Bilevel`, so that `∂r/∂φ` is the Hessian H, and
+    `φ - F(φ, θ)` for a `FixedPoint`. The estimators of this family differ only in how they solve
+    for x.
 
-    What their solution leaves of the system gives an `error_estimate` of the gradient, which the
-    status names where it is above 1e-2: the error of x is taken to be the residual divided by the
-    curvature along it. That of a free phase that has not settled is not in it.
+    The residual of the linear system gives an `error_estimate` of the gradient, which the status
+    reports above 1e-2: the error of x is taken to be the residual divided by the curvature along
+    it. The error of a free phase that has not settled is not included.
 
     Attributes:
-        products: how products with H and with the mixed derivative are had. `autograd`
-            differentiates the inner gradient once more. `contrast` takes differences of two inner
-            gradients on both sides of the settled state, so that everything is of first order, and
-            says in the status how accurate they are; float32 allows about three digits, float64
-            eight. `auto` is `autograd`, and `contrast` where the model has no second derivative.
-            A map's products are a single backward through it, and never by contrast.
+        products: how to compute products with H and with the mixed derivative. `autograd`
+            differentiates the inner gradient. `contrast` takes differences of two inner gradients
+            on both sides of the settled state, which are of first order, and reports their accuracy
+            in the status: about three digits in float32, eight in float64. `auto` is `autograd`, or
+            `contrast` if the model has no second derivative. Products of a map always take a single
+            backward pass through it.
     """
 
     solves: ClassVar[bool] = True
-    """Whether the linear system is solved at all, so that what is left of it says something."""
+    """Whether the linear system is solved, so that its residual is informative."""
 
     remedy: ClassVar[str] = "use GMRES() with more iterations"
-    """What to do about a poor solution; a sentence is built around it."""
+    """Advice for a poor solution, as part of a sentence."""
 
     products: Literal["auto", "autograd", "contrast"] = "auto"
 
@@ -77,25 +77,25 @@ class Implicit(Estimator):
         """Solve `(∂r/∂φ)ᵀ x = pressure`.
 
         Args:
-            linear: products with `(∂r/∂φ)ᵀ`, the Hessian where there is an inner loss.
-            pressure: `∂L_out/∂φ`, a flat vector.
-            notes: the place for what the user should know about the solution.
+            linear: products with `(∂r/∂φ)ᵀ`, the Hessian if there is an inner loss.
+            pressure: the right-hand side `∂L_out/∂φ`, a flat vector.
+            notes: list to which remarks for the user are added.
 
         Returns:
-            x, and what it leaves of the system.
+            x and its residual.
         """
 
     @property
     def differentiates_twice(self) -> bool:
-        """Not by contrast."""
+        """True unless products are by contrast."""
         return super().differentiates_twice and self.products != "contrast"
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Also refuse what settles elsewhere than the residual says, and contrast of a map.
+        """Also refuse solvers that do not settle at a zero of the residual, and contrast of a map.
 
         Raises:
             ConfigurationError: a `TorchOptimizer` adds weight decay to the gradient, or products
-                are to be had by contrast where there is no Hessian.
+                should be by contrast but there is no Hessian.
         """
         super().check(evaluation, solver)
         what = type(evaluation.problem).__name__
@@ -142,9 +142,9 @@ class Implicit(Estimator):
     def _mixed(
         self, evaluation: Evaluation, free: Settled, pressure: Tensor
     ) -> tuple[tuple[Linear, Solution] | None, dict[str, Tensor]]:
-        """What was solved, and `(∂r/∂θ)ᵀ x`; by autograd or by contrast."""
+        """The solution, and `(∂r/∂θ)ᵀ x`, by autograd or by contrast."""
         linear = Linearisation(evaluation, free, type(self).__name__)
-        if not torch.isfinite(pressure).all():  # nothing to solve, and no number to pretend
+        if not torch.isfinite(pressure).all():  # no solution: let NaN show
             return None, linear.mixed(torch.full_like(pressure, torch.nan))
         if self.products != "contrast":
             notes: list[str] = []
@@ -176,15 +176,15 @@ class Implicit(Estimator):
         whole: float,
         notes: list[str],
     ) -> float:
-        """The gradient's relative error by what the solution leaves of the system.
+        """The gradient's relative error, estimated from the residual of the linear system.
 
         Args:
-            linear: products.
-            solution: of the system.
+            linear: products with the matrix.
+            solution: the solution of the system.
             pressure: its right-hand side.
-            through: the size of what the solution contributes to the gradient.
-            whole: the size of the gradient.
-            notes: the place to name a poor one.
+            through: norm of the solution's contribution to the gradient.
+            whole: norm of the gradient.
+            notes: list to which a remark on a poor solution is added.
         """
         x, size = solution.x, pressure.norm().item()
         if size == 0:
@@ -213,7 +213,7 @@ class Implicit(Estimator):
 
 
 def _compliance(linear: Linear, left: Tensor) -> float:
-    """How far x has to move along a residual to take it away: one over the curvature there."""
+    """The change of x along a residual that would remove it: the inverse of the curvature there."""
     image = linear.product(left)
     along = left.dot(image).item() if linear.symmetric else 0.0
     stiff = along / left.dot(left).item() if along > 0 else (image.norm() / left.norm()).item()

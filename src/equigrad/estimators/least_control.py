@@ -1,4 +1,4 @@
-"""The least-control principle: learn so that ever less control is needed."""
+"""The least-control principle: learn so that less and less control is needed."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
@@ -21,9 +21,9 @@ class LeastControl(Estimator):
 
         min_θ min_{φ,ψ} ½‖ψ‖²    such that    velocity(φ, θ) + ψ = 0,    ∂L_out/∂φ = 0
 
-    A controller leads the settled φ to where the outer loss is small, and θ learns to make do
-    without it. The gradient is taken at the controlled equilibrium, in one phase, and the control
-    need not be small:
+    A controller drives the settled φ to a small outer loss, and θ learns to reduce the control that
+    this takes. The gradient is computed at the controlled equilibrium, in one phase, and the
+    control need not be small:
 
         ∇_θ = -(∂_θ velocity)ᵀ ψ* / b + ∂L_out/∂θ
 
@@ -33,28 +33,28 @@ class LeastControl(Estimator):
 
         min_φ [L_out(φ, θ) + ‖r(φ, θ)‖² / 2b]  ≤  L_out(φ*_free, θ),
 
-    exactly for the controllers that invert, whichever solver they use. For b → 0 (weak gains, a
-    strong leak) that is the outer loss of the settled φ, and ∇_θ its gradient, that of recurrent
-    backpropagation, with an error of O(b). Dividing by b makes learning rates comparable between
-    all b. Without a leak b is infinite, and ∇_θ that of `½‖ψ*‖²` itself; the outer loss then has to
-    have a minimum, since the phase otherwise ends where its tolerance does, and so does ∇_θ.
-    docs/least-control.md derives it all.
+    exactly for `DynamicInversion` and `EnergyInversion`, with any solver. For b → 0 (weak gains, a
+    strong leak) this minimum is the outer loss of the settled φ, and ∇_θ is its gradient, as in
+    recurrent backpropagation, with an error of O(b). The division by b makes learning rates
+    comparable between all b. Without a leak b is infinite, and ∇_θ is the gradient of `½‖ψ*‖²`
+    itself; the outer loss must then have a minimum, or the tolerance of the phase determines φ* and
+    ∇_θ. docs/least-control.md has the derivations.
 
     Attributes:
-        controller: leads φ: `DynamicInversion`, `EnergyInversion` or `LinearFeedback`.
-        start: where the controlled phase begins. `free` settles the free phase first, which is
-            reported as ever. `params` is one phase in all: `MetaGradient.params` and `outer_loss`
-            are then those of the controlled equilibrium.
-        difference: take the mixed derivative `(∂_θ velocity)ᵀ ψ*` as a central difference, that
-            of `∂L_in/∂θ` between `φ* ± difference ψ*/b`, for which first-order gradients do. None
-            differentiates twice, where θ acts through the model of an inner loss: not where it
-            acts through a regulariser alone.
+        controller: `DynamicInversion`, `EnergyInversion` or `LinearFeedback`.
+        start: the start of the controlled phase. `free` runs and reports a free phase first.
+            `params` runs the controlled phase alone: `MetaGradient.params` and `outer_loss` are
+            then those of the controlled equilibrium.
+        difference: compute the mixed derivative `(∂_θ velocity)ᵀ ψ*` as a central difference of
+            `∂L_in/∂θ` between `φ* ± difference ψ*/b`, from first-order gradients. None
+            differentiates twice if θ acts through the model of an inner loss, but not if it acts
+            only through a regulariser.
 
     Raises:
-        ConfigurationError: from `meta_gradient`, a controller without leak where the outer loss
-            depends on θ directly; a difference where there is no inner loss to take it of.
-        SettlingError: from `meta_gradient`, where learner and controller together are unstable.
-        DoubleBackwardError: from `meta_gradient`, where an inner loss has no second derivative.
+        ConfigurationError: from `meta_gradient`, a controller without leak if the outer loss
+            depends on θ directly; a difference if there is no inner loss.
+        SettlingError: from `meta_gradient`, if learner and controller together are unstable.
+        DoubleBackwardError: from `meta_gradient`, if an inner loss has no second derivative.
 
     Example:
         >>> import torch, equigrad as eg
@@ -87,7 +87,7 @@ class LeastControl(Estimator):
     difference: Annotated[Positive | None, Rule(remedy="try 1.0")] = None
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Refuse an outer loss that a controller without leak cannot weigh."""
+        """Refuse an outer loss with a direct dependence on θ if the controller has no leak."""
         super().check(evaluation, solver)
         require(
             self.difference is None or evaluation.problem.symmetric,
@@ -104,7 +104,7 @@ class LeastControl(Estimator):
             )
 
     def check_settled(self, evaluation: Evaluation) -> None:
-        """Refuse a free phase that would not be used."""
+        """Raise if a free phase is given but not used."""
         super().check_settled(evaluation)
         require(
             self.start == "free",
@@ -113,7 +113,7 @@ class LeastControl(Estimator):
         )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
-        """Settle under control, and take the mixed derivative along it."""
+        """Settle under control, and take the mixed derivative along the control."""
         controller = self.controller
         who = f"LeastControl(controller={type(controller).__name__})"
         free = evaluation.settle(solver) if self.start == "free" else None
@@ -153,5 +153,5 @@ class LeastControl(Estimator):
             moved = {name: p + step * control[name] for name, p in settled.params.items()}
             sides.append(replace(settled, params=moved))
         weight = 0.5 / self.difference
-        # what the outer loss contributes by β is no part of the velocity
+        # the velocity does not contain the outer loss's contribution by β
         return evaluation.contrast(sides, [weight, -weight], direct={})

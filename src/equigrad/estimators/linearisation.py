@@ -1,4 +1,4 @@
-"""The residual at a settled state, ready to be differentiated once more."""
+"""The linearised residual at a settled state, for products with its derivatives."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from equigrad.solvers import Settled
 from equigrad.vectors import flatten, unflatten
 
 DONATED = "donated buffer"
-"""What torch says where a compiled function's backward frees what a second one would need."""
+"""Torch's message if the backward of a compiled function freed what a second one would need."""
 
 NO_SECOND_DERIVATIVE = (
     "is not implemented",  # fused attention, cuDNN recurrent networks
@@ -25,30 +25,30 @@ NO_SECOND_DERIVATIVE = (
     "forward AD",  # fused attention in forward mode
     "forward mode AD",  # compiled functions in forward mode
 )
-"""What torch says where a gradient cannot be differentiated again."""
+"""Torch's messages if a gradient cannot be differentiated again."""
 
 
 class Linearisation:
-    """Products with the derivatives of the residual where a phase ended.
+    """Products with the derivatives of the residual at the end of a phase.
 
-    The residual r is `∂L_in/∂φ` of a `Bilevel`, `φ - F(φ, θ)` of a `FixedPoint`. Vectors over φ
-    are flat tensors of `size` entries, parameter after parameter. The residual's graph is kept
-    where there is one batch, and built anew for each product where there are several, so that
-    memory does not grow with their number, and where compiled functions free what a second
-    backward would need.
+    The residual r is `∂L_in/∂φ` for a `Bilevel` and `φ - F(φ, θ)` for a `FixedPoint`. Vectors over
+    φ are flat tensors of `size` entries, one parameter after another. With one batch, the graph of
+    the residual is kept. It is rebuilt for each product if there are several batches, so that
+    memory does not grow with their number, or if compiled functions free what a second backward
+    would need.
 
     Args:
-        evaluation: evaluates, and counts two gradient evaluations a product and batch.
-        at: where the phase ended.
-        who: the estimator's name, for the error message.
+        evaluation: evaluates the residual, and counts two gradients for each product and batch.
+        at: the end of the phase.
+        who: the estimator's name, for error messages.
 
     Raises:
-        DoubleBackwardError: from any product, where an operation of the model has no second
+        DoubleBackwardError: from any product, if an operation of the model has no second
             derivative.
     """
 
     accuracy: ClassVar[float] = 0.0
-    """Of a product beyond rounding; see `ContrastProducts`."""
+    """The error of a product beyond rounding; see `ContrastProducts`."""
 
     largest: ClassVar[float] = 0.0
 
@@ -68,12 +68,12 @@ class Linearisation:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The inner parameters where the phase ended."""
+        """The inner parameters at the end of the phase."""
         return list(self._params.values())
 
     @property
     def samples(self) -> bool:
-        """Whether the first dimension is one of samples that settle on their own."""
+        """Whether the first dimension counts samples that settle independently."""
         return self._evaluation.problem.samples
 
     @property
@@ -87,13 +87,13 @@ class Linearisation:
         return self._evaluation.problem.symmetric
 
     def product(self, vector: Tensor) -> Tensor:
-        """`(∂r/∂φ)ᵀ vector`, which is `(∂²L_in/∂φ²) vector` where there is an inner loss."""
+        """`(∂r/∂φ)ᵀ vector`, which for an inner loss is `(∂²L_in/∂φ²) vector`."""
         return checked(flatten(self._product(vector, list(self._params.values()))), vector)
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
         """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter.
 
-        Where θ acts through the regulariser alone, nothing else is differentiated twice.
+        If θ acts only through the regulariser, the model is not differentiated twice.
         """
         meta = list(self._meta.values())
         inner = self._evaluation.reaches.functions["inner"]
@@ -142,7 +142,7 @@ class Linearisation:
     def _narrow_product(
         self, vector: Tensor, dtype: torch.dtype, leaves: list[Tensor]
     ) -> list[Tensor]:
-        """The product where params have 16 bits and the vector more, scaled against overflow."""
+        """The product of 16-bit params with a wider vector, scaled against overflow."""
         largest = vector.abs().max()
         scale = torch.where(largest > 0, largest, torch.ones_like(largest))
         return [
@@ -150,7 +150,7 @@ class Linearisation:
         ]
 
     def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
-        """The residual with its graph, batch after batch."""
+        """The residual with its graph, for each batch in turn."""
         if self._kept is not None:
             yield self._kept
             return
@@ -163,10 +163,10 @@ class Linearisation:
 
 
 def checked(product: Tensor, vector: Tensor) -> Tensor:
-    """A product with `∂r/∂φ`, which has to be finite where its vector is no large one.
+    """A product with `∂r/∂φ`, checked to be finite unless its vector is large.
 
     Raises:
-        CurvatureError: it is not.
+        CurvatureError: it is not finite.
     """
     if not torch.isfinite(product).all():
         largest = vector.abs().max().item()
@@ -182,7 +182,7 @@ def checked(product: Tensor, vector: Tensor) -> Tensor:
 
 @contextmanager
 def second_derivatives(evaluation: Evaluation, who: str) -> Iterator[None]:
-    """Say it clearly where a model has no second derivative, and what works without."""
+    """Explain the error of a model without second derivative, and name what works without."""
     try:
         yield
     except RuntimeError as error:

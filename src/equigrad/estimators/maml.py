@@ -1,4 +1,4 @@
-"""MAML."""
+"""MAML: an initialisation learned by differentiating through the learner's steps."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from equigrad.estimators.unrolled import Unrolled
 
 @dataclass(frozen=True, kw_only=True)
 class MAML(Unrolled):
-    r"""Model-agnostic meta-learning: an initialisation from which few steps do well.
+    r"""Model-agnostic meta-learning, which learns an initialisation for fast adaptation.
 
         ∇_θ = d/dθ L_out(φ_T),   φ_0 = θ,   φ_{t+1} = φ_t - η ∂L_in/∂φ(φ_t)
 
-    (Finn, Abbeel, Levine 2017). It is `Unrolled` under its name in that field, and asks that
-    `params` be computed from `meta_params`: pass the same dictionary as both.
+    (Finn, Abbeel, Levine 2017). It is `Unrolled` under its name in few-shot learning, and requires
+    that `params` be computed from `meta_params`: pass the same dictionary as both.
 
     Raises:
-        ProblemError: from `meta_gradient`, where `params` do not depend on `meta_params`.
+        ProblemError: from `meta_gradient`, if `params` do not depend on `meta_params`.
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(

@@ -18,19 +18,19 @@ class NeumannSeries(Implicit):
 
         H⁻¹ g ≈ α Σ_{k<K} (I - αH)^k g,    H = ∂²L_in/∂φ²   or   (I - ∂F/∂φ)ᵀ
 
-    Equal to what K matched, infinitesimally nudged gradient steps of size α give at equilibrium.
-    On a `FixedPoint`, α = 1 makes it recurrent backpropagation (Almeida 1987, Pineda 1987):
-    `x ← (∂F/∂φ)ᵀ x + g`. What remains of the system, `g - H x = (I - αH)^K g`, is known
-    at no cost, and named where it is more than `tol` of g.
+    It equals the contrast of K matched gradient steps of size α with infinitesimal nudge, at
+    equilibrium. For a `FixedPoint` with α = 1 it is recurrent backpropagation (Almeida 1987, Pineda
+    1987): `x ← (∂F/∂φ)ᵀ x + g`. The residual of the system, `g - H x = (I - αH)^K g`, is known at
+    no cost, and is reported if it exceeds `tol` times g.
 
     Attributes:
         terms: K.
-        alpha: step size α. By default 1 for a map, and 1/L for an inner loss, L the largest
-            curvature, found by power iteration.
-        tol: the share of g that may remain without being named.
+        alpha: step size α. The default is 1 for a map, and 1/L for an inner loss, where L is the
+            largest curvature, found by power iteration.
+        tol: share of g that may remain without a report.
 
     Raises:
-        CurvatureError: from `meta_gradient`, where the series does not contract.
+        CurvatureError: from `meta_gradient`, if the series does not converge.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -52,7 +52,7 @@ class NeumannSeries(Implicit):
         alpha = self.alpha or (1 / largest_curvature(linear, pressure) if linear.symmetric else 1)
         x, term = torch.zeros_like(pressure), pressure.clone()
         size = pressure.norm().item()
-        # symmetric terms never grow where the series converges; others may, before they shrink
+        # for a symmetric matrix, the terms of a convergent series never grow; others may at first
         growth = 1.01 if linear.symmetric else 1e6
         for k in range(self.terms):
             x += alpha * term
@@ -75,7 +75,7 @@ class NeumannSeries(Implicit):
 
 
 def largest_curvature(linear: Linear, start: Tensor, iterations: int = 20) -> float:
-    """The Hessian's largest eigenvalue by power iteration, with a tenth to spare."""
+    """The Hessian's largest eigenvalue by power iteration, plus a margin of a tenth."""
     generator = torch.Generator(device=start.device).manual_seed(0)
     noise = torch.randn(start.shape, generator=generator, device=start.device, dtype=start.dtype)
     vector = noise / noise.norm()

@@ -1,4 +1,4 @@
-"""The nudged phases of a contrast, and where they stood half-way."""
+"""The nudged phases of a contrast, and their states half-way."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from equigrad.randomness import Stream
 from equigrad.solvers import Settled, Solver
 
 HALF_WAY = 10
-"""Under a tolerance a phase is half-way where so many times the last residual is left."""
+"""Under a tolerance a phase is half-way when its residual is this many times the final one."""
 
 
 @dataclass(frozen=True)
 class NudgedPhases:
-    """Phases that start at the free solution and end after equally many steps.
+    """Phases that start at the free solution and take the same number of steps.
 
     Attributes:
-        evaluation: settles and counts.
+        evaluation: runs the phases and counts gradients.
         free: the free solution.
-        solver: settles the phases.
-        keep_momentum: go on with the free phase's solver state, or start anew.
-        force: a constant `∂L_out/∂φ` in the place of the outer loss, or None.
-        halved: stop half-way and remember where, where that is possible.
+        solver: solver of the phases.
+        keep_momentum: whether to continue with the free phase's solver state or a new one.
+        force: a constant `∂L_out/∂φ` that replaces the outer loss, or None.
+        halved: whether to record the phases half-way, where that is possible.
     """
 
     evaluation: Evaluation
@@ -36,14 +36,15 @@ class NudgedPhases:
     def run(
         self, betas: Sequence[complex], *, matched: bool
     ) -> tuple[list[Settled], list[Settled] | None]:
-        """Settle a phase for every nudging strength.
+        """Run a phase for every nudging strength.
 
         Args:
-            betas: the strengths; with one of zero, the phase is the free one, or a matched one.
-            matched: run all phases for equally many steps: until each nudged one has settled.
+            betas: the strengths; the phase of a strength of zero is the free or a matched one.
+            matched: whether all phases take the same number of steps, until each nudged phase has
+                settled.
 
         Returns:
-            Where the phases ended, and where they stood half-way, if that is known of all.
+            The ends of the phases, and their states half-way if these are known for all.
         """
         ends: dict[complex, Settled] = {}
         halves: dict[complex, Settled] = {}
@@ -63,7 +64,7 @@ class NudgedPhases:
         else:
             ends[0] = halves[0] = self.free
         known = all(beta in halves for beta in betas)
-        # nobody goes on from here, and the states may be large
+        # no phase continues from here, and solver states may be large
         forget = [dataclasses.replace(ends[beta], solver_state=None) for beta in betas]
         return forget, [halves[beta] for beta in betas] if known else None
 
@@ -82,17 +83,17 @@ class NudgedPhases:
 
     @property
     def _halved(self) -> bool:
-        """Whether phases are looked at half-way.
+        """Whether the phases are recorded half-way.
 
-        Where one converges in the middle of its passes over mini-batches, its place in the pass
-        would differ from that of the free phase.
+        Not if a phase may converge within a pass over its mini-batches, where its position in the
+        pass would differ from that of the free phase.
         """
         streams: tuple[Stream, ...] = ("inner", "outer")
         passes = max(len(self.evaluation.batch_steps(stream)) for stream in streams)
         return self.halved and not self.solver.jumps and (passes == 1 or self.solver.tol is None)
 
     def _onward(self, beta: complex, half: Settled | None) -> Settled:
-        """To the end of a phase, from half-way or from the free solution."""
+        """Run a phase to its end, from half-way or from the free solution."""
         if half is None:
             return self._settle(beta, self.free, keep=self.keep_momentum)
         limit, done = self.solver.max_steps, half.phase.steps
@@ -108,7 +109,7 @@ class NudgedPhases:
         return _joined(half, end)
 
     def _further(self, beta: complex, state: Settled, steps: int) -> Settled:
-        """So many steps more, from where the phase stands in the pass over its mini-batches."""
+        """Take further steps from the phase's current position in its pass over mini-batches."""
         if steps < 1:
             return state
         paused = dataclasses.replace(state.phase, outcome="stopped")
@@ -139,7 +140,7 @@ class NudgedPhases:
 
 
 def _joined(first: Settled, second: Settled) -> Settled:
-    """The end of two parts of a phase, reported as that of one."""
+    """The end of the second part of a phase, reported as the end of both."""
     phase = dataclasses.replace(
         second.phase,
         steps=first.phase.steps + second.phase.steps,

@@ -17,17 +17,18 @@ class Nystrom(Implicit):
 
         H_k = C W⁺ Cᵀ,   C = H[:, S],  W = H[S, S],   S: k coordinates drawn at random
 
-    so that, by Woodbury's identity, `x = (g - C (ρW + CᵀC)⁻¹ Cᵀ g) / ρ`. No iteration, and a
-    bounded inverse whatever the Hessian; what H has beyond the sampled columns is taken for zero.
+    so that, by Woodbury's identity, `x = (g - C (ρW + CᵀC)⁻¹ Cᵀ g) / ρ`. This takes no iteration,
+    and its inverse is bounded for any Hessian; the part of H that the sampled columns do not span
+    is taken to be zero.
 
     The damping is relative, so that the gradient does not depend on the units of the inner loss:
-    `ρ = damping ‖C‖₂`, where the largest singular value of the sampled columns is at most the
-    largest curvature, and close to it where they see its direction.
+    `ρ = damping ‖C‖₂`. The largest singular value of the sampled columns is at most the largest
+    curvature, and close to it if the columns see its direction.
 
     Attributes:
-        rank: k, Hessian-vector products; at most the number of inner parameters is used.
-        damping: `ρ / ‖C‖₂` > 0: what has less curvature than ρ is taken to have ρ.
-        seed: draws the coordinates.
+        rank: k, the number of Hessian-vector products, at most that of the inner parameters.
+        damping: `ρ / ‖C‖₂` > 0: directions with less curvature than ρ are treated as having ρ.
+        seed: seed of the random coordinates.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -56,6 +57,6 @@ class Nystrom(Implicit):
         columns = torch.stack([linear.product(unit) for unit in units], dim=1)
         damping = self.damping * (torch.linalg.matrix_norm(columns, 2).item() or 1.0)
         inner = damping * columns[sample] + columns.T @ columns
-        # a pseudo-inverse: sampled columns may depend on each other
+        # a pseudo-inverse, since sampled columns may be linearly dependent
         weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
         return Solution((pressure - columns @ weights) / damping)

@@ -1,4 +1,4 @@
-"""A few damped steps from the settled state, differentiated."""
+"""Phantom gradients: a few damped steps from the settled state, differentiated."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,20 +18,19 @@ class PhantomGradient(Estimator):
 
         ∇̂_θ = d/dθ L_out(φ_k(θ), θ),    φ_{t+1} = φ_t - τ r(φ_t, θ) = (1-τ) φ_t + τ F(φ_t, θ)
 
-    where φ_0 is where the free phase ended, held constant, and r is `φ - F(φ, θ)` of a
-    `FixedPoint` or `∂L_in/∂φ` of a `Bilevel`. At an exact equilibrium, all φ_t are the same and
-    this is `NeumannSeries(terms=k, alpha=τ)`. Elsewhere the steps settle φ a little further, and
-    the derivative is that of what they do. With one step and τ = 1 it is Jacobian-free
-    backpropagation.
+    where φ_0 is the end of the free phase, held constant, and r is `φ - F(φ, θ)` for a `FixedPoint`
+    or `∂L_in/∂φ` for a `Bilevel`. At an exact equilibrium all φ_t are the same, and the result is
+    that of `NeumannSeries(terms=k, alpha=τ)`. Elsewhere the steps settle φ further, and are
+    themselves differentiated. With one step and τ = 1 this is Jacobian-free backpropagation.
 
     Attributes:
-        steps: k; all of them are kept in memory.
+        steps: k; all steps are kept in memory.
         damping: τ in (0, 1].
 
     Raises:
-        ConfigurationError: a value outside its range.
-        DoubleBackwardError: from `meta_gradient`, where an operation of the model of an inner loss
-            has no second derivative.
+        ConfigurationError: a value is out of range.
+        DoubleBackwardError: from `meta_gradient`, if an operation of the model of an inner loss has
+            no second derivative.
 
     Example:
         >>> PhantomGradient(steps=5, damping=0.5).steps
@@ -50,7 +49,7 @@ class PhantomGradient(Estimator):
     damping: Damping = 0.5
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
-        """Settle, take the steps, and differentiate the outer loss where they end."""
+        """Settle, take the steps, and differentiate the outer loss at their end."""
         free = evaluation.settle(solver)
         evaluation = evaluation.holding(free)
         params = {name: p.detach().requires_grad_() for name, p in free.params.items()}

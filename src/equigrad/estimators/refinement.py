@@ -1,4 +1,4 @@
-"""The contrastive rule to an accuracy that is asked for."""
+"""The contrastive rule to a requested accuracy."""
 
 import dataclasses
 import math
@@ -15,39 +15,39 @@ from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
 RATIO = 2
-"""Between the β of a level and that of the next."""
+"""Ratio between the β of a level and that of the next."""
 
 FAR = 8
-"""The same, where answers do not come together as fast as they should."""
+"""The same ratio, if the answers converge more slowly than they should."""
 
 GAIN = 16
-"""How much more accurate a level is than the one before: RATIO⁴."""
+"""Gain in accuracy from one level to the next: RATIO⁴."""
 
 FIRST_SHARE = 2e-2
 """The share of the nudge that the phases of the first level may leave unanswered."""
 
 BEND = 0.1
-"""How much the response to the first β may change the outer force, relative to itself."""
+"""Relative change of the outer force that the response to the first β aims at."""
 
 AHEAD = 8
-"""How much further the free phase is settled than the nudged ones."""
+"""Factor by which the tolerance of the free phase is stricter than that of the nudged ones."""
 
 MOST_NOISE = 0.05
-"""One-sided contrasts that differ by more than this do not do so by noise."""
+"""One-sided contrasts that differ by more than this do not differ by noise alone."""
 
 PATIENCE = 4
-"""Levels in a row without any accuracy, before it is taken that the next ones will be, too."""
+"""Number of successive levels without any accuracy after which refinement gives up."""
 
 ROUNDING = 100
-"""A residual of so many rounding errors of the largest one is at the floor of the dtype."""
+"""A residual of this many rounding errors of the largest one is at the limit of the dtype."""
 
 FACTOR = 64
-"""The first β is changed by at most so much at once."""
+"""The largest factor by which one attempt changes the first β."""
 
 TINY = torch.finfo(torch.float64).tiny
 
 FIRST_LOOK = 20
-"""Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
+"""Steps before the progress of a phase is first checked; this doubles with each check."""
 
 Obstacle = Literal["budget", "rounding", "restless", "lopsided", "apart"]
 
@@ -60,38 +60,38 @@ class Refinement:
         L_in(φ, θ) + β ∂L_out/∂φ(φ_0)·φ,    ∇̂_θ = ∂L_out/∂θ(φ_0)
                                             + [∂L_in/∂θ(φ_β) - ∂L_in/∂θ(φ_-β)] / 2β,
 
-    which has the same derivative at β = 0 as a nudge by the outer loss itself, costs one gradient a
-    step instead of two, is exact for any β where the inner loss is quadratic, and is bounded for β
-    of both signs where the inner loss is strongly convex.
+    which has the same derivative at β = 0 as a nudge by the outer loss itself, costs one gradient
+    in each step instead of two, is exact for any β if the inner loss is quadratic, and is bounded
+    for β of both signs if the inner loss is strongly convex.
 
-    **Levels.** Each level halves β, and settles its phases until a sixteenth of the share of the
-    nudge is left that the level before left. With two levels the error of order β² is taken out
-    (Richardson), so that both errors of Theorem 2 (Zucchet et al.), that of finite β and that of
-    unsettled phases, fall sixteen times a level. Where answers come together more slowly, β falls
-    eight times. The force is taken anew at each level, from a free phase that is settled on, too.
+    **Levels.** Each level halves β, and settles its phases until the share of the nudge that is
+    left unanswered is a sixteenth of that of the level before. Richardson extrapolation from two
+    levels removes the error of order β², so that both errors of Theorem 2 (Zucchet et al.), from
+    finite β and from unsettled phases, fall by a factor of sixteen in each level. If the answers
+    converge more slowly, β falls by a factor of eight. The free phase is settled further at each
+    level as well, and the force computed again.
 
-    **The error** of an answer is measured by the next: it is what the two differ by, since the next
-    is so much more accurate. The answer that was measured is returned, not the one that measured
-    it, whose own error is not known. Where the phases at β and -β stand on the two sides of a kink,
-    their contrasts with the free phase do not come together as β falls, and their difference is
-    taken for the error.
+    **The error** of an answer is its difference to the next answer, which is much more accurate.
+    The answer whose error was measured in this way is returned, and not the next one, whose own
+    error is unknown. If the phases at β and -β are on different sides of a kink, their contrasts
+    with the free phase do not converge to each other as β falls, and their difference is taken to
+    be the error.
 
-    **A stricter tolerance** goes on along the same way: nothing but the end of it depends on
-    `rtol`. Its answer is thus no worse than that of a looser one.
+    **A stricter tolerance** repeats the levels of a looser one and adds further ones: only the end
+    depends on `rtol`. Its answer is therefore no worse.
 
-    The first β is the one at which the response changes the force by about a tenth of itself,
-    however the losses are scaled. Later phases start where the parabola through the earlier ones
-    says that they will end. Where no answer comes near another for several levels, which a symmetry
-    of both losses causes (a constant force turns the solution along it), phases are nudged by the
-    outer loss itself.
+    The first β is chosen so that the response changes the force by about a tenth, for any scale of
+    the losses. Later phases start at an extrapolation of earlier ones by a parabola in β. If the
+    answers do not converge for several levels, as with a symmetry of both losses (a constant force
+    turns the solution along it), phases are nudged by the outer loss itself.
 
     Args:
-        evaluation: evaluates and counts.
-        solver: settles; its own limits give way to `rtol` and `budget`.
+        evaluation: runs the phases and counts gradients.
+        solver: solver of the phases; `rtol` and `budget` replace its own limits.
         rtol: relative error to reach.
-        beta: the β to try first.
+        beta: the first β to try.
         budget: gradient evaluations to spend.
-        keep_momentum: whether a new phase goes on with the solver's state.
+        keep_momentum: whether a new phase continues with the solver's state.
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class Refinement:
             error = math.inf if self.obstacle else 0.0
             return Estimate(grads=self.direct, phases=(self.free,), error_estimate=error)
         best, apart = self.refined()
+        # a second attempt, nudged by the outer loss, for symmetries that a constant force breaks;
+        # several outer batches would make its nudge change from step to step
         if self.obstacle == "apart" and len(self.evaluation.batch_steps("outer")) == 1:
             self.obstacle, self.by_force = None, False
             self.share, self.worth = FIRST_SHARE, 1.0
@@ -141,18 +143,18 @@ class Refinement:
                 f"{self.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
             )
         phases = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
-        if best.error <= self.rtol:  # however far they settled, it was enough
+        if best.error <= self.rtol:  # the phases have settled far enough, whatever their tolerance
             phases = [dataclasses.replace(s, phase=enough(s.phase)) for s in phases]
         return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
 
     def refined(self) -> tuple[Answer, float]:
-        """The first answer that is near enough, or the best, and how far the last two are apart."""
+        """The first answer that is accurate enough, or the best, and the difference of the last two."""
         coarse = self.first_pair()
         answer = best = Answer(math.inf, coarse.grads, (coarse,))
         seen, lost = Comparison(), 0
         while not self.obstacle:
             fine = self.next_pair(coarse, seen)
-            if self.obstacle in ("budget", "restless"):  # a pair cut short proves nothing
+            if self.obstacle in ("budget", "restless"):  # an unfinished pair measures no error
                 break
             better = Answer.extrapolated(coarse, fine)
             seen = seen.next(answer, better)
@@ -160,7 +162,8 @@ class Refinement:
             best = min(best, dataclasses.replace(answer, error=seen.error), key=Answer.by_error)
             if seen.error <= self.rtol:
                 break
-            if self.obstacle == "rounding" and seen.near:  # nothing better will measure it
+            # rounding allows no better answer to measure this one's error, so it is extrapolated
+            if self.obstacle == "rounding" and seen.near:
                 last = dataclasses.replace(better, error=seen.error_of_better)
                 best = min(best, last, key=Answer.by_error)
             lost = lost + seen.lost if seen.lost else 0
@@ -172,7 +175,7 @@ class Refinement:
     def next_pair(self, coarse: Pair, seen: Comparison) -> Pair:
         """The pair of the next level."""
         if seen.apart < math.inf:
-            # to settle much further than β is small brings nothing
+            # settling beyond the error of finite β would not improve the answer
             self.share = min(self.share, max(self.share / GAIN, seen.apart / GAIN**3))
         else:
             self.share /= GAIN
@@ -180,7 +183,7 @@ class Refinement:
         return self.pair(beta, *coarse.starts(self.free, beta))
 
     def lose(self, seen: Comparison, beta: float) -> None:
-        """Note that answers do not come together."""
+        """Record as the obstacle that the answers do not converge."""
         if self.obstacle:
             return
         self.obstacle = "lopsided" if seen.error < 2 else "apart"
@@ -190,7 +193,7 @@ class Refinement:
         )
 
     def settle_free(self, beta: float) -> None:
-        """Go on with the free phase until its residual is small beside the nudge."""
+        """Continue the free phase until its residual is small compared with the nudge."""
         while True:
             self.force, self.direct = self.evaluation.outer_gradients(self.free)
             self.force_size = flatten(list(self.force.values())).norm().item()
@@ -202,7 +205,7 @@ class Refinement:
             self.free = self.settle(self.free, 0.0, tol)
 
     def first_pair(self) -> Pair:
-        """A pair at a β whose response bends the outer force by about a tenth."""
+        """The pair at the first β, chosen so that the outer force changes by about a tenth."""
         beta, start = self.beta, self.free
         lowered, hopeless = False, self.obstacle is not None
         while True:
@@ -211,6 +214,7 @@ class Refinement:
             try:
                 plus = self.settle(start, beta, self.tol(beta))
                 bend = self.bend(plus)
+                # raise β if rounding limits the contrast while the response is still linear
                 coarse = self.tol(beta) < self.floor or self.rounding(plus, self.free) > self.share
                 if coarse and bend < BEND / 4 and not (lowered or last or self.spent):
                     self.obstacle = None
@@ -219,7 +223,7 @@ class Refinement:
                 if bend <= 2 * BEND or self.spent or last:
                     mirrored = {n: 2 * p - plus.params[n] for n, p in self.free.params.items()}
                     start = dataclasses.replace(plus, params=mirrored)
-                    # against the force there may be no equilibrium near
+                    # at -β, there may be no equilibrium nearby: limit the attempt
                     limit = 4 * plus.phase.steps + 100
                     minus = self.settle(start, -beta, self.tol(beta), limit)
                     bend = self.bend(minus)
@@ -231,6 +235,7 @@ class Refinement:
             except SettlingError:
                 if last:
                     raise
+            # the response is too large or does not settle: try again with a smaller β
             lowered, self.obstacle = True, None
             beta *= max(1 / FACTOR, 0.5 * min(1.0, BEND / max(bend, TINY)))
             self.settle_free(beta)
@@ -238,20 +243,20 @@ class Refinement:
 
     @property
     def floor(self) -> float:
-        """The residual that rounding may leave; positive."""
+        """The residual, above zero, that rounding may leave."""
         return max(ROUNDING * self.eps * self.largest, TINY)
 
     def bend(self, phase: Settled) -> float:
-        """How much the outer force has changed since the free phase, relative to itself."""
+        """The change of the outer force since the free phase, relative to its size."""
         force, _ = self.evaluation.outer_gradients(phase)
         return relative(force, self.force)
 
     def tol(self, beta: float) -> float:
-        """The residual that a phase at β may leave."""
+        """The residual at which a phase at β has settled."""
         return max(self.share * beta * self.force_size, TINY)
 
     def pair(self, beta: float, plus: Settled, minus: Settled) -> Pair:
-        """Settle the phases at ±β until the share of the nudge that is left is small enough."""
+        """Run the phases at ±β until the share of the nudge that is left is small enough."""
         self.settle_free(beta)
         plus = self.settle(plus, beta, self.tol(beta))
         minus = self.settle(minus, -beta, self.tol(beta))
@@ -276,19 +281,19 @@ class Refinement:
         )
 
     def contrast(self, one: Settled, other: Settled, apart: float) -> dict[str, Tensor]:
-        """The contrast of two phases whose nudges differ by `apart`."""
+        """The contrast of two phases whose nudging strengths differ by `apart`."""
         return self.evaluation.contrast([one, other], [1 / apart, -1 / apart], self.direct)
 
     def rounding(self, plus: Settled, minus: Settled) -> float:
-        """What rounding φ is worth beside the distance between the phases."""
+        """The rounding error of φ relative to the distance between the phases."""
         one, other = flatten(list(plus.params.values())), flatten(list(minus.params.values()))
         moved = (one - other).norm().item()
         return self.eps * one.norm().item() / moved if moved else math.inf
 
     def cancelled(self, pair: Pair) -> float:
-        """What rounding is worth where the contrast is small beside those of other directions.
+        """The relative rounding error if the contrast is small compared with other directions.
 
-        One of them is the response with its elements in reverse order.
+        The other direction is the response with its elements in reverse order.
         """
         other = {}
         for name, plus in pair.plus.params.items():
@@ -302,7 +307,7 @@ class Refinement:
         return (ROUNDING * self.eps * usual / grads.norm()).item() if usual else 0.0
 
     def rounds(self, what: str) -> None:
-        """Note that rounding stands in the way."""
+        """Record rounding as the obstacle."""
         self.obstacle = "rounding"
         self.reason = f"{self.dtype} resolves {what} here"
         if self.dtype != torch.float64:
@@ -314,17 +319,17 @@ class Refinement:
         return self.evaluation.tally.gradient_evaluations >= self.budget
 
     def settle(self, state: Settled, beta: float, tol: float, limit: int | None = None) -> Settled:
-        """Go on with a phase, or start one at a state, until its residual is at most `tol`.
+        """Continue a phase, or start one at a state, until its residual is at most `tol`.
 
-        Gives up where the residual does not get smaller, and says why in `obstacle`; or after as
-        many steps as `limit` says.
+        Gives up after `limit` steps, or if the residual does not fall, with the cause in
+        `obstacle`.
         """
         begun = state.phase if state.phase.beta == beta else None
         keep, chunk = self.keep_momentum or begun is not None, FIRST_LOOK
         before = math.inf
         while True:
             room = self.budget - self.evaluation.tally.gradient_evaluations
-            # a step with a line search takes several gradients
+            # leave room in the budget: a step with a line search takes several gradients
             most = max(1, min(chunk, room // 20, limit or chunk))
             solver = dataclasses.replace(self.solver, tol=tol, max_steps=most)
             state = self.evaluation.settle_nudged(

@@ -1,4 +1,4 @@
-"""What the contrastive rule to an accuracy is made of: pairs of phases, and answers."""
+"""Pairs of nudged phases, and the answers and error estimates that follow from them."""
 
 import dataclasses
 import math
@@ -13,28 +13,29 @@ from equigrad.problems import Params
 from equigrad.solvers import Phase, Settled
 
 SAFETY = 2
-"""Error estimates are so many times what two answers differ by."""
+"""The factor by which an error estimate exceeds the difference of two answers."""
 
 TURNED = 0.4
-"""Responses to β and β/2 that differ by more, relative to β, are not those of one solution."""
+"""Responses per unit of β that differ by a larger share belong to different solutions."""
 
 LEAST_GAIN, MOST_GAIN = 1.25, 16.0
-"""Between which the gain is trusted to go on."""
+"""Bounds of the gain that is assumed of later levels."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The phases at ±β, their contrast, and what is wrong with it.
+    """The phases at ±β, their contrast, and measures of its errors.
 
     Attributes:
         beta: β.
         plus: the phase at β.
         minus: the phase at -β.
         grads: `[∂L/∂θ(φ_β, β) - ∂L/∂θ(φ_-β, -β)] / 2β`.
-        left: the share of the nudge that the phases, or the free one, left unanswered.
-        rounding: what rounding φ is worth beside the distance between the phases.
-        lopsided: relative difference of the contrast with the free phase to this one, of order β.
-        noise: what of that may come from unsettled phases and rounding.
+        left: share of the nudge that the phases, or the free phase, left unanswered.
+        rounding: rounding error of φ relative to the distance between the phases.
+        lopsided: relative difference between this contrast and the one of plus and free, of order
+            β.
+        noise: part of that difference that may come from unsettled phases and rounding.
     """
 
     beta: float
@@ -52,7 +53,7 @@ class Pair:
         return [(p - q) / (2 * self.beta) for p, q in zip(*sides, strict=True)]
 
     def starts(self, free: Settled, beta: float) -> tuple[Settled, Settled]:
-        """Where the phases at another ±β should end, by the parabola through this pair and φ_0."""
+        """The predicted ends at another ±β, by the parabola through this pair and φ_0."""
         ratio = beta / self.beta
         plus, minus = dict(free.params), dict(free.params)
         for name, center in free.params.items():
@@ -70,9 +71,9 @@ class Answer:
     """A meta-gradient, the pairs it is made of, and its estimated relative error.
 
     Attributes:
-        error: the estimate; infinite as long as it is not known.
+        error: the estimate; infinite until it is known.
         grads: the meta-gradient.
-        pairs: one, or a coarse and a fine one.
+        pairs: one pair, or a coarse and a fine one.
     """
 
     error: float
@@ -81,29 +82,29 @@ class Answer:
 
     @classmethod
     def extrapolated(cls, coarse: Pair, fine: Pair) -> Self:
-        """Take the error of order β² out of two pairs."""
+        """Richardson's extrapolation of two pairs, which removes the error of order β²."""
         gain = (coarse.beta / fine.beta) ** 2 - 1
         grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
         return cls(math.inf, grads, (coarse, fine))
 
     def by_error(self) -> float:
-        """To compare answers by."""
+        """The key to compare answers by."""
         return self.error
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an answer differs by from the next, more accurate one.
+    """The comparison of an answer with the next, more accurate one.
 
     Attributes:
         apart: `‖next - answer‖ / ‖next‖`; infinite before there are two answers.
-        sides: relative difference of the two one-sided contrasts, where it does not fall with β as
-            it should: the phases stand on two sides of a kink, or of a ridge.
-        gain: how much further apart the answers before these were.
-        turned: whether the response is not nearly in proportion to β: the phases have left for
+        sides: relative difference of the two one-sided contrasts if it does not fall with β as it
+            should, since the phases are on different sides of a kink or a ridge; else zero.
+        gain: ratio of the previous difference of answers to this one.
+        turned: whether the response is far from proportional to β, since the phases have moved to
             other solutions.
-        rounding: what rounding φ is worth.
-        worth: by what the relative error exceeds the share of the nudge that phases leave.
+        rounding: relative rounding error of φ.
+        worth: ratio of the relative error to the share of the nudge that phases leave.
     """
 
     apart: float = math.inf
@@ -114,7 +115,7 @@ class Comparison:
     worth: float = 1.0
 
     def next(self, answer: Answer, better: Answer) -> Self:
-        """The comparison that follows this one."""
+        """The comparison of the next two answers."""
         coarse, fine = better.pairs
         apart = relative(answer.grads, better.grads)
         sides = fine.lopsided - fine.noise
@@ -130,31 +131,31 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the answer: the sum of all differences to come, if they fall as fast as before."""
+        """The answer's error: the sum of all later differences, if they fall as fast as before."""
         gain = min(max(self.gain, LEAST_GAIN), MOST_GAIN)
         least = max(self.sides, 1.0 if self.turned else 0.0)
         return max(SAFETY * self.apart / (1 - 1 / gain), least) + self.rounding
 
     @property
     def error_of_better(self) -> float:
-        """Of the better answer, where it is trusted to have half the error of the other."""
+        """The error of the better answer, assumed to be half that of the other."""
         return max(SAFETY * self.apart / 2, self.sides) + self.rounding
 
     @property
     def near(self) -> bool:
-        """Whether answers come together about as fast as they should, as far as is known."""
+        """Whether the answers converge about as fast as they should, as far as is known."""
         return not self.turned and self.gain > 2 and (self.apart < 0.5 or self.apart == math.inf)
 
     @property
     def lost(self) -> int:
-        """1 for an answer without accuracy, 2 where its phases stay on two sides, 0 for others."""
+        """1 for an answer without accuracy, 2 if its phases stay on different sides, else 0."""
         if self.error >= 1:
             return 1
         return 2 if self.apart < self.sides / 10 and self.gain < math.inf else 0
 
 
 def enough(phase: Phase) -> Phase:
-    """The report of a phase whose tolerance turned out not to be needed."""
+    """The report of a phase whose tolerance was not needed after all."""
     if phase.outcome == "converged":
         return phase
     return dataclasses.replace(phase, outcome="stopped", tol=None)
@@ -164,7 +165,7 @@ def relative(one: Params, other: Params) -> float:
     """`‖one - other‖ / ‖other‖` over all names.
 
     Raises:
-        SettlingError: it is not finite, though `other` is not zero.
+        SettlingError: the result is not finite, although `other` is not zero.
     """
     found = vectors.relative([*one.values()], [*other.values()])
     if math.isnan(found) or (math.isinf(found) and any(t.any() for t in other.values())):

@@ -1,4 +1,4 @@
-"""A free phase as something that can be differentiated."""
+"""Replays a free phase so that its steps can be differentiated."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from equigrad.solvers import Settled, Solver, settle
 from equigrad.solvers.update_rules import UPDATE_RULES
 
 _NO_VALUE: Any = None
-"""A differentiable solver does not look at the loss."""
+"""A differentiable solver evaluates no loss."""
 
 
 def replay(
@@ -24,20 +24,20 @@ def replay(
     meta_params: Mapping[str, Tensor],
     steps: range,
 ) -> Settled:
-    """Take the solver's own steps so that their graph leads back to what was given.
+    """Take steps of a free phase again, with a graph to params, solver state and θ.
 
-    Every step sees the batch and the random numbers that the free phase shows it.
+    Every step sees the same batch and random numbers as in the free phase.
 
     Args:
-        evaluation: evaluates the residual, with the buffers as it now stands.
-        solver: a differentiable one.
+        evaluation: evaluates the residual, with the current buffers.
+        solver: a differentiable solver.
         params: φ before the first step; all require a gradient.
         state: the solver's state before the first step.
         meta_params: θ.
-        steps: the numbers of the steps to take.
+        steps: numbers of the steps to take.
 
     Returns:
-        The state after the last step, whose params and solver state have their graph.
+        The state after the last step; its params and solver state have their graph.
     """
 
     def velocity(now: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
@@ -60,10 +60,10 @@ def replay(
 
 
 def recorded(solver: Solver, who: str) -> Solver:
-    """A solver that takes the same steps such that they can be differentiated.
+    """A solver that takes the same steps in differentiable form.
 
     Raises:
-        ConfigurationError: they cannot be.
+        ConfigurationError: the solver's steps cannot be differentiated.
     """
     found = solver.recorded()
     if found is None:

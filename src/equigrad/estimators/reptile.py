@@ -1,4 +1,4 @@
-"""Reptile."""
+"""Reptile: an initialisation that moves towards the learner's solutions."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,17 +14,17 @@ from equigrad.solvers import Settled
 
 @dataclass(frozen=True, kw_only=True)
 class Reptile(ThroughStart):
-    r"""Moves the initialisation to where the learner went (Nichol, Achiam, Schulman 2018).
+    r"""Moves the initialisation towards the end of learning (Nichol, Achiam, Schulman 2018).
 
         ∇̂_θ = (∂φ_0/∂θ)ᵀ (φ_0 - φ_T)
 
-    No gradient of the outer loss, which is evaluated and reported but plays no part: a step of
-    descent along it goes from φ_0 towards φ_T. Averaged over tasks and for few small steps, it
-    points where the inner loss falls, and further where its gradients agree between batches.
+    This is not a gradient of the outer loss, which is only evaluated and reported: a descent step
+    along it moves φ_0 towards φ_T. Averaged over tasks, and for few small steps, it reduces the
+    inner loss and increases the agreement of its gradients between batches.
 
     Raises:
-        ProblemError: from `meta_gradient`, where `params` were not computed from `meta_params`, or
-            a meta-parameter acts in another way alone.
+        ProblemError: from `meta_gradient`, if `params` were not computed from `meta_params`, or a
+            meta-parameter acts only in another way.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -43,6 +43,6 @@ class Reptile(ThroughStart):
         return set(evaluation.reaches.start)
 
     def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
-        """The way from the end back to the start."""
+        """The difference from the end to the start."""
         way = {name: p - free.params[name] for name, p in evaluation.params.items()}
         return way, {name: torch.zeros_like(m) for name, m in evaluation.meta_params.items()}

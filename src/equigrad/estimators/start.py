@@ -1,4 +1,4 @@
-"""What is common to estimators that see θ through the initialisation alone."""
+"""The base class of estimators that see θ only through the initialisation."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from equigrad.wording import listed
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughStart(Estimator):
-    """An initialisation is learned, and the settling is taken for a shift of it.
+    """Learns an initialisation, with an approximate adjoint of the start.
 
         ∇̂_θ = (∂φ_0/∂θ)ᵀ a_0 + direct term
 
-    The estimators of this family differ in the adjoint a_0 that they put in the place of
-    `dL_out/dφ_0`. None of them sees how θ acts through the inner loss; where it does, a note says
-    so, and a θ that acts in no other way is refused.
+    The estimators of this family differ in the adjoint a_0 that replaces `dL_out/dφ_0`. None of
+    them sees how θ acts through the inner loss: a note says so if it does, and a θ that acts in no
+    other way is refused.
     """
 
     @abstractmethod
     def adjoint(self, evaluation: Evaluation, free: Settled) -> tuple[Params, Params]:
-        """What stands for `dL_out/dφ_0`, and the direct term, zeros where there is none."""
+        """The replacement for `dL_out/dφ_0`, and the direct term, zero if there is none."""
 
     @abstractmethod
     def sees(self, evaluation: Evaluation) -> set[str]:
-        """The meta-parameters whose path this estimator sees."""
+        """The meta-parameters with a path that this estimator sees."""
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Also refuse a θ that acts on the path that is not seen, and there alone."""
+        """Also refuse a θ that acts only on the path which is not seen."""
         super().check(evaluation, solver)
         unseen = sorted(set(evaluation.meta_params) - self.sees(evaluation))
         who = type(self).__name__

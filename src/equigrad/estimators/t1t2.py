@@ -11,17 +11,17 @@ from equigrad.estimators.implicit import Implicit, Linear, Solution
 
 @dataclass(frozen=True, kw_only=True)
 class T1T2(Implicit):
-    r"""One mixed second derivative at the settled state (Luketina et al. 2016).
+    r"""T1-T2, which takes one mixed second derivative at the settled state (Luketina et al. 2016).
 
         ∇̂_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ ∂L_out/∂φ,    r = ∂L_in/∂φ   or   φ - F(φ, θ)
 
-    The inverse Hessian of implicit differentiation is replaced by the identity, and the error this
-    makes does not shrink with compute, and is not estimated. On a `FixedPoint` it is Jacobian-free
-    backpropagation (Fung et al. 2022), a single backward through the map. Cheap, but needs a double
-    backward wherever θ acts through the model of a loss; `FiniteDifferenceT1T2` does not.
+    The identity replaces the inverse Hessian of implicit differentiation. The error of this does
+    not shrink with compute, and is not estimated. For a `FixedPoint` it is Jacobian-free
+    backpropagation (Fung et al. 2022), a single backward pass through the map. It is cheap, but
+    needs a double backward if θ acts through the model of a loss; `FiniteDifferenceT1T2` does not.
 
     Raises:
-        DoubleBackwardError: from `meta_gradient`, where an operation on the way from θ to the
+        DoubleBackwardError: from `meta_gradient`, if an operation on the path from θ to the
             gradient has no second derivative (fused attention, a compiled model).
     """
 
@@ -36,5 +36,5 @@ class T1T2(Implicit):
     solves: ClassVar[bool] = False
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
-        """The pressure itself."""
+        """The right-hand side itself."""
         return Solution(pressure)

@@ -1,4 +1,4 @@
-"""The estimators side by side, from their own traits."""
+"""The table that compares all estimators, from their traits."""
 
 from equigrad.estimators import ESTIMATORS, Traits
 
@@ -19,11 +19,11 @@ LEGEND = (
     "Hessian, Q an equilibrium, 2 second derivatives. Start: whether θ as the initialisation is "
     "seen, or needed."
 )
-"""What the letters of the table mean."""
+"""The meaning of the letters in the table."""
 
 
 def rows() -> list[tuple[str, ...]]:
-    """A row an estimator, under `HEADINGS`."""
+    """One row for each estimator, under `HEADINGS`."""
     return [(estimator.__name__, *_cells(estimator.traits)) for estimator in ESTIMATORS]
 
 
@@ -48,6 +48,6 @@ def _cells(traits: Traits) -> tuple[str, ...]:
 
 
 def as_markdown() -> str:
-    """The table of the docs."""
+    """The table in Markdown, for the docs."""
     lines = [HEADINGS, tuple("---" for _ in HEADINGS), *rows()]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

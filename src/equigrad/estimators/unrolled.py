@@ -1,4 +1,4 @@
-"""Reverse mode through the settling."""
+"""Reverse-mode differentiation of the solver's steps."""
 
 import dataclasses
 import math
@@ -23,23 +23,23 @@ class Unrolled(Estimator):
         s_{t+1} = Φ(s_t, θ),   a_T = ∂L_out/∂s_T,   a_t = (∂Φ/∂s_t)ᵀ a_{t+1}
         ∇_θ = ∂L_out/∂θ + Σ_t (∂Φ/∂θ)ᵀ a_{t+1} + (∂s_0/∂θ)ᵀ a_0
 
-    where s is φ with the solver's state, and Φ one step of the solver (Maclaurin et al. 2015;
-    truncated, Shaban et al. 2019). Nothing is assumed about an equilibrium; for T → ∞ it is the
-    implicit gradient. θ may be what `params` were computed from.
+    where s is φ with the solver's state, and Φ is one step of the solver (Maclaurin et al. 2015;
+    truncated, Shaban et al. 2019). No equilibrium is assumed; for T → ∞ the result is the implicit
+    gradient. θ may also determine the initial `params`.
 
-    Where all steps are differentiated at once and their number is known, since the solver has no
-    tolerance, the graph is recorded as the phase runs. Otherwise the free phase is settled first
-    and replayed with its graph, segment after segment from the last to the first: a gradient
-    evaluation more for every step.
+    If all steps are differentiated at once and their number is known, because the solver has no
+    tolerance, the graph is recorded while the phase runs. Otherwise the free phase runs first and
+    is replayed with its graph, segment by segment from the last to the first, at the cost of a
+    further gradient for every step.
 
     Attributes:
-        truncation: differentiate the last so many steps; None for all.
-        segment: hold the graph of so many steps at a time, and a copy of φ for every segment; None
-            for the graph of all steps at once. About √T is least memory.
+        truncation: number of last steps to differentiate; None for all.
+        segment: number of steps whose graph is held at a time, with a copy of φ for every segment;
+            None for the graph of all steps at once. About √T needs the least memory.
 
     Raises:
-        ConfigurationError: from `meta_gradient`, where the solver's steps cannot be differentiated.
-        DoubleBackwardError: from `meta_gradient`, where an operation of the model has no second
+        ConfigurationError: from `meta_gradient`, if the solver's steps cannot be differentiated.
+        DoubleBackwardError: from `meta_gradient`, if an operation of the model has no second
             derivative.
 
     Example:
@@ -93,7 +93,7 @@ class Unrolled(Estimator):
             stop = max(first, moment.end_step)
             if stop >= end:
                 continue
-            if stop > moment.end_step:  # up to where the graph begins
+            if stop > moment.end_step:  # up to the start of the graph
                 ahead = stop - moment.end_step
                 moment = evaluation.settle_nudged(
                     moment, solver, 0.0, keep_momentum=True, steps=ahead
@@ -117,7 +117,7 @@ class Unrolled(Estimator):
     def _settle(
         self, evaluation: Evaluation, solver: Solver
     ) -> tuple[Settled, list[Moment], "_Segment | None"]:
-        """The free phase, moments to replay it from, and all of its graph where that is there."""
+        """The free phase, the moments to replay it from, and its whole graph if it was recorded."""
         every = self.segment or self.truncation
         if every is None and solver.tol is None and solver.max_steps is not None:
             start = evaluation.beginning(solver)
@@ -131,7 +131,7 @@ class Unrolled(Estimator):
 
 
 class _Segment:
-    """Some steps of the free phase, with their graph."""
+    """Several steps of the free phase, with their graph."""
 
     def __init__(self, evaluation: Evaluation, solver: Solver, begin: Moment, steps: range) -> None:
         evaluation = evaluation.holding(begin)
@@ -145,7 +145,7 @@ class _Segment:
         self._buffers = evaluation.stage.snapshot()
 
     def settled(self) -> Settled:
-        """Where the steps ended, without their graph."""
+        """The end of the steps, without their graph."""
         return dataclasses.replace(
             self._end,
             params={name: p.detach() for name, p in self._end.params.items()},
@@ -154,7 +154,7 @@ class _Segment:
         )
 
     def pull_back(self, adjoint: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The adjoint of φ and the solver's state before the steps, and what they add for θ."""
+        """The adjoint of φ and the solver's state before the steps, and the contribution for θ."""
         self._evaluation.tally.spend(2 * len(self._steps))
         after = [*self._end.params.values(), *self._end.solver_state]
         pulled = pull_back(after, adjoint, [*self._before, *self._meta.values()])

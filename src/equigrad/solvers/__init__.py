@@ -1,4 +1,4 @@
-"""How a problem settles: one algorithm a file, one loop for all."""
+"""Solvers of the inner problem: one algorithm a file, and one loop for all of them."""
 
 import lazy_loader
 

@@ -17,17 +17,17 @@ class Anderson(Solver):
 
         φ ← φ + d v - (ΔΦ + d ΔV) γ,    γ = argmin ‖v - ΔV γ‖²
 
-    where v = F(φ) - φ is the velocity and the columns of ΔΦ and ΔV are the last moves of φ and the
-    changes of v they made. On an affine map it is GMRES. Where samples settle on their own, each
-    has a γ of its own.
+    where v = F(φ) - φ is the velocity, and the columns of ΔΦ and ΔV are the last changes of φ and
+    of v. On an affine map this is equivalent to GMRES. If samples settle independently, each has
+    its own γ.
 
     Attributes:
-        history: moves that are remembered, twice the size of φ each.
+        history: number of moves that are kept; each takes twice the memory of φ.
         damping: d in (0, 1].
-        regularization: added to the normal equations for γ, as a share of their trace.
+        regularization: ridge in the normal equations for γ, as a share of their trace.
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
 
     Example:
         >>> Anderson(tol=1e-5, max_steps=50).history
@@ -40,7 +40,7 @@ class Anderson(Solver):
     check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: Any = None) -> "_Moves":
-        """No moves; those of another phase tell of another map."""
+        """An empty history; the moves of another phase belong to another map."""
         return _Moves()
 
     def update(
@@ -62,9 +62,9 @@ class Anderson(Solver):
 
 
 class _Moves:
-    """What the last moves changed (samples x history x size), and how these changes overlap.
+    """The last changes of φ and v (samples x history x size), and the inner products of those of v.
 
-    `changes` is ΔV, `undone` is ΔΦ + d ΔV: what γ takes from a step.
+    `changes` is ΔV; `undone` is ΔΦ + d ΔV, from which γ forms the correction of a step.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class _Moves:
 
     @property
     def known(self) -> int:
-        """How many moves there are."""
+        """The number of moves in the history."""
         return min(self.taken, self.changes.shape[1]) if self.taken else 0
 
     def learn(self, v: Tensor, history: int, damping: float) -> None:
-        """Remember the last move by what it changed, in the place of the oldest."""
+        """Add the last move to the history, in the place of the oldest if it is full."""
         if self.last is None:
             return
         if not self.taken:
@@ -104,4 +104,4 @@ class _Moves:
         matrix = overlaps.mT.clone()
         matrix.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
         solved, _ = torch.linalg.solve_ex(at_least_single(matrix), at_least_single(right))
-        return solved.mT.to(v.dtype)  # the ridge has made the matrix regular
+        return solved.mT.to(v.dtype)  # the ridge makes the matrix regular

@@ -1,4 +1,4 @@
-"""Any learner: a function that returns where a loss is smallest."""
+"""A solver that calls any learner: a function that returns a minimiser of a loss."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -16,33 +16,32 @@ from equigrad.vectors import flatten, unflatten
 
 @dataclass(frozen=True)
 class BlackBox(Solver):
-    r"""Settles with any learner, which is called and never differentiated.
+    r"""A solver that settles by calling any learner, which is never differentiated.
 
         φ ← minimize(L, φ),    L = L_in + β L_out
 
-    One step is one call of `minimize(objective, start)`. It is handed the phase's loss as a
-    `FlatObjective`, a function of one flat float64 vector, and the vector to start from; it returns
-    the vector where it ended, or named tensors or arrays. That is the interface of
-    `scipy.optimize.minimize` and of CMA-ES. A learner with losses of its own, such as one of
-    scikit-learn, takes `objective.beta` into its sample weights and θ from
-    `objective.meta_params`; what it minimises has to be the `inner_loss + β outer_loss` of the
-    problem. See docs/any-learner.md.
+    One step is one call of `minimize(objective, start)`. Its arguments are the phase's loss as a
+    `FlatObjective`, a function of one flat float64 vector, and the initial vector; it returns the
+    final vector, or named tensors or arrays. This is the interface of `scipy.optimize.minimize` and
+    of CMA-ES. A learner with its own loss, such as one of scikit-learn, takes β from
+    `objective.beta`, for example into its sample weights, and θ from `objective.meta_params`; it
+    must minimise the problem's `inner_loss + β outer_loss`. See docs/any-learner.md.
 
-    By default a phase is one call. With `max_steps` and `tol`, the learner is called again from
-    where it ended while that at least halves the residual. The residual is looked at before and
-    after a call; only the learner's own gradients cost more.
+    By default a phase is one call. With `max_steps` and `tol`, the learner is called again from its
+    last result as long as a call at least halves the residual. The residual is evaluated before and
+    after each call; further gradients are those that the learner takes.
 
-    The contrast of phases divides their difference by β, and so whatever the learner leaves
-    unsolved or draws at random. Ask it for a far tighter tolerance than β, and have it draw the
-    same numbers at each call: torch's generator for the CPU is seeded here, those of numpy and
-    other libraries are to be seeded by the learner.
+    The contrast of phases divides their difference by β, and with it the learner's remaining error
+    and random fluctuations. Give the learner a tolerance far below β, and let it draw the same
+    random numbers in each call: torch's CPU generator is seeded here, while the learner must seed
+    those of numpy and other libraries.
 
     Attributes:
         minimize: the learner, `(objective, start) -> params`.
-        seed: seeds torch's generator for the CPU before each call, in every phase alike.
+        seed: seed of torch's CPU generator before each call, the same in every phase.
 
     Raises:
-        ConfigurationError: `minimize` is not callable, or a value is outside its range.
+        ConfigurationError: `minimize` is not callable, or a value is out of range.
 
     Example:
         >>> import torch, equigrad as eg
@@ -77,11 +76,11 @@ class BlackBox(Solver):
     seed: int = 0
 
     def continues(self, other: Solver) -> bool:
-        """From any solver: there is no state to go on from."""
+        """True for any solver, since there is no state to continue from."""
         return True
 
     def init(self, params: list[Tensor], previous: Any = None) -> None:
-        """No state."""
+        """An empty state."""
 
     def update(
         self,
@@ -127,47 +126,47 @@ class BlackBox(Solver):
 class FlatObjective:
     """The loss of a phase, `L_in + β L_out`, as a function of one flat vector.
 
-    A vector is a float64 numpy array (a tensor where numpy is not installed) that holds the params
-    one after the other, in their order. Arguments may be arrays, lists or tensors of as many
-    numbers, or mappings from the names of the params to arrays or tensors.
+    A vector is a float64 numpy array (a tensor if numpy is not installed) that holds the params one
+    after the other, in their order. Arguments may be arrays, lists or tensors of that length, or
+    mappings from the names of the params to arrays or tensors.
 
     Raises:
-        ProblemError: an argument that does not fit the params.
+        ProblemError: an argument does not fit the params.
     """
 
     _objective: Objective = field(repr=False)
 
     @property
     def beta(self) -> float:
-        """Nudging strength β of the phase, of either sign; 0 in a free or matched one."""
+        """Nudging strength β of the phase, of either sign; 0 in a free or matched phase."""
         return self._objective.beta.real
 
     @property
     def meta_params(self) -> Params:
-        """A copy of θ of this call, by name."""
+        """A copy of θ, by name."""
         return {name: m.clone() for name, m in self._objective.meta_params.items()}
 
     def value(self, x: Any) -> float:
-        """The loss at `x`, without the cost of a gradient."""
+        """The loss at `x`, without computing a gradient."""
         self._stand_at(x)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return self._objective.loss().item()
 
     def gradient(self, x: Any) -> Any:
-        """The gradient at `x`, a vector."""
+        """The gradient at `x`, as a vector."""
         self._stand_at(x)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return _gradient(self._objective.velocity())
 
     def value_and_gradient(self, x: Any) -> tuple[float, Any]:
-        """Both: what `scipy.optimize.minimize` takes with `jac=True`."""
+        """The loss and its gradient, as `scipy.optimize.minimize` takes them with `jac=True`."""
         self._stand_at(x)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             value, velocity = self._objective()
         return value.item(), _gradient(velocity)
 
     def named(self, x: Any) -> dict[str, Tensor]:
-        """The params that a vector holds, by name, in their shapes and dtypes."""
+        """The params in a vector, by name, in their shapes and dtypes."""
         tensors = self.read(x, "objective.named got")
         leaves = self._objective.params
         return {
@@ -181,11 +180,11 @@ class FlatObjective:
         return _array(flatten([t.detach().cpu().double() for t in tensors]))
 
     def read(self, x: Any, got: str) -> list[Tensor]:
-        """Tensors in the shapes of the params, from whatever form they have.
+        """Tensors in the shapes of the params, from any accepted form.
 
         Args:
             x: a vector, or a mapping from names.
-            got: how an error message begins.
+            got: the beginning of an error message.
         """
         leaves = self._objective.params
         hint = "; return result.x" if hasattr(x, "x") else ""
@@ -205,7 +204,7 @@ class FlatObjective:
 
     @torch.no_grad()
     def move(self, tensors: list[Tensor]) -> None:
-        """Put the phase's params there."""
+        """Set the phase's params to these values."""
         for p, tensor in zip(self._objective.params.values(), tensors, strict=True):
             p.copy_(tensor)
 
@@ -233,7 +232,7 @@ def _tensor(x: Any, got: str, hint: str = "") -> Tensor:
 
 
 def _fitting(tensor: Tensor, shape: torch.Size, got: str) -> Tensor:
-    """In a shape that differs by dimensions of length one at most."""
+    """The value in the param's shape, if the two differ only by dimensions of length one."""
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
         raise ProblemError(
             f"{got} shape {tuple(tensor.shape)}, where {tuple(shape)} is needed; reshape it, or "

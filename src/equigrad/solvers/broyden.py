@@ -12,20 +12,20 @@ from equigrad.solvers.solver import Objective, Solver
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
-    r"""Broyden's good method: a root of the velocity by a quasi-Newton iteration (Broyden 1965).
+    r"""Broyden's good method: a quasi-Newton root search for the velocity (Broyden 1965).
 
         φ ← φ + s,   s = B v,    B ← B + (s - B y) (sᵀB) / (sᵀB y),   y = v_before - v_after
 
-    where v = F(φ) - φ and B, which starts as the identity, approximates the inverse of
-    `I - ∂F/∂φ`. Finds fixed points of maps that do not contract, too. Where samples settle on
-    their own, each has a B of its own.
+    where v = F(φ) - φ and B, initially the identity, approximates the inverse of `I - ∂F/∂φ`. Also
+    finds fixed points of maps that do not contract. If samples settle independently, each has its
+    own B.
 
     Attributes:
-        history: updates of B that are kept, twice the size of φ each; B is the identity again when
-            they are spent.
+        history: number of updates of B that are kept, each of twice the memory of φ; when the
+            history is full, B starts again as the identity.
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
 
     Example:
         >>> Broyden(tol=1e-6, max_steps=100).history
@@ -36,7 +36,7 @@ class Broyden(Solver):
     check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: "_Inverse | None" = None) -> "_Inverse":
-        """The identity, or the approximation in which another phase ended."""
+        """The identity, or the approximation at the end of another phase."""
         return _Inverse(self.history, previous)
 
     def update(
@@ -55,7 +55,7 @@ class Broyden(Solver):
 
 
 class _Inverse:
-    """`B = I + Σ_i left_i right_iᵀ`, sample by sample; factors are samples x history x size."""
+    """`B = I + Σ_i left_i right_iᵀ` for each sample; the factors are samples x history x size."""
 
     def __init__(self, history: int, previous: "_Inverse | None" = None) -> None:
         self.last: tuple[Tensor, Tensor] | None = None
@@ -77,7 +77,7 @@ class _Inverse:
         return vector + torch.bmm(weights.mT, along[:, : self.known]).squeeze(1)
 
     def learn(self, v: Tensor, position: Tensor) -> None:
-        """Update B by what the last step, which led to a position, made of the velocity."""
+        """Update B with the last step and the change of the velocity that it made."""
         if self.last is None:
             return
         before, step = self.last
@@ -88,7 +88,7 @@ class _Inverse:
         change = before - v
         image, row = self.apply(change), self.apply_transposed(step)
         size = (step * image).sum(1, keepdim=True)
-        # a sample that no longer moves has nothing to teach, nor has the rounding of F(φ) - φ
+        # skip samples that no longer move: their changes of v are rounding errors of F(φ) - φ
         eps = torch.finfo(v.dtype).eps
         tiny = step.norm(dim=1, keepdim=True) * image.norm(dim=1, keepdim=True)
         rounding = 2 * eps * position.norm(dim=1, keepdim=True)

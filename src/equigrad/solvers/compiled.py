@@ -1,12 +1,12 @@
-"""Several steps of a phase as one function: by torch's compiler, or as a CUDA graph.
+"""Several solver steps as one function, made by torch's compiler or captured as a CUDA graph.
 
-One evaluation of the velocity is recorded, operation by operation, at the start of every phase; the
-function is looked up by what was recorded. So a loss may be a new closure in every call, and
-whatever it reads (a batch, a flag, a module's mode) may change between phases: tensors are inputs
-of the function, anything else is part of its key.
+At the start of every phase, one evaluation of the velocity is recorded, operation by operation, and
+the recording is the key of a cache of compiled functions. A loss may therefore be a new closure in
+every call, and whatever it reads (a batch, a flag, a module's mode) may change between phases:
+tensors are inputs of the function, and everything else is part of its key.
 
-On a CUDA device the steps are graphs (`equigrad.solvers.graphs`), elsewhere one function that
-torch's compiler has made.
+On a CUDA device the steps are CUDA graphs (`equigrad.solvers.graphs`); on other devices they are
+one function made by torch's compiler.
 """
 
 import dataclasses
@@ -25,39 +25,40 @@ from equigrad.solvers.recording import EAGER, Recording, record, refused
 from equigrad.solvers.solver import Solver
 
 BACKEND = "inductor"
-"""Which of `torch._dynamo.list_backends()` compiles."""
+"""The compiler, one of `torch._dynamo.list_backends()`."""
 
 KEPT = 64
-"""How many compiled functions are kept."""
+"""The largest number of compiled functions that are kept."""
 
 GRAPHS_KEPT = 16
-"""How many phases' CUDA graphs are kept."""
+"""The largest number of sets of CUDA graphs that are kept."""
 
 _compiled: dict[tuple[Any, ...], "InductorSteps"] = {}
 _graphs: dict[tuple[Any, ...], GraphedSteps] = {}
 
 _NO_OBJECTIVE: Any = None
-"""A differentiable solver does not look around."""
+"""A differentiable solver evaluates no objective."""
 
 
 class CompiledSteps:
-    """`solver.check_every` steps at once, on the tensors of one phase.
+    """Takes `solver.check_every` steps at once, on the tensors of one phase.
 
     Args:
-        velocity: of the phase, the same at every step.
+        velocity: velocity of the phase, the same function at every step.
         params: the leaves.
         state: the solver's state.
-        solver: a differentiable one.
+        solver: a differentiable solver.
         step: number of the first step.
-        count: is told how many velocities the phase takes; those that compiling takes are none.
+        count: called with the number of velocities that the phase takes, without those taken to
+            record and check the function.
 
     Attributes:
-        steps: how many it takes.
-        singly: whether it takes one step, too.
+        steps: number of steps in one call.
+        singly: whether it can also take a single step.
 
     Raises:
-        ConfigurationError: the velocity draws random numbers, changes a tensor that is not its
-            own, depends on values of φ by Python's control flow, or cannot be compiled.
+        ConfigurationError: the velocity draws random numbers, changes a tensor that it did not
+            create, uses values of φ in Python's control flow, or cannot be compiled.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class CompiledSteps:
         self.steps = solver.check_every
         self._leaves, self._counted = len(params), count
         moving = [*params.values(), *state]
+        # solvers that differ only in when to stop share one function
         rule = dataclasses.replace(solver, max_steps=1, tol=None)
 
         def recorded() -> tuple[Recording, list[Tensor], tuple[Any, ...]]:
@@ -84,7 +86,7 @@ class CompiledSteps:
         self.singly = solver.compile == "graph" or on_cuda
         known: dict[tuple[Any, ...], Any] = _graphs if self.singly else _compiled
         recording, tensors, key = recorded()
-        if key not in known:  # what is evaluated first may fill caches, and differ by that
+        if key not in known:  # a first evaluation may fill caches and so differ from later ones
             recording, tensors, key = recorded()
         if (function := known.get(key)) is None:
             _make_room(known, GRAPHS_KEPT if self.singly else KEPT, solver)
@@ -97,10 +99,12 @@ class CompiledSteps:
         function.begin(tensors)
 
     def look(self, *, one: bool = False) -> tuple[Tensor, ...]:
-        """The velocity where the phase stands; the steps are taken, but the phase not yet moved.
+        """The velocity at the current position. The steps are computed, but φ is not yet moved.
+
+        The loop can thus stop on this velocity, before any of the steps.
 
         Args:
-            one: take a single step.
+            one: whether to take a single step.
         """
         self._taken = 1 if one else self.steps
         self._counted(1)
@@ -109,10 +113,10 @@ class CompiledSteps:
         return tuple(results[: self._leaves])
 
     def take(self) -> int:
-        """Move the phase to where the steps ended.
+        """Move φ and the state to the end of the steps.
 
         Returns:
-            How many there were.
+            The number of steps.
         """
         self._counted(self._taken - 1)
         torch._foreach_copy_(self._tensors[: len(self._moved)], self._moved)
@@ -120,7 +124,7 @@ class CompiledSteps:
 
 
 def _make_room(known: dict[tuple[Any, ...], Any], limit: int, solver: Solver) -> None:
-    """Forget the oldest function where as many as are kept are there, and say so."""
+    """Drop the oldest function, with a warning, if the cache is full."""
     if len(known) < limit:
         return
     del known[next(iter(known))]
@@ -136,9 +140,9 @@ class InductorSteps:
 
     Args:
         recording: one evaluation of the velocity.
-        tensors: the leaves, the state and the constants, as a phase has them.
-        count: how many leaves there are.
-        solver: a differentiable one.
+        tensors: the leaves, the state and the constants of a phase.
+        count: number of leaves.
+        solver: a differentiable solver.
     """
 
     def __init__(
@@ -151,6 +155,7 @@ class InductorSteps:
             velocities = []
             for _ in range(solver.check_every):
                 velocities.append(recording.replay(leaves, inputs[moving:]))
+                # the update works in place, and the inputs have to keep their values
                 leaves, state = [p.clone() for p in leaves], [s.clone() for s in state]
                 solver.update(leaves, velocities[-1], state, _NO_OBJECTIVE)
             return *velocities[0], *leaves, *state
@@ -158,10 +163,10 @@ class InductorSteps:
         self._function = _compile(run, tensors)
 
     def begin(self, tensors: Sequence[Tensor]) -> None:
-        """A phase begins; nothing is kept of it."""
+        """Begin a phase; this function keeps nothing of a phase."""
 
     def run(self, tensors: Sequence[Tensor], *, one: bool = False) -> Sequence[Tensor]:
-        """The velocity where the steps start, then leaves and state where they end."""
+        """The velocity before the first step, then leaves and state after the last."""
         return self._function(*tensors)
 
 
@@ -175,8 +180,8 @@ def _graphed(
 def _compile(
     run: Callable[..., Sequence[Tensor]], tensors: list[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """A function of tensors by torch's compiler."""
-    from torch._dynamo import lookup_backend  # takes seconds, which only those who compile pay
+    """A function of tensors, compiled by torch."""
+    from torch._dynamo import lookup_backend  # slow to import
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
@@ -196,10 +201,10 @@ def _check(
     solver: Solver,
     step: int,
 ) -> bool:
-    """Compare with as many steps in eager mode: what was not seen cannot have been recorded.
+    """Compare compiled steps with eager ones, to find computations that torch cannot record.
 
     Returns:
-        Whether there was something to compare: steps that diverge at once tell nothing.
+        Whether the comparison is conclusive, which it is not if the steps diverge.
     """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     values, own = list(leaves.values()), [s.clone() for s in state]
@@ -211,6 +216,7 @@ def _check(
         torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm().item()
         for tensors in (torch._foreach_sub(ours, values), torch._foreach_sub(values, start), start)
     )
+    # fused kernels round differently; a lost computation makes a difference of the size of a move
     rounding = 1e3 * torch.finfo(start[0].dtype).eps * (size + moved)
     if off > 1e-3 * moved + rounding:
         raise ConfigurationError(

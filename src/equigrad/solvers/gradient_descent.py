@@ -20,23 +20,24 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientDescent(Solver):
-    """Gradient descent, with heavy-ball or Nesterov momentum.
+    """Gradient descent with heavy-ball or Nesterov momentum.
 
         m ← μ m + v,    φ ← φ + η (v + μ m)   with nesterov,   φ ← φ + η m   without,
 
-    where `v = -∂L/∂φ` is the velocity: the rule of `torch.optim.SGD`, in a few fused calls a step.
-    For a `FixedPoint`, `v = F(φ, θ) - φ`: η = 1 without momentum iterates the map, η < 1 damps it.
+    where `v = -∂L/∂φ` is the velocity: the rule of `torch.optim.SGD`, with a few fused calls in
+    each step. For a `FixedPoint`, `v = F(φ, θ) - φ`: η = 1 without momentum iterates the map, and
+    η < 1 damps it.
 
     Attributes:
-        lr: step size η > 0, or a function `(meta_params, step)` that gives it: a schedule, or what
-            is learned. A number for all params, or a dictionary by their names with one for each,
-            or one for every weight. Estimators that differentiate the steps (`Unrolled`, `MAML`,
-            `ForwardMode`) have its derivative.
+        lr: step size η > 0, or a function `(meta_params, step)` that returns it: a schedule, or a
+            learned step size. It is a number for all params, or a dictionary by their names with a
+            number for each param or for each of its weights. Estimators that differentiate the
+            steps (`Unrolled`, `MAML`, `ForwardMode`) compute its derivative.
         momentum: μ in [0, 1), or such a function.
-        nesterov: look ahead along the momentum (Nesterov 1983, in Sutskever's form).
+        nesterov: whether to look ahead along the momentum (Nesterov 1983, in Sutskever's form).
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
 
     Example:
         >>> GradientDescent(lr=0.1, momentum=0.9, nesterov=True, max_steps=500, tol=1e-6).lr
@@ -63,12 +64,12 @@ class GradientDescent(Solver):
         )
 
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
-        """Those of the step size and the momentum that are functions."""
+        """The step size and the momentum, where they are functions."""
         given = {"lr": self.lr, "momentum": self.momentum}
         return {name: setting for name, setting in given.items() if callable(setting)}
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
-        """Momentum buffers: zero, or a copy of those of an earlier phase."""
+        """Momentum buffers: zeros, or copies of those of an earlier phase."""
         if self.momentum == 0:
             return []
         if previous:
@@ -104,7 +105,7 @@ class GradientDescent(Solver):
         state: list[Tensor],
         objective: Objective,
     ) -> None:
-        """One step whose settings may differ between params, and have a graph."""
+        """One step with settings that may differ between params and may have a graph."""
         rates = settings("lr", self.lr, objective)
         momenta = settings("momentum", self.momentum, objective)
         for i, (p, v) in enumerate(zip(params, velocity, strict=True)):

@@ -17,15 +17,15 @@ class GradientFlow(Solver):
 
         φ ← φ + (dt/τ) velocity(φ, θ)
 
-    For a loss this is its gradient flow, for a map a leaky network of time constant τ.
+    For a loss this is its gradient flow; for a map, a leaky network with time constant τ.
 
     Attributes:
-        dt: time of a step, in the unit of τ.
-        tau: time constant τ of all parameters, or by name (those not named have 1).
+        dt: length of a step in time, in the unit of τ.
+        tau: time constant τ of all parameters, or by name (1 for names that are left out).
 
     Raises:
-        ConfigurationError: a value outside its range; from a phase, a tau for a name that is none
-            of the parameters'.
+        ConfigurationError: a value is out of range; in a phase, tau has a name that no parameter
+            has.
 
     Example:
         >>> GradientFlow(dt=0.1, max_steps=500, tol=1e-4).tau
@@ -39,7 +39,7 @@ class GradientFlow(Solver):
     check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
-        """Nothing is remembered."""
+        """An empty state."""
         return []
 
     def update(

@@ -1,4 +1,4 @@
-"""Steps of a phase as CUDA graphs: recorded kernels, replayed without Python between them."""
+"""Solver steps as CUDA graphs: captured kernels, replayed without Python between them."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,24 +13,25 @@ from equigrad.solvers.recording import EAGER, Recording, refused
 from equigrad.solvers.solver import Solver
 
 Compiler = Callable[[Callable[..., Sequence[Tensor]], list[Tensor]], Callable[..., Any]]
-"""Makes a faster function of tensors, given one and its inputs."""
+"""A compiler: takes a function of tensors and its inputs, and returns a faster function."""
 
 _NO_OBJECTIVE: Any = None
-"""A differentiable solver does not look around."""
+"""A differentiable solver evaluates no objective."""
 
 
 class GraphedSteps:
-    """The steps of a phase as graphs on tensors of their own.
+    """The steps of a phase as CUDA graphs, on tensors of their own.
 
-    There are three: what does not depend on φ, once a phase; `check_every` steps; and one step. All
-    graphs share their memory, so a phase has to have ended before that of another begins.
+    There are three graphs: the part that does not depend on φ, run once a phase; `check_every`
+    steps; and one step. All graphs share one pool of memory, so that a phase must end before
+    another begins.
 
     Args:
         recording: one evaluation of the velocity.
-        tensors: the leaves, the solver's state and all constants, as a phase has them.
-        count: how many leaves there are.
-        solver: a differentiable one.
-        compiler: makes what is captured faster; as it was recorded where None.
+        tensors: the leaves, the solver's state and all constants of a phase.
+        count: number of leaves.
+        solver: a differentiable solver.
+        compiler: compiles the velocity before it is captured; None to capture it as recorded.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class GraphedSteps:
 
         def move(steps: int) -> tuple[Tensor, ...]:
             first = velocity(*inputs)
-            kept = tuple(v.clone() for v in first)  # a velocity may be a view of a leaf
+            kept = tuple(
+                v.clone() for v in first
+            )  # a velocity may be a view of a leaf, which moves
             solver.update(leaves, tuple(first), state, _NO_OBJECTIVE)
             for _ in range(steps - 1):
                 solver.update(leaves, tuple(velocity(*inputs)), state, _NO_OBJECTIVE)
@@ -69,12 +72,12 @@ class GraphedSteps:
         self._one = _capture(lambda: move(1))
 
     def begin(self, tensors: Sequence[Tensor]) -> None:
-        """Take over the constants of a phase, and compute what follows from them alone."""
+        """Copy the constants of a phase, and compute what depends on them alone."""
         self._load(tensors)
         self._prepare()
 
     def run(self, tensors: Sequence[Tensor], *, one: bool = False) -> tuple[Tensor, ...]:
-        """The velocity where the steps start, then leaves and state where they end."""
+        """The velocity before the first step, then leaves and state after the last."""
         torch._foreach_copy_(self._moving, list(tensors[: len(self._moving)]))
         velocity = self._one() if one else self._several()
         return *velocity, *self._moving
@@ -86,23 +89,23 @@ class GraphedSteps:
 
 @cache
 def _pool() -> Any:
-    """The memory that all graphs share."""
+    """The memory pool of all graphs."""
     return torch.cuda.graph_pool_handle()
 
 
 def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
-    """What runs again on the same memory, and returns the same tensors, filled anew."""
+    """A function that replays a captured computation and returns the same tensors, filled anew."""
     if not torch.cuda.is_available():
         raise ConfigurationError(f'compile="graph" needs tensors on a CUDA device; {EAGER}')
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side):  # libraries set themselves up, which cannot be captured
+        with torch.cuda.stream(side):  # warm up: initialisation of libraries cannot be captured
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # views, or nothing
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # views launch no kernel
             with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
                 results = run()
     except torch.OutOfMemoryError:
@@ -118,7 +121,7 @@ def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _span(tensor: Tensor) -> Tensor:
-    """The stretch of memory that a tensor looks at, as a vector."""
+    """The memory that a tensor covers, as a vector."""
     if tensor.numel() == 0:
         return tensor.new_empty(0)
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -126,5 +129,5 @@ def _span(tensor: Tensor) -> Tensor:
 
 
 def _with_layout_of(tensor: Tensor) -> Tensor:
-    """A new tensor of the same shape and strides, which may overlap; not filled."""
+    """An uninitialised tensor with the same shape and strides, which may overlap."""
     return torch.empty_like(_span(tensor)).as_strided(tensor.shape, tensor.stride())

@@ -13,34 +13,34 @@ from equigrad.solvers.solver import Objective, Solver
 from equigrad.vectors import flatten, unflatten
 
 RESOLUTION = 1e-2
-"""A loss has risen where it did so by more than this times √ε of its size; rounding does less."""
+"""A loss has risen if it did so by more than this times √ε of its size; rounding does less."""
 
 PATIENCE = 200
-"""Gradients that may bring nothing before a phase has stalled; at the floor, ten line searches."""
+"""Gradients without progress after which a phase has stalled: at least ten line searches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LBFGS(Solver):
-    r"""L-BFGS (Nocedal 1980): few, far-reaching steps for small smooth problems.
+    r"""L-BFGS (Nocedal 1980), which takes few, long steps on small smooth problems.
 
         φ ← φ - t B g,    g = ∂L/∂φ,
 
     where B approximates the inverse Hessian from the last moves and gradient changes. Along the
-    direction `d = -B g`, the line search asks for `|g(t)·d| ≤ ½ |g(0)·d|` and for a loss that has
-    not risen by more than rounding: in the spirit of the approximate Wolfe conditions (Hager, Zhang
-    2005), which go on working where the loss no longer resolves the decrease, so that phases settle
-    to what the dtype allows.
+    direction `d = -B g`, the line search requires `|g(t)·d| ≤ ½ |g(0)·d|` and a loss that has risen
+    by no more than rounding. Like the approximate Wolfe conditions (Hager, Zhang 2005), this still
+    works when the loss no longer resolves the decrease, so that phases settle to the limit of the
+    dtype.
 
-    The loss has to be the same at every evaluation: mini-batches and dropout are not for it. A
-    nudged phase that keeps the free phase's memory knows the curvature from the start, since its
-    loss is nearly the same.
+    The loss has to be the same at every evaluation, without mini-batches or dropout. A nudged phase
+    that keeps the free phase's memory starts with a good curvature estimate, since its loss is
+    nearly the same.
 
     Attributes:
-        history: moves that are remembered, twice the size of φ each.
-        max_evaluations: gradients that one line search may take.
+        history: number of moves that are kept; each takes twice the memory of φ.
+        max_evaluations: the most gradients that one line search may take.
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
 
     Example:
         >>> LBFGS(tol=1e-8).history
@@ -64,7 +64,7 @@ class LBFGS(Solver):
         state: Any,
         objective: Objective,
     ) -> bool:
-        """One iteration: a direction, and how far to go along it."""
+        """One iteration: choose a direction, and search along it."""
         position, gradient = flatten(params), -flatten(velocity)
         if not gradient.any():
             return True
@@ -73,19 +73,20 @@ class LBFGS(Solver):
         slope = gradient.dot(direction).item()
         if state.idles(gradient, slope):
             return False
-        if not slope < 0:  # rounding, or a loss that changes between evaluations
+        if not slope < 0:  # not a descent direction: rounding, or a loss that changes
             state.forget()
             direction, slope = -gradient, -gradient.dot(gradient).item()
         loss = objective()[0].item() if state.loss is None else state.loss
 
         def along(t: float) -> tuple[float, float]:
-            """Loss and slope at `position + t direction`, where the parameters are left."""
+            """Move the parameters to `position + t direction`; return loss and slope there."""
             for p, value in zip(params, unflatten(position + t * direction, params), strict=True):
                 p.copy_(value)
             state.idle += 1
             value, velocity = objective()
             return value.item(), -flatten(velocity).dot(direction).item()
 
+        # without curvature, a first move of length at most one; later the quasi-Newton step
         first = min(1.0, 1 / gradient.abs().sum().item()) if state.empty else 1.0
         eps = torch.finfo(gradient.dtype).eps
         rise = RESOLUTION * eps**0.5 * abs(loss)
@@ -94,15 +95,15 @@ class LBFGS(Solver):
 
 
 class Memory:
-    """The last moves of an L-BFGS, and the inverse Hessian that they tell of.
+    """The last moves of L-BFGS, and the approximate inverse Hessian that follows from them.
 
-    A pair is a move s and the change y of the gradient it made, both scaled so that `s·y = 1`. The
-    inverse Hessian is kept in its compact form (Byrd, Nocedal, Schnabel 1994), in which a direction
-    takes few large operations instead of many small ones.
+    A pair is a move s and the change y of the gradient along it, both scaled so that `s·y = 1`. The
+    inverse Hessian is kept in compact form (Byrd, Nocedal, Schnabel 1994), in which a direction
+    takes a few large operations instead of many small ones.
 
     Attributes:
-        loss: where the parameters are, or None where it is not known.
-        idle: gradients that have brought nothing since one did.
+        loss: the loss at the current parameters; None if it is unknown.
+        idle: number of gradients since the last progress.
     """
 
     def __init__(self, history: int, like: Tensor, previous: "Memory | None" = None) -> None:
@@ -113,15 +114,16 @@ class Memory:
             self._pairs, self._order = previous._pairs.clone(), previous._order
             self._products = previous._products
         else:
-            # rows of s, rows of y; where they stand, the oldest first; s_i·y_j (i ≤ j) and y_i·y_j
+            # `_pairs` has rows of s and of y, `_order` their positions from the oldest to the
+            # newest, and `_products` the matrices s_i·y_j (i ≤ j) and y_i·y_j in that order
             self._pairs = like.new_zeros(2, history, like.numel())
             self.forget()
 
     def idles(self, gradient: Tensor, slope: float) -> bool:
-        """Whether gradient, predicted decrease and loss have not got smaller for long.
+        """Whether gradient, predicted decrease and loss have not improved for long.
 
-        The decrease `½ g·B g` that the memory predicts goes on falling on ill-conditioned problems
-        while the gradient goes up and down and the loss has no more digits.
+        All three are watched: on ill-conditioned problems, the predicted decrease `½ g·B g` keeps
+        falling while the gradient oscillates and the loss no longer changes in its last digit.
         """
         low = math.inf if self.loss is None else self.loss
         seen = [gradient.norm().item(), abs(slope), low]
@@ -132,7 +134,7 @@ class Memory:
         return self.idle > PATIENCE
 
     def forget(self) -> None:
-        """Forget all pairs."""
+        """Drop all pairs."""
         self._pairs.zero_()
         self._order = torch.empty(0, dtype=torch.long, device=self._pairs.device)
         self._products = self._pairs.new_zeros(2, 0, 0)
@@ -143,16 +145,17 @@ class Memory:
         return len(self._order) == 0
 
     def learn(self, position: Tensor, gradient: Tensor) -> None:
-        """Remember the move that led here, if the loss curved upward along it."""
+        """Remember the last move, if the loss curved upward along it."""
         if self._at is not None:
             move, change = position - self._at[0], gradient - self._at[1]
             curvature = move.dot(change).item()
+            # only pairs of positive curvature keep B positive definite
             if curvature > torch.finfo(move.dtype).eps * change.dot(change).item():
                 self._remember(move, change, 1 / math.sqrt(curvature))
         self._at = position, gradient
 
     def _remember(self, move: Tensor, change: Tensor, scale: float) -> None:
-        """Add a pair, in the place of the oldest where all are taken."""
+        """Add a pair, in the place of the oldest if all places are taken."""
         known, history = self._products, self._pairs.shape[1]
         if len(self._order) == history:
             self._order, known = self._order.roll(-1), known[:, 1:, 1:]
@@ -174,6 +177,8 @@ class Memory:
         """`-B g`, where B approximates the inverse Hessian."""
         if self.empty:
             return -gradient
+        # B = last I + S W Sᵀ - last (S R⁻ᵀ Yᵀ + Y R⁻¹ Sᵀ), W = R⁻ᵀ (I + last YᵀY) R⁻¹, where
+        # R is `upper`, YᵀY is `sizes`, and the columns of S and Y are the pairs
         upper, sizes = self._products
         last = 1 / sizes[-1, -1].item()  # s·y / y·y of the last pair
         along_moves, along_changes = self._dot(gradient)
@@ -196,20 +201,21 @@ def search(
     """Find a step with a flatter slope and a loss that has not risen, by bisection and secants.
 
     Args:
-        along: loss and slope at a step; moves the parameters there.
-        loss: at step zero.
-        slope: at step zero, negative.
-        first: the step to try first.
-        rise: what the loss may rise by.
-        evaluations: steps to try at most.
+        along: moves the parameters to a step, and returns loss and slope there.
+        loss: the loss at step zero.
+        slope: the slope at step zero, negative.
+        first: the first step to try.
+        rise: the rise of the loss that is tolerated.
+        evaluations: the most steps to try.
 
     Returns:
-        The loss where the parameters were left; None where even the shortest step tried was
-        refused, and the parameters are back at step zero.
+        The loss where the parameters were left; None if no step was accepted, in which case the
+        parameters are back at step zero.
     """
     low, low_slope, high, t = 0.0, slope, math.inf, first
     for _ in range(evaluations):
         value, here = along(t)
+        # beyond `high` the loss has risen or its slope is positive; at `low` it still falls
         if not math.isfinite(value) or value > loss + rise:
             high, t = t, 0.5 * (low + t)
             continue
@@ -220,6 +226,7 @@ def search(
             t = 2 * t if high == math.inf else 0.5 * (low + high)
         else:
             high = t
+            # the secant's zero of the slope, kept off both ends so that the bracket shrinks
             t = low + (t - low) * min(0.9, max(0.1, low_slope / (low_slope - here)))
     value, _ = along(low)
     return value if low > 0 else None

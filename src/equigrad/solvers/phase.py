@@ -1,4 +1,4 @@
-"""What a phase reports, and where it stands."""
+"""The report of a phase, and the state in which it ended."""
 
 import math
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from equigrad.problems import Params
 
 @dataclass(frozen=True)
 class Phase:
-    """What is reported of one phase.
+    """The report of one phase.
 
     Attributes:
         beta: nudging strength of the phase; 0 for a free one.
         steps: steps taken.
         start_residual: norm of the velocity at the start.
-        residual: norm of the velocity where it was last evaluated: at the settled state where
-            `converged` or where the solver jumps (`BlackBox`), else one step before the end.
-        outcome: `converged` (residual ≤ tol), `not converged` (a tolerance was asked for and not
-            reached), `stalled` (the solver found no step that helps, short of the tolerance) or
-            `stopped` (ran the steps it was given; no tolerance applied).
+        residual: norm of the velocity where it was last evaluated: at the settled state if the
+            phase `converged` or the solver jumps (`BlackBox`), else one step before the end.
+        outcome: `converged` (residual ≤ tol), `not converged` (the tolerance was not reached),
+            `stalled` (the solver found no step that helps, before the tolerance was reached) or
+            `stopped` (ran the given number of steps, without a tolerance).
         tol: the tolerance that applied, or None.
-        residuals: of each sample, where samples settle on their own; `residual` is the largest of
-            those that have not diverged.
-        diverged: the samples whose velocity was no longer finite. They are left where the phase
-            started, and their residual is infinite.
+        residuals: residual of each sample, if samples settle independently; `residual` is the
+            largest of those that have not diverged.
+        diverged: indices of the samples whose velocity was not finite. They are left at their
+            start, and their residual is infinite.
     """
 
     beta: complex
@@ -47,12 +47,12 @@ class Phase:
 
     @property
     def failed(self) -> bool:
-        """Whether it missed its tolerance or, without one, went away from rest; all or in part."""
+        """Whether the phase missed its tolerance, its residual grew, or samples diverged."""
         return self.outcome in ("not converged", "stalled") or self.grew or bool(self.diverged)
 
     @property
     def unsettled(self) -> list[int]:
-        """The samples whose residual is above the tolerance, and those that have diverged."""
+        """Indices of the samples that have diverged or whose residual is above the tolerance."""
         if self.residuals is None or self.tol is None:
             return list(self.diverged)
         return torch.nonzero(~(self.residuals <= self.tol)).flatten().tolist()
@@ -75,11 +75,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Lost:
-    """The samples that have diverged on the way.
+    """The samples that have diverged.
 
     Attributes:
-        samples: their numbers.
-        params: in whose rows they are held from then on.
+        samples: their indices.
+        params: parameters whose rows hold their values from then on.
     """
 
     samples: tuple[int, ...]
@@ -87,19 +87,19 @@ class Lost:
 
 
 Watch = Callable[[int, Params, Any], None]
-"""`(step, params, solver state)`: is shown both as they are before a step; not to change them."""
+"""`(step, params, solver state)`, called before each step; it must not change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """Where a phase stands between two steps: enough to go on from there.
+    """The state of a phase between two steps, from which it can be continued.
 
     Attributes:
-        params: the parameters, detached but where a graph was asked for.
+        params: the parameters, detached unless a graph was requested.
         solver_state: the solver's state (momentum, for example).
-        end_step: number of the step that comes next.
-        buffers: the modules' buffers, as `KeptBuffers.snapshot` takes them.
-        lost: the samples that are held in whatever goes on from there; None where all settle.
+        end_step: number of the next step.
+        buffers: the modules' buffers, as `KeptBuffers.snapshot` returns them.
+        lost: the samples that a continuation holds constant; None if all settle.
     """
 
     params: dict[str, Tensor]
@@ -111,7 +111,7 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Settled(Moment):
-    """Where a phase ended.
+    """The end of a phase.
 
     Attributes:
         phase: the report.
@@ -121,13 +121,13 @@ class Settled(Moment):
 
 
 def resting(params: Params, buffers: tuple[Tensor, ...] = ()) -> Settled:
-    """Params to be looked at as a free phase's end."""
+    """Params in the form of the end of a free phase."""
     phase = Phase(0.0, 0, math.nan, math.nan, "stopped")
     return Settled(params=dict(params), solver_state=None, end_step=0, buffers=buffers, phase=phase)
 
 
 def numbered(samples: list[int]) -> str:
-    """Samples in words, the first five of them by number."""
+    """A description of samples that lists the first five of them."""
     shown = ", ".join(map(str, samples[:5]))
     if len(samples) == 1:
         return f"sample {shown}"

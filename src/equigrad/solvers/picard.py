@@ -1,4 +1,4 @@
-"""Iterate the map."""
+"""Picard's iteration of a map, with optional damping."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,18 +12,18 @@ from equigrad.solvers.solver import Objective, Solver
 
 @dataclass(frozen=True, kw_only=True)
 class Picard(Solver):
-    """Iterates a map, damped where asked for.
+    """Iterates a map, with optional damping.
 
         φ ← (1 - d) φ + d F(φ, θ)
 
-    which converges where F contracts. With d = 1 it is Picard's iteration; d < 1 also settles maps
+    which converges if F contracts. With d = 1 it is Picard's iteration; d < 1 also settles maps
     whose Jacobian has large negative or imaginary eigenvalues.
 
     Attributes:
         damping: d in (0, 1].
 
     Raises:
-        ConfigurationError: a value outside its range.
+        ConfigurationError: a value is out of range.
 
     Example:
         >>> Picard(tol=1e-6, max_steps=200).damping
@@ -36,7 +36,7 @@ class Picard(Solver):
     check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
-        """Nothing is remembered."""
+        """An empty state."""
         return []
 
     def update(

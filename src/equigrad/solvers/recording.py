@@ -1,4 +1,4 @@
-"""What a velocity computes, recorded operation by operation, so that it can be replayed."""
+"""Recordings of the torch operations in a velocity, which can be replayed on other tensors."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,15 +13,15 @@ from equigrad.errors import ConfigurationError, EquigradError
 from equigrad.problems import Params, Velocity
 
 EAGER = "use compile=False"
-"""What serves where steps cannot be recorded."""
+"""Advice for losses that cannot be recorded."""
 
 
 def record(velocity: Velocity, params: Params, step: int) -> "Recording":
-    """One evaluation of the velocity.
+    """Record one evaluation of the velocity.
 
     Raises:
-        ConfigurationError: it draws random numbers, changes a tensor that is not its own, or looks
-            at values of φ by Python's control flow.
+        ConfigurationError: it draws random numbers, changes a tensor that it did not create, or
+            uses values of φ in Python's control flow.
     """
     recording = Recording(params.values())
     try:
@@ -36,19 +36,24 @@ def record(velocity: Velocity, params: Params, step: int) -> "Recording":
 
 
 class Recording(TorchDispatchMode):
-    """Every operation of torch on the way from `inputs` to a result, below autograd.
+    """All torch operations on the way from `inputs` to the results, below autograd.
 
     Attributes:
-        constants: the tensors that were there before, by place.
+        constants: tensors that existed before the recording, by place.
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
-        self._alive = list(inputs)  # an id stands for a tensor only while it is alive
+        self._alive = list(inputs)  # an id identifies a tensor only while the tensor is alive
         self._places = {id(t): i for i, t in enumerate(self._alive)}
+        # places of tensors that depend on φ: Python code must not read their values, since a
+        # replay would repeat what the values of this evaluation led to
         self._dependent = set(self._places.values())
+        # memory that this evaluation allocated, the only one that it may write to: a write
+        # elsewhere would be seen outside, or by the next replay
         self._fresh: set[int] = set()
         self._calls: list[RecordedCall] = []
+        # the memory that each call uses, and that any call rewrites: `split` keeps their order
         self._touched: list[frozenset[int]] = []
         self._rewritten: set[int] = set()
         self._results: tuple[_Place, ...] = ()
@@ -74,13 +79,14 @@ class Recording(TorchDispatchMode):
             )
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if not made and not written:
+        if not made and not written:  # the call gave Python a value: it is part of the key
             if depends and out is not None:
                 raise ConfigurationError(
                     f"compile=True needs losses whose Python code does not look at values that "
                     f"depend on params, and these call {func} (.item(), if, float()); {EAGER}"
                 )
             return out
+        # an output that is a view of an argument is no new memory
         seen = {_storage(t) for t in given}
         self._fresh.update(_storage(t) for t in made if _storage(t) not in seen)
         places = tuple(self._new(t) for t in made)
@@ -106,22 +112,22 @@ class Recording(TorchDispatchMode):
         return place
 
     def close(self, results: Sequence[Tensor]) -> None:
-        """Say what the results are, and let go of everything but the constants."""
+        """Set the results, and release all tensors but the constants."""
         self._results = tuple(self._place(t) for t in results)
         self._alive.clear()
 
     def key(self) -> str:
-        """What was done, in words: equal keys compute the same function."""
+        """The recording in words: equal keys compute the same function."""
         return repr((self._calls, tuple(self.constants), self._results))
 
     def replay(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same operations on other tensors."""
+        """Run the recorded operations on other tensors."""
         return self.results(self._calls, inputs, dict(zip(self.constants, constants, strict=True)))
 
     def split(self) -> tuple[list["RecordedCall"], list["RecordedCall"]]:
         """The calls that depend on constants alone, and all others.
 
-        A call on memory that any call writes to is none of the first: it is done in its place.
+        A call that shares memory with a call that writes is among the others, which run in order.
         """
         known = set(self.constants)
         once: list[RecordedCall] = []
@@ -139,7 +145,7 @@ class Recording(TorchDispatchMode):
     def values(
         self, calls: Sequence["RecordedCall"], constants: Sequence[Tensor]
     ) -> dict[int, Tensor]:
-        """What calls that need no more than constants compute, and the constants, by place."""
+        """The constants, and the results of calls that depend on constants alone, by place."""
         values = dict(zip(self.constants, constants, strict=True))
         self._run(calls, values)
         return values
@@ -147,7 +153,7 @@ class Recording(TorchDispatchMode):
     def results(
         self, calls: Sequence["RecordedCall"], inputs: Sequence[Tensor], known: dict[int, Tensor]
     ) -> tuple[Tensor, ...]:
-        """The results by some of the calls, where those of the others are known."""
+        """The results, from some of the calls and the known values of all others."""
         values = known | dict(enumerate(inputs))
         self._run(calls, values)
         return tuple(values[p.index] for p in self._results)
@@ -162,13 +168,13 @@ class Recording(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Stands for a tensor in a recording."""
+    """A placeholder for a tensor in a recording."""
 
     index: int
 
 
 RecordedCall = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[_Place, ...]]
-"""An operation, its arguments with places for tensors, and the places of what it makes."""
+"""An operation, its arguments with places instead of tensors, and the places of its outputs."""
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -192,6 +198,6 @@ def _storage(tensor: Tensor) -> int:
 
 
 def refused(what: str, error: Exception) -> ConfigurationError:
-    """An error of torch's, as one of this library's that says what to do."""
+    """An error of torch as one of this library, with advice."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return ConfigurationError(f"compile=True {what} ({type(error).__name__}: {lines[0]}); {EAGER}")

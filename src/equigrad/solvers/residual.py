@@ -1,4 +1,4 @@
-"""How far a phase is from rest."""
+"""The residual of a phase: the norm by which the loop decides when to stop."""
 
 import math
 from collections.abc import Iterable
@@ -10,25 +10,25 @@ from equigrad.solvers.phase import numbered
 
 
 class Residual:
-    """The norm of the velocity, of all parameters or of each sample.
+    """The norm of the velocity, over all parameters or for each sample.
 
-    With several mini-batches it is that of the velocity averaged over the last whole passes. A
-    sample that diverges goes back to the start, and does not count from there on.
+    With several mini-batches, the velocity is averaged over the last whole passes. A sample that
+    diverges is reset to its start and no longer counts.
 
     Args:
         leaves: the parameters that move.
-        start: where they started.
+        start: their initial values.
         every: steps between two measurements, a multiple of `batches`.
-        batches: mini-batches that make up the loss.
-        samples: whether samples settle on their own.
-        apart: whether those that diverge are left behind.
+        batches: number of mini-batches that make up the loss.
+        samples: whether samples settle independently.
+        apart: whether the others continue when samples diverge.
 
     Attributes:
         first: the norm at the first measurement, NaN before it.
-        norm: the norm at the last one; the largest of those of the samples that go on.
-        before: the norm at the one before.
-        each: the norm of each sample, infinite where it has diverged; None without samples.
-        lost: which samples have diverged; None where none has.
+        norm: the norm at the last measurement; the largest over the samples that continue.
+        before: the norm at the measurement before.
+        each: the norm of each sample, infinite if it has diverged; None without samples.
+        lost: a mask of the samples that have diverged; None if there are none.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Residual:
         self._summed = 0
 
     def see(self, velocity: tuple[Tensor, ...], step: int, *, last: bool) -> bool:
-        """Take a step's velocity into account.
+        """Account for the velocity of a step.
 
         Args:
-            velocity: before the step.
-            step: how many steps were taken before.
+            velocity: the velocity before the step.
+            step: number of steps taken before.
             last: whether to measure in any case.
 
         Returns:
@@ -71,25 +71,25 @@ class Residual:
         return due or last
 
     def put_back(self) -> None:
-        """Samples that have diverged go to where they started."""
+        """Reset the samples that have diverged to their start."""
         if self.lost is None:
             return
         for leaf, start in zip(self._leaves, self._start, strict=True):
             leaf[self.lost] = start.detach()[self.lost]
 
     def diverged(self) -> tuple[int, ...]:
-        """The samples that have diverged, by number."""
+        """Indices of the samples that have diverged."""
         return () if self.lost is None else tuple(torch.nonzero(self.lost).flatten().tolist())
 
     def where(self) -> str:
-        """The samples whose norm is not finite, in words."""
+        """A description of the samples whose norm is not finite."""
         if self.each is None:
             return ""
         bad = torch.nonzero(~self.each.isfinite()).flatten().tolist()
         return f" in {numbered(bad)} of {len(self.each)}"
 
     def _measure(self, velocity: tuple[Tensor, ...]) -> None:
-        mean = [m.detach() for m in self._sum or velocity]  # also from forward mode
+        mean = [m.detach() for m in self._sum or velocity]  # also drops forward-mode tangents
         seen = max(self._summed, 1)
         self._sum, self._summed = [], 0
         self.before = self.norm
@@ -110,6 +110,6 @@ class Residual:
             now = ~self.each.isfinite()
             self.lost = now if self.lost is None else now | self.lost
             self.each = torch.where(self.lost, math.inf, self.each)
-            if not self.lost.all():  # those that are left go on
+            if not self.lost.all():  # the others continue
                 self.norm = self.each[~self.lost].max().item()
                 self.put_back()

@@ -1,4 +1,4 @@
-"""A torch optimiser by its update rule: the same steps, such that they can be differentiated."""
+"""The steps of a torch optimiser by its update rule, so that they can be differentiated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from equigrad.solvers.update_rules import UpdateRule
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSteps(Solver):
-    """What a `TorchOptimizer` does, without torch's optimiser.
+    """The steps of a `TorchOptimizer`, without torch's optimiser.
 
     Attributes:
-        rule: of one parameter.
-        options: all of the optimiser's settings by torch's names, schedules among them.
+        rule: the update rule of one parameter.
+        options: all settings of the optimiser by torch's names; some may be schedules.
     """
 
     differentiable: ClassVar[bool] = True
@@ -28,7 +28,7 @@ class RuleSteps(Solver):
     options: Mapping[str, Any]
 
     def init(self, params: list[Tensor], previous: list[Tensor] | None = None) -> list[Tensor]:
-        """Buffers of zeros, parameter after parameter, then the number of steps taken."""
+        """The buffers of each parameter in turn, initially zero, and the number of steps taken."""
         if previous:
             return [s.clone() for s in previous]
         zeros = [torch.zeros_like(p, requires_grad=False) for p in params]
@@ -53,6 +53,6 @@ class RuleSteps(Solver):
             own = slice(i * width, (i + 1) * width)
             after, state[own] = self.rule.step(p, sign * v, state[own], chosen, t)
             if torch.is_grad_enabled():
-                params[i] = after  # the parameter before is part of the graph
+                params[i] = after  # the previous tensor is part of the graph
             else:
                 p.copy_(after)

@@ -1,4 +1,4 @@
-"""Settings of a solver that are functions of the meta-parameters and of the step."""
+"""Solver settings that are functions of the meta-parameters and of the step."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,13 +13,15 @@ from equigrad.solvers.solver import Objective
 from equigrad.wording import listed
 
 Schedule = Callable[[Params, int], Any]
-"""`(meta_params, step) -> setting`: a number or a tensor without dimensions for all params, or a
-dictionary with one for each, by name: without dimensions, or one number a weight, where leading
-dimensions (of tasks, for example) may be left out."""
+"""`(meta_params, step) -> setting`.
+
+The setting is a number or a tensor without dimensions for all params, or a dictionary with one for
+each param, by name. Such a tensor has no dimensions, or one number for each weight; it may leave
+out leading dimensions (of tasks, for example)."""
 
 
 def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
-    """What a schedule says, or a clear word where it asks for what is not there."""
+    """The value of a schedule; raises an explanatory error if it uses a name that θ lacks."""
     try:
         said = schedule(meta_params, step)
     except TypeError as error:
@@ -41,10 +43,10 @@ def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
 
 
 def _refuse_arity(name: str, schedule: Schedule, error: TypeError) -> None:
-    """Raise a `ConfigurationError` where a schedule does not take what it is called with."""
+    """Raise a `ConfigurationError` if a schedule does not take its two arguments."""
     try:
         signature = inspect.signature(schedule)
-    except (TypeError, ValueError):  # of a function that is not Python's own
+    except (TypeError, ValueError):  # a built-in function may have no signature
         return
     try:
         signature.bind(None, None)
@@ -59,12 +61,12 @@ def settings(name: str, setting: Any, objective: Objective) -> list[Any]:
     """A setting for each of the params, in their order.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         setting: a constant, or a `Schedule`.
-        objective: knows θ and the step.
+        objective: provides θ and the step.
 
     Raises:
-        ConfigurationError: the schedule gives something else than settings.
+        ConfigurationError: the schedule returns an invalid value.
     """
     if callable(setting):
         setting = asked(name, setting, objective.meta_params, objective.step())

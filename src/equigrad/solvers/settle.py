@@ -1,4 +1,4 @@
-"""The loop in which everything settles, and the one place that decides when to stop."""
+"""The loop of all solvers, the only place that decides when a phase stops."""
 
 import math
 from collections.abc import Callable
@@ -35,37 +35,37 @@ def settle(
     graph: bool = False,
     remedy: str | None = None,
 ) -> Settled:
-    """Settle a phase: move the parameters along the velocity until they rest.
+    """Run a phase: move the parameters along the velocity until its norm is small.
 
     Args:
-        velocity: `(params, step) -> velocity, value`, as `Problem.velocity_at` gives it.
-        loss: `(params, step) -> scalar`, for solvers that ask for values alone.
-        start: where to start; not changed.
-        solver: the rule, its limit of steps and its tolerance.
-        beta: the phase's nudging strength, for its report and for solvers that ask.
-        meta_params: θ, for solvers that ask.
-        previous: solver state to go on from.
-        first_step: number of the first step, which decides batches and randomness.
-        steps: run exactly so many steps, whatever the solver's own limit and tolerance say.
-        batches: mini-batches that make up the loss. With several, the residual is that of the
-            velocity averaged over the last whole passes, and is looked at after a pass.
-        samples: whether the first dimension of every parameter is one of samples that settle on
-            their own. The phase has settled when each of them has. One that diverges goes back to
-            the start, and the others go on without it.
-        watch: sees the phase before every step.
-        share: of the first residual, which has to be reached as well as the tolerance.
-        count: is told how many velocities were evaluated, as they are.
-        graph: record the steps, so that what has settled leads back to `start`, `previous` and
-            whatever the velocity has a graph to. Only for solvers that are `differentiable`.
-        remedy: what the error of a phase that diverges advises; that for a learner where None.
+        velocity: `(params, step) -> velocity, value`, as `Problem.velocity_at` returns it.
+        loss: `(params, step) -> scalar`, for solvers that need values alone.
+        start: initial parameters; not changed.
+        solver: the update rule, its limit of steps and its tolerance.
+        beta: the phase's nudging strength, for its report and for solvers that use it.
+        meta_params: θ, for solvers that use it.
+        previous: solver state to continue from.
+        first_step: number of the first step, which selects batches and random numbers.
+        steps: an exact number of steps to run, instead of the solver's limit and tolerance.
+        batches: number of mini-batches that make up the loss. With several, the residual is that of
+            the velocity averaged over the last whole passes, measured at the end of a pass.
+        samples: whether the first dimension of every parameter counts samples that settle
+            independently. The phase has settled when all of them have. A sample that diverges is
+            reset to its start, and the others continue without it.
+        watch: called before every step.
+        share: share of the first residual that must be reached in addition to the tolerance.
+        count: called with the number of velocities, when they are evaluated.
+        graph: whether to record the steps, so that the result has a graph to `start`, `previous`
+            and all tensors that the velocity depends on. Only for `differentiable` solvers.
+        remedy: advice in the error of a phase that diverges; None for the advice for learners.
 
     Returns:
         The settled state.
 
     Raises:
-        ConfigurationError: the solver compiles, and the steps are not alike or cannot be compiled.
-        SettlingError: the velocity is no longer finite: of all samples, where they settle on their
-            own, or of any, where the solver compiles or the steps are recorded.
+        ConfigurationError: the solver compiles, and the steps differ or cannot be compiled.
+        SettlingError: the velocity is not finite: for all samples, if they settle independently, or
+            for any of them, if the solver compiles or the steps are recorded.
     """
     limit, tol = (solver.max_steps, solver.tol) if steps is None else (steps, None)
     limit = math.inf if limit is None else limit
@@ -100,6 +100,8 @@ def settle(
         samples=samples,
         apart=walk.apart,
     )
+    # one step may settle a phase of a solver that jumps, so its residual is also measured after the
+    # last step; other solvers measure it one step before the end, and save an evaluation
     ahead = 0 if solver.jumps else 1
     rests = stalled = False
 
@@ -143,7 +145,7 @@ def settle(
 def _outcome(
     tol: float | None, *, rests: bool, stalled: bool
 ) -> Literal["converged", "not converged", "stalled", "stopped"]:
-    """A phase's outcome, as `Phase` names it."""
+    """The outcome of a phase, as `Phase` names it."""
     if rests:
         return "converged"
     if stalled:
@@ -154,7 +156,7 @@ def _outcome(
 def _diverged(
     residual: Residual, step: int, solver: Solver, beta: complex, remedy: str | None
 ) -> SettlingError:
-    """What is raised where the velocity is no longer finite."""
+    """The error for a velocity that is not finite."""
     if step == 0:
         remedy = "It is so at the start: mend the function, or start elsewhere"
     return SettlingError(
@@ -165,7 +167,7 @@ def _diverged(
 
 
 def _for_learners(solver: Solver, beta: complex) -> str:
-    """What to do where minimising a loss diverges."""
+    """Advice for a phase that diverges while it minimises a loss."""
     first = "Bound the learner" if solver.jumps else "Lower the solver's step size"
     second = ", lower the nudging strength beta" if beta else ""
     return f"{first}{second}, or start nearer to a minimum"

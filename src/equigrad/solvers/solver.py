@@ -1,4 +1,4 @@
-"""What a solver is."""
+"""The base class of all solvers, and the objective that a solver may evaluate."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from equigrad.problems import Params
 
 @dataclass(frozen=True)
 class Objective:
-    """What a phase settles: loss and velocity at the parameters as they now are.
+    """The loss and velocity of a phase at the current parameters.
 
-    Calling it gives both.
+    A call returns both.
 
     Attributes:
         beta: nudging strength β of the phase.
-        samples: whether the first dimension is one of samples that settle on their own.
+        samples: whether the first dimension counts samples that settle independently.
         params: the leaves that `Solver.update` moves, by name.
         meta_params: θ, detached.
-        step: the number of the step that is being taken.
-        loss: evaluates `L = L_in + β L_out` without a gradient, which does not count as one.
-        evaluate: evaluates `-∂L/∂φ`, one tensor a parameter, and what gives L at no further cost.
+        step: number of the current step.
+        loss: evaluates `L = L_in + β L_out` without a gradient, and is not counted as one.
+        evaluate: evaluates `-∂L/∂φ`, one tensor for each parameter, with a function that returns L
+            at no further cost.
     """
 
     beta: complex
@@ -36,40 +37,40 @@ class Objective:
     evaluate: Callable[[], tuple[tuple[Tensor, ...], Callable[[], Tensor]]]
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss and velocity."""
+        """The loss and the velocity."""
         velocity, value = self.evaluate()
         return value(), velocity
 
     def velocity(self) -> tuple[Tensor, ...]:
-        """`-∂L/∂φ`, one tensor a parameter."""
+        """`-∂L/∂φ`, one tensor for each parameter."""
         return self.evaluate()[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(Checked):
-    """How a phase settles: a rule that moves the parameters, and when to stop.
+    """A solver of the inner problem: a rule that moves the parameters, and a stopping criterion.
 
     Attributes:
-        max_steps: steps after which a phase stops, settled or not; None for no limit.
-        tol: a phase has settled when the Euclidean norm of the velocity (of a loss `-∂L/∂φ`, of a
-            map `F(φ, θ) - φ`), over all parameters, or of each sample where samples settle on
-            their own, is at most this; None to run all `max_steps`. A nudged phase goes on until a
-            hundredth of its first norm is left, too.
-        check_every: steps between two looks at that norm.
-        compile: take the `check_every` steps between two looks by one function, several times
-            faster for a small network (docs/speed.md): `"graph"` captures them as a CUDA graph, in
-            less than a second; `"inductor"` has torch's compiler make it, in tens of seconds, and
-            captures that on a CUDA device; True takes the graph on a CUDA device, the compiler
-            elsewhere. Not with mini-batches or random numbers, and only for solvers that are
-            `differentiable`.
+        max_steps: number of steps after which a phase stops; None for no limit.
+        tol: a phase has settled when the Euclidean norm of the velocity (`-∂L/∂φ` for a loss,
+            `F(φ, θ) - φ` for a map) is at most this: over all parameters, or for each sample if
+            samples settle independently. None to run all `max_steps`. A nudged phase must also
+            reduce the norm to a hundredth of its first value.
+        check_every: number of steps between two measurements of that norm.
+        compile: whether to take the `check_every` steps between two measurements in one function,
+            which is several times faster for a small network (docs/speed.md). `"graph"` captures a
+            CUDA graph, in less than a second; `"inductor"` uses torch's compiler, in tens of
+            seconds, and captures the result on a CUDA device; True is the graph on a CUDA device
+            and the compiler elsewhere. Works without mini-batches and random numbers, for
+            `differentiable` solvers only.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
-        jumps: class attribute; whether one step may settle a phase. The norm is then looked at
-            where the last step landed, too, and under a tolerance a further step is taken only
-            where the one before at least halved it.
-        differentiable: class attribute; whether `update` is tensor arithmetic on lists of tensors
-            alone and evaluates no `objective`, so that it can be differentiated as it stands.
-        functional: class attribute; whether `update`, where a graph is recorded, puts new tensors
-            into its lists and leaves those that were there as they are.
+        jumps: class attribute; whether one step may settle a phase. The norm is then also measured
+            after the last step, and under a tolerance a further step is taken only if the last one
+            at least halved it.
+        differentiable: class attribute; whether `update` is pure tensor arithmetic on lists of
+            tensors and evaluates no `objective`, so that it can be differentiated.
+        functional: class attribute; whether `update`, while a graph is recorded, puts new tensors
+            into its lists and does not change the old ones.
     """
 
     fixed_loss: ClassVar[bool] = False
@@ -96,7 +97,7 @@ class Solver(Checked):
 
     @property
     def adaptive(self) -> bool:
-        """Whether steps are scaled by the gradients that were seen, as Adam scales them."""
+        """Whether steps are scaled by past gradients, as in Adam."""
         return False
 
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
@@ -104,18 +105,18 @@ class Solver(Checked):
         return {}
 
     def recorded(self) -> "Solver | None":
-        """The same steps such that they can be differentiated; None where they cannot be."""
+        """The same steps in differentiable form; None if there is none."""
         return self if self.differentiable else None
 
     def continues(self, other: "Solver") -> bool:
-        """Whether `init` can go on from a state of the other solver."""
+        """Whether `init` can continue from a state of the other solver."""
         return type(self) is type(other)
 
     def hindrance(self, state: Any) -> str | None:
         """What keeps phases that go on from a state from moving as far as they should, in words.
 
         Args:
-            state: of the free phase; None where they begin anew.
+            state: solver state of the free phase; None if phases start with a new one.
         """
         return None
 
@@ -125,8 +126,8 @@ class Solver(Checked):
 
         Args:
             params: the leaves that `update` will move.
-            previous: the state in which an earlier phase of the same solver class ended, to go on
-                from. It is not changed.
+            previous: final state of an earlier phase of the same solver class, to continue from. It
+                is not changed.
         """
 
     @abstractmethod
@@ -137,10 +138,10 @@ class Solver(Checked):
 
         Args:
             params: the leaves.
-            velocity: `-∂L/∂φ` at `params`, one tensor a parameter; not to be changed.
-            state: what `init` returned.
-            objective: evaluates loss and velocity again, for rules that look around.
+            velocity: `-∂L/∂φ` at `params`, one tensor for each parameter; must not be changed.
+            state: the return value of `init`.
+            objective: evaluates loss and velocity again, for rules that need them elsewhere.
 
         Returns:
-            False where no step could be found that does not make it worse; the phase ends there.
+            False if every step would make it worse, which ends the phase; otherwise anything else.
         """

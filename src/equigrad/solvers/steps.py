@@ -1,4 +1,4 @@
-"""How a phase takes its steps: one by one, with their graph, or several by a compiled function."""
+"""Ways to take the steps of a phase: eagerly, with a graph, or several in a compiled function."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,24 +15,24 @@ LossAtStep = Callable[[Params, int], Tensor]
 
 
 class Position:
-    """Where a phase stands, and its velocity and loss there.
+    """The current position of a phase, with its velocity and loss.
 
-    It knows nothing of the steps, and the steps hold it: a cycle would keep the tensors of a phase
-    that has ended until Python's garbage collector finds it.
+    The steps refer to their position, but not the reverse: a cycle would keep the tensors of a
+    finished phase alive until Python's garbage collector runs.
 
     Args:
         velocity: `(params, step) -> velocity, value`.
         loss: `(params, step) -> scalar`.
-        params: where the phase starts.
+        params: initial parameters.
         step: number of the first step.
-        count: is told how many velocities were evaluated.
-        fixed: whether velocity and loss depend on the parameters alone, and are remembered.
+        count: called with the number of velocities that were evaluated.
+        fixed: whether velocity and loss depend on the parameters alone, and can be reused.
 
     Attributes:
-        params: the parameters, by name.
-        step: number of the step that comes next.
-        velocity: as given.
-        count: as given.
+        params: the current parameters, by name.
+        step: number of the next step.
+        velocity: the argument.
+        count: the argument.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Position:
         self._seen: tuple[list[int], Any] = [], None
 
     def evaluate(self) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-        """Velocity and, at no further cost, what gives the loss."""
+        """The velocity, and a function that returns the loss at no further cost."""
         if not self._fixed:
             self.count(1)
             return self.velocity(self.params, self.step)
@@ -61,29 +61,29 @@ class Position:
         return self._seen[1]
 
     def number(self) -> int:
-        """That of the step that comes next."""
+        """Number of the next step."""
         return self.step
 
     def loss(self) -> Tensor:
-        """The loss without a gradient."""
+        """The loss, without a gradient."""
         return self._loss(self.params, self.step)
 
 
 class EagerSteps:
-    """One step after the other, in place. To be used where no graph is recorded.
+    """Single steps, in place and without a graph.
 
     Args:
-        position: where the phase starts.
-        solver: the rule.
-        objective: what the rule may evaluate.
-        previous: solver state to go on from.
+        position: the start of the phase.
+        solver: the update rule.
+        objective: loss and velocity that the rule may evaluate.
+        previous: solver state to continue from.
 
     Attributes:
-        apart: class attribute; whether samples that diverge can be left behind.
-        position: where the phase stands.
-        leaves: the parameters, which move.
+        apart: class attribute; whether the other samples can continue when some diverge.
+        position: the current position of the phase.
+        leaves: the parameters that move.
         state: the solver's state.
-        taken: how many steps have been taken.
+        taken: number of steps taken.
     """
 
     apart: ClassVar[bool] = True
@@ -98,12 +98,12 @@ class EagerSteps:
         self._velocity: tuple[Tensor, ...] = ()
 
     def look(self) -> tuple[Tensor, ...]:
-        """The velocity where the phase stands."""
+        """The velocity at the current position."""
         self._velocity = self.position.evaluate()[0]
         return self._velocity
 
     def take(self) -> bool:
-        """Move along the velocity last looked at.
+        """Move along the last velocity.
 
         Returns:
             Whether the solver found no step that helps.
@@ -113,7 +113,7 @@ class EagerSteps:
         return found is False
 
     def ended(self) -> dict[str, Tensor]:
-        """The parameters where the phase ended."""
+        """The final parameters, detached."""
         return {name: p.detach() for name, p in self.position.params.items()}
 
     def _advance(self, steps: int) -> None:
@@ -122,7 +122,7 @@ class EagerSteps:
 
 
 class RecordedSteps(EagerSteps):
-    """One step after the other, with a graph from what is reached to the start and the state."""
+    """Single steps with a graph from the final parameters to the start and the solver state."""
 
     apart: ClassVar[bool] = False
 
@@ -133,7 +133,7 @@ class RecordedSteps(EagerSteps):
         super().__init__(position, solver, objective, previous)
 
     def take(self) -> bool:
-        """Move copies: the parameters before are part of the graph."""
+        """Move copies, since the parameters before the step are part of the graph."""
         with torch.enable_grad():
             kept = self.solver.functional
             self.leaves = [p if kept else p.clone() for p in self.leaves]
@@ -144,19 +144,22 @@ class RecordedSteps(EagerSteps):
         return False
 
     def ended(self) -> dict[str, Tensor]:
-        """The parameters where the phase ended, with their graph."""
+        """The final parameters, with their graph."""
         return self.position.params
 
 
 class StretchedSteps(EagerSteps):
-    """Several steps at once; the last ones one by one, so that the norm is looked at before each.
+    """Several steps at once by a compiled function, and single steps at the end of the phase.
+
+    The last steps are single so that the phase does not exceed its limit, and so that the residual
+    is measured before its last step.
 
     Args:
-        position: where the phase starts.
-        solver: the rule.
-        objective: what the rule may evaluate.
-        previous: solver state to go on from.
-        limit: steps of the phase, infinite without a limit.
+        position: the start of the phase.
+        solver: the update rule.
+        objective: loss and velocity that the rule may evaluate.
+        previous: solver state to continue from.
+        limit: number of steps of the phase; infinite if there is no limit.
     """
 
     apart: ClassVar[bool] = False
@@ -179,13 +182,13 @@ class StretchedSteps(EagerSteps):
         )
 
     def look(self) -> tuple[Tensor, ...]:
-        """The velocity where the phase stands."""
+        """The velocity at the current position."""
         one = self._limit - self.taken <= self._compiled.steps
         self._eager = one and not self._compiled.singly
         return super().look() if self._eager else self._compiled.look(one=one)
 
     def take(self) -> bool:
-        """Move to the end of the compiled steps, or by one step."""
+        """Move to the end of the compiled steps, or by a single step."""
         if self._eager:
             return super().take()
         self._advance(self._compiled.take())
@@ -203,10 +206,10 @@ def begin_steps(
     watched: bool,
     graph: bool,
 ) -> EagerSteps:
-    """The steps of a phase, as the solver and whoever settles ask for them.
+    """Choose how to take the steps of a phase.
 
     Raises:
-        ConfigurationError: the solver compiles, and the steps are not alike or cannot be compiled.
+        ConfigurationError: the solver compiles, and the steps differ or cannot be compiled.
     """
     if solver.compile:
         _require_alike(batches, each=watched or graph)
@@ -217,7 +220,7 @@ def begin_steps(
 
 
 def _require_alike(batches: int, *, each: bool) -> None:
-    """Refuse to take several steps at once where they differ, or where each is asked for."""
+    """Raise if several steps cannot be taken at once: they differ, or each one is needed."""
     if batches > 1:
         raise ConfigurationError(
             f"compile=True takes several steps at once on the same loss, and this problem has "

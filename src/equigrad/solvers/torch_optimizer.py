@@ -1,4 +1,4 @@
-"""Any optimiser of torch, unchanged."""
+"""A solver that uses any optimiser of torch, unchanged."""
 
 import inspect
 import math
@@ -24,37 +24,38 @@ from equigrad.wording import listed, meant
 class TorchOptimizer(Solver):
     """Settles with a class of `torch.optim`, or any class with the same interface.
 
-    Square roots, line searches and fused kernels are all fine: torch's own optimiser takes the
-    steps. Estimators that differentiate them (`Unrolled`, `MAML`, `ForwardMode`) take the same
-    steps by own arithmetic, for SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam and RAdam.
+    Torch's own optimiser takes the steps, so that it may use square roots, line searches or fused
+    kernels. Estimators that differentiate the steps (`Unrolled`, `MAML`, `ForwardMode`) compute the
+    same steps by the library's own arithmetic, for SGD, Adam, AdamW, RMSprop, Adagrad, Adamax,
+    NAdam and RAdam.
 
-    Weight decay inside the optimiser is not part of the inner loss that the estimators see:
-    put it into the loss. Implicit estimators refuse it where it adds to the gradient, as in SGD and
-    Adam, and say so where it acts beside it, as in AdamW.
+    Weight decay inside the optimiser is not part of the inner loss that estimators see: put it into
+    the loss. Implicit estimators refuse weight decay that is added to the gradient, as in SGD and
+    Adam, and note decoupled weight decay, as in AdamW, in `status`.
 
-    Phases that start at the free solution go on from its state: moments, the place in the schedule,
-    gradients that wait for a step. So all of them have the same rates. Where those are zero, they
-    cannot move, and `Contrastive` refuses; where they are below a hundredth of the largest rate
-    before, `status` says so.
+    Phases that start at the free solution continue from its state: moments, the position in the
+    schedule, and accumulated gradients. They therefore all have the same rates. If these are zero,
+    the phases cannot move, and `Contrastive` refuses; if they are below a hundredth of the largest
+    rate before, `status` says so.
 
     Attributes:
         optimizer: the class, called as `optimizer(params, **options)`.
         options: its keyword arguments. Numbers of the optimisers above may be functions
             `(meta_params, step)`, as for `GradientDescent`: `{"lr": lambda meta, step:
-            meta["log_lr"].exp()}`; `betas` then gives a pair.
-        scheduler: makes a learning-rate schedule, called with the optimiser for every phase anew:
+            meta["log_lr"].exp()}`; a function for `betas` returns a pair.
+        scheduler: makes a learning-rate schedule; called with a new optimiser in every phase:
             `lambda optimizer: get_linear_schedule_with_warmup(optimizer, 10, 100)`. It steps after
             every step of the optimiser.
-        clip_norm: the largest norm of the gradient of all parameters; longer ones are scaled down.
-        clip_value: the largest entry of a gradient; larger ones are cut off, before `clip_norm`.
-        accumulate: batches whose mean gradient makes a step of the optimiser. `max_steps` counts
-            batches.
+        clip_norm: the largest norm of the gradient of all parameters; larger ones are scaled down.
+        clip_value: the largest entry of a gradient; larger ones are clipped, before `clip_norm`.
+        accumulate: number of batches whose mean gradient makes a step of the optimiser. `max_steps`
+            counts batches.
 
     Raises:
         ConfigurationError: `optimizer` is not a class, or refuses the options; an option is a
-            function that cannot be one, or is given beside a scheduler, clipping or accumulation;
-            the scheduler makes no schedule; an optimiser that evaluates the loss itself is to
-            accumulate.
+            function but may not be one, or is combined with a scheduler, clipping or accumulation;
+            the scheduler does not return a schedule; or an optimiser that evaluates the loss itself
+            is asked to accumulate.
 
     Example:
         >>> solver = TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3})
@@ -100,7 +101,7 @@ class TorchOptimizer(Solver):
 
     @property
     def _more(self) -> list[str]:
-        """What surrounds the optimiser's own steps."""
+        """The options that surround the optimiser's own steps."""
         more = ("scheduler", "clip_norm", "clip_value", "accumulate")
         return [name for name in more if getattr(self, name) != getattr(TorchOptimizer, name)]
 
@@ -109,7 +110,7 @@ class TorchOptimizer(Solver):
         return {n: o for n, o in self.options.items() if callable(o)}
 
     def recorded(self) -> RuleSteps | None:
-        """The same steps by own arithmetic, where there is some."""
+        """The same steps by the library's own arithmetic; None for other optimisers."""
         return None if self._more else self._steps
 
     @cached_property
@@ -126,7 +127,7 @@ class TorchOptimizer(Solver):
         )
 
     def _defaults(self) -> dict[str, Any]:
-        """All of the optimiser's settings, with numbers in the places of functions."""
+        """All settings of the optimiser, with numbers in the places of functions."""
         plain = {n: o for n, o in self.options.items() if not callable(o)}
         if "momentum" in self.schedules():
             plain["momentum"] = 0.5
@@ -138,7 +139,7 @@ class TorchOptimizer(Solver):
 
     @classmethod
     def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
-        """The optimiser's own arguments go into `options`."""
+        """The advice that arguments of the optimiser go into `options`."""
         optimizer = given.get("optimizer", torch.optim.Optimizer)
         if meant(name, [f.name for f in fields(cls)]) and name not in _takes(optimizer):
             return ""
@@ -146,19 +147,19 @@ class TorchOptimizer(Solver):
 
     @property
     def adaptive(self) -> bool:
-        """Whether steps are scaled by the gradients that were seen: by all but SGD."""
+        """Whether steps are scaled by past gradients, which is assumed of all but SGD."""
         return self.optimizer is not torch.optim.SGD
 
     def decay(self) -> tuple[float, bool]:
-        """The weight decay inside the optimiser, and whether it acts beside the gradient."""
+        """The weight decay inside the optimiser, and whether it is decoupled from the gradient."""
         defaults = self._defaults()
         if "weight_decay" in self.schedules():
-            defaults["weight_decay"] = math.nan  # some
+            defaults["weight_decay"] = math.nan  # unknown, but not zero
         beside = defaults.get("decoupled_weight_decay", False) or self.optimizer in _BESIDE
         return float(defaults.get("weight_decay", 0.0) or 0.0), bool(beside)
 
     def continues(self, other: Solver) -> bool:
-        """Only from the same class of optimiser."""
+        """Whether the other solver has the same class of optimiser."""
         return isinstance(other, TorchOptimizer) and other.optimizer is self.optimizer
 
     def _refused(self, error: Exception) -> NoReturn:
@@ -166,7 +167,7 @@ class TorchOptimizer(Solver):
         raise ConfigurationError(f"{name} refuses options {options}: {error}") from error
 
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
-        """A new optimiser over `params`, with the state of an earlier phase where given."""
+        """A new optimiser over `params`, with the state of an earlier phase if there is one."""
         if self.schedules() and (steps := self._steps) is not None:
             return steps.init(params, previous)
         try:
@@ -179,10 +180,10 @@ class TorchOptimizer(Solver):
         return run
 
     def hindrance(self, state: TrainingRun | None) -> str | None:
-        """What a schedule that has come down leaves of further phases.
+        """How far a decayed schedule limits later phases, in words.
 
         Raises:
-            ConfigurationError: it leaves nothing, or no phase is long enough for a step.
+            ConfigurationError: later phases cannot move, or are too short for a step.
         """
         if self.max_steps is None or (self.scheduler is None and self.accumulate == 1):
             return None
@@ -215,7 +216,7 @@ class TorchOptimizer(Solver):
         state: Any,
         objective: Objective,
     ) -> None:
-        """One step; an optimiser that needs a closure evaluates as often as it likes."""
+        """One step; an optimiser that needs a closure evaluates as often as it wants."""
         if self.schedules() and (steps := self._steps) is not None:
             steps.update(params, velocity, state, objective)
             return
@@ -251,7 +252,7 @@ class TorchOptimizer(Solver):
 
 
 FADED = 0.01
-"""A schedule below this share of its largest rate hardly moves anything any more."""
+"""A schedule below this share of its largest rate hardly moves the parameters."""
 
 SETTINGS = (
     "lr",
@@ -276,9 +277,9 @@ _BESIDE = tuple(
     for name in ("AdamW", "Muon", "Adafactor")
     if hasattr(torch.optim, name)
 )
-"""Optimisers that shrink the weights themselves; of others, `decoupled_weight_decay` tells."""
+"""Optimisers with decoupled weight decay; others have an option `decoupled_weight_decay`."""
 
 
 def _takes(optimizer: Any) -> Mapping[str, Any]:
-    """The arguments of a class of optimiser, if it is one."""
+    """The parameters of an optimiser's signature, if it is callable."""
     return inspect.signature(optimizer).parameters if callable(optimizer) else {}

@@ -1,4 +1,4 @@
-"""An optimiser of torch under way: its schedule, and the gradients that wait for a step."""
+"""The state of a torch optimiser during a phase, with its schedule and accumulated gradients."""
 
 import copy
 import math
@@ -12,21 +12,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from equigrad.errors import ConfigurationError
 
 Scheduler = Callable[[torch.optim.Optimizer], LRScheduler]
-"""Makes a learning-rate schedule of an optimiser, as `functools.partial(StepLR, step_size=10)`."""
+"""Makes a learning-rate schedule for an optimiser: `functools.partial(StepLR, step_size=10)`."""
 
 
 class TrainingRun:
-    """The state of an optimiser, of its schedule, and of the accumulation of gradients.
+    """An optimiser, its schedule, and the gradients accumulated so far.
 
     Args:
-        optimizer: over what settles.
+        optimizer: the optimiser of the parameters that settle.
         scheduler: makes its schedule; None for a constant rate.
 
     Attributes:
-        optimizer: as given.
+        optimizer: the argument.
 
     Raises:
-        ConfigurationError: what the scheduler makes is no schedule by steps alone.
+        ConfigurationError: the scheduler does not return a schedule that depends on steps alone.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> None:
@@ -38,7 +38,7 @@ class TrainingRun:
         self._gathered = 0
 
     def go_on(self, previous: "TrainingRun") -> None:
-        """Take over the state of another run, and its place in the schedule if that is the same."""
+        """Copy the state of another run, and its position in the schedule if that is the same."""
         state = copy.deepcopy(previous.optimizer.state_dict())
         state["param_groups"] = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(state)
@@ -47,7 +47,7 @@ class TrainingRun:
         self.take_place(previous)
 
     def take_place(self, previous: "TrainingRun") -> None:
-        """Go to the place of another run in the same schedule; stay at the start of another one."""
+        """Copy the position of another run in the schedule; does nothing if schedules differ."""
         if self._schedule is None or previous._schedule is None:
             return
         if previous._scheduler is not self._scheduler:
@@ -59,7 +59,7 @@ class TrainingRun:
         self._peak = previous._peak
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, to go on from in another process."""
+        """The state as tensors and plain values, to continue from in another process."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
@@ -69,7 +69,7 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from the return value of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
@@ -77,7 +77,7 @@ class TrainingRun:
         self._waiting = list(state["waiting"])
 
     def gather(self, velocity: tuple[Tensor, ...], batches: int) -> tuple[Tensor, ...] | None:
-        """The mean of as many velocities as make a step; None while there are fewer."""
+        """The mean velocity once there are enough batches for a step; None before."""
         if batches == 1:
             return velocity
         if self._gathered:
@@ -96,7 +96,7 @@ class TrainingRun:
         if self._schedule is not None:
             try:
                 self._schedule.step()
-            except ValueError as error:  # OneCycleLR knows its last step
+            except ValueError as error:  # OneCycleLR has a last step
                 raise ConfigurationError(
                     f"the schedule ends before the phase does: {error}. Nudged phases go on where "
                     f"the free one ended; give them a nudged_solver with a scheduler of its own"
@@ -104,7 +104,7 @@ class TrainingRun:
             self._peak = max(self._peak, self._rate())
 
     def share_ahead(self, steps: int) -> float:
-        """Take so many steps, at least one: their mean rate, relative to the largest one."""
+        """Take a number of steps; return their mean rate, relative to the largest rate so far."""
         total = 0.0
         for step in range(steps):
             if step:

@@ -1,9 +1,9 @@
-"""What torch's optimisers do in a step, as arithmetic that can be differentiated.
+"""The update rules of torch's optimisers, as arithmetic that can be differentiated.
 
-A rule takes a parameter p, the gradient g there, its buffers, the settings under torch's names, and
-the number t of the step, from 1. It returns p and the buffers after the step, and changes nothing.
-Settings may be tensors with a graph. Where a square root meets zero, its derivative is taken to be
-zero, as that of |g| at g = 0.
+A rule takes a parameter p, its gradient g, its buffers, the settings under torch's names, and the
+number t of the step, from 1. It returns p and the buffers after the step, and changes nothing in
+place. Settings may be tensors with a graph. The derivative of a square root at zero is taken to be
+zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class UpdateRule:
 
     Attributes:
         step: `(p, g, buffers, settings, t) -> p, buffers`.
-        buffers: how many a parameter has, used or not.
+        buffers: number of buffers of a parameter, used or not.
     """
 
     step: Step
@@ -106,7 +106,7 @@ def nadam(
     m, v, product = buffers
     b1, b2 = o["betas"]
     now, then = (b1 * (1 - 0.5 * 0.96 ** (k * o["momentum_decay"])) for k in (t, t + 1))
-    # the product of all of them so far; its buffer begins at zero
+    # the product of these factors over all steps so far; its buffer starts at zero
     product = now * (1 if t == 1 else product) + torch.zeros_like(product)
     m, v = m + (1 - b1) * (g - m), b2 * v + (1 - b2) * g.square()
     size = root(v / (1 - b2**t)) + o["eps"]
@@ -142,26 +142,26 @@ UPDATE_RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.NAdam: UpdateRule(nadam, 3),
     torch.optim.RAdam: UpdateRule(radam, 2),
 }
-"""By torch's class, and by no subclass of it, which may do something else."""
+"""Update rules by torch's class; a subclass may have another rule and is not included."""
 
 
 def root(square: Tensor) -> Tensor:
-    """The square root; where it meets zero, next to it, with a derivative of zero."""
+    """The square root, with a derivative of zero at zero."""
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 def is_zero(setting: Any) -> bool:
-    """Whether a setting is left out, and not a tensor that happens to be zero."""
+    """Whether a setting is the number zero, and not a tensor that happens to be zero."""
     return not isinstance(setting, Tensor) and setting == 0
 
 
 def _pulled(p: Tensor, g: Tensor, o: dict[str, Any]) -> Tensor:
-    """The gradient with the weight decay in it."""
+    """The gradient plus the weight decay."""
     return g if is_zero(o["weight_decay"]) else g + o["weight_decay"] * p
 
 
 def _decayed(p: Tensor, g: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The weight decay: beside the gradient, or in it."""
+    """Parameter and gradient with the weight decay, decoupled or added to the gradient."""
     if not o["decoupled_weight_decay"] or is_zero(o["weight_decay"]):
         return p, _pulled(p, g, o)
     return p * (1 - o["lr"] * o["weight_decay"]), g
