@@ -1,4 +1,4 @@
-"""What modules hold beside buffers: counters, running averages, hidden states, generators."""
+"""Keeps and restores the state of modules besides buffers: counters, hidden states, generators."""
 
 import random
 import sys
@@ -12,27 +12,28 @@ from torch import Tensor, nn
 from equigrad.errors import ProblemError
 
 LARGE = 2**16
-"""Entries beyond which a tensor is not copied, but watched for being written into."""
+"""The most entries of a tensor that is copied; of larger tensors, only writes are detected."""
 
 DEPTH = 3
-"""How far containers and objects that a module holds are looked into."""
+"""The depth to which containers and objects in a module are searched."""
 
 LONG = 1000
-"""Containers with more entries are taken for data, which no evaluation changes."""
+"""Containers with more entries are assumed to be data, which no evaluation changes."""
 
 _OWN = frozenset(vars(nn.Module()))
-"""What every module holds: parameters, buffers, modules, hooks and the training flag."""
+"""Attributes of every module: parameters, buffers, modules, hooks and the training flag."""
 
 
 class KeptAttributes:
-    """Keeps the attributes and frozen parameters of some modules, as `KeptBuffers` does buffers.
+    """Keeps the attributes and frozen parameters of modules, as `KeptBuffers` keeps buffers.
 
-    torch's own modules have no attributes that change. Whatever an evaluation puts in the place of
-    an attribute, or writes into a tensor, container or random number generator that one holds, is
-    undone; not what it does to large tensors, long containers or deep inside objects.
+    Restoring undoes what an evaluation assigns to an attribute, or writes into a tensor, container
+    or random generator that an attribute holds. It does not undo changes of large tensors, of long
+    containers or deep inside objects. Torch's own modules are skipped: their attributes do not
+    change.
 
     Args:
-        modules: whatever a loss may call.
+        modules: modules that a loss may call.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -50,16 +51,16 @@ class KeptAttributes:
         ]
 
     def snapshot(self) -> "Attributes":
-        """What is held now."""
+        """The current attributes and frozen parameters."""
         return Attributes(self._holders, self._frozen)
 
 
 class Attributes:
-    """What modules hold at a moment.
+    """The attributes and frozen parameters of modules at one moment.
 
     Args:
         holders: modules, by their path.
-        frozen: parameters that do not learn, by name.
+        frozen: parameters that do not require a gradient, by name.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Attributes:
         self._frozen = [(name, p, _Kept(p, seen)) for name, p in frozen]
 
     def changed(self) -> Iterator[str]:
-        """What is other than it was, in words."""
+        """Descriptions of all that has changed."""
         for path, part, values in self._values:
             now, where = (
                 vars(part),
@@ -90,10 +91,10 @@ class Attributes:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back.
+        """Restore all attributes and frozen parameters.
 
         Raises:
-            ProblemError: a large frozen parameter has been written into, which was not copied.
+            ProblemError: a large frozen parameter, which was not copied, has been changed.
         """
         for _, part, values in self._values:
             now = vars(part)
@@ -111,12 +112,12 @@ class Attributes:
 
 
 class _Kept:
-    """A value, and what was inside.
+    """A value with a copy of its content.
 
     Args:
-        value: anything.
-        seen: ids of what has been kept elsewhere, and need not be again.
-        depth: how far to look into it.
+        value: any value.
+        seen: ids of values that are kept elsewhere already.
+        depth: depth to which to search it.
     """
 
     def __init__(self, value: Any, seen: set[int], depth: int = DEPTH) -> None:
@@ -146,7 +147,7 @@ class _Kept:
             self._inside = [_Kept(item, seen, depth - 1) for item in items]
 
     def changed(self) -> bool:
-        """Whether what was inside is something else now."""
+        """Whether the content has changed."""
         value, copy = self.value, self._copy
         if isinstance(value, Tensor):
             written = _versioned(value) and value._version != self._version
@@ -159,7 +160,7 @@ class _Kept:
         return not _same_items(now, copy) or any(kept.changed() for kept in self._inside)
 
     def restore(self) -> bool:
-        """Put back what was inside; returns whether that was possible."""
+        """Restore the content; return whether that was possible."""
         for kept in self._inside:
             kept.restore()
         value, copy = self.value, self._copy
@@ -185,12 +186,12 @@ def _versioned(value: Any) -> bool:
 
 
 def _may_change(value: Any) -> bool:
-    """Whether a value can become another one and stay the same object."""
+    """Whether the value is mutable."""
     return not isinstance(value, int | float | complex | str | bytes | type | None | Callable)
 
 
 def _is_object(value: Any) -> bool:
-    """Whether this is an object of the user's making, that is no module and no function."""
+    """Whether this is an object of a user's class, and not a module, class or callable."""
     plain = isinstance(value, type | nn.Module | Callable)
     return not plain and hasattr(value, "__dict__") and _made_by_user(type(value))
 
@@ -201,14 +202,14 @@ def _made_by_user(kind: type) -> bool:
 
 
 def is_generator(value: object) -> bool:
-    """Whether this makes random numbers."""
+    """Whether this is a random number generator."""
     numpy: Any = sys.modules.get("numpy")
     theirs = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
     return isinstance(value, (torch.Generator, random.Random, *theirs))
 
 
 def _state(value: Any) -> Any:
-    """Of a generator of random numbers or an array; None of anything else."""
+    """The state of a random generator, or a copy of a small array; None for anything else."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, random.Random):
@@ -225,7 +226,7 @@ def _state(value: Any) -> Any:
 
 
 def _put(value: Any) -> Callable[[Any], Any] | None:
-    """How a state is written back."""
+    """The function that writes a state back."""
     if isinstance(value, torch.Generator):
         return value.set_state
     if isinstance(value, random.Random):
@@ -249,7 +250,7 @@ def _same_state(one: Any, other: Any) -> bool:
 
 
 def _same_items(one: Any, other: Any) -> bool:
-    """Whether two containers hold the same objects, in the same places."""
+    """Whether two containers hold the same objects in the same places."""
     if len(one) != len(other):
         return False
     if isinstance(other, dict):

@@ -1,4 +1,4 @@
-"""Whose buffers a loss may change, and how they are put back."""
+"""Finds the modules that a loss calls, and keeps and restores their buffers."""
 
 import functools
 import types
@@ -13,12 +13,12 @@ from equigrad.attributes import Attributes, KeptAttributes, is_generator
 
 
 def find_modules(*roots: object) -> tuple[nn.Module, ...]:
-    """Every module that the given functions can see by name.
+    """All modules that the given functions can reach by name.
 
-    Looks at closures, at the globals and attributes that a function's code names, at defaults, at
-    `functools.partial`, at bound methods and at what objects hold; not into the bodies of classes,
-    at attributes of imported Python modules, at long lists, or at what is looked up by a computed
-    name. Give those to `Bilevel(modules=…)`.
+    The search covers closures, globals and attributes that a function's code names, defaults,
+    `functools.partial`, bound methods and the attributes of objects. It does not cover class
+    bodies, attributes of imported Python modules, long lists, or names computed at run time. Pass
+    such modules to `Bilevel(modules=…)`.
 
     Args:
         roots: functions, modules, or objects that hold them.
@@ -32,7 +32,7 @@ def find_modules(*roots: object) -> tuple[nn.Module, ...]:
 
 
 def find_generators(*roots: object) -> list[str]:
-    """The kinds of all generators of random numbers that the given functions can see by name."""
+    """The kinds of random generators that the given functions can reach by name."""
     kinds = {
         f"{type(thing).__module__.split('.')[0].lstrip('_')}.{type(thing).__name__}"
         for thing in _reachable(roots)
@@ -42,7 +42,7 @@ def find_generators(*roots: object) -> list[str]:
 
 
 def _reachable(roots: Iterable[object]) -> Iterator[object]:
-    """Everything that functions can see by name; modules are not looked into."""
+    """Every value that functions can reach by name; modules are not searched."""
     seen: set[int] = set()
     queue: list[object] = list(roots)
     while queue:
@@ -68,11 +68,11 @@ def _reachable(roots: Iterable[object]) -> Iterator[object]:
 
 
 def _named_in(function: types.FunctionType) -> Iterable[object]:
-    """What a function's closure, defaults and named globals hold."""
+    """The values in a function's closure, defaults and named globals."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # a name that is not bound yet
+        except ValueError:  # a variable without a value yet
             continue
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
@@ -82,16 +82,16 @@ def _named_in(function: types.FunctionType) -> Iterable[object]:
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
         for name in code.co_names:
             value = function.__globals__.get(name)
-            # torch's own functions lead to torch's own modules, not to the user's
+            # torch's own functions do not reach modules of the user
             own = isinstance(value, nn.Module) or is_generator(value)
             if own or not _is_torch(value) or _holds_attributes(value):
                 yield value
 
 
 def _holds_attributes(thing: object) -> bool:
-    """Whether this is an object of the user's making, to be looked into."""
+    """Whether this is an object of a user's class, whose attributes are searched."""
     plain = isinstance(thing, type | types.ModuleType)
-    users = not _is_torch(type(thing)) or isinstance(thing, Dataset)  # torch's own hold the user's
+    users = not _is_torch(type(thing)) or isinstance(thing, Dataset)  # torch's hold user modules
     return hasattr(thing, "__dict__") and not plain and users
 
 
@@ -100,17 +100,17 @@ def _is_torch(value: object) -> bool:
 
 
 class Snapshot(tuple[Tensor, ...]):
-    """The values of buffers, and what else their modules held then."""
+    """The values of buffers at one moment, with the other state of their modules."""
 
     attributes: Attributes | None = None
 
 
 class KeptBuffers:
-    """Keeps the buffers of some modules: takes snapshots and puts them back.
+    """Takes and restores snapshots of the buffers of modules.
 
-    What modules hold beside buffers, as attributes or frozen parameters, goes with them.
+    Other state of the modules, in attributes or frozen parameters, is included.
 
-    Leaving the context, also by an exception, puts back what was there on entering.
+    On exit from the context, also by an exception, the state on entry is restored.
 
     Args:
         modules: modules whose buffers (statistics of batch normalisation, for example) a loss may
@@ -144,25 +144,25 @@ class KeptBuffers:
         self.restore(self.before)
 
     def snapshot(self) -> Snapshot:
-        """A copy of every buffer's present value."""
+        """A copy of every buffer's current value."""
         taken = Snapshot(part.get_buffer(name).detach().clone() for part, name, _ in self._places)
         taken.attributes = self._attributes.snapshot()
         return taken
 
     def changed(self) -> list[str]:
-        """What is other than it was on entering, in words."""
+        """Descriptions of the module state, besides buffers, that has changed since entry."""
         return [] if self.before.attributes is None else [*self.before.attributes.changed()]
 
     def named(self, snapshot: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """A snapshot's values, by the names that `named_buffers()` of the module gives.
+        """A snapshot's values, by the names of the module's `named_buffers()`.
 
-        Where several modules have buffers, each name begins with its module's position.
+        If several modules have buffers, each name begins with its module's index.
         """
         return dict(zip(self._names, snapshot, strict=True))
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[Tensor, ...]) -> None:
-        """Write a snapshot's values into the buffers, and put everything else back."""
+        """Write a snapshot's values into the buffers, and restore the other state."""
         if isinstance(snapshot, Snapshot) and snapshot.attributes is not None:
             snapshot.attributes.restore()
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):

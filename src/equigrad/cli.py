@@ -1,4 +1,4 @@
-"""The command line over the experiments."""
+"""The command line, which runs the experiments."""
 
 import argparse
 import dataclasses
@@ -30,12 +30,12 @@ VERBS = {
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-"""Whose completion is written by `shtab`."""
+"""Shells for which `shtab` writes completion scripts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `equigrad`: exit code 2 for what the user can mend, 130 for Ctrl-C."""
-    ours = arguments is None  # the process
+    """Entry point of `equigrad`: exit code 2 for errors that the user can fix, 130 for Ctrl-C."""
+    ours = arguments is None  # the command line's own process, and not a test's
     try:
         dispatch(sys.argv[1:] if arguments is None else arguments, ours=ours)
     except EquigradError as error:
@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever read our words, `head` for example, has had enough
+    except BrokenPipeError:  # the reader of our output, `head` for example, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
 def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
-    """Find the command that the first two words name, and hand it the others.
+    """Find the command that the first two arguments name, and run it with the others.
 
     Args:
-        arguments: the words behind `equigrad`.
-        ours: whether the process is ours, and its settings too.
+        arguments: the arguments after `equigrad`.
+        ours: whether the process is our own, so that its settings may be changed.
     """
     from equigrad.experiments.registry import COMMANDS
 
@@ -107,7 +107,7 @@ def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
 def parsers(
     commands: Sequence["Command"],
 ) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """What reads the first words, and by verb what reads the words behind it."""
+    """The parser of the first arguments, and the parsers of further arguments by verb."""
     parser = argparse.ArgumentParser(
         prog="equigrad",
         description="Meta-gradients through anything that settles.",
@@ -187,13 +187,13 @@ def print_completion(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
 def refuse_unknown(
     parser: argparse.ArgumentParser, what: str, word: str, known: Collection[str]
 ) -> None:
-    """End with code 2 where a word is no option and none of those known."""
+    """Exit with code 2 if a word is neither an option nor a known name."""
     if not word.startswith("-") and word not in known:
         parser.error(f"there is no {what} {word!r}.{meant(word, known)} See `equigrad list`.")
 
 
 def require_extras(*more: str) -> None:
-    """End where the packages are missing that all but the help needs."""
+    """Exit if packages are missing that everything but the help needs."""
     missing = [package for package in ("rich", "tyro", *more) if find_spec(package) is None]
     if missing:
         raise SystemExit(
@@ -203,7 +203,7 @@ def require_extras(*more: str) -> None:
 
 
 def ask(words: argparse.Namespace) -> None:
-    """Predictions of a saved model; notes go where they do not mix with them."""
+    """Predict with a saved model; notes go to standard error, apart from predictions."""
     from rich.console import Console
 
     from equigrad.experiments.runs.predict import predict_images, predict_table
@@ -248,7 +248,7 @@ def score(words: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def execute(command: "Command", arguments: Sequence[str]) -> None:
-    """Read the command's options and do its work; `CHOOSERS` or a file decide the defaults."""
+    """Parse the command's options and run it; `CHOOSERS` or a file determine the defaults."""
     import tyro
 
     from equigrad.experiments.runs.config_file import CHOOSERS, read_config
@@ -312,7 +312,7 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
 
 
 def order_options(kind: type) -> None:
-    """Put what chooses the defaults first, for help, and last what all experiments have alike."""
+    """Order the options for the help: first those that choose defaults, last the common ones."""
     from equigrad.experiments.runs.config_file import CHOOSERS
     from equigrad.experiments.runs.experiment import Experiment
 
@@ -320,26 +320,26 @@ def order_options(kind: type) -> None:
     first = [*CHOOSERS, "seed", "seeds"]
     alike = [field.name for field in dataclasses.fields(Experiment)]
     own = [name for name in known if name not in (*first, *alike)]
-    for name in dict.fromkeys([*first, *own, *alike]):  # all of them, so that this is the order
+    for name in dict.fromkeys([*first, *own, *alike]):  # reinserting all fields sets their order
         if name in known:
             known[name] = known.pop(name)
 
 
 @contextmanager
 def folder_of(here: "Place", out: Path | None, resume: bool) -> Iterator[Path | None]:
-    """The run's folder for the process that leads; a passing one for those that compute with it."""
+    """The run's folder for the leading process; a temporary one for the other processes."""
     from equigrad.training.processes import gathered
 
     with tempfile.TemporaryDirectory() as passing:
         folder = out if here.leads else Path(passing) / "run"
         if resume and out is not None and folder is not None and folder != out:
             shutil.copytree(out, folder)
-        gathered(None)  # none begins to write before all have read
+        gathered(None)  # no process writes before all have read
         yield folder
 
 
 def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
-    """Print the command that goes on with a stopped run, where there is something to go on with."""
+    """Print the command that resumes a stopped run, if there is anything to resume."""
     if not folder.exists():
         print("stopped before the run began", file=sys.stderr)
         return

@@ -1,4 +1,4 @@
-"""Calls that make an object: what cannot be an argument is named, with what was meant."""
+"""Constructors that explain a wrong argument and suggest the one that was meant."""
 
 import inspect
 from abc import ABCMeta
@@ -9,12 +9,12 @@ from equigrad.wording import listed, meant, shown
 
 
 class Constructed(ABCMeta):
-    """Metaclass of dataclasses whose constructors say what was wrong with a call.
+    """Metaclass of dataclasses whose constructors explain a wrong call.
 
-    A class has an error as `refusal`, and may say by `_instead` where else an argument belongs.
+    A class names its error as `refusal`, and may say by `_instead` where else an argument belongs.
     """
 
-    if not TYPE_CHECKING:  # a checker of types reads the dataclass
+    if not TYPE_CHECKING:  # type checkers read the dataclass instead
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             """Make an object, or say why not."""
@@ -34,7 +34,7 @@ class Constructed(ABCMeta):
 
 
 def _faults(cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """What cannot be in a call, in words; empty where the fault is elsewhere."""
+    """The faults of a call, in words; empty if the error is not about its arguments."""
     parameters = inspect.signature(cls).parameters
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     taken = places[: len(args)]

@@ -1,4 +1,4 @@
-"""What has settled, as ordinary tensors: a differentiable argmin, and its like for maps."""
+"""A differentiable argmin, and a differentiable fixed point of a map."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,8 @@ class SettledParams(dict[str, Tensor]):
 
     Attributes:
         phase: the report of the phase that settled them.
-        status: in words: whether they settled, then whatever is worth knowing.
-        gradient: what the last backward pass through them found, with its `status`, `phases` and
+        status: whether they settled, and further remarks, in words.
+        gradient: the result of the last backward pass through them, with its `status`, `phases` and
             `error_estimate`; None before. Its outer loss is `⟨∂L/∂φ*, φ*⟩`.
     """
 
@@ -41,13 +41,13 @@ class SettledParams(dict[str, Tensor]):
 
     @property
     def gradient(self) -> MetaGradient | None:
-        """What the last backward pass found."""
+        """The result of the last backward pass."""
         return self._report.gradient
 
 
 @dataclass
 class _Report:
-    """Where a backward pass leaves what it found; apart, since a graph must not hold its result."""
+    """The result of a backward pass, apart from the graph, which must not refer to its output."""
 
     gradient: MetaGradient | None = None
 
@@ -66,44 +66,44 @@ def argmin(
     modules: Any = None,
     samples: bool = False,
 ) -> SettledParams:
-    r"""Where a loss is least, as tensors with a graph to the meta-parameters.
+    r"""The minimiser of a loss, as tensors with a graph to the meta-parameters.
 
         φ*(θ) = argmin_φ L_in(φ, θ),    ∂L/∂θ += (∂φ*/∂θ)ᵀ ∂L/∂φ*
 
-    Whatever is computed of the result can be differentiated once, by `loss.backward()` as by
+    Functions of the result can be differentiated once, by `loss.backward()` or
     `torch.autograd.grad`. The backward pass asks the estimator for the gradient of `⟨c, φ*⟩`, where
-    c is `∂L/∂φ*` divided by its norm: `Contrastive` settles again, pushed by the constant force
-    `β c`, and takes gradients of first order alone. Nothing of the settling is kept in memory.
+    c is the cotangent `∂L/∂φ*` divided by its norm: `Contrastive` settles again under the constant
+    force `β c` and takes first-order gradients only. No iterates are kept in memory.
 
-    θ is what gets a gradient, and whatever of `meta_params` requires none is a constant: data may
-    be among them. Modules are left as they were, as by `meta_gradient`. Under autocast the inner
-    loss computes in the lower precision, also in the backward pass, and nothing else does.
+    θ are the entries of `meta_params` that require a gradient; the others, which may be data, are
+    constants. As with `meta_gradient`, modules are not changed. Under autocast the inner loss
+    computes in the lower precision, also in the backward pass, and nothing else does.
 
     Args:
         inner_loss: `(params, meta_params) -> scalar`; with `batches`, `(params, meta_params, batch)
             -> scalar`. It may call `argmin` itself.
-        start: φ to start from, by name. Where the estimator sees the start (`Unrolled`, `MAML` …)
-            it may require a gradient.
+        start: initial φ, by name. It may require a gradient if the estimator sees the start
+            (`Unrolled`, `MAML` …).
         meta_params: θ, by name: `dict(module.named_parameters())`, for example.
-        solver: settles the phases.
-        estimator: how the gradient is had; `Contrastive()` by default.
+        solver: the solver of all phases.
+        estimator: computes the gradient; `Contrastive()` by default.
         batches: mini-batches of the inner loss, as `inner_batches` of `Bilevel`.
         modules: modules that the loss calls, as for `Bilevel`.
-        samples: whether the first dimension of every parameter is one of samples that settle on
-            their own, their losses added up.
+        samples: whether the first dimension of every parameter counts samples, whose losses are
+            independent and summed.
 
     Returns:
         φ* by name, with the reports of both passes.
 
     Raises:
-        ProblemError: loss, start or meta-parameters are not what they have to be; the loss computes
-            with a tensor that requires a gradient and is none of `meta_params`.
-        ConfigurationError: the solver or the estimator cannot serve.
-        SettlingError: it diverged.
-        DoubleBackwardError: from the second derivative of whatever is computed of the result.
+        ProblemError: loss, start or meta-parameters are invalid, or the loss uses a tensor that
+            requires a gradient and is not in `meta_params`.
+        ConfigurationError: the solver or the estimator does not work here.
+        SettlingError: the phase diverged.
+        DoubleBackwardError: from a second derivative through the result.
 
-    A phase that misses its tolerance, and a backward pass with something to say, warn with a
-    `SettlingWarning`, the first time for every inner loss.
+    A phase that misses its tolerance, and a backward pass with a remark, give a `SettlingWarning`
+    the first time for every inner loss.
 
     Example:
         >>> import torch, equigrad as eg
@@ -139,7 +139,7 @@ def fixed_point(
     modules: Any = None,
     samples: bool = False,
 ) -> SettledParams:
-    r"""Where a map leaves its params as they are, as tensors with a graph to the meta-parameters.
+    r"""A fixed point of a map, as tensors with a graph to the meta-parameters.
 
         φ* = F(φ*, θ),    ∂L/∂θ += (∂φ*/∂θ)ᵀ ∂L/∂φ*
 
@@ -147,15 +147,15 @@ def fixed_point(
 
     Args:
         map: `(params, meta_params) -> dict` with the names and shapes of `params`; with `batches`,
-            `(params, meta_params, batch) -> dict`, the map being the mean over batches.
-        start: φ to start from, by name.
+            `(params, meta_params, batch) -> dict`, where the map is the mean over batches.
+        start: initial φ, by name.
         meta_params: θ, by name.
-        solver: settles the map.
-        estimator: how the gradient is had; `Adjoint()` by default. Any that needs no energy.
+        solver: the solver of all phases.
+        estimator: computes the gradient; `Adjoint()` by default, or any that needs no energy.
         batches: as for `argmin`.
         modules: as for `argmin`.
-        samples: whether the first dimension of every parameter is one of samples, whose maps do not
-            depend on each other.
+        samples: whether the first dimension of every parameter counts samples, whose maps are
+            independent.
 
     Returns:
         φ* by name, with the reports of both passes.
@@ -163,7 +163,7 @@ def fixed_point(
     Raises:
         ProblemError: as from `argmin`.
         ConfigurationError: as from `argmin`.
-        SettlingError: it diverged.
+        SettlingError: the phase diverged.
         DoubleBackwardError: as from `argmin`.
 
     Example:
@@ -191,7 +191,7 @@ def fixed_point(
 
 @dataclass(frozen=True)
 class _Held:
-    """A user's function of all meta-parameters, as one of those that are learned."""
+    """A user's function of all meta-parameters, as a function of the learned ones alone."""
 
     function: Callable[..., Any]
     meta_params: Params
@@ -214,12 +214,12 @@ class _Call:
 
     @property
     def who(self) -> str:
-        """Its name in messages."""
+        """The call's name in messages."""
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return f"{self.kind}({name})"
 
     def run(self, problem: Callable[..., Problem], start: Params, modules: Any) -> SettledParams:
-        """Settle, and give the result its place in the graph."""
+        """Settle, and attach the result to the graph."""
         self._check(start)
         recorded = torch.is_grad_enabled()
         tensors = dict(self.meta_params)
@@ -272,7 +272,7 @@ class _Call:
         return found
 
     def _check(self, start: Params) -> None:
-        """Refuse what could not work, whatever the problem is."""
+        """Refuse arguments that are invalid for any problem."""
         expect(Solver, solver=self.solver)
         expect(Estimator, estimator=self.estimator)
         check_settings(self.solver)
@@ -292,14 +292,14 @@ class _Call:
             )
 
     def _sources(self, start: Params) -> dict[str, str]:
-        """The names of what params start from where that is learned: those of θ, or their own."""
+        """For params with a learned start, the name of that start: of θ, or one of its own."""
         named = {id(tensor): name for name, tensor in self.meta_params.items()}
         return {n: named.get(id(p), f"start {n}") for n, p in start.items() if p.requires_grad}
 
     def _equilibrium(
         self, evaluation: Evaluation, sources: dict[str, str], report: _Report
     ) -> Equilibrium:
-        """What the graph keeps."""
+        """The equilibrium that the graph refers to."""
         if self.estimator.traits.minimum:
             why = KNOWN_BY_ITS_COTANGENT.format(who=self.kind, cotangent="∂L/∂φ*", state="φ*")
             others = serving(evaluation, lambda traits: traits.equilibrium and not traits.minimum)
@@ -323,7 +323,7 @@ class _Call:
         )
 
     def _look(self, evaluation: Evaluation, settled: Settled) -> None:
-        """A first look, once for every function: a module makes a new closure at every pass."""
+        """Check the function at its first call; closures of the same code count as one."""
         key = self.estimator.differentiates_twice, self._code
         if key in _looked:
             return
@@ -334,7 +334,7 @@ class _Call:
 
     @property
     def _code(self) -> Any:
-        """What is the same in all closures of a function."""
+        """The code object that all closures of a function share."""
         return getattr(self.function, "__code__", type(self.function))
 
     def _say(self, which: str, message: Callable[[], str]) -> None:
@@ -345,7 +345,7 @@ class _Call:
             _said.add(key)
 
     def _look_for_strays(self, evaluation: Evaluation) -> None:
-        """Refuse tensors that would get no gradient since nobody handed them over."""
+        """Refuse tensors that require a gradient but are not in `meta_params`."""
         own = {n: p.clone().requires_grad_() for n, p in evaluation.params.items()}
         meta = {n: m.clone().requires_grad_() for n, m in evaluation.meta_params.items()}
         given = {id(t) for t in (*own.values(), *meta.values())}
@@ -361,14 +361,14 @@ class _Call:
 
 
 _said: set[tuple[str, Any]] = set()
-"""What has been said of which function."""
+"""Which warnings have been given for which function."""
 
 _looked: set[tuple[bool, Any]] = set()
-"""The functions that are what estimators take them for that differentiate twice, or once."""
+"""Functions that passed the checks of estimators that differentiate twice (True) or once."""
 
 
 def _check_mapping(meta_params: Params, start: Params) -> None:
-    """Refuse meta-parameters that are not named tensors, or lie elsewhere than what settles."""
+    """Refuse meta-parameters that are not named tensors, or are on another device than φ."""
     if not isinstance(meta_params, Mapping) or not meta_params:
         check_tensors("meta_params", meta_params)
     for name, tensor in meta_params.items():
@@ -384,7 +384,7 @@ def _check_mapping(meta_params: Params, start: Params) -> None:
 
 
 def _leaves(root: Tensor) -> Iterator[Tensor]:
-    """The tensors that a graph accumulates gradients in."""
+    """The leaf tensors of a graph."""
     seen, queue = set(), [root.grad_fn]
     while queue:
         node = queue.pop()

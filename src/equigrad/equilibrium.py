@@ -1,4 +1,4 @@
-"""Where something settles, as a function that autograd can differentiate."""
+"""A settled state as a function that autograd can differentiate."""
 
 import dataclasses
 import math
@@ -21,51 +21,51 @@ from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
 
 NEGLIGIBLE = 1e-2
-"""With an estimated error below this, what an estimator has to say is no warning."""
+"""Notes of an estimator give no warning if its estimated error is below this."""
 
 KNOWN_BY_ITS_COTANGENT = (
     "needs an outer loss that has a minimum, and {who} knows its loss by {cotangent} alone, as a "
     "linear function of {state}, which has none"
 )
-"""Why an estimator of a bounded outer loss does not serve."""
+"""Why an estimator that needs a bounded outer loss does not work, as part of a sentence."""
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """`⟨cotangent, φ⟩`, the outer loss of whatever is computed of the settled φ."""
+    """`⟨cotangent, φ⟩`, the outer loss that stands for any function of the settled φ."""
 
     cotangent: Params
 
     def __call__(self, params: Params, meta_params: Params) -> Tensor:
-        """The inner product; θ plays no part."""
+        """The inner product; it does not depend on θ."""
         products = [(params[name] * part).sum() for name, part in self.cotangent.items()]
         return torch.stack(products).sum()
 
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """Something that settles, and how its gradient is had: the core of all that stands in a graph.
+    """The forward and backward pass of a settled state in an autograd graph.
 
-    `settle` is the forward pass, `judge` says what is wrong with it, and `attach` gives what has
-    settled its place in the graph. The backward pass asks the estimator for the gradient of
-    `⟨cotangent, φ*⟩`, the cotangent being `∂L/∂φ*` divided by its largest norm of a sample: β and
-    tolerances do not depend on how a loss is scaled. Nothing of the settling is kept for it but its
-    end, unless the estimator looks at the steps: those are taken again.
+    `settle` is the forward pass, `judge` warns if it failed, and `attach` puts the settled state
+    into the graph. The backward pass asks the estimator for the gradient of `⟨cotangent, φ*⟩`,
+    where the cotangent is `∂L/∂φ*` divided by its largest norm over samples, so that β and
+    tolerances do not depend on the scale of the loss. Only the end of the phase is kept for it; an
+    estimator that needs the steps takes them again.
 
     Attributes:
         who: its name in messages.
-        problem: `(tensors, learned, cotangent)` to a problem whose θ is `learned`, the other
-            tensors being constants, judged by `⟨cotangent, φ⟩`.
-        solver: settles the phases.
-        estimator: how the gradient is had.
-        say: tells the user, once for `forward` and once for `backward`.
-        samples: whether samples settle on their own.
-        sources: the tensors that params start from, where those are learned, by name of both.
-        report: is handed what every backward pass found, None where there was no gradient to pass
-            back, and what is worth knowing of it; None where nobody wants an estimate of its error.
-        warns_of_error: whether a poor estimate of its error is a reason to tell the user.
-        look: at the problem where it settled, with what is learned, after a backward pass; says
-            what is wrong with it.
+        problem: `(tensors, learned, cotangent)` to a problem with θ = `learned` and outer loss
+            `⟨cotangent, φ⟩`; other tensors are constants.
+        solver: the solver of all phases.
+        estimator: computes the gradient.
+        say: informs the user, once about `forward` and once about `backward`.
+        samples: whether samples settle independently.
+        sources: for params with a learned start, the name of the tensor that they start from.
+        report: called after every backward pass with its result (None if there was no gradient to
+            pass back) and notes. If `report` is None, no error is estimated.
+        warns_of_error: whether to inform the user of a large estimated error.
+        look: called after a backward pass with the problem, its settled state and the learned
+            tensors, to check them; returns notes.
     """
 
     who: str
@@ -80,10 +80,10 @@ class Equilibrium:
     look: Callable[[Problem, Settled, Params], list[str]] | None = None
 
     def settle(self, evaluation: Evaluation) -> Settled:
-        """The forward pass.
+        """Run the forward pass.
 
         Raises:
-            SettlingError: it diverged.
+            SettlingError: the phase diverged.
         """
         problem, who = evaluation.problem, self.who
         try:
@@ -95,7 +95,7 @@ class Equilibrium:
         return settled
 
     def judge(self, evaluation: Evaluation, settled: Settled) -> None:
-        """Say so where it has not settled."""
+        """Inform the user if the forward pass has not settled."""
 
         def message() -> str:
             known = evaluation.problem.symmetric
@@ -108,14 +108,13 @@ class Equilibrium:
     def attach(
         self, settled: Settled, seed: int, tensors: Params, start: Params | None = None
     ) -> dict[str, Tensor]:
-        """What has settled, with its graph to the tensors that require a gradient.
+        """The settled state, with its graph to the tensors that require a gradient.
 
         Args:
-            settled: where it ended.
-            seed: of the random numbers that it drew.
-            tensors: by name, whatever the problem is made of, and what it started from where that
-                is learned.
-            start: where it started, for estimators that take the steps again.
+            settled: the end of the forward pass.
+            seed: seed of its random numbers.
+            tensors: all tensors of the problem by name, including a learned start.
+            start: initial φ, for estimators that take the steps again.
         """
         outputs = _Equilibrium.apply(self, settled, seed, start, list(tensors), *tensors.values())
         return dict(zip(settled.params, outputs, strict=True))
@@ -129,18 +128,18 @@ class Equilibrium:
         learned: Params,
         cotangent: Params,
     ) -> dict[str, Tensor]:
-        """What the estimator says of `⟨cotangent, φ*⟩`, by name of what is learned.
+        """The estimated gradient of `⟨cotangent, φ*⟩`, by name of the learned tensor.
 
         Args:
-            settled: where the forward pass ended.
-            seed: of the random numbers that it drew.
-            start: as `attach` was given it.
-            tensors: whatever the problem is made of.
-            learned: those of them that want a gradient.
+            settled: the end of the forward pass.
+            seed: seed of its random numbers.
+            start: as for `attach`.
+            tensors: all tensors of the problem.
+            learned: the tensors that need a gradient.
             cotangent: `∂L/∂φ*`, by name.
         """
         size = rows(list(cotangent.values()), self.samples).norm(dim=1).max().item()
-        if not 0 < size < math.inf:  # no gradient, or one that overflowed: what scales it will see
+        if not 0 < size < math.inf:  # zero gives zeros; overflow gives NaN, for GradScaler to see
             if self.report is not None:
                 self.report(None, [])
             return {name: torch.full_like(t, size and math.nan) for name, t in learned.items()}
@@ -172,7 +171,7 @@ class Equilibrium:
 
 
 class _Equilibrium(torch.autograd.Function):
-    """The settled state as a function of what it was made of."""
+    """The settled state as a function of the tensors of its problem."""
 
     @staticmethod
     def forward(
@@ -185,7 +184,7 @@ class _Equilibrium(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs = tuple(settled.params.values())
-        # the solver's state may be many times larger than φ
+        # drop the solver's state, which may be many times larger than φ
         ended = dataclasses.replace(settled, params={}, solver_state=None)
         ctx.equilibrium, ctx.settled, ctx.seed, ctx.start = equilibrium, ended, seed, start
         ctx.names = list(settled.params), names
@@ -217,7 +216,7 @@ class _Equilibrium(torch.autograd.Function):
 
 
 class _OnceOnly(torch.autograd.Function):
-    """A gradient that looks as if it could be differentiated, and says that it cannot."""
+    """A gradient whose own derivative raises an explanatory error."""
 
     @staticmethod
     def forward(ctx: Any, who: str, grad: Tensor, *sources: Tensor) -> Tensor:

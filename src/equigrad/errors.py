@@ -1,16 +1,16 @@
-"""What can go wrong, each kind once; every message names the value and the remedy."""
+"""All errors and warnings of the library; messages name the invalid value and the remedy."""
 
 
 class EquigradError(Exception):
-    """Base of every error that equigrad raises on purpose."""
+    """Base class of every error that equigrad raises on purpose."""
 
 
 class ConfigurationError(EquigradError, ValueError):
-    """A knob of a solver, an estimator or an experiment has a value that cannot work."""
+    """A setting of a solver, an estimator or an experiment has an invalid value."""
 
 
 class ProblemError(EquigradError, ValueError):
-    """The losses or the parameters of a problem are not what they have to be."""
+    """The losses or the parameters of a problem are invalid."""
 
 
 class SettlingError(EquigradError, ArithmeticError):
@@ -18,11 +18,11 @@ class SettlingError(EquigradError, ArithmeticError):
 
 
 class SettlingWarning(UserWarning):
-    """A layer or an argmin did not settle, and goes on with where it stopped."""
+    """A layer or an argmin did not settle, and continues with its last state."""
 
 
 class CurvatureError(EquigradError, ArithmeticError):
-    """The inner loss does not curve as an estimator needs it to, where a phase settled."""
+    """The curvature of the inner loss at the end of a phase does not allow an estimate."""
 
 
 class DoubleBackwardError(EquigradError, NotImplementedError):
@@ -34,4 +34,4 @@ class RunError(EquigradError, OSError):
 
 
 class DataError(EquigradError, OSError):
-    """A data set is missing, is not what it has to be, or cannot be fetched."""
+    """A data set is missing or invalid, or cannot be downloaded."""

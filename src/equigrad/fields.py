@@ -1,4 +1,4 @@
-"""What a field or an argument may be: said once, by its annotation, and checked by that."""
+"""Validation of fields and arguments by their annotations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,17 +19,17 @@ from equigrad.wording import meant, shown
 Test = Callable[[Any], bool]
 
 MOST = 2**63
-"""Whole numbers of this size or more are no sizes, counts or seeds: they do not fit 64 bits."""
+"""Sizes, counts and seeds must be below this, so that they fit 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What is asked of a value beside its type: `Annotated[float, Rule("above 0", holds)]`.
+    """A condition on a value besides its type: `Annotated[float, Rule("above 0", holds)]`.
 
     Attributes:
-        words: what it asks for; they follow the words for the type.
-        holds: tells of a value of that type whether it is allowed.
-        remedy: what to do where it is not.
+        words: the condition in words, which follow those for the type.
+        holds: whether a value of that type is allowed.
+        remedy: advice if it is not.
     """
 
     words: str = ""
@@ -37,12 +37,12 @@ class Rule:
     remedy: str = ""
 
     def __repr__(self) -> str:
-        """In words, as signatures and `help` show annotations."""
+        """The condition in words, as signatures and `help` show annotations."""
         return self.words or self.remedy
 
 
 def at_least(least: float) -> Rule:
-    """So much, or more."""
+    """A rule for values of at least this size."""
     return Rule(f"of at least {least}", lambda value: value >= least)
 
 
@@ -64,15 +64,16 @@ Positives = Annotated[tuple[Positive, ...], DIFFERENT]
 
 
 class Checked(metaclass=Constructed):
-    """Base of dataclasses whose fields have to be what their annotations say.
+    """Base class of dataclasses whose fields are validated by their annotations.
 
-    An argument that is no field is refused, with what was meant (`equigrad.construction`). What
-    relates several fields is for `require`, in a `__post_init__` that calls this one first.
+    An argument that is not a field is refused, with a suggestion (`equigrad.construction`).
+    Conditions on several fields are checked by `require`, in a `__post_init__` that calls this one
+    first.
 
     Attributes:
-        refusal: class attribute; what is raised otherwise.
+        refusal: class attribute; the error to raise.
         scheduled: class attribute; the fields that may be a function instead. Their annotations do
-            not say so, since a command line gives values alone.
+            not say so, since a command line can only give values.
     """
 
     refusal: ClassVar[type[EquigradError]] = ConfigurationError
@@ -88,16 +89,16 @@ class Checked(metaclass=Constructed):
 
     @classmethod
     def _instead(cls, name: str, given: Mapping[str, Any]) -> str:
-        """Where an argument belongs that is no field, a sentence; empty where nobody knows."""
+        """A sentence about where an argument that is not a field belongs; empty if unknown."""
         return ""
 
     def _awaited(self, value: object) -> bool:
-        """Whether a value stands for one that is still to be given, and is not checked."""
+        """Whether a value is a placeholder for one given later, which is not checked."""
         return False
 
 
 def expect(annotation: Any, **arguments: object) -> None:
-    """Raise a `ConfigurationError` unless each of some arguments is what an annotation says.
+    """Raise a `ConfigurationError` unless the arguments satisfy an annotation.
 
     Example:
         >>> expect(Count | None, steps=3, tasks=None)
@@ -118,11 +119,11 @@ def require(holds: bool, message: str) -> None:
 
 
 class _Kind(NamedTuple):
-    """An annotation, as it is checked."""
+    """An annotation in the form in which it is checked."""
 
-    options: tuple[str, ...]  # what is allowed, in words
+    options: tuple[str, ...]  # allowed values, in words
     typed: Test  # whether a value is of the right type
-    allows: Test  # whether it is allowed
+    allows: Test  # whether the value is allowed
     remedy: str = ""
 
     def __str__(self) -> str:
@@ -148,21 +149,21 @@ def _a(noun: str) -> str:
 
 @cache
 def _fields(kind: type) -> list[tuple[str, _Kind]]:
-    """The fields of a dataclass that are given when it is made, as it and its bases declare them.
+    """The fields of a dataclass that its constructor takes, as it and its bases declare them.
 
-    A class that gives a field another default is held to what its base says of it, too.
+    A class that changes only the default of a field keeps the annotation of its base.
     """
     given = {field.name for field in fields(kind) if field.init}
     declared: list[tuple[str, Any]] = []
     for base in kind.__mro__:
-        with suppress(NameError):  # a user's class, with names that are not there when it runs
+        with suppress(NameError):  # a user's class may use names that do not exist at run time
             found = get_annotations(base, eval_str=True).items()
             declared += [item for item in found if item[0] in given and item not in declared]
     return [(name, _kind(annotation)) for name, annotation in declared]
 
 
 def _kind(annotation: Any) -> _Kind:
-    """How an annotation is checked; one of a form that is not known here allows anything."""
+    """The check of an annotation; an unknown form allows any value."""
     origin, args = get_origin(annotation) or annotation, get_args(annotation)
     if origin is Annotated:
         return reduce(_limited, (r for r in args[1:] if isinstance(r, Rule)), _kind(args[0]))
@@ -207,10 +208,10 @@ def _is_a(kind: Any) -> Test:
 
 
 def _number(kind: type, *plain: type) -> Test:
-    """Whether a value is a number of a kind, a tensor or an array of no dimension among them."""
+    """Whether a value is a number of a kind; tensors and arrays without dimensions count."""
 
     def typed(value: Any) -> bool:
-        if type(value) in plain:  # so that a check costs next to nothing
+        if type(value) in plain:  # the common case, checked fast
             return True
         if getattr(value, "ndim", None) == 0:
             value = value.item()

@@ -1,4 +1,4 @@
-"""Memory that tensors freed, kept for the tensors to come."""
+"""Keeps memory that tensors have freed, for later tensors."""
 
 import ctypes
 
@@ -9,16 +9,16 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory of freed tensors on the CPU for the tensors that follow.
+    """Make the process keep the CPU memory of freed tensors for later tensors.
 
-    glibc hands blocks above 32 MB, and whatever is free at the end of its heap, back to the
-    operating system, and gets new ones page by page, each page filled with zeros: a loop that makes
-    large tensors again and again can spend a fifth of its time on that. After this call it keeps
-    them, so that a process holds the most that it ever needed. It is for the whole process, which
-    is why only the command line does it unasked. Tensors on other devices are not concerned.
+    glibc returns blocks above 32 MB, and free memory at the end of its heap, to the operating
+    system, and gets new memory page by page, each filled with zeros. A loop that repeatedly makes
+    large tensors can spend a fifth of its time on this. After this call glibc keeps the memory, so
+    that a process holds the most that it ever needed. The setting applies to the whole process, so
+    that only the command line makes it by itself. It does not affect tensors on other devices.
 
     Returns:
-        Whether the C library took the settings; False where it is not glibc.
+        Whether the C library accepted the settings; False if it is not glibc.
 
     Example:
         >>> kept = keep_freed_memory()
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
-    # Until glibc's cache of tiny blocks is full, it takes the slivers that align a tensor. They
-    # then lie between what is free, and the next large tensor fits nowhere: seven times over.
+    # While glibc's cache of tiny blocks is not full, it keeps the slivers that align a tensor. They
+    # split the free memory, so that the next large tensor fits nowhere; there are seven for each.
     _ = [torch.empty(1000) for _ in range(16)]
     return kept

@@ -1,4 +1,4 @@
-"""The one call: a problem, where to start, how to settle, how to estimate."""
+"""The main functions: `settle` runs the free phase, `meta_gradient` estimates the hypergradient."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,30 +20,30 @@ from equigrad.results import MetaGradient, Settled
 from equigrad.solvers import Phase, Solver
 
 UNANSWERED = 0.5
-"""Phases that have this share of their first residuals left have not answered their nudges."""
+"""Nudged phases with more than this share of their first residual left have not settled."""
 
 
 @torch.inference_mode(False)
 def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Solver) -> Settled:
-    r"""Settle a problem without a nudge: the free phase of a meta-gradient, on its own.
+    r"""Settle a problem without a nudge: the free phase of a meta-gradient.
 
         φ*(θ) = argmin_φ L_in(φ, θ)   or   φ* = F(φ*, θ)
 
-    Hand the result to `meta_gradient(..., settled=...)` and no gradient settles it again, however
-    many estimators look at it. Nothing of the user's is changed, as by `meta_gradient`.
+    Pass the result to `meta_gradient(..., settled=...)` to use the same free phase for several
+    estimators. As with `meta_gradient`, no state of the user is changed.
 
     Args:
         problem: a `Bilevel`, a `FixedPoint` or an `EnergyBased`.
-        params: φ at the start, by name.
+        params: initial φ, by name.
         meta_params: θ, by name.
-        solver: settles the problem.
+        solver: the solver of the inner problem.
 
     Returns:
-        Where it settled.
+        The settled state.
 
     Raises:
-        ProblemError: losses or parameters are not what they have to be.
-        ConfigurationError: the solver cannot serve this problem.
+        ProblemError: losses or parameters are invalid.
+        ConfigurationError: the solver does not work with this problem.
         SettlingError: the phase diverged.
 
     Example:
@@ -110,38 +110,38 @@ def meta_gradient(
 
         ∇_θ = d/dθ L_out(φ*(θ), θ),    φ*(θ) = argmin_φ L_in(φ, θ)   or   φ* = F(φ*, θ)
 
-    θ may also be what the learner starts from: `params` with a graph back to `meta_params`, as
-    `params=meta_params` has, is seen by the estimators whose traits say so.
+    θ may also determine the start of the learner: if `params` have a graph to `meta_params`, as
+    with `params=meta_params`, estimators whose traits say so differentiate through it.
 
-    Neither `params` nor `meta_params`, nor the buffers of the modules involved, nor torch's random
-    state (but for one draw) are changed. Batch normalisation in training mode uses the statistics
-    of each batch, in every phase; the running ones, as the free phase left them, are in the
-    result's `buffers`, to evaluate the settled network with in `eval` mode:
+    `params`, `meta_params` and the buffers of all modules are not changed, nor is torch's random
+    state, except for one draw. Batch normalisation in training mode uses the statistics of each
+    batch, in every phase. The running statistics at the end of the free phase are in the result's
+    `buffers`, to evaluate the settled network in `eval` mode:
     `functional_call(net.eval(), {**result.params, **result.buffers}, x)`.
 
     Args:
-        problem: a `Bilevel` or a `FixedPoint`.
+        problem: a `Bilevel`, a `FixedPoint` or an `EnergyBased`.
         params: φ at the start of the free phase, by name.
         meta_params: θ, by name.
-        solver: settles the phases.
-        estimator: how the gradient is had; `Contrastive()` by default.
-        settled: what `settle` returned for the same inner problem, params and meta_params, to go on
-            from there: the free phase is not run again, and its random numbers are those of that
+        solver: the solver of all phases.
+        estimator: computes the gradient; `Contrastive()` by default.
+        settled: the result of `settle` for the same inner problem, params and meta_params, to
+            continue from. The free phase is not run again, and its random numbers are those of that
             call. Not for estimators that need the phase's steps (`Unrolled`, for example). A solver
-            that cannot go on from the state of the one that settled starts with a new state.
-        previous: the result of an earlier outer step. The free phase starts at `params` all the
-            same (pass `previous.params` to start where that one ended), but with its solver's state
-            (moments, the place in a learning-rate schedule) and the number of its next step. Not
-            for estimators that need the phase's steps.
+            that cannot continue from the state of the earlier one starts with a new state.
+        previous: the result of an earlier outer step, whose solver state (moments, the position in
+            a learning-rate schedule) and step count the free phase continues. It still starts at
+            `params`; pass `previous.params` to start at the earlier end. Not for estimators that
+            need the phase's steps.
 
     Returns:
-        The estimate and its circumstances.
+        The estimate, with reports of the phases.
 
     Raises:
-        ProblemError: losses or parameters are not what they have to be, or θ is the start of
-            params alone and the estimator does not see it, or `settled` is of other values.
-        ConfigurationError: the estimator cannot serve this problem or solver, or cannot go on from
-            `settled` or `previous`.
+        ProblemError: losses or parameters are invalid; θ is only the start of params and the
+            estimator does not see it; or `settled` belongs to other values.
+        ConfigurationError: the estimator does not work with this problem or solver, or cannot
+            continue from `settled` or `previous`.
         SettlingError: a phase diverged.
         DoubleBackwardError: the estimator needs second derivatives that the model does not have.
 
@@ -201,14 +201,14 @@ def estimated(
     first: bool,
     judged: bool = True,
 ) -> MetaGradient:
-    """What an estimator says of an evaluation's problem: the one way to every gradient.
+    """The meta-gradient of an open evaluation; every gradient of the library is computed here.
 
     Args:
-        evaluation: of the problem, and of its free phase where that has been settled.
-        solver: settles the phases.
-        estimator: how the gradient is had.
-        first: whether nobody has looked yet at the problem where it settles.
-        judged: whether an estimate of the error may take further evaluations.
+        evaluation: the evaluation of the problem, with its free phase if that has run already.
+        solver: the solver of all phases.
+        estimator: computes the gradient.
+        first: whether the problem is still to be checked at its settled state.
+        judged: whether an error estimate may take further evaluations.
     """
     estimator.check(evaluation, solver)
     if evaluation.settled is not None:
@@ -244,7 +244,7 @@ def _look(
     estimator: Estimator,
     phases: tuple[solvers.Settled, ...],
 ) -> None:
-    """Note, or refuse, what is wrong with a problem that nobody has looked at yet."""
+    """Check a problem at its settled state; note or raise what is wrong."""
     free = phases[0]
     _judge(free, evaluation, solver)
     if evaluation.lower and any(s.phase.failed for s in phases):
@@ -256,21 +256,21 @@ def _look(
 
 @contextmanager
 def _explaining(evaluation: Evaluation) -> Iterator[None]:
-    """Say of a map that diverges what it does where it started, and of ranks which did."""
+    """Add to the error of a diverged phase why a map diverged, or on which ranks a loss did."""
     try:
         yield
     except SettlingError as error:
         if evaluation.problem.ranks.unfinite:
             where = ", ".join(map(str, evaluation.problem.ranks.unfinite))
             raise SettlingError(f"{error} (the loss was not finite on rank {where})") from error
-        if evaluation.problem.symmetric or error.__cause__ is not None:  # says what to do already
+        if evaluation.problem.symmetric or error.__cause__ is not None:  # has its advice already
             raise
         raise diagnostics.contraction.explained(error, evaluation) from error
 
 
 def _judge(free: solvers.Settled, evaluation: Evaluation, solver: Solver) -> None:
-    """Note of a map that has not settled whether it contracts."""
-    uncontrolled = free.phase.beta == 0  # what settles under control is more than the map
+    """Note whether a map that has not settled contracts."""
+    uncontrolled = free.phase.beta == 0  # under control, the map alone does not decide
     if free.phase.failed and not evaluation.problem.symmetric and uncontrolled:
         evaluation.tally.note(diagnostics.contraction.verdict(evaluation, free, solver))
 
@@ -280,7 +280,7 @@ def _copies(tensors: Params) -> dict[str, Tensor]:
 
 
 def check_settings(solver: Solver, problem: Problem | None = None) -> None:
-    """Refuse a learning rate that is to be learned, and a tensor where a number has to be."""
+    """Refuse a learning rate that requires a gradient, and a tensor in place of a number."""
     require(
         not solver.compile or problem is None or problem.ranks.size == 1,
         "compile=True takes several steps by one function, which cannot speak to other processes "
@@ -308,7 +308,7 @@ def _rounding(dtype: torch.dtype, loss: bool) -> str:
 
 
 def _refuse_unanswered(nudged: tuple[solvers.Settled, ...], why: str) -> None:
-    """Raise a `SettlingError` where phases have not answered their nudge: nothing to contrast."""
+    """Raise a `SettlingError` if nudged phases did not settle, which leaves nothing to contrast."""
     pushed = [s.phase for s in nudged if s.phase.beta != 0]
     left = sum(p.residual / p.start_residual for p in pushed if p.start_residual)
     if any(p.failed for p in pushed) and left > UNANSWERED * len(pushed):

@@ -1,4 +1,4 @@
-"""The same dice in every phase."""
+"""Common random numbers: every phase of a meta-gradient draws the same ones."""
 
 import random
 import sys
@@ -12,27 +12,28 @@ from torch import Tensor
 Stream = Literal["inner", "outer"]
 
 RANKS_APART = 1_000_000_000_039
-"""Between the seeds of two ranks, whose examples have masks of their own; a prime number."""
+"""Distance between the seeds of two ranks, which draw different masks; a prime number."""
 
 
 class CommonRandomness:
     """Makes evaluation t of a loss draw the same random numbers in every phase.
 
     A contrast of two phases divides their difference by β, and with it any noise that they do not
-    share. So every evaluation of a loss is seeded by its step and by the loss it belongs to, not by
-    what ran before it: the masks of dropout agree between phases even where one phase evaluates a
-    loss that the other does not.
+    share. Every evaluation of a loss is therefore seeded by its step and by the loss, and not by
+    what ran before: dropout masks agree between phases even if one phase evaluates a loss that the
+    other does not.
 
-    On entering, one number is drawn from torch's global generator, so that `torch.manual_seed`
-    decides everything; on leaving, also by an exception, the global generators stand where they
-    would stand after that one draw.
+    On entry, one number is drawn from torch's global generator, so that `torch.manual_seed`
+    determines everything. On exit, also by an exception, the global generators are in the state
+    after that one draw.
 
     The generators of Python's `random` and, if it has been imported, of `numpy.random` are seeded
-    and put back likewise; after the first evaluation of each loss, only where one drew from them.
+    and restored likewise. After the first evaluation of each loss, they are seeded only if a loss
+    drew from them.
 
     Args:
-        tensors: whatever is computed with; their devices' generators are the ones to seed.
-        base: the number, from an earlier such context; None to draw one.
+        tensors: all tensors of the computation; the generators of their devices are seeded.
+        base: the number drawn by an earlier such context, to repeat it; None to draw one.
     """
 
     def __init__(self, tensors: Iterable[Tensor], base: int | None = None) -> None:
@@ -61,11 +62,11 @@ class CommonRandomness:
         self._exit.close()
 
     def sign(self) -> int:
-        """1 or -1, by the number that was drawn on entering."""
+        """1 or -1, from the number that was drawn on entry."""
         return 1 if self.base % 2 else -1
 
     def seed(self, stream: Stream, step: int, rank: int = 0) -> None:
-        """Seed the generators for evaluation `step` of the inner or the outer loss on a rank."""
+        """Seed the generators for evaluation `step` of the inner or outer loss on a rank."""
         seed = self.base + 2 * step + (stream == "outer") + RANKS_APART * rank
         torch.default_generator.manual_seed(seed)
         for device in self._devices:
@@ -80,11 +81,11 @@ class CommonRandomness:
 
 @contextmanager
 def seeded(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Where the processor's global generators are seeded; they are put back on leaving.
+    """A context in which the CPU's global generators are seeded; they are restored on exit.
 
     Args:
-        seed: below 2^62.
-        generators: further ones to seed, which are not put back.
+        seed: the seed, below 2^62.
+        generators: further generators to seed, which are not restored.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -100,13 +101,13 @@ def seeded(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[No
 class _Other:
     """A global generator that is not torch's.
 
-    To seed one takes as long as a small loss. So a twin goes along with it, from which as many
-    numbers are drawn: as long as the next ones of both agree, nobody else has drawn any.
+    Seeding it takes as long as evaluating a small loss. To avoid that, a twin with the same seed
+    draws along with it: as long as their next numbers agree, no loss has drawn from the generator.
 
     Args:
-        generator: the global one.
-        twin: another of its kind.
-        put_back: leads the global one to where it stands now.
+        generator: the global generator.
+        twin: a private generator of the same kind.
+        put_back: restores the current state of the global generator.
     """
 
     def __init__(self, generator: Any, twin: Any, put_back: Any) -> None:
@@ -114,11 +115,11 @@ class _Other:
         self._drawn_from = self._seeded = False
 
     def begin(self, seed: int) -> None:
-        """Seed it."""
+        """Seed the generator."""
         self._generator.seed(seed % 2**32)
 
     def seed(self, seed: int, first: bool) -> None:
-        """Seed it if a loss has drawn from it, or for a loss that has not been evaluated yet."""
+        """Seed the generator if a loss has drawn from it, or at a loss's first evaluation."""
         if self._seeded and not self._drawn_from:
             self._drawn_from = self._generator.random() != self._twin.random()
         if self._drawn_from:
@@ -130,7 +131,7 @@ class _Other:
 
 
 def _others() -> list[_Other]:
-    """Python's generator, and that of numpy if it is there and can be seeded."""
+    """Python's generator, and numpy's if it is imported and can be seeded."""
     state = random.getstate()
     found = [_Other(random, random.Random(0), lambda: random.setstate(state))]
     numpy: Any = sys.modules.get("numpy.random")
@@ -148,4 +149,4 @@ def _others() -> list[_Other]:
 
 
 _spare: list[Any] = []
-"""Twins of numpy's generator that nobody uses: to make one takes 0.1 ms."""
+"""Unused twins of numpy's generator, kept because making one takes 0.1 ms."""

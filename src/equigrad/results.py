@@ -1,4 +1,4 @@
-"""What calls return: where a problem has settled, and the estimate of a gradient."""
+"""The results of calls: a settled problem, and an estimated meta-gradient."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ from equigrad.wording import listed
 
 @dataclass(frozen=True)
 class Settled:
-    """Where a problem has settled, for any number of meta-gradients to start from.
+    """A settled problem, from which any number of meta-gradients can start.
 
     Attributes:
         params: the settled φ.
-        buffers: the buffers of the problem's modules there, by name, as in `MetaGradient`.
-        status: in words: whether it settled, then whatever is worth knowing.
-        phase: the report.
+        buffers: the buffers of the problem's modules at the end of the phase, as in `MetaGradient`.
+        status: whether it settled, and further remarks, in words.
+        phase: the report of the phase.
     """
 
     params: dict[str, Tensor] = field(repr=False)
@@ -37,13 +37,13 @@ class Settled:
     _given: dict[str, dict[str, Tensor]] = field(repr=False)
 
     def _for(self, solver: Solver) -> solvers.Settled:
-        """The free phase's end, with the solver's state where this one can go on from it."""
+        """The end of the free phase, with the solver state if the solver can continue from it."""
         if solver.continues(self._solver):
             return self._end
         return dataclasses.replace(self._end, solver_state=None)
 
     def _require(self, **given: Params) -> None:
-        """Refuse parameters other than those that it settled with."""
+        """Raise if parameters are not those that it settled with."""
         for what, tensors in given.items():
             check_tensors(what, tensors)
             own = self._given[what]
@@ -61,23 +61,23 @@ class Settled:
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """An estimate of `dL_out(φ*(θ), θ)/dθ`, and how it came about.
+    """An estimate of `dL_out(φ*(θ), θ)/dθ`, with reports of its phases.
 
     Attributes:
-        grads: one tensor a meta-parameter, of its shape, dtype and device.
-        params: the settled φ of the free phase; of the controlled one where an estimator settles
-            no other, which `status` then says.
-        buffers: the buffers of the problem's modules at its end (statistics of batch normalisation,
-            for example), by the module's own names; where several of `problem.modules` have some,
-            each name begins with its module's position there. The modules themselves are as they
-            were.
-        outer_loss: `L_out` there, averaged over its batches.
-        status: in words: whether the free phase settled, then whatever is worth knowing.
-        phases: a report for every phase, the free one first if there is one.
-        gradient_evaluations: gradients of the inner or outer loss that it took (a Hessian-vector
-            product counts as two). Not counted are those by which a problem that is seen for the
-            first time is checked, four where nothing is wrong.
-        error_estimate: estimated relative error of `grads`, where the estimator has one.
+        grads: one tensor for each meta-parameter, of its shape, dtype and device.
+        params: the settled φ of the free phase, or of the controlled phase if an estimator runs no
+            free phase, in which case `status` says so.
+        buffers: the buffers of the problem's modules at the end of that phase (statistics of batch
+            normalisation, for example), by the module's own names; if several of `problem.modules`
+            have buffers, each name begins with its module's index there. The modules themselves are
+            not changed.
+        outer_loss: `L_out` at the end of that phase, averaged over its batches.
+        status: whether the free phase settled, and further remarks, in words.
+        phases: a report of every phase, the free one first if there is one.
+        gradient_evaluations: number of gradients of the inner or outer loss (a Hessian-vector
+            product counts as two), without the checks of a problem when it is first seen, which
+            take four if nothing is wrong.
+        error_estimate: estimated relative error of `grads`, if the estimator has one.
     """
 
     grads: dict[str, Tensor] = field(repr=False)
@@ -93,7 +93,7 @@ class MetaGradient:
     _solver: Solver | None = field(default=None, repr=False)
 
     def _onward(self, solver: Solver, estimator: Estimator) -> solvers.Settled:
-        """The free phase's end, for the next one to go on from."""
+        """The end of the free phase, for the next one to continue from."""
         if estimator.traits.steps:
             raise ConfigurationError(
                 f"{type(estimator).__name__} needs all steps of a free phase, and one that goes on "
@@ -117,8 +117,8 @@ class MetaGradient:
         A tensor that is a meta-parameter under several names gets the sum of their gradients.
 
         Raises:
-            ProblemError: a meta-parameter is computed from other tensors, where no optimiser would
-                look for a gradient. None is written then.
+            ProblemError: a meta-parameter is computed from other tensors, so that no optimiser
+                would use its gradient. Nothing is written in this case.
         """
         for name in self.grads:
             tensor = self._meta_params[name]
@@ -138,6 +138,6 @@ class MetaGradient:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are alike in dtype and device, and equal."""
+    """Whether two tensors have the same dtype, device and values."""
     alike = (one.dtype, one.device) == (other.dtype, other.device)
     return alike and torch.equal(whole(one.detach()), whole(other.detach()))

@@ -1,4 +1,4 @@
-"""Formulas of the theory, on plain numbers."""
+"""Formulas of the theory, as functions of plain numbers."""
 
 import cmath
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ def finite_difference_weights(nodes: Sequence[int]) -> tuple[Fraction, ...]:
 
         Σ_i α_i n_i^k = 1 if k = 1 else 0,    k = 0 … p-1,
 
-    so that `(1/β) Σ_i α_i f(n_i β) = f'(0) + O(β^{p-1})` for p nodes `n_i` (one order more where
-    the nodes are symmetric about zero). In particular `Σ α_i = 0` and `Σ n_i α_i = 1`; the paper's
-    Appendix D prints the first as `Σ α_i = 1`, a slip that its own table corrects.
+    so that `(1/β) Σ_i α_i f(n_i β) = f'(0) + O(β^{p-1})` for p nodes `n_i` (one order more if the
+    nodes are symmetric about zero). In particular `Σ α_i = 0` and `Σ n_i α_i = 1`; the paper's
+    Appendix D prints the first as `Σ α_i = 1`, a misprint that its own table corrects.
 
     They are the derivatives at zero of the Lagrange polynomials of the nodes, computed exactly.
 
@@ -26,10 +26,10 @@ def finite_difference_weights(nodes: Sequence[int]) -> tuple[Fraction, ...]:
         nodes: p ≥ 2 different integers, in units of β.
 
     Returns:
-        One exact fraction a node, in the order of the nodes.
+        One exact fraction for each node, in the order of the nodes.
 
     Raises:
-        ConfigurationError: fewer than two nodes, or a node given twice.
+        ConfigurationError: there are fewer than two nodes, or a node occurs twice.
 
     Example:
         >>> [str(weight) for weight in finite_difference_weights([0, 1, 2])]
@@ -67,14 +67,14 @@ def holomorphic_weights(points: int) -> list[complex]:
         f'(0) = Re (1/(pβ)) Σ_k f(β e^{2πik/p}) e^{-2πik/p} + O(β^p)
 
     for a holomorphic f that is real on the real axis: Cauchy's formula on a circle, by the
-    trapezoidal rule (Laborieux, Zenke 2022). What lies in the lower half plane is conjugate to
-    what lies in the upper one, whose weights are doubled for it.
+    trapezoidal rule (Laborieux, Zenke 2022). Values in the lower half plane are conjugate to those
+    in the upper one, whose weights are therefore doubled.
 
     Args:
         points: p ≥ 2.
 
     Returns:
-        One weight a root, in units of 1/β.
+        One weight for each root, in units of 1/β.
 
     Example:
         >>> [round(w.real, 3) for w in holomorphic_weights(2)]
@@ -94,7 +94,7 @@ def error_bound(
     outer_lipschitz: float = 1.0,
     constant: float = 1.0,
 ) -> float:
-    r"""Theorem 2: what the error of the two-point contrastive rule cannot exceed.
+    r"""The bound of Theorem 2 on the error of the two-point contrastive rule.
 
         B(δ, δ', β) = B_in (δ + δ')/β + B_out δ' + C β/(1 + β)
 
@@ -104,7 +104,7 @@ def error_bound(
     Args:
         free_error: δ ≥ 0, distance of the free phase's end to its equilibrium, in the units of φ.
         nudged_error: δ' ≥ 0, the same for the nudged phase.
-        beta: nudging strength β > 0, without a unit.
+        beta: nudging strength β > 0, dimensionless.
         inner_lipschitz: B_in > 0, Lipschitz constant of `∂L_in/∂θ` as a function of φ.
         outer_lipschitz: B_out ≥ 0, that of `∂L_out/∂θ`.
         constant: C > 0, in the units of the meta-gradient.
@@ -113,7 +113,7 @@ def error_bound(
         The bound, in the units of the meta-gradient.
 
     Raises:
-        ConfigurationError: an argument outside its domain.
+        ConfigurationError: an argument is out of range.
 
     Example:
         >>> round(error_bound(0.01, 0.01, 0.25), 12)
@@ -145,11 +145,11 @@ def best_beta(
         constant: C > 0, as in `error_bound`.
 
     Returns:
-        β*; zero for δ = δ' = 0, where the bound falls all the way as β → 0.
+        β*; zero for δ = δ' = 0, where the bound is smallest for β → 0.
 
     Raises:
-        ConfigurationError: an argument outside its domain, or δ + δ' ≥ C/B_in, where the bound
-            falls with β for ever and has no minimum.
+        ConfigurationError: an argument is out of range, or δ + δ' ≥ C/B_in, where the bound
+            decreases for all β and has no minimum.
 
     Example:
         >>> round(best_beta(0.02, 0.02), 12)
@@ -178,8 +178,8 @@ def best_bound(
 
         B(δ, δ', β*) = B_out δ' + 2 √(C B_in (δ + δ')) - B_in (δ + δ')
 
-    It is what stands before the last upper bound in the proof of Corollary 1 (Appendix C.3); the
-    corollary itself leaves the last term away.
+    This expression precedes the last upper bound in the proof of Corollary 1 (Appendix C.3); the
+    corollary itself omits the last term.
 
     Args:
         free_error: δ ≥ 0, distance of the free phase's end to its equilibrium.

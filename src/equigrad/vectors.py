@@ -1,4 +1,4 @@
-"""Several tensors as one vector, and how far two are apart."""
+"""Conversion of tensors to one flat vector, and relative distances."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector, tensor after tensor."""
+    """All entries of several tensors as one vector."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
@@ -19,20 +19,20 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def relative(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """`‖one - other‖ / ‖other‖` over all entries; 0 where both are zero, infinite if `other` is."""
+    """`‖one - other‖ / ‖other‖` over all entries; 0 or infinite where `other` is zero."""
     a, b = (flatten([t.detach() for t in tensors]).double() for tensors in (one, other))
     apart, size = (a - b).norm().item(), b.norm().item()
     return apart / size if size else math.inf if apart else 0.0
 
 
 def mismatch(one: Tensor, other: Tensor) -> float:
-    """`‖one - other‖` relative to the larger of the two; 0 where both are zero."""
+    """`‖one - other‖` relative to the larger of the two; 0 if both are zero."""
     size = max(one.norm().item(), other.norm().item())
     return (one - other).norm().item() / size if size else 0.0
 
 
 def tracked(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy that autograd takes if it was made under inference mode."""
+    """The tensor itself, or a copy that autograd accepts if it was made under inference mode."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return tensor.clone()
     return tensor

@@ -1,4 +1,4 @@
-"""Words that errors and notes are made of."""
+"""Helpers for the wording of errors and notes."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -15,19 +15,19 @@ def counted(count: int, noun: str) -> str:
 
 
 def listed(names: Iterable[object], most: int = 20) -> str:
-    """Names in a sentence, not too many of them."""
+    """Names as part of a sentence, shortened if there are many."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
 def shortened(text: str) -> str:
-    """A value as an error shows it."""
+    """A value as text for an error, shortened."""
     return repr(text if len(text) <= 40 else f"{text[:40]}…")
 
 
 def shown(value: object) -> str:
-    """Any value as an error shows it, in one line."""
+    """Any value as one line of text for an error."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     text = " ".join(repr(value).split())
@@ -35,7 +35,7 @@ def shown(value: object) -> str:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """What was meant by a word that is not known, with a space before it; empty where nobody knows.
+    """A suggestion for an unknown word, after a space; empty if no known word is similar.
 
     Example:
         >>> meant("digit", ["digits", "mnist"]), meant("?", ["digits", "mnist"])

@@ -1,4 +1,4 @@
-"""Is this meta-gradient right, and if not, why: re-solving, contraction, optimality."""
+"""Checks of a meta-gradient: references, contraction of maps, optimality of control."""
 
 import lazy_loader
 

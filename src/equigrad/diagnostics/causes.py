@@ -1,4 +1,4 @@
-"""What made a hypergradient wrong, and what to change."""
+"""The causes of an incorrect hypergradient, and advice on what to change."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from equigrad.estimators import Contrastive, Estimator
 from equigrad.solvers import Phase
 
 PARALLEL = 0.999
-"""Vectors with a larger cosine differ by a factor alone."""
+"""Vectors with a larger cosine differ only by a factor."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Vectors:
     """Hypergradients as vectors: over all of θ, or along the directions that were re-solved.
 
     Attributes:
-        estimate: that which is checked.
+        estimate: the hypergradient that is checked.
         truth: the reference.
-        direct: the part `∂L_out/∂θ` at the settled φ.
-        unseen: certain differences contradict the exact solve.
+        direct: the direct term `∂L_out/∂θ` at the settled φ.
+        unseen: whether differences of low uncertainty contradict the exact solve.
     """
 
     estimate: Tensor
@@ -33,14 +33,14 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of a hypergradient that did not pass.
+    """The evidence about a hypergradient that did not pass.
 
     Attributes:
-        check: the verdict, yet without advice.
-        estimator: what was checked.
-        reference: how the reference settled.
-        faults: what local tests found.
-        vectors: what was compared.
+        check: the verdict, without advice so far.
+        estimator: the estimator that was checked.
+        reference: the phase report of the reference.
+        faults: the findings of local tests.
+        vectors: the vectors that were compared.
         half_beta: relative error of the contrastive estimate at half the β; None for others.
     """
 
@@ -53,7 +53,7 @@ class Evidence:
 
 
 def advice(evidence: Evidence) -> list[str]:
-    """What to change, the most likely cause first."""
+    """Advice on what to change, for the most likely cause first."""
     said = list(evidence.faults)
     check = evidence.check
     if check.settled and check.stable and check.relative_error <= 2 * check.uncertainty:
@@ -79,7 +79,7 @@ def advice(evidence: Evidence) -> list[str]:
 
 
 def _place(evidence: Evidence) -> Iterator[str]:
-    """What is wrong with the place where φ settled."""
+    """Faults of the settled φ: it has not settled, or it is not a minimum."""
     check, reference = evidence.check, evidence.reference
     if not check.settled:
         yield (
@@ -94,7 +94,7 @@ def _place(evidence: Evidence) -> Iterator[str]:
 
 
 def _settling(evidence: Evidence) -> Iterator[str]:
-    """Phases of the estimate that have not settled."""
+    """Free phases of the estimate that have not settled."""
     free = evidence.check.result.phases[0]
     if free.residual <= UNSETTLED * free.start_residual:
         return
@@ -107,7 +107,7 @@ def _settling(evidence: Evidence) -> Iterator[str]:
 
 
 def _nudge(evidence: Evidence) -> Iterator[str]:
-    """A β on the wrong side of its best value, and nudged phases that have not settled."""
+    """A β that is too small or too large, and nudged phases that have not settled."""
     check, estimator, half = evidence.check, evidence.estimator, evidence.half_beta
     if not isinstance(estimator, Contrastive) or half is None:
         return
@@ -134,7 +134,7 @@ def _nudge(evidence: Evidence) -> Iterator[str]:
 
 
 def _form(vectors: Vectors, rtol: float) -> Iterator[str]:
-    """What the estimate looks like beside the truth and its parts."""
+    """Patterns in the estimate: a missing direct term, a wrong factor or a wrong sign."""
     estimate, truth, direct = vectors.estimate, vectors.truth, vectors.direct
     implicit = truth - direct
     if truth.numel() < 2:
@@ -157,7 +157,7 @@ def _form(vectors: Vectors, rtol: float) -> Iterator[str]:
 
 
 def _factor(one: Tensor, other: Tensor) -> float:
-    """`one` in units of `other`, to which it is parallel."""
+    """The factor between two parallel vectors."""
     return (one.dot(other) / other.dot(other)).item()
 
 

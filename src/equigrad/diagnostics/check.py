@@ -1,4 +1,4 @@
-"""Is this meta-gradient right? Reference values, error, and what to change."""
+"""A check of a meta-gradient against references, with an error and advice."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from equigrad.problems import Params, Problem
 from equigrad.solvers import Solver
 
 LEAST_BUDGET = 3000
-"""Gradient evaluations that the references of a cheap hypergradient may take."""
+"""Gradient evaluations that the references may always take, even if the hypergradient is cheap."""
 
 
 def check_meta_gradient(
@@ -35,36 +35,37 @@ def check_meta_gradient(
 ) -> Check:
     """Compare a meta-gradient with references that do not depend on the estimator.
 
-    The outer loss is re-solved at `θ ± h d` along random unit directions d and differenced. It
-    starts from the settled state, which is first settled for up to ten times as many steps as the
-    free phase had. Where the model has a double backward and φ is small, `ExactSolve` there gives
-    the whole gradient too; where the differences are certain and say otherwise, they are believed.
+    The inner problem is settled again at `θ ± h d` along random unit directions d, and the outer
+    loss is differenced. These phases start from the settled state, which is first settled further,
+    for up to ten times as many steps as the free phase had. If the model has a double backward and
+    φ is small, `ExactSolve` computes the whole gradient, too; if differences of low uncertainty
+    contradict it, they are used instead.
 
-    Where the gradient is wrong, causes are looked for: losses that are random, or have a derivative
-    that is not that of their values; a regulariser whose closed forms disagree; a kink; a saddle;
-    phases that have not settled; β on either side of its best value, for which it is halved; an
-    estimate that lacks the direct term, or is off by a factor or a sign.
+    If the gradient is wrong, possible causes are tested: losses that are random, or whose
+    derivative by autograd is not that of their values; a regulariser whose closed forms disagree; a
+    kink; a saddle; phases that have not settled; a β that is too small or too large, which is
+    tested by halving it; an estimate without the direct term, or with a wrong factor or sign.
 
     Args:
         problem: as for `meta_gradient`.
         params: as for `meta_gradient`.
         meta_params: as for `meta_gradient`.
         solver: as for `meta_gradient`.
-        estimator: what is checked.
-        directions: how many directions to re-solve along: the axes of a θ that has no more entries,
-            and fewer, but at least one, where the budget is spent.
+        estimator: the estimator to check.
+        directions: number of directions to re-solve along; the axes of θ if it has no more entries,
+            and fewer, but at least one, when the budget is spent.
         rtol: relative error to pass.
-        seed: draws the directions.
-        budget: gradient evaluations that the references may take; by default ten times what the
-            estimate took, and at least 3000.
-        progress: is told in a sentence what will be done and what it will cost; `print`, say.
+        seed: seed of the directions.
+        budget: gradient evaluations that the references may take; by default ten times those of the
+            estimate, and at least 3000.
+        progress: called with a sentence about the work to be done and its cost; `print`, say.
 
     Returns:
-        The verdict, with what to change.
+        The verdict, with advice.
 
     Raises:
         ConfigurationError: directions < 1, rtol ≤ 0 or budget < 1.
-        EquigradError: whatever `meta_gradient` raises.
+        EquigradError: any error of `meta_gradient`.
 
     Example:
         >>> from equigrad.testing import Quadratic
@@ -118,7 +119,7 @@ def _judge(
     along: list[Direction],
     rtol: float,
 ) -> tuple[Check, Vectors, Callable[[Params], Tensor]]:
-    """Choose what to believe, and compare the estimate with it."""
+    """Choose the reference, and compare the estimate with it."""
     resolved = torch.tensor([d.reference for d in along], dtype=torch.float64)
     spread = torch.tensor([d.uncertainty for d in along], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""How strongly a map contracts where it has settled, or should have."""
+"""The contraction of a map near its fixed point, measured by a spectral radius."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from equigrad.solvers.phase import numbered, resting
 from equigrad.solvers.rows import at_least_single, move_rows, rows
 
 VECTORS = 30
-"""Products with the transposed matrix that a radius is found from."""
+"""Number of products with the transposed matrix from which a radius is estimated."""
 
 
 def spectral_radius(
@@ -25,25 +25,25 @@ def spectral_radius(
 
         max_i |λ_i(∂F/∂φ)|,    F = φ - r(φ, θ)
 
-    by Arnoldi's iteration on products with the transposed matrix, so that no matrix is formed.
-    Exact where φ (of a sample) has at most `vectors` entries; otherwise an estimate. It errs to
-    either side: where the matrix is far from normal it may be several times too large. Samples are
-    taken to settle on their own; where a map mixes them (batch statistics in training mode), what
-    they do to each other is not in it.
+    by Arnoldi's iteration on products with the transposed matrix, so that no matrix is formed. It
+    is exact if φ (of a sample) has at most `vectors` entries; otherwise it is an estimate, which
+    may be too small or too large, and several times too large if the matrix is far from normal.
+    Samples are assumed to settle independently; if a map mixes them (batch statistics in training
+    mode), their interaction is not included.
 
     Args:
-        problem: a `FixedPoint` or an `EnergyBased`; its φ has to be near its fixed point.
-        params: φ where to look, the settled one as a rule.
+        problem: a `FixedPoint` or an `EnergyBased`.
+        params: φ near the fixed point, usually the settled φ.
         meta_params: θ.
-        vectors: products to take, at least 1.
-        seed: draws the vector to start from.
+        vectors: number of products to take, at least 1.
+        seed: seed of the initial vector.
 
     Returns:
-        One number a sample where the problem has samples, else a tensor without dimensions.
+        One number for each sample if the problem has samples, else a tensor without dimensions.
 
     Raises:
-        ConfigurationError: the problem has a loss to minimise in place of a map, or vectors is no
-            whole number from 1.
+        ConfigurationError: the problem minimises a loss and has no map, or vectors is not a whole
+            number of at least 1.
 
     Example:
         >>> import torch, equigrad as eg
@@ -66,7 +66,7 @@ def spectral_radius(
 
 
 def radius(evaluation: Evaluation, at: Settled, vectors: int = VECTORS, seed: int = 0) -> Tensor:
-    """The spectral radius where a phase ended, as `spectral_radius` gives it."""
+    """The spectral radius at the end of a phase, as from `spectral_radius`."""
     samples = evaluation.problem.samples
     linear = Linearisation(evaluation, at, "spectral_radius")
     shaped = [torch.zeros_like(p) for p in at.params.values()]
@@ -101,7 +101,7 @@ def radius(evaluation: Evaluation, at: Settled, vectors: int = VECTORS, seed: in
 
 
 def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> SettlingError:
-    """Why a map may have diverged: the error with what the map does where it started."""
+    """The error of a map that diverged, with the spectral radius at its start as an explanation."""
     said = f"{who}: {error}" if who else f"{error}"
     start = resting(evaluation.params, evaluation.stage.snapshot())
     velocity, _ = evaluation.velocity()(_leaves(start.params), 0)
@@ -112,7 +112,7 @@ def explained(error: SettlingError, evaluation: Evaluation, who: str = "") -> Se
 
 
 def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
-    """Whether the map contracts where a phase ended that did not settle, and what to do."""
+    """Whether the map contracts at the end of a phase that did not settle, with advice."""
     contracts, found = _contracts(evaluation, at)
     if at.phase.diverged:
         return f"with these where they started, {found}. {FOR_MAPS}, or start elsewhere"
@@ -126,10 +126,10 @@ def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
 
 
 def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
-    """Whether the map contracts at a state, None where that is not known; and its radius."""
+    """Whether the map contracts at a state, None if that is unknown, and its spectral radius."""
     try:
-        found = radius(evaluation, replace(at, lost=None))  # the samples that are lost as well
-    except (EquigradError, RuntimeError):  # there is no derivative to be had, or it is not finite
+        found = radius(evaluation, replace(at, lost=None))  # include the samples that are lost
+    except (EquigradError, RuntimeError):  # no derivative, or not finite
         return None, "the spectral radius of ∂F/∂φ is not known there"
     worst = found.max().item()
     where = ""
@@ -143,5 +143,5 @@ def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
 
 
 def _leaves(params: Params) -> dict[str, Tensor]:
-    """The same numbers, which a velocity can be computed at."""
+    """The tensors as leaves that require a gradient."""
     return {name: p.clone().requires_grad_() for name, p in params.items()}

@@ -1,4 +1,4 @@
-"""What is looked at once, where a problem is seen for the first time."""
+"""Checks of a problem's functions when it is first settled."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -24,44 +24,44 @@ from equigrad.vectors import flatten, mismatch
 from equigrad.wording import listed
 
 SUSPICIOUS = 3e-3
-"""Relative error of a derivative that is worth a closer look, and a word."""
+"""A relative error of a derivative above this is examined further, and reported."""
 
 WRONG = 1e-2
-"""Relative error of a derivative that makes a gradient wrong."""
+"""A relative error of a derivative above this makes the gradient wrong."""
 
 ALIKE = 0.1
-"""How much an asymmetry may differ between two distances: that of a kink grows as they shrink."""
+"""Relative change of an asymmetry between two distances above which it comes from a kink."""
 
 ROUNDING = 1e4
-"""Rounding errors that two evaluations may differ by."""
+"""Number of rounding errors by which two evaluations may differ."""
 
 _seen: dict[bool, WeakValueDictionary[int, Any]] = {
     twice: WeakValueDictionary() for twice in (False, True)
 }
-"""Functions that are what they are taken for: by estimators that differentiate twice, or once."""
+"""Functions that passed the checks of estimators that differentiate twice (True) or once."""
 
 
 def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> None:
-    """See whether the losses are what every estimator takes them for, where a phase settled.
+    """Check at the end of a phase that the losses are what every estimator assumes.
 
-    - The same call twice gives the same number: a loss is a function of params and step.
-    - A module that is handed weights computes with them alone, also in the backward.
-    - What settles is the gradient of the inner loss: its derivative is symmetric, and that of
-      autograd where the estimator takes it.
+    - Two equal calls return the same number: a loss is a function of params and step.
+    - A module that is called with given weights computes with them alone, also in the backward.
+    - The residual is the gradient of the inner loss: its derivative is symmetric, and equal to that
+      of autograd if the estimator uses it.
 
-    Takes four gradient evaluations, more only where something is wrong, and none where the
-    function that settles has been seen before, or another that the same object has made (the losses
-    of a few-shot learner). They are not counted: what a meta-gradient takes does not depend on what
-    has been called before it.
+    This takes four gradient evaluations, and more only if something is wrong. It takes none if the
+    inner function has passed before, or another one made by the same object (such as the losses of
+    a few-shot learner). They are not counted, so that the count of a meta-gradient does not depend
+    on earlier calls.
 
     Args:
-        evaluation: of the problem.
-        free: where it settled.
-        estimator: the one that is asked for its gradient.
+        evaluation: the evaluation of the problem.
+        free: the end of the free phase.
+        estimator: the estimator of the gradient.
 
     Raises:
-        ProblemError: a module computes with weights of its own in the place of those it is handed,
-            or the gradient of the inner loss is none.
+        ProblemError: a module computes with its own weights in place of the given ones, or the
+            residual is not the gradient of the inner loss.
     """
     problem, twice = evaluation.problem, _twice(evaluation, free, estimator)
     function = given(problem.function("inner"))
@@ -70,23 +70,23 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     if all(problem.ranks.gathered(known)):
         return
     if look(evaluation, free, estimator) and maker is not None:
-        with suppress(TypeError):  # cannot be referred to weakly: is looked at again
+        with suppress(TypeError):  # allows no weak reference, so it is checked every time
             _seen[twice][id(maker)] = maker
 
 
 def look(
     evaluation: Evaluation, free: Settled, estimator: Estimator, caller: "Caller | None" = None
 ) -> bool:
-    """What `first_look` does, seen before or not; whether all is well.
+    """Run the checks of `first_look` in any case; return whether they passed.
 
     Args:
-        evaluation: of the problem.
-        free: where it settled.
-        estimator: the one that is asked for its gradient.
-        caller: of the modules, where it is no loss of the user's.
+        evaluation: the evaluation of the problem.
+        free: the end of the free phase.
+        estimator: the estimator of the gradient.
+        caller: the caller of the modules, if it is not a loss of the user.
 
     Raises:
-        ProblemError: as `first_look`.
+        ProblemError: as from `first_look`.
     """
     around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
     if not around.outer_repeats() or not around.inner_repeats():
@@ -97,21 +97,21 @@ def look(
 
 
 def _twice(evaluation: Evaluation, free: Settled, estimator: Estimator) -> bool:
-    """Whether second derivatives by autograd are to be looked at."""
+    """Whether to check second derivatives by autograd."""
     derived = evaluation.problem.symmetric and estimator.differentiates_twice
     return derived and _precise(evaluation, free)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls a module, and what is to be said of it: by default, a loss of the user's.
+    """The caller of a module, and how messages refer to it: by default, a loss of the user.
 
     Attributes:
-        moves: whether the module's own weights may be others than those that it is handed, so that
-            it must not compute with its own in the backward.
-        held: what to do about a parameter that it holds twice.
-        changing: what it means that a call changes the next.
-        state: where else a state may be, for which a note names the problem's class.
+        moves: whether the module's own weights may differ from the given ones, so that it must not
+            compute with its own weights in the backward.
+        held: advice for a parameter that the module holds twice.
+        changing: the consequence of a call that changes the next one.
+        state: where else a state may be; a note inserts the problem's class.
     """
 
     moves: bool = True
@@ -124,18 +124,18 @@ class Caller:
 
 
 def _precise(evaluation: Evaluation, at: Settled) -> bool:
-    """Whether differences of gradients say anything about derivatives."""
+    """Whether the precision allows derivatives to be checked by differences of gradients."""
     return not evaluation.lower and all(torch.finfo(p.dtype).bits >= 32 for p in at.params.values())
 
 
 class _Look:
-    """Evaluates a problem around where it settled.
+    """Evaluates a problem around its settled state.
 
     Args:
-        evaluation: of the problem.
-        free: where it settled.
-        twice: whether gradients of what settles are to be differentiated.
-        caller: of the modules.
+        evaluation: the evaluation of the problem.
+        free: the end of the free phase.
+        twice: whether the inner gradient will be differentiated.
+        caller: the caller of the modules.
     """
 
     def __init__(self, evaluation: Evaluation, free: Settled, twice: bool, caller: Caller) -> None:
@@ -149,7 +149,7 @@ class _Look:
             self._tolerance = 0.25
 
     def outer_repeats(self) -> bool:
-        """Whether the outer loss has one value; says so where not."""
+        """Whether the outer loss is reproducible; notes it if not."""
 
         def value(shift: bool) -> Slope:
             with torch.no_grad(), self._own.shifted_in_calls() if shift else nullcontext():
@@ -161,15 +161,15 @@ class _Look:
         return self._repeats("outer", value)
 
     def inner_repeats(self) -> bool:
-        """Whether what settles has one gradient; says so where not."""
+        """Whether the inner gradient is reproducible; notes it if not."""
         return self._repeats("inner", lambda shift: self._slope(shift=shift))
 
     def _first_slope(self, slope: Callable[[bool], Slope], stream: Stream) -> Slope:
-        """With its graph where second derivatives are asked for, and there."""
+        """The first value and gradient, with a graph if second derivatives will be checked."""
         if stream == "inner" and self._twice:
             try:
                 return self._slope(graph=True)
-            except RuntimeError:  # a compiled function, whose backward records no graph
+            except RuntimeError:  # the backward of a compiled function records no graph
                 self._evaluation.stage.stand_at(self._free)
         return slope(False)
 
@@ -216,7 +216,7 @@ class _Look:
         return f" ({', '.join(found)})" if found else ""
 
     def derivative_holds(self, estimator: Estimator) -> bool:
-        """Whether the gradient of the inner loss is what autograd takes it for; refuses or says."""
+        """Whether autograd's derivative of the inner gradient is right; raises or notes if not."""
         u, v = self._along(0), self._along(1)
         ahead = self._slope(u).minus(self._first)
         apart = self._hidden(u, ahead)
@@ -240,9 +240,9 @@ class _Look:
         return False
 
     def _hidden(self, u: "Move", ahead: Slope) -> float | None:
-        """How far second derivatives by autograd are from differences of the gradient, along u.
+        """The error of autograd's second derivatives along u, by differences of the gradient.
 
-        None where there are no second derivatives, or nobody asks for them.
+        None if there are no second derivatives, or none are needed.
         """
         if self._graph is None:
             return None
@@ -268,7 +268,7 @@ class _Look:
         return max(mismatch(seen.params, far.params), smooth * mismatch(seen.meta, far.meta))
 
     def _asymmetry(self, u: "Move", v: "Move", ahead: Slope) -> float:
-        """How far the gradient's derivative is from symmetric, along two directions."""
+        """The asymmetry of the gradient's derivative along two directions, relative to its size."""
         v = balanced(v, ahead)
         aside = self._slope(v).minus(self._first)
         size = max(expected(u, aside), expected(v, ahead))
@@ -285,12 +285,12 @@ class _Look:
         return min(abs(near), abs(far)) / size
 
     def _change(self, move: "Move", scale: float) -> Slope:
-        """What the gradient changes by along a direction, by central differences."""
+        """The change of the gradient along a direction, by central differences."""
         there, back = (self._slope(move.times(s)) for s in (scale, -scale))
         return there.minus(back).times(0.5 / scale)
 
     def _along(self, seed: int) -> "Move":
-        """A random direction: the first of φ, the second of φ and θ."""
+        """A random direction: for seed 0 in φ alone, otherwise in φ and θ."""
         generator = torch.Generator().manual_seed(seed)
         step = torch.finfo(self.dtype).eps ** (1 / 3)
 
@@ -310,7 +310,7 @@ class _Look:
     def _slope(
         self, move: "Move | None" = None, *, shift: bool = False, graph: bool = False
     ) -> Slope:
-        """The gradient of what settles, at a distance, on fresh leaves."""
+        """The value and gradient of the inner function at a displacement, with new leaves."""
         evaluation, own = self._evaluation, self._own
         params, meta = self._free.params, evaluation.meta_params
         if move is not None:
@@ -331,7 +331,7 @@ class _Look:
         return self._split(value, grads)
 
     def _hold(self, tensors: list[Tensor]) -> None:
-        """Leave out what is kept from learning by design."""
+        """Set entries to zero that get no gradient by design."""
         for name, row in _padding(self._evaluation.problem.modules or ()):
             if name in self._free.params and self._free.params[name].ndim == 2:
                 tensors[list(self._free.params).index(name)][row] = 0
@@ -344,7 +344,7 @@ class _Look:
 
 
 def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
-    """Rows of embeddings that stand for no word, and get no gradient."""
+    """Padding rows of embeddings, which get no gradient."""
     for module in modules:
         for path, part in module.named_modules():
             if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
@@ -352,5 +352,5 @@ def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
 
 
 def problem_batches(problem: Any) -> list[Any]:
-    """What hands out mini-batches."""
+    """The problem's mini-batches, where it has any."""
     return [b for b in (problem.inner_batches, problem.outer_batches) if b is not None]

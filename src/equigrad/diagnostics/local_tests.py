@@ -1,4 +1,4 @@
-"""Are a problem's functions what the estimators take them for? Tests around one place."""
+"""Local tests of a problem's functions around a settled state."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,28 +11,30 @@ from equigrad.randomness import CommonRandomness, Stream
 from equigrad.vectors import flatten, relative
 
 MISMATCH = 0.05
-"""Relative difference of a derivative by autograd and by differences that is called one."""
+"""Relative difference above which derivatives by autograd and by differences disagree."""
 
 ROUNDING = 30
-"""A difference of so many rounding errors of the values says nothing."""
+"""A difference of fewer rounding errors of the values is not significant."""
 
 
 def local_faults(
     problem: Problem, params: Params, meta_params: Params, seed: int
 ) -> tuple[str, ...]:
-    """What is wrong with a problem's functions around a place, a sentence each.
+    """The faults of a problem's functions around a settled state, one sentence each.
+
+    The tests are:
 
     - Two evaluations with the same seeds give the same value.
-    - Derivatives by φ and by θ, by autograd, are those by central differences along a random
-      direction, at a place near by.
+    - Derivatives with respect to φ and θ by autograd agree with central differences along a random
+      direction, at a point nearby.
     - The closed forms of a regulariser are the derivatives of its penalty.
-    - The velocity has no jump where φ settled.
+    - The velocity has no jump at the settled φ.
 
     Args:
-        problem: what is looked at.
-        params: φ where it settled.
+        problem: the problem.
+        params: the settled φ.
         meta_params: θ.
-        seed: of the directions, and of the functions' random numbers.
+        seed: seed of the directions, and of the functions' random numbers.
     """
     found: list[str] = []
     params = {name: p.detach() for name, p in params.items()}
@@ -59,7 +61,7 @@ def local_faults(
 
 
 class _TestPoint:
-    """A problem near a settled state, with the same buffers and random numbers at every look."""
+    """A problem near a settled state, with the same buffers and random numbers in every call."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class _TestPoint:
         self.params = {n: p + 0.1 * d for (n, p), d in self._paired(params)}
 
     def value(self, stream: Stream, params: Params, meta: Params) -> Tensor:
-        """The function's value on the first batch; of a map, the sum of its residual's entries."""
+        """The function's value on the first batch; for a map, the sum of the residual's entries."""
         self.buffers.restore(self.buffers.before)
         return self.problem.probe(stream, params, meta, 0, self.draws)
 
@@ -87,7 +89,7 @@ class _TestPoint:
         return abs(one - other) > ROUNDING * self._eps(self.params) * max(abs(one), abs(other))
 
     def mismatches(self) -> Iterator[str]:
-        """Derivatives by autograd that differences do not confirm."""
+        """Derivatives by autograd that disagree with differences."""
         for stream in ("inner", "outer"):
             for argument in ("params", "meta_params"):
                 if not self._confirmed(lambda p, m, s=stream: self.value(s, p, m), argument):
@@ -131,9 +133,9 @@ class _TestPoint:
             )
 
     def jumps(self) -> bool:
-        """Whether the velocity changes across the settled place by an amount that does not shrink.
+        """Whether the velocity jumps at the settled state.
 
-        Of a smooth one it shrinks with the distance.
+        The change of a smooth velocity across it shrinks with the distance; a jump does not.
         """
         direction = {n: d for (n, _), d in self._paired(self.settled)}
         small = self._eps(self.settled) ** (1 / 3)
@@ -147,12 +149,12 @@ class _TestPoint:
             return up - down
 
         wide, narrow = change(16 * small), change(small)
-        # entry by entry: where a few jump, the others hide them in a norm
+        # entry by entry, since a norm would hide a few entries that jump
         jumped = (narrow.abs() > 0.5 * wide.abs()) & (narrow.abs() > 0.01 * wide.abs().max())
         return bool(jumped.any())
 
     def _confirmed(self, function: Callable[[Params, Params], Tensor], argument: str) -> bool:
-        """Whether autograd's derivative along a random direction is that of differences."""
+        """Whether autograd's derivative along a random direction agrees with differences."""
         start = self.params if argument == "params" else self.meta
         other = self.meta if argument == "params" else self.params
         direction = {n: d for (n, _), d in self._paired(start)}
@@ -210,7 +212,7 @@ class _TestPoint:
         return dict(zip(params, velocity, strict=True))
 
     def _paired(self, tensors: Params) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
-        """Each tensor, and a random direction on the scale of its entries."""
+        """Each tensor with a random direction on the scale of its entries."""
         for name, tensor in tensors.items():
             scale = max(tensor.double().square().mean().sqrt().item(), 0.1)
             raw = torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)

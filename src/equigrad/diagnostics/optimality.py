@@ -1,4 +1,4 @@
-"""Whether a controlled equilibrium is one of least control."""
+"""A test whether a controlled equilibrium is one of least control."""
 
 import torch
 from torch import Tensor
@@ -17,25 +17,25 @@ from equigrad.vectors import flatten, unflatten
 def column_space_condition(
     problem: Problem, params: Params, meta_params: Params, *, max_size: int = 2000
 ) -> Tensor:
-    r"""The share of a control that the least one would do without, at a controlled equilibrium.
+    r"""The share of a control that violates the optimality condition of least control.
 
         ‖ψ - Pψ‖ / ‖ψ‖,    P onto  col[(∂r/∂φ)⁻ᵀ (∂h/∂φ)ᵀ],    ψ = r(φ, θ)
 
-    for the outputs h(φ): those parameters that the outer loss depends on. It is 0 if and only if
-    the control satisfies the optimality condition of the least-control principle (Meulemans et al.
-    2022), under which `-(∂_θ velocity)ᵀ ψ` is the gradient of `½‖ψ*‖²`. With as many outputs as
-    parameters it says nothing, and is 0. Forms `∂r/∂φ`.
+    for the outputs h(φ), which are the parameters that the outer loss depends on. It is 0 if and
+    only if the control satisfies the optimality condition of the least-control principle (Meulemans
+    et al. 2022), under which `-(∂_θ velocity)ᵀ ψ` is the gradient of `½‖ψ*‖²`. If all parameters
+    are outputs, it is always 0. It forms `∂r/∂φ`.
 
     Args:
-        problem: what settles.
-        params: φ under control, as `LeastControl(start="params")` reports it. There the control is
-            the residual itself.
+        problem: the problem.
+        params: φ under control, as `LeastControl(start="params")` reports it; the control is the
+            residual there.
         meta_params: θ.
-        max_size: most parameters (of a sample) that it will form a matrix for.
+        max_size: the largest number of parameters (of a sample) for which it forms the matrix.
 
     Returns:
-        One number a sample where the problem has samples, else a tensor without dimensions; 0
-        where there is no control.
+        One number for each sample if the problem has samples, else a tensor without dimensions; 0
+        if there is no control.
 
     Raises:
         ConfigurationError: there are more parameters than `max_size`.
@@ -82,7 +82,7 @@ def column_space_condition(
 
 
 def _product(linear: Linearisation, like: list[Tensor], vectors: Tensor, samples: bool) -> Tensor:
-    """`(∂r/∂φ)ᵀ` times one vector a sample."""
+    """The product of `(∂r/∂φ)ᵀ` with one vector for each sample."""
     shaped = [torch.zeros_like(t) for t in like]
     move_rows(shaped, vectors)
     return rows(unflatten(linear.product(flatten(shaped)), like), samples)

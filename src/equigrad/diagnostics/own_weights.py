@@ -1,4 +1,4 @@
-"""Modules that are handed weights, and compute with their own."""
+"""Detects modules that compute with their own weights when they are called with others."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from equigrad.errors import ProblemError
 
 
 class OwnWeights:
-    """Shifts the weights of modules while they compute with others that they were handed.
+    """Shifts the own weights of modules while they are called with other weights.
 
-    `torch.func.functional_call` puts other tensors in the places of a module's parameters for as
-    long as it calls it. What the module computes then depends on its own ones only where it holds
-    them a second time, or computes once more in the backward (gradient checkpointing).
+    `torch.func.functional_call` replaces a module's parameters by other tensors during a call. The
+    result then depends on the module's own weights only if it holds them a second time, or computes
+    again in the backward (gradient checkpointing). A shift of the own weights shows this.
 
     Args:
-        modules: whatever a loss may call. Compiled ones, which allow no hooks, are left out.
+        modules: modules that a loss may call. Compiled ones, which allow no hooks, are left out.
 
     Attributes:
-        names: of the parameters that were replaced so far, by the module's own names.
+        names: names of the parameters that were replaced so far.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -40,7 +40,7 @@ class OwnWeights:
 
     @contextmanager
     def shifted_in_calls(self) -> Iterator[None]:
-        """While modules are called with other weights."""
+        """A context in which own weights are shifted during calls with other weights."""
         if not self._roots:
             yield
             return
@@ -57,7 +57,7 @@ class OwnWeights:
 
     @contextmanager
     def shifted(self) -> Iterator[None]:
-        """While the backward of such calls runs."""
+        """A context for the backward of such calls, in which own weights are shifted."""
         self._shift(self._replaced.values())
         try:
             yield
@@ -95,16 +95,16 @@ class OwnWeights:
 
 
 def _compiled(part: nn.Module) -> bool:
-    """Whether `torch.compile` has made this module or its calls."""
+    """Whether `torch.compile` made this module or compiled its calls."""
     return type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
 
 
 @contextmanager
 def checkpoints_named() -> Iterator[None]:
-    """Say what to do where gradient checkpointing refuses a gradient.
+    """A context that explains errors of gradient checkpointing.
 
     Raises:
-        ProblemError: in the place of torch's own error.
+        ProblemError: in place of torch's own error.
     """
     try:
         yield
@@ -122,7 +122,7 @@ def checkpoints_named() -> Iterator[None]:
 
 
 def _places(path: str, part: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, nn.Parameter]]:
-    """A module's own parameters, where they lie."""
+    """A module's own parameters, with the dictionary and key that hold each."""
     if isinstance(part, torch.jit.ScriptModule):
         return
     slots: dict[str, Any] = part._parameters

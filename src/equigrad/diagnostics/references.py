@@ -23,16 +23,16 @@ from equigrad.solvers.phase import resting
 from equigrad.vectors import unflatten
 
 MORE_STEPS = 10
-"""How many times longer the reference may settle than the estimate did."""
+"""The reference may take this many times the steps of the estimate's free phase."""
 
 UNSETTLED = 1e-4
-"""A phase that has more of its first residual left than this is called unsettled."""
+"""A phase has not settled if its residual is above this share of its first one."""
 
 NUDGE_ASIDE = 1e-3
-"""A settled state is pushed this far aside, relative to itself, to see whether it comes back."""
+"""Relative size of the perturbation that tests whether a settled state is stable."""
 
 MOST_BY_EXACT_SOLVE = 500
-"""Inner parameters up to which the whole matrix is formed."""
+"""The largest number of inner parameters for which the whole matrix is formed."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Direction:
     """The derivative of the outer loss along one unit direction of θ.
 
     Attributes:
-        estimated: by the estimator.
-        reference: by central differences of the re-solved outer loss.
-        uncertainty: what the reference changes by when its step is halved.
+        estimated: the estimator's value.
+        reference: the value by central differences of the re-solved outer loss.
+        uncertainty: change of the reference when its step is halved.
     """
 
     estimated: float
@@ -51,19 +51,19 @@ class Direction:
 
 
 class References:
-    """Settles a problem again, and longer, around a settled state.
+    """Settles a problem again, and further, from a settled state.
 
     Args:
         problem: the problem.
-        result: the hypergradient that is checked; φ starts where it settled.
+        result: the hypergradient that is checked, with the settled φ to start from.
         meta_params: θ.
-        solver: settles, for up to ten times as many steps.
-        seed: of the functions' random numbers, and of directions.
+        solver: the solver, which may take up to ten times as many steps.
+        seed: seed of the functions' random numbers, and of directions.
         budget: gradient evaluations to spend.
 
     Attributes:
-        phase: how the reference settled.
-        params: where.
+        phase: report of the reference's phase.
+        params: the settled φ of the reference.
         spent: gradient evaluations so far.
     """
 
@@ -90,12 +90,12 @@ class References:
 
     @property
     def settled(self) -> bool:
-        """Whether the reference is at rest, measured by where the free phase began."""
+        """Whether the reference has settled, relative to the start of the free phase."""
         start = max(self.result.phases[0].start_residual, self.phase.start_residual)
         return self.phase.residual <= UNSETTLED * start
 
     def units(self, count: int) -> list[Params]:
-        """Unit directions of θ: random ones, or its axes where it has no more than so many."""
+        """Unit directions of θ: random ones, or its axes if there are no more than `count`."""
         entries = sum(m.numel() for m in self.meta_params.values())
         if entries <= count:
             axes = torch.eye(entries, dtype=torch.float64)
@@ -116,7 +116,7 @@ class References:
         return units
 
     def along(self, unit: Params) -> Direction:
-        """Estimated and re-solved derivative along a direction."""
+        """The estimated and the re-solved derivative along a direction."""
         eps = torch.finfo(next(iter(self.meta_params.values())).dtype).eps
         step = eps ** (1 / 3) * max(1.0, flat(self.meta_params).norm().item())
 
@@ -132,11 +132,11 @@ class References:
         return Direction(estimated, coarse, abs(coarse - fine))
 
     def leaves(self) -> bool:
-        """Whether φ moves far away from where it settled once it is pushed a little aside.
+        """Whether φ moves far away after a small perturbation.
 
-        It then stood at a saddle or a maximum, which solvers reach by symmetry alone.
+        It was then at a saddle or a maximum, which solvers reach only by symmetry.
         """
-        if len(self.problem.batches("inner") or [None]) > 1:  # goes in circles, and never rests
+        if len(self.problem.batches("inner") or [None]) > 1:  # mini-batches keep φ moving
             return False
         generator = torch.Generator().manual_seed(self.seed)
         aside = {}
@@ -152,7 +152,7 @@ class References:
         return moved > 10 * pushed
 
     def exact(self) -> Params | None:
-        """The whole gradient by an exact solve, where that is possible and within the budget."""
+        """The whole gradient by an exact solve; None if it is impossible or exceeds the budget."""
         size = sum(p.numel() for p in self.params.values())
         if 2 * size > self.budget - self.spent:
             return None
@@ -171,7 +171,7 @@ class References:
         return result.grads
 
     def direct(self) -> Params:
-        """`∂L_out/∂θ` at the settled φ, which the outer loss has without settling anything."""
+        """The direct term `∂L_out/∂θ` at the settled φ."""
         torch.manual_seed(self.seed)
         where = self.problem, self.result.params, self.meta_params
         with Evaluation(*where, solver=self.solver) as evaluation:
@@ -193,7 +193,7 @@ class References:
     def _settle(
         self, meta_params: Params, start: Params, solver: Solver
     ) -> tuple[float, Phase, Params]:
-        """The outer loss where the inner problem settles, with the same randomness each time."""
+        """The outer loss of the settled inner problem, with the same random numbers each time."""
         left = max(self.budget - self.spent, 1)
         limit = solver.max_steps if solver.max_steps is not None else left
         torch.manual_seed(self.seed)
@@ -203,18 +203,18 @@ class References:
             return evaluation.outer_loss(settled).item(), settled.phase, settled.params
 
     def _settle_near(self, meta_params: Params) -> float:
-        """The outer loss at slightly other meta-parameters, settled anew from where it was."""
+        """The outer loss at slightly different meta-parameters, settled from the reference's φ."""
         one_step = replace(self.solver, max_steps=1, tol=None)
         pushed = self._settle(meta_params, self.params, one_step)[1].start_residual
         tol = max(1e-6 * pushed, 2 * self.phase.residual, torch.finfo(torch.float64).tiny)
-        tol = None if tol > 0.01 * pushed else tol  # a reference that is itself not at rest
+        tol = None if tol > 0.01 * pushed else tol  # the reference itself has not settled
         return self._settle(meta_params, self.params, replace(self.solver, tol=tol))[0]
 
 
 def announcement(
     result: MetaGradient, budget: int, directions: int, say: Callable[[str], None]
 ) -> None:
-    """Say what the references will cost, before they are computed."""
+    """Announce the cost of the references before they are computed."""
     say(
         f"checking a gradient of {result.gradient_evaluations} gradient evaluations: up to "
         f"{budget:,} more, for a longer free phase, {4 * directions} phases at shifted θ and, "
@@ -223,7 +223,7 @@ def announcement(
 
 
 def flat(tensors: Params) -> Tensor:
-    """All entries, in double precision on the CPU."""
+    """All entries as one vector, in double precision on the CPU."""
     return torch.cat([t.detach().double().cpu().flatten() for t in tensors.values()])
 
 

@@ -8,20 +8,20 @@ from equigrad.gradient import MetaGradient
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on a meta-gradient; `print` it.
+    """The verdict on a meta-gradient, to be printed.
 
     Attributes:
         result: the meta-gradient that was checked.
         directions: derivatives along random directions, estimated and re-solved.
-        relative_error: `‖ĝ - g‖ / ‖g‖`, over all of θ where the exact solve was possible, else
-            over the directions.
-        cosine: between ĝ and g, likewise.
-        uncertainty: of the reference, as a share of it; an error below this says nothing.
-        reference: what the error was measured against, in words.
-        settled: whether the reference is at rest; nothing is judged by one that is not.
-        stable: whether φ comes back when it is pushed a little aside, as from a minimum.
-        advice: what to change, a sentence each; empty where all is well.
-        rtol: the error that was asked for.
+        relative_error: `‖ĝ - g‖ / ‖g‖`, over all of θ if the exact solve was possible, else over
+            the directions.
+        cosine: cosine of ĝ and g, likewise.
+        uncertainty: relative uncertainty of the reference; a smaller error is not significant.
+        reference: the reference, in words.
+        settled: whether the reference has settled; if not, it cannot judge the gradient.
+        stable: whether φ returns after a small perturbation, as at a minimum.
+        advice: what to change, one sentence each; empty if the check passed.
+        rtol: the requested error.
         spent: gradient evaluations that the references took.
     """
 
@@ -39,13 +39,13 @@ class Check:
 
     @property
     def told(self) -> bool:
-        """Whether the reference is at rest, at a minimum, and certain enough to judge by."""
+        """Whether the reference has settled at a minimum, with a small enough uncertainty."""
         certain = self.uncertainty <= 0.5 * max(self.rtol, self.relative_error)
         return self.settled and self.stable and certain
 
     @property
     def passed(self) -> bool:
-        """Whether the error is at most `rtol`, by a reference that can tell."""
+        """Whether the error is at most `rtol`, by a reference that can judge it."""
         return self.told and self.relative_error <= self.rtol
 
     def __str__(self) -> str:

@@ -148,7 +148,7 @@ class Refinement:
         return Estimate(grads=best.grads, phases=(self.free, *phases), error_estimate=best.error)
 
     def refined(self) -> tuple[Answer, float]:
-        """The first answer that is accurate enough, or the best, and the difference of the last two."""
+        """The first answer that is accurate enough, or the best, with the last two's difference."""
         coarse = self.first_pair()
         answer = best = Answer(math.inf, coarse.grads, (coarse,))
         seen, lost = Comparison(), 0

@@ -1,4 +1,4 @@
-"""The one seam to processes: each has a share of the data, and all have the same φ and θ."""
+"""All communication between processes, which share the data and have the same φ and θ."""
 
 from equigrad.parallel.likeness import Likeness, require_alike
 from equigrad.parallel.ranks import ALONE, Ranks

@@ -1,4 +1,4 @@
-"""What has to be the same on all ranks, and how a difference is named."""
+"""Checks that all ranks have the same parameters, settings and batches."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -11,21 +11,21 @@ from equigrad.errors import ProblemError
 from equigrad.parallel.shards import mesh_of
 
 Mark = tuple[Any, ...]
-"""Shape, dtype and a checksum of a tensor."""
+"""The shape, dtype and checksum of a tensor."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a rank has that all have to have alike, small enough to be sent around.
+    """A summary of what must be the same on all ranks, small enough to be sent.
 
     Attributes:
         params: marks of φ.
         meta_params: marks of θ.
-        constants: marks of what else modules compute with: frozen parameters, and buffers but for
-            those of batch normalisation, which see each rank's share.
-        batches: the number of mini-batches of each loss.
-        seed: of the random numbers; that of the first rank counts.
-        examples: in the first mini-batch of each loss, where that is known.
+        constants: marks of frozen parameters, and of buffers except those of batch normalisation,
+            which depend on each rank's share of the data.
+        batches: number of mini-batches of each loss.
+        seed: seed of the random numbers; that of the first rank is used.
+        examples: number of examples in the first mini-batch of each loss, if it is known.
     """
 
     params: dict[str, Mark]
@@ -37,12 +37,12 @@ class Likeness:
 
     @staticmethod
     def marks(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
-        """Of named tensors."""
+        """Marks of named tensors."""
         return {name: _mark(tensor) for name, tensor in tensors.items()}
 
     @staticmethod
     def constants_of(modules: Iterable[nn.Module], given: Iterable[Tensor]) -> dict[str, Tensor]:
-        """What modules compute with beside what they are handed."""
+        """The tensors that modules compute with, besides those that they are called with."""
         handed = {t.untyped_storage().data_ptr() for t in given}
         return {
             f"{i}.{path}.{name}": t
@@ -54,7 +54,7 @@ class Likeness:
 
 
 def require_alike(said: list[Likeness]) -> None:
-    """Raise a `ProblemError` that names the first thing that two ranks have differently."""
+    """Raise a `ProblemError` that names the first difference between two ranks."""
     first = said[0]
     for rank, other in enumerate(said):
         for field in fields(Likeness):
@@ -89,7 +89,7 @@ def _kind(mark: Mark) -> str:
 
 
 def _mark(tensor: Tensor) -> Mark:
-    """Sums of a tensor's bits, which do not depend on the order in which they are added."""
+    """Checksums of a tensor's bits, which do not depend on the order of summation."""
     bits = tensor.detach().reshape(-1)
     if bits.is_complex():
         bits = torch.view_as_real(bits).reshape(-1)
@@ -102,7 +102,7 @@ def _mark(tensor: Tensor) -> Mark:
 
 
 def _constants(part: nn.Module) -> list[tuple[str, Tensor]]:
-    """A module's own frozen parameters, and buffers but for those of batch normalisation."""
+    """A module's own frozen parameters, and buffers except those of batch normalisation."""
     found: list[tuple[str, Tensor]] = [
         (n, p) for n, p in part.named_parameters(recurse=False) if not p.requires_grad
     ]

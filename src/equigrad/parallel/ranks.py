@@ -1,4 +1,4 @@
-"""The processes that a problem's data are spread over."""
+"""The group of processes that share a problem's data."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,27 +18,27 @@ T = TypeVar("T")
 Params = Mapping[str, Tensor]
 
 STAMPS = 2**20
-"""Evaluations are told apart by their number modulo this."""
+"""The number of an evaluation is compared between ranks modulo this."""
 
 MOST_NAMED = 50
-"""Ranks that are told apart where a loss is not finite; those beyond go by this number."""
+"""The last rank that is named individually if its loss is not finite; later ones share its bit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    r"""All processes that have the same φ and θ, and each its own share of the data.
+    r"""All processes of a problem, with the same φ and θ and each with its share of the data.
 
-    The loss of all is the mean of theirs, `L = (1/n) Σ_r L_r`, and so is every derivative of it.
-    What passes through here comes out the same on all ranks, down to the last bit, so that each of
-    them decides alike; nothing else in the library knows of processes. With equal shares and losses
-    that are means, all of it is that of one process with all the data.
+    The loss is the mean over ranks, `L = (1/n) Σ_r L_r`, and so is every derivative of it. Results
+    are the same on all ranks, to the last bit, so that all of them take the same decisions; nothing
+    else in the library knows of processes. With equal shares and mean losses, the result is that of
+    one process with all the data.
 
     Attributes:
         group: the processes; None for this one alone.
-        wrapped: data-parallel modules that the losses call. Their own hooks are passed by.
-        shares: whether each has data of its own, and not a part of the tensors; random numbers
-            then differ between ranks.
-        unfinite: the ranks whose loss was NaN or infinite first, since all were finite.
+        wrapped: data-parallel modules that the losses call. Their own hooks are bypassed.
+        shares: whether each process has its own data, rather than a part of the tensors; random
+            numbers then differ between ranks.
+        unfinite: the ranks whose loss was the first not to be finite, since all were finite.
     """
 
     group: Any = None
@@ -58,7 +58,7 @@ class Ranks:
 
     @property
     def stream(self) -> int:
-        """The number of this rank's random numbers."""
+        """The number of this rank's stream of random numbers."""
         return self.rank if self.shares else 0
 
     def alone(self) -> "Ranks":
@@ -77,11 +77,11 @@ class Ranks:
         """The mean of a loss over ranks, differentiable as often as the loss is.
 
         Args:
-            loss: of `(params, meta_params)`, on this rank's share.
+            loss: function of `(params, meta_params)`, on this rank's share of the data.
             params: φ, the same on every rank.
             meta_params: θ, the same on every rank.
-            name: what the loss is called.
-            stamp: which evaluation this is, the same on every rank.
+            name: name of the loss.
+            stamp: number of this evaluation, the same on every rank.
 
         Raises:
             EquigradError: the loss fails on a rank. Its own error is raised there.
@@ -106,7 +106,7 @@ class Ranks:
         fate = [float(error is not None), stamp % STAMPS, 2.0 ** min(self.rank, MOST_NAMED)]
         side = torch.tensor(fate, dtype=wide).to(mine.device)
         side[2] *= ~torch.isfinite(mine.detach())
-        # the square has a gradient, and one of that, which lead to the other ranks
+        # zero² has a first and a second derivative, so that backward passes reach all ranks
         total, side = Gather.apply(self._reduce, mine.to(wide) + zero.to(wide).square(), side)
         failed, stamps, unfinite = map(int, side.real.tolist())
         if failed:
@@ -115,13 +115,13 @@ class Ranks:
                     raise error
         if stamps != self.size * (stamp % STAMPS):
             raise RunError(f"{self._who} evaluates {name} while others do not. {OUT_OF_STEP}")
-        if not (unfinite and self.unfinite):  # those that began it; soon it is all of them
+        if not (unfinite and self.unfinite):  # keep the first: NaN soon spreads to all ranks
             self.unfinite[:] = [rank for rank in range(self.size) if unfinite >> rank & 1]
         return (total / self.size).to(mine.dtype)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What goes wrong inside on one rank is raised on all; nothing inside may call others.
+        """A context whose errors on one rank are raised on all; inside, ranks do not communicate.
 
         Raises:
             EquigradError: of the same kind as on the rank that fails, which is named.
@@ -136,12 +136,12 @@ class Ranks:
             _raise_first(self.gathered(None))
 
     def tell(self, error: Exception) -> None:
-        """Say to ranks that are together that this one fails; returns once they have heard."""
+        """Tell the other ranks in `together` that this one fails; returns once they know."""
         if self.group is not None:
             self.gathered(_described(error))
 
     def gathered(self, mine: T) -> list[T]:
-        """What every rank has, in their order.
+        """The values of all ranks, in their order.
 
         Args:
             mine: anything that can be pickled.
@@ -157,11 +157,10 @@ class Ranks:
         return found
 
     def require_same(self, **settings: object) -> None:
-        """Raise a `ConfigurationError` unless all ranks say the same of themselves.
+        """Raise a `ConfigurationError` unless all ranks have the same settings.
 
         Args:
-            settings: whatever decides what is computed; compared by their `repr`, without places
-                in memory.
+            settings: settings of the computation; compared by `repr`, without memory addresses.
         """
         if self.group is None:
             return
@@ -175,7 +174,7 @@ class Ranks:
                     )
 
     def averaged(self, tensors: Params) -> dict[str, Tensor]:
-        """The means of floating-point tensors over ranks, others as they are."""
+        """The means of floating-point tensors over ranks; other tensors are not changed."""
         floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
         if self.group is None or not floats:
             return dict(tensors)
@@ -192,10 +191,10 @@ class Ranks:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Say it clearly where another rank does not answer."""
+        """Turn an error of communication into one that says what happened and what to do."""
         try:
             yield
-        except RuntimeError as error:  # the base of all that torch.distributed raises
+        except RuntimeError as error:  # the base class of torch.distributed's errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
                 f"{self._who} no longer reaches the others ({reason}). One of them failed, was "
@@ -208,14 +207,14 @@ OUT_OF_STEP = (
     "All ranks have to make the same calls in the same order, with the same solver and estimator, "
     "on machines and with OMP_NUM_THREADS alike"
 )
-"""What keeps ranks in step."""
+"""The condition for ranks to stay in step, as a sentence."""
 
 ALONE = Ranks()
-"""One process."""
+"""A single process."""
 
 
 def _described(error: Exception) -> tuple[type[EquigradError], str]:
-    """The kind of an error as others can raise it, and what it says."""
+    """An error's class, as other ranks can raise it, and its message."""
     if isinstance(error, EquigradError):
         return type(error), str(error)
     return ProblemError, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Parameters that lie on several processes: torch's `DTensor`."""
+"""Parameters that are spread over several processes, as torch's `DTensor`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ Params = Mapping[str, Tensor]
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """The mesh of several processes that a tensor lies on; None of an ordinary one."""
+    """The mesh of several processes that a tensor is spread over; None for an ordinary tensor."""
     mesh: Any = getattr(tensor, "device_mesh", None)
     return mesh if mesh is not None and mesh.size() > 1 else None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, as an ordinary one, with its graph; itself if it is one."""
+    """The whole tensor as an ordinary one, with its graph; an ordinary tensor is not copied."""
     return tensor if mesh_of(tensor) is None else _Whole.apply(tensor)  # pyright: ignore
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How named tensors lie on processes.
+    """How named tensors are spread over processes.
 
     Attributes:
-        mesh: of the processes.
-        placements: of each tensor; replicated where it is not named.
+        mesh: the mesh of processes.
+        placements: placement of each tensor; tensors that are not named are replicated.
     """
 
     mesh: Any = None
@@ -35,11 +35,11 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Params, mesh: Any) -> "Layout":
-        """That of these tensors."""
+        """The layout of these tensors."""
         return cls(mesh, {n: _placements(t) for n, t in tensors.items() if mesh_of(t) is not None})
 
     def laid_out(self, tensors: Params, *, others: bool = False) -> dict[str, Tensor]:
-        """Whole tensors as they lie on processes; the others replicated, if asked for."""
+        """Whole tensors spread over processes in this layout."""
         if self.mesh is None or self.placements is None:
             return dict(tensors)
         replicated = _replicated(self.mesh) if others else None
@@ -56,8 +56,8 @@ class OnShards:
 
     Attributes:
         function: the loss.
-        params: how φ lies on processes.
-        meta_params: how θ does.
+        params: layout of φ.
+        meta_params: layout of θ.
     """
 
     function: Callable[..., Any]
@@ -84,9 +84,9 @@ def meshes(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 class _Placed(torch.autograd.Function):
-    """A whole tensor, laid out on processes; its transpose is `_Whole`, and that of that is this.
+    """A whole tensor spread over processes; the transpose is `_Whole`, and vice versa.
 
-    torch's own redistribution has no second derivative.
+    Torch's own redistribution has no second derivative.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Placed(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """A tensor that lies on processes, as an ordinary one on each."""
+    """A tensor that is spread over processes, as an ordinary tensor on each."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Any) -> Tensor:  # pyright: ignore
@@ -115,7 +115,7 @@ class _Whole(torch.autograd.Function):
 
 
 def _placements(tensor: Any) -> tuple[Any, ...]:
-    """Where a tensor lies; replicated where each process has a summand of it."""
+    """The placements of a tensor; replicated where each process holds a summand."""
     from torch.distributed.tensor import Replicate
 
     return tuple(Replicate() if p.is_partial() else p for p in tensor.placements)

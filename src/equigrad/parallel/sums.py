@@ -1,4 +1,4 @@
-"""What autograd is told of ranks: two operations, each the transpose of the other."""
+"""Two autograd functions that communicate between ranks, each the transpose of the other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 AllReduce = Callable[[Tensor], None]
-"""Adds a tensor up over ranks, in place."""
+"""Sums a tensor over ranks, in place."""
 
 
 class Spread(torch.autograd.Function):
-    r"""What all ranks have alike, as each computes with it on its own.
+    r"""The identity on tensors that all ranks share, whose transpose sums gradients over ranks.
 
         x ↦ x        with the transpose    g_r ↦ Σ_r g_r
 
-    Gradients by what is spread are added up over ranks in one go, whichever of the tensors a rank
-    has used. The last output is a zero without dimensions, which a loss that contains it leads back
-    here even where it depends on nothing else: no rank then waits for another.
+    The gradients of all tensors are summed in one call, whichever of them a rank has used. The last
+    output is a scalar zero. A loss that includes it reaches this function in the backward pass even
+    if it depends on nothing else, so that no rank waits for another.
     """
 
     @staticmethod
@@ -28,14 +28,14 @@ class Spread(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep nothing but the way to the other ranks, and shapes."""
+        """Keep the reduction and the shapes."""
         ctx.reduce, tensors = inputs[0], inputs[1:]
         ctx.like = [_Like.of(t) for t in tensors]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Sums of the gradients that were asked for."""
+        """Sums of the gradients that are needed."""
         wanted = ctx.needs_input_grad[1:]
         mine = [
             like.zeros() if g is None else g
@@ -48,7 +48,7 @@ class Spread(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        """The tangents, which all ranks have alike as well."""
+        """The tangents, which all ranks share as well."""
         moved = [
             like.zeros() if t is None else t.view_as(t)
             for t, like in zip(tangents[1:], ctx.like, strict=True)
@@ -57,22 +57,22 @@ class Spread(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    r"""What every rank has of its own, added up: `x_r ↦ Σ_r x_r`, the transpose of `Spread`."""
+    r"""The sum over ranks of tensors that differ: `x_r ↦ Σ_r x_r`, the transpose of `Spread`."""
 
     @staticmethod
     def forward(reduce: AllReduce, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
-        """The sums, which all ranks have alike."""
+        """The sums, which are the same on all ranks."""
         return tuple(summed(reduce, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep nothing but the way to the other ranks."""
+        """Keep the reduction."""
         ctx.reduce = inputs[0]
         ctx.like = [_Like.of(t) for t in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The same gradient on every rank, for what each contributed."""
+        """The same gradient on every rank, for its contribution."""
         return None, *Spread.apply(ctx.reduce, *grads)[:-1]
 
     @staticmethod
@@ -85,7 +85,7 @@ class Gather(torch.autograd.Function):
 
 
 def summed(reduce: AllReduce, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors added up over ranks, in one go for each dtype and device; in float32 at least."""
+    """Sums of tensors over ranks, at least in float32, in one call for each dtype and device."""
     dense = [(t.to_dense() if t.is_sparse else t).detach() for t in tensors]
     kinds = [(torch.promote_types(t.dtype, torch.float32), t.device) for t in dense]
     found = list(dense)
@@ -100,7 +100,7 @@ def summed(reduce: AllReduce, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Like:
-    """What a tensor is like, without its memory."""
+    """The properties of a tensor, without its memory."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -108,14 +108,14 @@ class _Like:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Like":
-        """What this one is like."""
+        """The properties of this tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self) -> Tensor:
-        """One that is zero."""
+        """A tensor of zeros with these properties."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """The same memory, as real numbers."""
+    """The same memory as real numbers."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

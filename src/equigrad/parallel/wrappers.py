@@ -1,4 +1,4 @@
-"""Modules that belong to several processes."""
+"""Wrappers of modules that belong to several processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from equigrad.errors import ProblemError
 
 
 def is_group(value: object) -> bool:
-    """Whether this is a group of processes that this one is in."""
+    """Whether this is a group of processes that contains this one."""
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 def processes(part: nn.Module) -> int:
-    """How many processes share what a wrapper of torch's own, or one made from it, holds."""
+    """The number of processes that share a module wrapped by torch, or by a class made from it."""
     wraps = any(
         kind.__module__.startswith(
             ("torch.nn.parallel.distributed", "torch.distributed", "deepspeed")
@@ -30,7 +30,7 @@ def processes(part: nn.Module) -> int:
 
 
 def is_data_parallel(part: nn.Module) -> bool:
-    """Whether this is a module in `DistributedDataParallel`, or in something made from it."""
+    """Whether this is a `DistributedDataParallel` module, or one of a class made from it."""
     return dist.is_available() and isinstance(part, nn.parallel.DistributedDataParallel)
 
 
@@ -38,7 +38,7 @@ def data_parallel(module: nn.Module) -> list[Any]:
     """The parts of a module that are wrapped by `DistributedDataParallel` over several processes.
 
     Raises:
-        ProblemError: one is inside of another.
+        ProblemError: one is inside another.
     """
     found: list[Any] = [p for p in module.modules() if is_data_parallel(p) and processes(p) > 1]
     for part in found:
@@ -51,10 +51,10 @@ def data_parallel(module: nn.Module) -> list[Any]:
 
 
 def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
-    """The one group of processes that a problem belongs to; None if it is one process.
+    """The group of processes that a problem belongs to; None for a single process.
 
     Args:
-        given: by the user, or None.
+        given: the user's group, or None.
         wrapped: the data-parallel modules that the problem calls.
 
     Raises:
@@ -72,10 +72,10 @@ def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
 
 @contextmanager
 def inside(wrapped: Iterable[Any]) -> Iterator[None]:
-    """While data-parallel modules do no more than what is inside of them.
+    """A context in which data-parallel modules just call the modules that they wrap.
 
-    Their reducers wait for gradients to be accumulated, which never happens, and would send the
-    buffers of rank 0 around.
+    Their reducers wait for gradients to be accumulated, which never happens here, and would
+    broadcast the buffers of rank 0.
     """
     own = [(w, vars(w).get("forward")) for w in wrapped]
     for w, _ in own:
@@ -91,7 +91,7 @@ def inside(wrapped: Iterable[Any]) -> Iterator[None]:
 
 
 class _Inside:
-    """Calls what a data-parallel module has inside, on the device that it moves inputs to."""
+    """Calls the module inside a data-parallel module, on the device that it moves inputs to."""
 
     def __init__(self, wrapper: Any) -> None:
         self._module = wrapper.module

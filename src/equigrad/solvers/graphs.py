@@ -60,9 +60,7 @@ class GraphedSteps:
 
         def move(steps: int) -> tuple[Tensor, ...]:
             first = velocity(*inputs)
-            kept = tuple(
-                v.clone() for v in first
-            )  # a velocity may be a view of a leaf, which moves
+            kept = tuple(v.clone() for v in first)  # a velocity may be a view of a leaf
             solver.update(leaves, tuple(first), state, _NO_OBJECTIVE)
             for _ in range(steps - 1):
                 solver.update(leaves, tuple(velocity(*inputs)), state, _NO_OBJECTIVE)

@@ -1,4 +1,4 @@
-"""Tasks, each a support and a query set, drawn in batches."""
+"""Few-shot tasks, each with a support and a query set, drawn in batches."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A batch of tasks: what each learns from, and what judges what it learned."""
+"""A batch of tasks, each with a support set to learn from and a query set for the outer loss."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,14 +11,14 @@ from equigrad.errors import ConfigurationError, ProblemError
 
 @dataclass(frozen=True, eq=False)
 class TaskBatch:
-    """Tasks side by side.
+    """Several tasks, stacked along the first dimension.
 
     Attributes:
-        support: inputs tasks × n × …, and targets tasks × n × …, that a task learns from.
-        query: likewise, with an n of its own, that judge what was learned.
+        support: inputs tasks × n × … and targets tasks × n × …, that each task learns from.
+        query: likewise, with an n of its own, for the outer loss.
 
     Raises:
-        ProblemError: the number of tasks or of examples differs where it must agree, or is 0.
+        ProblemError: numbers of tasks or of examples do not agree, or are 0.
 
     Example:
         >>> x, y = torch.zeros(5, 10, 1), torch.ones(5, 10, 1)
@@ -71,10 +71,10 @@ class TaskBatch:
         return type(self)((a[tasks], b[tasks]), (c[tasks], d[tasks]))
 
     def chunks(self, size: int | None) -> list[Self]:
-        """Parts of `size` tasks at most, in order, whose lengths differ by one at most.
+        """Parts of at most `size` tasks, in order, whose lengths differ by at most one.
 
         Args:
-            size: None for all tasks in one.
+            size: None for a single part.
 
         Raises:
             ConfigurationError: size < 1.
@@ -86,14 +86,14 @@ class TaskBatch:
         return self._parts(-(-len(self) // (size or len(self))))
 
     def share(self, rank: int, world_size: int) -> Self:
-        """The tasks of one of several processes; the shares differ by one task at most.
+        """The tasks of one of several processes; shares differ by at most one task.
 
         Args:
-            rank: of the process, from 0.
+            rank: rank of the process, from 0.
             world_size: number of processes.
 
         Raises:
-            ConfigurationError: a process would have no task, or there is no such process.
+            ConfigurationError: a process would have no task, or there is no such rank.
         """
         if not 0 <= rank < world_size:
             raise ConfigurationError(
@@ -110,7 +110,7 @@ class TaskBatch:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Elsewhere, or in another precision; labels and other whole numbers keep their type."""
+        """The batch on another device or in another precision; integer tensors keep their type."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)

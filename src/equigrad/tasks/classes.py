@@ -1,4 +1,4 @@
-"""Labelled examples, by class."""
+"""Collections of labelled examples, one tensor for each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from equigrad.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class ClassCollection(Sequence[Tensor]):
-    """Classes with the examples of each, and their names: a sequence of tensors, n × ….
+    """A sequence of classes: the examples of each, a tensor n × …, and its name.
 
     Attributes:
-        examples: one tensor a class, n × …, with an n of its own; or classes × n × ….
-        names: of the classes, none twice.
-        notes: what the user should know of them.
+        examples: one tensor for each class, n × …, with its own n; or classes × n × ….
+        names: names of the classes, all different.
+        notes: remarks for the user.
 
     Raises:
-        DataError: there are more or fewer names than classes, or two classes have one name.
+        DataError: there are more or fewer names than classes, or two classes have the same name.
 
     Example:
         >>> collection = ClassCollection(torch.zeros(2, 20, 1, 28, 28), ("alpha", "beta"))
@@ -45,11 +45,11 @@ class ClassCollection(Sequence[Tensor]):
 
         Args:
             inputs: n × ….
-            labels: n, whole numbers.
-            names: of the classes 0, 1, …; those labels that occur where none are given.
+            labels: n whole numbers.
+            names: names of the classes 0, 1, …; by default, the labels that occur.
 
         Raises:
-            DataError: there are not as many labels as inputs, or a label has no name.
+            DataError: the numbers of labels and inputs differ, or a label has no name.
 
         Example:
             >>> inputs, labels = torch.arange(5.0), torch.tensor([7, 3, 7, 7, 3])
@@ -87,7 +87,7 @@ class ClassCollection(Sequence[Tensor]):
         return self.examples[index]
 
     def select(self, indices: Sequence[int]) -> Self:
-        """The classes with these numbers, in this order."""
+        """The classes with these indices, in this order."""
         if isinstance(self.examples, Tensor):
             examples = self.examples[torch.tensor(indices, dtype=torch.long)]
         else:

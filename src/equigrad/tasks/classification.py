@@ -1,4 +1,4 @@
-"""Telling apart N classes of which K examples are known."""
+"""N-way K-shot classification tasks."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -15,31 +15,32 @@ from equigrad.tasks.classes import ClassCollection
 from equigrad.tasks.sampler import dice
 
 TURNS = 4
-"""Ways to turn a square image: by 0°, 90°, 180° and 270°."""
+"""Number of rotations of a square image: by 0°, 90°, 180° and 270°."""
 
 
 @dataclass(frozen=True, eq=False)
 class NWayKShot(Checked):
-    """Tasks of `way` classes, drawn anew for each, with `shot` examples to learn a class from.
+    """A sampler of tasks with `way` random classes and `shot` support examples of each.
 
-    The classes of a task have labels 0 … way-1, in an order drawn with them, and its examples are
-    sorted by label. None of them is in the support and in the query, or twice in either.
+    The classes of a task have the labels 0 … way-1, in random order, and its examples are sorted by
+    label. No example is used twice in a task.
 
     Attributes:
-        images_by_class: one tensor a class, n × …; or classes × n × …. A `ClassCollection` lends
-            the error messages its names.
-        way: classes of a task.
-        shot: examples of each class to learn from.
-        queries: examples of each class that judge.
-        rotations: whether every class counts as four, turned counter-clockwise by 0°, 90°, 180° and
-            270° (Santoro et al. 2016); class c turned k times has the number c + k · (classes as
-            given). The turned images are kept, which takes four times the memory.
-        seed: draws the tasks.
+        images_by_class: one tensor for each class, n × …; or classes × n × …. Error messages use
+            the names of a `ClassCollection`.
+        way: number of classes of a task.
+        shot: number of support examples of each class.
+        queries: number of query examples of each class.
+        rotations: whether every class counts as four, rotated counter-clockwise by 0°, 90°, 180°
+            and 270° (Santoro et al. 2016); class c rotated k times has the index c + k · (number of
+            given classes). The rotated images are stored, which takes four times the memory.
+        seed: seed of the tasks.
 
     Raises:
-        ConfigurationError: fewer than two classes a task, or more than there are; no shot or query.
-        DataError: a class has fewer than shot + queries examples, examples differ in shape or in
-            type, or those to be turned are not square.
+        ConfigurationError: there are fewer than two classes in a task, or more than exist; or no
+            support or query examples.
+        DataError: a class has fewer than shot + queries examples, examples differ in shape or
+            dtype, or images to be rotated are not square.
 
     Example:
         >>> sampler = NWayKShot(torch.rand(8, 20, 1, 28, 28), rotations=True)
@@ -62,10 +63,10 @@ class NWayKShot(Checked):
 
     @classmethod
     def from_labels(cls, inputs: Tensor, labels: Tensor, **knobs: Any) -> Self:
-        """From examples n × … and their labels, n whole numbers; with any knob of the class.
+        """A sampler from examples n × … and n whole-number labels; takes all further arguments.
 
         Raises:
-            DataError: there are not as many labels as inputs, or as for the class itself.
+            DataError: the numbers of labels and inputs differ, or as for the class itself.
 
         Example:
             >>> inputs, labels = torch.rand(60, 3), torch.arange(60) % 3
@@ -96,11 +97,11 @@ class NWayKShot(Checked):
 
     @property
     def classes(self) -> int:
-        """How many classes tasks are made of, turned ones counted."""
+        """The number of classes that tasks are drawn from, including rotated ones."""
         return len(self.images_by_class) * (TURNS if self.rotations else 1)
 
     def sample(self, tasks: int, draw: int) -> TaskBatch:
-        """Draw a batch: inputs tasks × way·shot × … and tasks × way·queries × …, and labels.
+        """Draw a batch: inputs tasks × way·shot × … and tasks × way·queries × …, with labels.
 
         Raises:
             ConfigurationError: tasks < 1.
@@ -109,7 +110,7 @@ class NWayKShot(Checked):
         generator = dice(self.seed, draw)
         examples, starts, counts = self._pool
         classes = torch.rand(tasks, self.classes, generator=generator).topk(self.way).indices
-        # the largest of random numbers are a draw without replacement; what is not there gets -1
+        # the largest random numbers are a draw without replacement; missing examples get -1
         most = int(counts.max())
         ranks = torch.rand(tasks, self.way, most, generator=generator)
         ranks = ranks.where(torch.arange(most) < counts[classes][..., None], -1.0)
@@ -124,7 +125,7 @@ class NWayKShot(Checked):
 
     @cached_property
     def _pool(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All examples, one after the other; where those of each class start; how many they are."""
+        """All examples in a row, with the start and the number of those of each class."""
         given = self.images_by_class
         examples = given.flatten(0, 1) if isinstance(given, Tensor) else torch.cat(list(given))
         counts = torch.tensor([len(images) for images in given])

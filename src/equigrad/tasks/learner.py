@@ -1,4 +1,4 @@
-"""A learner of tasks: what it learns on each, and how what they share is learned."""
+"""A few-shot learner: what each task learns, and how the shared meta-parameters are learned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,9 +25,9 @@ Statistics = Literal["query", "support"]
 
 
 class MetaModel(Protocol):
-    """A module divided into what a task learns, φ, and what tasks share, θ.
+    """A module divided into a task's parameters φ and the shared meta-parameters θ.
 
-    `equigrad.nn.ComplexSynapse`, `Modulation`, `LearnedStart` and `LearnedRates` are such.
+    `equigrad.nn.ComplexSynapse`, `Modulation`, `LearnedStart` and `LearnedRates` have this form.
     """
 
     @property
@@ -36,11 +36,11 @@ class MetaModel(Protocol):
         ...
 
     def meta_params(self) -> dict[str, Tensor]:
-        """θ at the beginning, new leaves."""
+        """Initial θ, as new leaves."""
         ...
 
     def start(self, meta_params: Params) -> dict[str, Tensor]:
-        """φ at the start of a task."""
+        """Initial φ of a task."""
         ...
 
     def weights(self, params: Params, meta_params: Params) -> Params:
@@ -54,29 +54,29 @@ class MetaModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotLearner(Checked):
-    r"""Learns every task from its support set, and what tasks share from their query sets.
+    r"""Learns every task from its support set, and the shared meta-parameters from the query sets.
 
         min_θ mean_τ L(φ*_τ, θ, query_τ),    φ*_τ = argmin_φ L(φ, θ, support_τ) + R(φ, θ)
 
     (Zucchet et al., Eqs. 5 and 6). All tasks of a batch settle at once: their parameters are
-    stacked, and the inner loss is the sum over tasks. With a fixed number of steps each task
-    settles as it would alone. A tolerance is that of all tasks of a chunk together, and a line
-    search looks at their sum: `chunk_size=1` where tasks should not wait for each other.
+    stacked, and the inner loss is the sum over tasks. With a fixed number of steps, each task
+    settles as it would alone. A tolerance applies to all tasks of a chunk together, and a line
+    search evaluates their sum; with `chunk_size=1`, tasks do not wait for each other.
 
     Attributes:
-        model: what a task learns and what tasks share: `ComplexSynapse(…, learn=("center",))`,
-            `Modulation`, `LearnedStart` or `LearnedRates`.
-        loss: `(outputs, targets) -> scalar` of one task, its mean over examples.
-        solver: settles a task.
-        estimator: of the meta-gradient.
-        chunk_size: tasks that settle at once; None for all. Memory grows with it.
-        statistics: what batch normalisation takes its statistics of where a task is judged.
-            `query`: its whole query set, so that what is said of one example depends on the others
-            (transductive, the field's custom). `support`: its support set.
+        model: the division into φ and θ: `ComplexSynapse(…, learn=("center",))`, `Modulation`,
+            `LearnedStart` or `LearnedRates`.
+        loss: `(outputs, targets) -> scalar` of one task, the mean over examples.
+        solver: the solver of a task.
+        estimator: the estimator of the meta-gradient.
+        chunk_size: number of tasks that settle at once; None for all. Memory grows with it.
+        statistics: the set from which batch normalisation takes its statistics for the outer loss.
+            `query`: the whole query set, so that the output for one example depends on the others
+            (transductive, as is common in the field). `support`: the support set.
         batching: how networks are computed side by side, as in `equigrad.nn.SideBySide`.
 
     Raises:
-        ConfigurationError: chunk_size < 1, or a batching that does not serve the module.
+        ConfigurationError: chunk_size < 1, or a batching that the module does not allow.
 
     Example:
         >>> import equigrad as eg
@@ -114,7 +114,7 @@ class FewShotLearner(Checked):
         object.__setattr__(self, "network", SideBySide(self.model.module(), self.batching))
 
     def problem(self, tasks: TaskBatch) -> Bilevel:
-        """All tasks as one problem, whose losses are sums over them."""
+        """All tasks as one problem, with losses summed over tasks."""
         return Bilevel(
             inner_loss=_SummedLoss(self, second_order=self.estimator.traits.double_backward),
             outer_loss=_SummedLoss(self, second_order=False),
@@ -126,7 +126,7 @@ class FewShotLearner(Checked):
         )
 
     def start(self, meta_params: Params, tasks: int) -> dict[str, Tensor]:
-        """φ of so many tasks at their start."""
+        """Initial φ of a number of tasks."""
         start = self.model.start(meta_params)
         if not self.estimator.traits.sees_start:
             start = {name: p.detach() for name, p in start.items()}
@@ -134,21 +134,22 @@ class FewShotLearner(Checked):
 
     @torch.inference_mode(False)
     def meta_gradient(self, meta_params: Params, tasks: TaskBatch) -> MetaGradient:
-        """The gradient of the query loss's mean over tasks.
+        """The gradient of the query loss, averaged over tasks.
 
         Args:
             meta_params: θ.
-            tasks: what to learn from.
+            tasks: the tasks.
 
         Returns:
-            As `equigrad.meta_gradient` does: `params` has a row a task, `outer_loss` is the mean
-            over tasks, a gradient of so many tasks counts as so many `gradient_evaluations`, and
-            `phases` and `status` are those of the chunk that rests the least.
+            The result of `equigrad.meta_gradient`, where `params` has a row for each task,
+            `outer_loss` is the mean over tasks, `gradient_evaluations` counts a gradient once for
+            each task, and `phases` and `status` are those of the chunk with the largest residual.
         """
         chunks = tasks.chunks(1 if self.estimator.traits.one_system else self.chunk_size)
-        if self._reaches is None:  # the same for all tasks: found out and checked once
+        if self._reaches is None:  # the same for all tasks, so found and checked once
             first, start = self.problem(chunks[0]), self.start(meta_params, len(chunks[0]))
-            # with a seed of its own: torch's generator stands as in a process that knows already
+            # a fixed seed, so that this draws nothing from torch's generator: a resumed process,
+            # which also comes here once, would otherwise draw other numbers than this one
             known = Evaluation(first, start, meta_params, seed=0, solver=self.solver)
             with known as evaluation:
                 object.__setattr__(self, "_reaches", evaluation.reaches.functions)
@@ -176,12 +177,12 @@ class FewShotLearner(Checked):
     def settle(
         self, meta_params: Params, tasks: TaskBatch, *, steps: int | None = None
     ) -> dict[str, Tensor]:
-        """φ of every task once it has learned, a row a task.
+        """The settled φ of every task, one row for each.
 
         Args:
             meta_params: θ.
-            tasks: what to learn.
-            steps: at most so many, other than the solver's own; 0 for φ at the start.
+            tasks: the tasks.
+            steps: the most steps to take, instead of the solver's limit; 0 for the initial φ.
         """
         constants = {name: m.detach() for name, m in meta_params.items()}
         if steps == 0:
@@ -190,7 +191,7 @@ class FewShotLearner(Checked):
         settled = []
         for chunk in tasks.chunks(self.chunk_size):
             start = {n: p.detach() for n, p in self.start(constants, len(chunk)).items()}
-            # nobody asks for derivatives by θ
+            # no derivatives with respect to θ are needed
             problem = replace(self.problem(chunk), reaches={"inner": [*constants], "outer": []})
             with Evaluation(problem, start, constants) as evaluation:
                 settled.append(evaluation.settle(solver).params)
@@ -208,13 +209,13 @@ class FewShotLearner(Checked):
         """Outputs for the query sets.
 
         Args:
-            params: φ, a row a task.
+            params: φ, one row for each task.
             meta_params: θ.
             tasks: the tasks.
-            statistics: other than the learner's own.
+            statistics: replaces the learner's own setting.
 
         Returns:
-            Shape tasks × n × outputs.
+            Outputs of shape tasks × n × outputs.
         """
         expect(Statistics | None, statistics=statistics)
         outputs, done = [], 0
@@ -229,7 +230,7 @@ class FewShotLearner(Checked):
 
     @staticmethod
     def _judged(tasks: TaskBatch, statistics: Statistics) -> tuple[Tensor, Tensor, int | None]:
-        """Inputs and targets of the query sets, after so many inputs to take statistics of."""
+        """Inputs and targets of the query sets, preceded by the inputs that give the statistics."""
         (x, _), (v, w) = tasks.support, tasks.query
         return (v, w, None) if statistics == "query" else (torch.cat([x, v], 1), w, x.shape[1])
 
@@ -241,18 +242,18 @@ class FewShotLearner(Checked):
         *,
         statistics: Statistics | None = None,
     ) -> nn.Module:
-        """Learn one new task: an ordinary module that has.
+        """Learn one new task, and return an ordinary module that has learned it.
 
         Args:
             meta_params: θ.
             support: inputs n × … and targets n × ….
-            statistics: other than the learner's own. With `support`, the module's batch
-                normalisation has the statistics of the support set; with `query`, it takes those
-                of whatever batch it is handed.
+            statistics: replaces the learner's own setting. With `support`, the module's batch
+                normalisation has the statistics of the support set; with `query`, it uses those of
+                each batch that it is called with.
 
         Returns:
-            A copy of the model, in `eval` mode, with the weights that this task asks for. With
-            `support` its state has running statistics, also where the model kept none.
+            A copy of the model, in `eval` mode, with the weights for this task. With `support` its
+            state has running statistics, even if the model kept none.
         """
         expect(Statistics | None, statistics=statistics)
         x, y = (tracked(t) for t in support)
@@ -269,7 +270,7 @@ class _SummedLoss:
     """The loss of a batch of tasks, as a function of all their parameters.
 
     Attributes:
-        made_by: the learner. Its losses are looked at once, though each batch makes new ones.
+        made_by: the learner. Its losses are checked once, although each batch makes new ones.
         second_order: whether its gradient will be differentiated.
     """
 

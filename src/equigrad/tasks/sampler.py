@@ -1,4 +1,4 @@
-"""Where tasks come from."""
+"""The interface of task samplers, and their random generators."""
 
 import hashlib
 from typing import Protocol, runtime_checkable
@@ -10,27 +10,27 @@ from equigrad.tasks.batch import TaskBatch
 
 @runtime_checkable
 class TaskSampler(Protocol):
-    """Anything that draws batches of tasks.
+    """A source of batches of tasks.
 
-    A sampler has no state: what it draws depends on its own seed and on the number of the draw. So
-    a resumed run, or another process, sees the tasks that this one would have seen.
+    A sampler has no state: a draw depends only on the sampler's seed and on the number of the draw,
+    so that a resumed run, or another process, sees the same tasks.
     """
 
     def sample(self, tasks: int, draw: int) -> TaskBatch:
         """Draw a batch.
 
         Args:
-            tasks: how many.
-            draw: the number of the outer step.
+            tasks: number of tasks.
+            draw: number of the outer step.
         """
         ...
 
 
 def dice(seed: int, draw: int) -> torch.Generator:
-    """A generator for one draw of a sampler, unrelated to that of any other seed or draw.
+    """A random generator for one draw of a sampler, independent of any other seed or draw.
 
-    The pair is hashed: of sums such as seed + draw, draw 1 of seed 0 would be draw 0 of seed 1. It
-    is one of the CPU, so that the same tasks are drawn whatever device their data are on.
+    The pair is hashed, since with a sum such as seed + draw, draw 1 of seed 0 would equal draw 0 of
+    seed 1. The generator is on the CPU, so that the tasks do not depend on the data's device.
 
     Example:
         >>> dice(0, 1).initial_seed() == dice(1, 0).initial_seed()

@@ -1,4 +1,4 @@
-"""Regression of sinusoids (Finn, Abbeel, Levine 2017, section 5.1)."""
+"""Sinusoid regression tasks (Finn, Abbeel, Levine 2017, section 5.1)."""
 
 import math
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ Range = Annotated[tuple[float, float], Rule(", the least first", lambda r: r[0] 
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoids(Checked):
-    """Tasks of one curve each, y = A sin(x - p), of which a few points are known.
+    """A sampler of regression tasks, each with a few points of a curve y = A sin(x - p).
 
     Amplitude A, phase p and inputs x are uniform in their ranges.
 
     Attributes:
-        shots: points to learn from.
-        queries: points that judge.
-        amplitude: least and greatest A.
-        phase: least and greatest p.
-        inputs: least and greatest x.
-        seed: draws the tasks; give meta-training, validation and test different ones.
+        shots: number of support points.
+        queries: number of query points.
+        amplitude: smallest and largest A.
+        phase: smallest and largest p.
+        inputs: smallest and largest x.
+        seed: seed of the tasks; use different ones for meta-training, validation and test.
 
     Raises:
-        ConfigurationError: fewer than one point, or a range that is none.
+        ConfigurationError: fewer than one point, or an invalid range.
 
     Example:
         >>> batch = Sinusoids(shots=5).sample(tasks=3, draw=0)
@@ -45,7 +45,7 @@ class Sinusoids(Checked):
     seed: int = 0
 
     def sample(self, tasks: int, draw: int) -> TaskBatch:
-        """Draw a batch, inputs and targets tasks × points × 1.
+        """Draw a batch with inputs and targets of shape tasks × points × 1.
 
         Raises:
             ConfigurationError: tasks < 1.
@@ -65,9 +65,9 @@ class Sinusoids(Checked):
 
 
 def curves(batch: TaskBatch, inputs: Tensor) -> Tensor:
-    """The sinusoid of every task, at other inputs.
+    """The sinusoid of every task, evaluated at other inputs.
 
-    A sin(x - p) is a sin x + b cos x, linear in a and b, so that the points of a task determine it.
+    A sin(x - p) = a sin x + b cos x is linear in a and b, so that a task's points determine it.
 
     Args:
         batch: tasks of sinusoids, with at least two points each.

@@ -1,4 +1,4 @@
-"""Classes divided between meta-training, validation and meta-test."""
+"""The division of classes into meta-training, validation and meta-test."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from equigrad.tasks.sampler import dice
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassSplit:
-    """What meta-training sees, what models are chosen by, and what neither saw.
+    """Disjoint classes for meta-training, validation and meta-test.
 
     Attributes:
         train: classes of meta-training.
-        validation: classes that models are chosen by; None where none are held out.
+        validation: classes for model selection; None if none are held out.
         test: classes of the meta-test.
-        note: how the classes were divided, for whoever reads the numbers.
+        note: how the classes were divided, for readers of the results.
 
     Raises:
         DataError: two parts share a class.
@@ -36,7 +36,7 @@ class ClassSplit:
 
     @property
     def parts(self) -> dict[str, ClassCollection]:
-        """The parts that there are, by name."""
+        """The parts that exist, by name."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"train": self.train, **validation, "test": self.test}
 
@@ -45,7 +45,7 @@ def check_disjoint(parts: Mapping[str, Sequence[str]]) -> None:
     """Check that no class is in two parts of a split.
 
     Args:
-        parts: names of the classes, by name of the part.
+        parts: names of the classes in each part, by the part's name.
 
     Raises:
         DataError: two parts share a class.
@@ -68,15 +68,15 @@ def check_disjoint(parts: Mapping[str, Sequence[str]]) -> None:
 def draw_classes(
     classes: ClassCollection, counts: Sequence[int], *, seed: int
 ) -> list[ClassCollection]:
-    """Draw several collections, none of which share a class.
+    """Draw several collections with no class in common.
 
     Args:
-        classes: to draw from.
-        counts: how many for each collection.
-        seed: draws them.
+        classes: classes to draw from.
+        counts: number of classes of each collection.
+        seed: seed of the draw.
 
     Raises:
-        ConfigurationError: there are fewer classes, or a count is negative.
+        ConfigurationError: there are too few classes, or a count is negative.
     """
     expect(tuple[CountFrom0, ...], counts=counts)
     if sum(counts) > len(classes):
@@ -94,14 +94,15 @@ def split_classes(
     """Divide classes at random.
 
     Args:
-        classes: to divide.
-        train: how many for meta-training.
-        validation: how many to choose models by; 0 for none.
-        test: how many for the meta-test.
-        seed: draws them; keep it, for meta-training under another one has seen the meta-test.
+        classes: classes to divide.
+        train: number of classes for meta-training.
+        validation: number of classes for model selection; 0 for none.
+        test: number of classes for the meta-test.
+        seed: seed of the draw. Keep it: meta-training under another seed would see meta-test
+            classes.
 
     Raises:
-        ConfigurationError: meta-training or meta-test would be empty, or there are fewer classes.
+        ConfigurationError: meta-training or meta-test would be empty, or there are too few classes.
 
     Example:
         >>> classes = ClassCollection(torch.rand(10, 20, 4), tuple("abcdefghij"))

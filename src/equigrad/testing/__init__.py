@@ -1,4 +1,4 @@
-"""What holds an estimator to its word: problems with known answers, and a suite over them."""
+"""A zoo of problems with known gradients, and a conformance suite for estimators."""
 
 import lazy_loader
 

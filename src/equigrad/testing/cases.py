@@ -1,4 +1,4 @@
-"""Problems with known gradients to which any estimator is held."""
+"""Problems with known gradients, on which any estimator is tested."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from equigrad.testing.quadratic import Quadratic
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, where it starts, a solver that settles it, and the gradient it has.
+    """A problem with initial params, a solver, and its exact gradient.
 
     Attributes:
-        name: what it is.
-        problem: the losses.
-        params: φ at the start.
+        name: name of the case.
+        problem: the problem.
+        params: initial φ.
         meta_params: θ.
-        solver: settles it to nearly machine precision, or takes few steps where `start`.
-        exact: `dL_out/dθ` by means that no estimator uses.
-        identity_hessian: `∂²L_in/∂φ² = I`, so that estimators which take it for that are exact.
-        start: θ is what φ starts from, and the gradient that of the solver's few steps.
+        solver: settles it to nearly machine precision, or takes a few steps if `start`.
+        exact: `dL_out/dθ`, computed by means that no estimator uses.
+        identity_hessian: whether `∂²L_in/∂φ² = I`, so that estimators which assume this are exact.
+        start: whether θ is the start of φ, and `exact` the gradient of the solver's few steps.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Case:
     start: bool = False
 
     def suits(self, traits: Traits) -> bool:
-        """Whether an estimator of these traits is made for it."""
+        """Whether the case fits an estimator with these traits."""
         if self.start:
             return traits.sees_start
         return not traits.needs_start and traits.fit(self.problem)
@@ -86,7 +86,7 @@ def isotropic_case(dtype: torch.dtype) -> Case:
 
 
 def scalar_case(dtype: torch.dtype) -> Case:
-    """`L_in = ½ e^θ φ² - φ`, `L_out = ½ φ²`: φ* = e^{-θ}, gradient `-e^{-2θ}`; no dimensions."""
+    """`L_in = ½ e^θ φ² - φ`, `L_out = ½ φ²`: φ* = e^{-θ}, gradient `-e^{-2θ}`; 0-d tensors."""
     theta = torch.tensor(0.3, dtype=dtype)
     problem = Bilevel(
         lambda p, m: 0.5 * m["theta"].exp() * p["phi"].square() - p["phi"],
@@ -103,7 +103,7 @@ def scalar_case(dtype: torch.dtype) -> Case:
 
 
 def ridge_case(dtype: torch.dtype) -> Case:
-    """Ridge regression, a strength a weight: by autograd through the normal equations."""
+    """Ridge regression with one strength a weight; by autograd through the normal equations."""
     x, y, v, w = _regression_data()
 
     def solution(rho: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def ridge_case(dtype: torch.dtype) -> Case:
 
 
 def logistic_case(dtype: torch.dtype) -> Case:
-    """l2-logistic regression: Newton's method, then the implicit function theorem by hand."""
+    """l2-logistic regression; Newton's method and the implicit function theorem by hand."""
     x, y, v, w = _regression_data()
     y, w = (y > 0).double(), (w > 0).double()
     rho = torch.tensor(-1.5, dtype=torch.float64)
@@ -165,7 +165,7 @@ def logistic_case(dtype: torch.dtype) -> Case:
 
 
 def proximal_case(dtype: torch.dtype) -> Case:
-    """Regression pulled to a learned centre: by autograd through the normal equations."""
+    """Regression with a learned proximal centre; by autograd through the normal equations."""
     x, y, v, w = _regression_data()
     strength = 0.5
     center = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=True)
@@ -213,7 +213,7 @@ def affine_map_case(dtype: torch.dtype) -> Case:
 
 
 def tanh_map_case(dtype: torch.dtype) -> Case:
-    """`F = tanh(Wφ + Uθ)` in two parts, with a direct term: Newton's method, then by hand."""
+    """`F = tanh(Wφ + Uθ)` in two parts, with a direct term; Newton's method, then by hand."""
     w, u, target, theta = _map_data()
     w = 1.5 * w
     exact = _through_tanh(w, u, target, theta) + theta
@@ -244,7 +244,7 @@ def hopfield_case(dtype: torch.dtype) -> Case:
     """Two layers with symmetric weights, `Φ = ½ sᵀWs + sᵀUθ`: the tanh map of a symmetric W."""
     w, u, target, theta = _map_data()
     w = w + w.T
-    w[:2, :2], w[2:, 2:] = 0, 0  # none within a layer
+    w[:2, :2], w[2:, 2:] = 0, 0  # no weights within a layer
     exact = _through_tanh(w, u, target, theta)
     between, us, ts, thetas = (t.to(dtype) for t in (w[:2, 2:], u, target, theta))
 
@@ -295,35 +295,35 @@ CASES: tuple[Callable[[torch.dtype], Case], ...] = (
     logistic_case,
     proximal_case,
 )
-"""Inner losses that settle, each case to be built in a dtype."""
+"""Problems with an inner loss, each a function of the dtype."""
 
 MAP_CASES: tuple[Callable[[torch.dtype], Case], ...] = (affine_map_case, tanh_map_case)
-"""Maps whose fixed point is sought."""
+"""Fixed points of maps."""
 
 ENERGY_CASES: tuple[Callable[[torch.dtype], Case], ...] = (hopfield_case,)
 """Energy-based networks."""
 
 START_CASES: tuple[Callable[[torch.dtype], Case], ...] = (start_case,)
-"""Few steps from a learned start."""
+"""A few steps from a learned start."""
 
 ALL_CASES = (*CASES, *MAP_CASES, *ENERGY_CASES, *START_CASES)
-"""All of them; `Case.suits` says which are for an estimator of given traits."""
+"""All cases; `Case.suits` says which ones fit an estimator's traits."""
 
 
 def settling(lr: float, dtype: torch.dtype) -> GradientDescent:
-    """Gradient descent that settles a case to what its dtype allows."""
+    """Gradient descent that settles a case to the limit of its dtype."""
     tol = 1e-12 if dtype == torch.float64 else 2e-6
     return GradientDescent(lr=lr, momentum=0.9, nesterov=True, tol=tol, max_steps=5000)
 
 
 def picard(dtype: torch.dtype) -> Picard:
-    """Iterates a map to what its dtype allows."""
+    """Picard's iteration to the limit of the dtype."""
     tol = 1e-13 if dtype == torch.float64 else 2e-6
     return Picard(tol=tol, max_steps=5000)
 
 
 def _map_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of a contraction that is far from symmetric, input weights, a target, θ."""
+    """A contraction far from symmetric, input weights, a target and θ."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:

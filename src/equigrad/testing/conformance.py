@@ -1,4 +1,4 @@
-"""The conformance suite: an estimator against problems with known gradients."""
+"""The conformance suite, which tests an estimator on problems with known gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,21 +17,21 @@ def check_estimator(
     exact: bool = True,
     cases: Sequence[Callable[[torch.dtype], Case]] = ALL_CASES,
 ) -> dict[str, float]:
-    """Run an estimator through those problems with known gradients that its traits say it serves.
+    """Test an estimator on all problems with known gradients that fit its traits.
 
     Args:
-        estimator: with settings that should reach `rtol`.
+        estimator: the estimator, with settings that should reach `rtol`.
         rtol: relative error allowed on every problem.
-        dtype: of all tensors.
-        exact: False for an estimator that takes the inner Hessian for the identity: it is held to
-            the problems where that is true, and to finite, non-zero gradients on the others.
+        dtype: dtype of all tensors.
+        exact: False for an estimator that takes the inner Hessian to be the identity: it must be
+            accurate on problems where this is true, and give finite, non-zero gradients on others.
         cases: the problems.
 
     Returns:
         The relative error on every problem, by name.
 
     Raises:
-        AssertionError: an error above `rtol`; the message names the problem.
+        AssertionError: an error is above `rtol`; the message names the problem.
 
     Example:
         >>> import equigrad as eg

@@ -1,7 +1,7 @@
-"""Problems on which an error is easily missed: units, symmetries, normalisation, saddles, kinks.
+"""Problems with hidden pitfalls: units, symmetries, normalisation, saddles and kinks.
 
-Each has its exact gradient, as those of `equigrad.testing.zoo` have. `Contrastive(rtol=…)` has to
-reach what it is asked for on them, or to say that it did not.
+Each has an exact gradient, like those of `equigrad.testing.zoo`. On each of them,
+`Contrastive(rtol=…)` has to reach the requested accuracy or say that it did not.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from equigrad.testing.zoo import Draw, half_squared_error, known, logistic, regr
 
 
 def in_units(unit: float, draw: int = 0) -> Case:
-    """Logistic regression with weights in other units: curvatures are those of it over `unit²`."""
+    """Logistic regression with weights in other units, which divides curvatures by `unit²`."""
     case = logistic(draw)
     assert isinstance(case.problem, Bilevel)
     inner, outer = case.problem.function("inner"), case.problem.outer_loss
@@ -33,9 +33,9 @@ def in_units(unit: float, draw: int = 0) -> Case:
 
 
 def mixed_units(draw: int = 0) -> Case:
-    """Targets from 1e-6 to 1e6, all of curvature near one, and judged each in its own unit.
+    """Targets from 1e-6 to 1e6 with curvatures near one, and an outer loss in the units of each.
 
-    The force on the small ones is 1e12 times that on the large ones, yet all matter to θ alike.
+    The force on the small targets is 1e12 times that on the large ones, yet θ depends on all alike.
     """
     normal = Draw(21, draw)
     unit = torch.logspace(-6, 6, 7).double()
@@ -56,9 +56,9 @@ def mixed_units(draw: int = 0) -> Case:
 
 
 def normalised(layer: Callable[[int], nn.Module], draw: int = 0) -> Case:
-    """A network with a normalised layer under weight decay, a strength a tensor.
+    """A network with a normalised layer under weight decay, with one strength for each tensor.
 
-    The layer before the norm is scaled by nothing but the decay: its curvature is small.
+    Nothing but the decay fixes the scale of the layer before the norm, so its curvature is small.
     """
     x, y, v, w = regression(draw, features=3, examples=20, outputs=1)
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 4), layer(4), nn.Tanh(), nn.Linear(4, 1)))
@@ -81,10 +81,10 @@ def normalised(layer: Callable[[int], nn.Module], draw: int = 0) -> Case:
 
 
 def factors(draw: int = 0) -> Case:
-    """Two factors of a matrix under one ridge: both losses stay as they are under rotations.
+    """Two factors of a matrix under one ridge; both losses are invariant under rotations.
 
-    The minimum is that of the product under the nuclear norm: singular values `σ - 30 λ` of the two
-    largest, with the same vectors (Srebro, Rennie, Jaakkola 2004).
+    The product minimises the loss with a nuclear norm: it has the two largest singular values,
+    reduced to `σ - 30 λ`, with the same vectors (Srebro, Rennie, Jaakkola 2004).
     """
     normal = Draw(22, draw)
     truth = normal(6, 2) @ normal(2, 5)
@@ -114,7 +114,7 @@ def factors(draw: int = 0) -> Case:
 
 
 def saddle(draw: int = 0) -> Case:
-    """A double well, entered next to the saddle between the two: φ* = √θ."""
+    """A double well, with a start next to the saddle between the two minima: φ* = √θ."""
     normal = Draw(23, draw)
     start, theta = 1e-3 * normal(6).abs(), 1 + 0.5 * normal(6).tanh()
     goal = normal(6)
@@ -132,7 +132,7 @@ def saddle(draw: int = 0) -> Case:
 
 
 def jump(draw: int = 0) -> Case:
-    """Curvatures that jump from 1 to 7 at w = 1, with solutions 1e-4 to 1 from there.
+    """A curvature that jumps from 1 to 7 at w = 1, with solutions at distances of 1e-4 to 1.
 
     `(w - θ) + 6 (w - 1) = 0` above 1, and w = θ below.
     """
@@ -157,9 +157,9 @@ def jump(draw: int = 0) -> Case:
 
 
 def lasso(draw: int = 0) -> Case:
-    """An l1 penalty with orthonormal features: some weights rest at its kink.
+    """An l1 penalty with orthonormal features, where some weights settle at its kink.
 
-    `w = sign(c) max(|c| - e^θ, 0)` for correlations c, which are kept away from the threshold.
+    `w = sign(c) max(|c| - e^θ, 0)` for correlations c, which are not near the threshold.
     """
     normal = Draw(25, draw)
     correlation = torch.tensor([2.0, -1.5, 1.0, 0.2, -0.1, 0.05]).double()
@@ -192,4 +192,4 @@ HARD_ZOO: dict[str, Callable[..., Case]] = {
     "jump": jump,
     "lasso": lasso,
 }
-"""All of them, by name, each a function of which draw of its data to make (0 by default)."""
+"""All problems by name, each a function of the number of its random draw (0 by default)."""

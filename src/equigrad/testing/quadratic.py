@@ -1,4 +1,4 @@
-"""The quadratic model of the paper's Appendix E, whose meta-gradient is known in closed form."""
+"""The quadratic model of the paper's Appendix E, with its meta-gradient in closed form."""
 
 from collections.abc import Sequence
 
@@ -20,9 +20,9 @@ class Quadratic:
     Args:
         dim: N.
         strength: λ.
-        seed: of the draw. Several make as many independent draws side by side: all tensors then
-            have a row a draw, and the losses are sums over the rows, which settle on their own.
-        dtype: of all tensors.
+        seed: seed of the draw. Several seeds make independent draws side by side: all tensors then
+            have a row for each draw, and the losses sum over rows, which settle independently.
+        dtype: dtype of all tensors.
 
     Example:
         >>> quadratic = Quadratic(dim=3, strength=1.0)
@@ -52,7 +52,7 @@ class Quadratic:
 
     @property
     def problem(self) -> Bilevel:
-        """The two losses; φ is `params["phi"]`, θ is `meta_params["theta"]`."""
+        """The two losses, where φ is `params["phi"]` and θ is `meta_params["theta"]`."""
         h, train, validation = self._hessian, self._train, self._validation
         return Bilevel(
             inner_loss=lambda p, m: (
@@ -63,11 +63,11 @@ class Quadratic:
         )
 
     def params(self) -> dict[str, Tensor]:
-        """φ = 0."""
+        """The initial φ = 0."""
         return {"phi": torch.zeros_like(self._theta)}
 
     def meta_params(self) -> dict[str, Tensor]:
-        """θ as drawn."""
+        """The random θ."""
         return {"theta": self._theta.clone().requires_grad_()}
 
     @property
@@ -93,7 +93,7 @@ class Quadratic:
         return -self.strength * psi / (1 + pull).square()
 
     def contrast(self, beta: float, nodes: Sequence[int]) -> Tensor:
-        """What the contrastive rule gives at exact equilibria, for any nodes.
+        """The result of the contrastive rule at exact equilibria, for any nodes.
 
         A phase at β contributes `∂θL(φ*_β) - ∂θL(φ*_0) = β A (A + βI)⁻¹ ∇_θ` with `A = I + λH⁻¹`
         (Appendix E), so that the rule gives `Σ_i α_i n_i A (A + n_i β I)⁻¹ ∇_θ`.
@@ -106,16 +106,16 @@ class Quadratic:
         return factor * self.meta_gradient
 
     def contrast_error_bounds(self, beta: float) -> tuple[float, float]:
-        """Between what the error of `contrast(beta, [0, 1])` lies, relative to `‖∇_θ‖` (Eq. 8).
+        """Bounds of the error of `contrast(beta, [0, 1])`, relative to `‖∇_θ‖` (Eq. 8).
 
-        `h β / ((1+β) h + λ)` with the smallest and with the largest curvature h of the data.
+        They are `h β / ((1+β) h + λ)` with the smallest and the largest curvature h of the data.
         """
         smallest, largest = 1 / self.dim, 1.0
         lower, upper = (h * beta / ((1 + beta) * h + self.strength) for h in (smallest, largest))
         return lower, upper
 
     def relative_error(self, estimate: Tensor) -> float:
-        """`‖estimate - ∇_θ‖ / ‖∇_θ‖`; its geometric mean where there are several draws."""
+        """`‖estimate - ∇_θ‖ / ‖∇_θ‖`; the geometric mean over several draws."""
         exact = self.meta_gradient
         errors = (estimate - exact).norm(dim=-1) / exact.norm(dim=-1)
         return errors.log().mean().exp().item()

@@ -1,8 +1,8 @@
-"""A zoo of problems that settle, small enough that each gradient can be had exactly.
+"""A zoo of problems that are small enough for an exact gradient.
 
-Quadratics, linear models, kernels, networks, a transformer layer and a recurrent network; what is
-learned are strengths, centres, weights of examples or a kernel's width. Estimators are compared on
-it (`equigrad reproduce accuracy`) and `Contrastive(rtol=…)` is tested on it.
+There are quadratics, linear models, kernels, networks, a transformer layer and a recurrent network;
+the meta-parameters are strengths, centres, example weights or a kernel's width. Estimators are
+compared on it (`equigrad reproduce accuracy`), and `Contrastive(rtol=…)` is tested on it.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def quadratic(strength: float, draw: int = 0) -> Case:
 
 
 def stretched(condition: float, draw: int = 0) -> Case:
-    """A rotated quadratic whose curvatures are spread evenly in logarithm over a range.
+    """A rotated quadratic with curvatures spread evenly on a logarithmic scale.
 
-    The outer loss is a distance, so flat directions of the inner loss answer a nudge the most: β
-    has to be small beside the smallest curvature.
+    The outer loss is a distance, so that flat directions of the inner loss respond most to a nudge:
+    β has to be small compared with the smallest curvature.
     """
     normal = Draw(3, draw)
     rotation, _ = torch.linalg.qr(normal(20, 20))
@@ -55,7 +55,7 @@ def stretched(condition: float, draw: int = 0) -> Case:
 
 
 def ridge(draw: int = 0) -> Case:
-    """Ridge regression with a strength a feature."""
+    """Ridge regression with one strength for each feature."""
     x, y, v, w = regression(draw, features=20, examples=60)
     return known(
         "ridge",
@@ -71,7 +71,7 @@ def ridge(draw: int = 0) -> Case:
 
 
 def logistic(draw: int = 0) -> Case:
-    """l2-logistic regression with a strength a feature."""
+    """l2-logistic regression with one strength for each feature."""
     x, y, v, w = regression(draw, features=15, examples=50)
     y, w = (y > 0).double(), (w > 0).double()
     return known(
@@ -86,7 +86,7 @@ def logistic(draw: int = 0) -> Case:
 
 
 def softmax(draw: int = 0) -> Case:
-    """Softmax regression with a strength a class and feature."""
+    """Softmax regression with one strength for each class and feature."""
     x, y, v, w = classification(draw, features=8, classes=4, examples=60)
     return known(
         "softmax",
@@ -104,7 +104,7 @@ def softmax(draw: int = 0) -> Case:
 
 
 def poisson(draw: int = 0) -> Case:
-    """Poisson regression with a common strength and an offset an example: scalars and vectors."""
+    """Poisson regression with a common strength and one offset for each example."""
     normal = Draw(11, draw)
     x, truth = normal(40, 6), 0.4 * normal(6)
     counts = (x @ truth).exp().round()
@@ -127,7 +127,7 @@ def poisson(draw: int = 0) -> Case:
 
 
 def kernel_ridge(draw: int = 0) -> Case:
-    """Kernel ridge regression: θ are the width of the kernel and the strength."""
+    """Kernel ridge regression, where θ is the width of the kernel and the strength."""
     normal = Draw(5, draw)
     x, v = normal(40, 2), normal(40, 2)
 
@@ -154,7 +154,7 @@ def kernel_ridge(draw: int = 0) -> Case:
 
 
 def reweighting(draw: int = 0) -> Case:
-    """A weight for every training example, some of which are mislabelled (Ren et al. 2018)."""
+    """One weight for each training example, some of which are mislabelled (Ren et al. 2018)."""
     x, y, v, w = classification(draw, features=6, classes=3, examples=60)
     wrong = torch.arange(60) % 5 == 0
     y = torch.where(wrong, (y + 1) % 3, y)
@@ -173,7 +173,7 @@ def reweighting(draw: int = 0) -> Case:
 
 
 def tanh_regression(draw: int = 0) -> Case:
-    """A tanh network with a strength and a centre a weight: the complex synapse of Eq. 7."""
+    """A tanh network with one strength and one centre for each weight: Eq. 7's complex synapse."""
     x, y, v, w = regression(draw, features=3, examples=30, outputs=1)
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
     synapse = ComplexSynapse(net, strength=0.03, learn=("strength", "center"))
@@ -181,7 +181,7 @@ def tanh_regression(draw: int = 0) -> Case:
 
 
 def tanh_classification(draw: int = 0) -> Case:
-    """A deeper tanh network and cross-entropy, with a strength a weight."""
+    """A deeper tanh network with cross-entropy and one strength for each weight."""
     x, y, v, w = classification(draw, features=5, classes=3, examples=40)
     net = seeded(
         lambda: nn.Sequential(
@@ -193,7 +193,7 @@ def tanh_classification(draw: int = 0) -> Case:
 
 
 def convolution(draw: int = 0) -> Case:
-    """A convolutional network on small images, with a strength a weight."""
+    """A convolutional network on small images, with one strength for each weight."""
     normal = Draw(8, draw)
     x, v = normal(24, 1, 6, 6), normal(24, 1, 6, 6)
     y, w = ((z[:, 0, :3].mean((1, 2)) > z[:, 0, 3:].mean((1, 2))).long() for z in (x, v))
@@ -207,7 +207,7 @@ def convolution(draw: int = 0) -> Case:
 
 
 def transformer(draw: int = 0) -> Case:
-    """A transformer layer that labels sequences, with a strength and a centre a weight."""
+    """A transformer layer that labels sequences, with one strength and centre for each weight."""
     normal = Draw(9, draw)
     x, v = normal(16, 5, 4), normal(16, 5, 4)
     y, w = ((z[:, 0, 0] * z[:, -1, 0] > 0).long() for z in (x, v))
@@ -230,7 +230,7 @@ def transformer(draw: int = 0) -> Case:
 
 
 def recurrent(draw: int = 0) -> Case:
-    """An LSTM that reads a sequence and predicts a number, with a strength a weight."""
+    """An LSTM that reads a sequence and predicts a number, with one strength for each weight."""
     normal = Draw(10, draw)
     x, v = normal(16, 6, 2), normal(16, 6, 2)
     y, w = (z[:, :, 0].cumsum(1)[:, -1:].tanh() for z in (x, v))
@@ -265,16 +265,16 @@ ZOO: dict[str, Callable[..., Case]] = {
     "transformer": transformer,
     "lstm": recurrent,
 }
-"""All of them, by name, each a function of which draw of its data to make (0 by default)."""
+"""All problems by name, each a function of the number of its random draw (0 by default)."""
 
 
 def known(
     name: str, problem: Bilevel, params: Params, meta_params: Params, *, near: float = 0.0
 ) -> Case:
-    """A case with its gradient by an exact solve at a state settled as far as float64 goes.
+    """A case with the exact gradient at a state settled to the limit of float64.
 
-    Networks have several minima: with `near`, phases start so far from the one whose gradient is
-    known, per weight.
+    Networks have several minima. With `near`, phases start at this distance per weight from the
+    minimum whose gradient is known.
     """
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         settled = meta_gradient(
@@ -300,7 +300,7 @@ def on_network(
     train: tuple[Tensor, Tensor],
     validation: tuple[Tensor, Tensor],
 ) -> Case:
-    """A network with complex synapses, which learns from some examples and is judged by others."""
+    """A network with complex synapses, with training examples inside and others outside."""
     (x, y), (v, w) = train, validation
     problem = Bilevel(
         lambda p, m: loss(synapse(p, x), y),
@@ -321,18 +321,18 @@ def pull(log_strength: Tensor, weights: Tensor) -> Tensor:
 
 
 class Draw:
-    """Seeded normal numbers in float64; every problem has its own stream for each draw."""
+    """Seeded normal numbers in float64, with a stream of its own for each problem and draw."""
 
     def __init__(self, stream: int, draw: int) -> None:
         self.generator = torch.Generator().manual_seed(stream + 1000 * draw)
 
     def __call__(self, *shape: int) -> Tensor:
-        """The next of them."""
+        """The next numbers."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module with the same start every time, in float64."""
+    """A module with the same initial weights every time, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().double()
@@ -341,7 +341,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def regression(
     draw: int, *, features: int, examples: int, outputs: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and validation points of a noisy, slightly curved function."""
+    """Training and validation points of a noisy, slightly nonlinear function."""
     normal = Draw(6, draw)
     direction = normal(features)
 

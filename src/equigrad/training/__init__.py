@@ -1,7 +1,7 @@
-"""The outer loop, and what watches it.
+"""The outer loop, and callbacks that watch it.
 
-The loop needs torch alone; `TensorBoard` needs the package tensorboard when it starts, and
-`equigrad.training.progress.ProgressBar` is in a module of its own because it needs rich. So is
+The loop needs torch alone. `TensorBoard` needs the package tensorboard when it starts.
+`equigrad.training.progress.ProgressBar` is in a module of its own because it needs rich, and so is
 `equigrad.training.scores.example_scores`, which no loop needs.
 """
 

@@ -1,4 +1,4 @@
-"""Stop anywhere, go on with the same bits."""
+"""Checkpoints of the outer loop, from which a stopped run continues with the same bits."""
 
 import copy
 from pathlib import Path
@@ -15,18 +15,18 @@ CHECKPOINT = "equigrad checkpoint 1"
 
 
 class Checkpoint(Callback):
-    """Saves the state of an outer loop, and goes on from it.
+    """Saves the state of an outer loop, and continues from it.
 
-    Writes every `every` steps, at the end, and when the loop is left by Ctrl-C or an error: then
-    the state after the last whole step. What is there after a kill at any moment resumes to the
-    same bits as a run that was never stopped, on the same machine and number of threads.
+    It writes the state after the last complete step: every `every` steps, at the end, and when
+    Ctrl-C or an error ends the loop. A run that was killed at any moment resumes to the same bits
+    as one that was never stopped, on the same machine with the same number of threads.
 
     Args:
         path: the file.
-        every: outer steps between two writes.
-        resume: load `path` on start, where it exists.
-        identity: what makes this run this run (its configuration); a checkpoint with another
-            identity is refused.
+        every: number of outer steps between two writes.
+        resume: whether to load `path` on start, if it exists.
+        identity: identifies the run (by its configuration); a checkpoint with another identity is
+            refused.
 
     Raises:
         ConfigurationError: every < 1.
@@ -44,12 +44,12 @@ class Checkpoint(Callback):
         self._saved_step = -1
 
     def on_start(self, state: OuterState) -> None:
-        """Load, where there is something to load."""
+        """Load the checkpoint, if there is one and the run resumes."""
         if self.resume and self.path.exists():
             loaded = load_checkpoint(self.path, self.identity)
             try:
                 state.load_state_dict(loaded["state"])
-            except Exception as error:  # what is no state raises one of half a dozen kinds
+            except Exception as error:  # an invalid state raises errors of many kinds
                 raise RunError(
                     f"{self.path} does not fit this run ({type(error).__name__}: {error}); give "
                     f"another --out"
@@ -58,18 +58,18 @@ class Checkpoint(Callback):
         self._keep(state)
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Keep the state, and write it when it is time."""
+        """Keep the state, and write it every `every` steps."""
         self._keep(state)
         if state.step % self.every == 0:
             self._write()
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
-        """Write the last whole step, unless it is written."""
+        """Write the last complete step, unless it has been written."""
         if self._whole is not None and not isinstance(error, RunError):
             self._write()
 
     def _keep(self, state: OuterState) -> None:
-        # a copy: an interrupt in the middle of the next step may not leak into it
+        # a copy, so that an interrupt in the middle of the next step does not change it
         whole = state.state_dict()
         history = list(whole.pop("history"))  # its rows do not change
         self._whole = {**copy.deepcopy(whole), "history": history}
@@ -84,7 +84,7 @@ class Checkpoint(Callback):
 
 
 def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
-    """Read a checkpoint, trusting nothing: only tensors and plain values are loaded.
+    """Read a checkpoint safely: only tensors and plain values are loaded.
 
     Raises:
         RunError: the file is damaged, is not a checkpoint, or has another identity.
@@ -92,7 +92,7 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
     remedy = "Start anew with another --out, or without --resume"
     try:
         loaded = load_tensors(path)
-    except Exception as error:  # a damaged file raises one of half a dozen kinds
+    except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"damaged, or not one: {type(error).__name__}: {error}"
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
     if not isinstance(loaded, dict) or loaded.get("format") != CHECKPOINT:

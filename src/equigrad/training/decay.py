@@ -1,4 +1,4 @@
-"""Step sizes that shrink while θ is learned."""
+"""A linear decay of the outer step size."""
 
 from typing import ClassVar
 
@@ -7,13 +7,13 @@ from equigrad.training.loop import Callback, OuterState
 
 
 class LinearDecay(Callback):
-    """Lets the outer optimiser's step size fall linearly, to zero where the loop ends.
+    """Decreases the outer optimiser's step size linearly to zero at the end of the loop.
 
-    What is left of it is what is left of the loop, of its steps or of its time. Stands after a
-    `Checkpoint` among the callbacks, so that a resumed run finds its place.
+    The step size is proportional to the share of the loop's steps, or time, that remains. Put it
+    after a `Checkpoint` in the callbacks, so that a resumed run continues correctly.
 
     Args:
-        lr: step size at the beginning.
+        lr: initial step size.
     """
 
     acts: ClassVar[bool] = True
@@ -22,10 +22,10 @@ class LinearDecay(Callback):
         self.lr = lr
 
     def on_start(self, state: OuterState) -> None:
-        """Find the place."""
+        """Set the step size for the current step."""
         for group in state.optimizer.param_groups:
             group["lr"] = self.lr * (1 - state.share)
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Shrink."""
+        """Set the step size for the next step."""
         self.on_start(state)

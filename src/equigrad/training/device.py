@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision."""
+"""The choice of a device and a precision."""
 
 from typing import Literal
 
@@ -11,10 +11,10 @@ DtypeName = Literal["float32", "float64"]
 
 
 def pick_device(name: DeviceName) -> torch.device:
-    """The device of that name; `auto` takes CUDA where there is a working one.
+    """The device of a name; `auto` is CUDA if it works, else the CPU.
 
     Raises:
-        ConfigurationError: CUDA is asked for and there is none.
+        ConfigurationError: CUDA is requested but not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device cuda: torch finds no CUDA device here; use --device cpu")
@@ -24,5 +24,5 @@ def pick_device(name: DeviceName) -> torch.device:
 
 
 def pick_dtype(name: DtypeName) -> torch.dtype:
-    """The floating-point type of that name."""
+    """The floating-point dtype of a name."""
     return {"float32": torch.float32, "float64": torch.float64}[name]

@@ -1,4 +1,4 @@
-"""The problem whose meta-parameters are weights of training examples, or of sources of them."""
+"""The problem that learns weights of training examples, or of their sources."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from equigrad.nn import Functional
 from equigrad.problems import Bilevel, Params
 
 ExampleLoss = Callable[[Callable[..., Any], Any], Tensor]
-"""`(model, batch) -> losses`, one loss an example; `model` is called as the module is."""
+"""`(model, batch) -> losses`, one loss for each example; `model` is called like the module."""
 
 
 def weighted_problem(
@@ -26,7 +26,7 @@ def weighted_problem(
     batch_size: int,
     collate: Callable[[list[Any]], Any],
 ) -> Bilevel:
-    """Weighted training loss inside, validation loss outside."""
+    """A bilevel problem with a weighted training loss inside and a validation loss outside."""
 
     def losses(params: Params, batch: tuple[Tensor, Any]) -> Tensor:
         numbers, examples = batch
@@ -65,7 +65,7 @@ def weighted_problem(
 
 
 class _Numbered(Dataset[Any]):
-    """The examples of a dataset with their numbers."""
+    """The examples of a dataset together with their indices."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -78,7 +78,7 @@ class _Numbered(Dataset[Any]):
 
 
 def named_weights(train: Any, sources: Sequence[Any] | None) -> tuple[tuple[str, ...], Tensor]:
-    """Names of what is weighted, and by example which of them it belongs to."""
+    """Names of the weights, and the weight that each example belongs to."""
     check_data("train", train)
     if sources is None:
         return tuple(map(str, range(len(train)))), torch.arange(len(train))
@@ -89,7 +89,7 @@ def named_weights(train: Any, sources: Sequence[Any] | None) -> tuple[tuple[str,
 
 
 def check_data(what: str, data: Any) -> None:
-    """Refuse what has no examples by number."""
+    """Refuse data without examples that can be indexed."""
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
             f"{what} must have a length and examples by number, got {type(data).__name__}"
@@ -99,10 +99,10 @@ def check_data(what: str, data: Any) -> None:
 
 
 def labelled_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of each example for a model of transformers: cross-entropy of logits and labels.
+    """The cross-entropy of each example for a model of the package transformers.
 
-    Where the logits are of words, it is that of the next word, averaged over those with a label
-    other than -100.
+    For a language model it is the loss of the next token, averaged over tokens with a label other
+    than -100.
     """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise DataError(

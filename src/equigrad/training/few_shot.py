@@ -1,4 +1,4 @@
-"""Meta-training on batches of tasks, and the test on tasks of new kinds."""
+"""Meta-training on batches of tasks, and evaluation on new tasks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,11 @@ from equigrad.training.processes import InStep, agreed, gathered, place, shared_
 from equigrad.wording import shown
 
 Metric = Callable[[Tensor, Tensor], Tensor]
-"""`(outputs, targets) -> scores`: both tasks × n × …, a score a task."""
+"""`(outputs, targets) -> scores`: both tasks × n × …, one score for each task."""
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Per cent of a task's queries whose largest output is that of their class.
+    """Percentage of a task's queries whose largest output is that of their class.
 
     Example:
         >>> outputs = torch.tensor([[[2.0, 1.0], [3.0, 0.0]]])
@@ -46,13 +46,13 @@ def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """What was reached on tasks.
+    """The score on a number of tasks.
 
     Attributes:
-        mean: over tasks.
+        mean: mean over tasks.
         interval: half the width of the 95 % confidence interval of the mean, `1.96 s / √n` with the
             standard deviation s of n tasks.
-        tasks: how many.
+        tasks: number of tasks.
     """
 
     mean: float
@@ -74,22 +74,22 @@ def judge(
     statistics: Statistics | None = None,
     steps: int | None = None,
 ) -> Score:
-    """Learn new tasks with θ as it stands, and score what is said of their query sets.
+    """Learn new tasks at fixed θ, and score the outputs for their query sets.
 
     Several processes share the draws (`equigrad.training.processes`), and return the same score.
 
     Args:
-        learner: settles a task.
+        learner: the learner of a task.
         meta_params: θ.
-        sampler: its first draws are taken, the same whenever it is asked.
-        metric: a score a task.
-        tasks: how many to draw.
-        at_once: how many to draw at a time.
-        statistics: of batch normalisation, other than the learner's own.
-        steps: of adaptation at most, other than those of the learner's solver; 0 for none.
+        sampler: sampler of the tasks; its first draws are used, which are the same in every call.
+        metric: computes one score for each task.
+        tasks: number of tasks to draw.
+        at_once: number of tasks to draw at a time.
+        statistics: statistics of batch normalisation, instead of the learner's own setting.
+        steps: the most adaptation steps, instead of the solver's limit; 0 for none.
 
     Raises:
-        ConfigurationError: fewer than two tasks, or at_once < 1.
+        ConfigurationError: there are fewer than two tasks, or at_once < 1.
     """
     expect(FewShotLearner, learner=learner)
     expect(TaskSampler, sampler=sampler)
@@ -128,31 +128,33 @@ def learn_tasks(
     keep_best: Literal["highest", "lowest"] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> OuterState:
-    """Learn θ from a stream of tasks, a batch an outer step.
+    """Learn θ from a stream of tasks, one batch in each outer step.
 
-    Several processes share every batch (`equigrad.training.processes`) and step alike; they begin
-    with the state of the first, which alone is watched by callbacks that do not act on it.
+    Several processes share every batch (`equigrad.training.processes`) and take the same steps.
+    They start with the state of the first process, which alone runs callbacks that do not act on
+    the state.
 
     Args:
         learner: estimates the meta-gradient of a batch.
         meta_params: θ, leaves that require a gradient; updated in place.
-        sampler: of the tasks; outer step t takes its draw t.
-        tasks: in a batch.
-        optimizer: over the values of `meta_params`.
-        steps: outer steps to have taken at the end, those before a resume included; `math.inf`
-            where time alone ends it.
-        limit: seconds after which no further step is begun, those before a resume and those of
-            validation included.
-        average_from: keep the mean of θ over all steps from this one on (Polyak and Juditsky 1992)
-            as `copies["average"]`; a loop that ends before has none.
-        validate: metrics of θ, of its average where there is one, every `validate_every` steps and
-            at the end; the first of them chooses.
-        validate_every: steps from one to the next.
-        keep_best: keep the θ whose first metric was highest or lowest as `copies["best"]`.
+        sampler: sampler of the tasks; outer step t uses its draw t.
+        tasks: number of tasks in a batch.
+        optimizer: optimiser of the values of `meta_params`.
+        steps: total number of outer steps, including those before a resume; `math.inf` if only time
+            ends the loop.
+        limit: seconds after which no further step begins, including those before a resume and those
+            of validation.
+        average_from: step from which the mean of θ over all steps (Polyak and Juditsky 1992) is
+            kept as `copies["average"]`; a loop that ends earlier has none.
+        validate: computes metrics of θ, or of its average if there is one, every `validate_every`
+            steps and at the end; the first metric selects the best θ.
+        validate_every: number of steps between two validations.
+        keep_best: whether to keep the θ with the highest or lowest first metric as
+            `copies["best"]`.
         callbacks: watch the loop.
 
     Returns:
-        The state after the last step; `chosen(state)` is what was learned.
+        The state after the last step; `chosen(state)` is the learned θ.
 
     Raises:
         ConfigurationError: a count < 1, or keep_best without validate.
@@ -197,7 +199,7 @@ def learn_tasks(
         return metrics
 
     watching = [c for c in callbacks if not c.acts and place().leads]
-    acting = [c for c in callbacks if c.acts]  # after the clocks agree
+    acting = [c for c in callbacks if c.acts]  # run after `InStep` has set the clock
 
     return descend(
         gradient,
@@ -211,14 +213,14 @@ def learn_tasks(
 
 
 def chosen(state: OuterState) -> dict[str, Tensor]:
-    """What was learned: the best θ, else the average, else the last, whichever was kept."""
+    """The learned θ: the best if it was kept, else the average, else the last."""
     last = {name: m.detach() for name, m in state.meta_params.items()}
     return state.copies.get("best", state.copies.get("average", last))
 
 
 @torch.no_grad()
 def _average(state: OuterState, count: int) -> None:
-    """Take θ into a mean of so many."""
+    """Add θ to a running mean."""
     if count == 1:
         state.copies["average"] = {n: m.detach().clone() for n, m in state.meta_params.items()}
     for name, mean in state.copies["average"].items():

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written completely or not at all, and read with checks."""
 
 import io
 import json
@@ -12,14 +12,14 @@ import torch
 from equigrad.errors import RunError
 
 DEEPEST = 100
-"""Levels of nested JSON beyond which it is none of ours, and is not looked into."""
+"""The deepest nesting of JSON that is read; files of this library are not nested deeper."""
 
 
 def load_json(content: bytes | str) -> Any:
-    """What some JSON holds.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: it is invalid, or nested too deeply.
     """
     try:
         found = json.loads(content)
@@ -40,11 +40,11 @@ def _items(value: Any) -> list[Any]:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file such that a crash, a kill or a full disk leaves the old one as it was.
+    """Write a file so that a crash, a kill or a full disk leaves the old one unchanged.
 
     Args:
         path: the file; its folder must exist.
-        content: all of it.
+        content: the whole content.
 
     Raises:
         RunError: the file cannot be written.
@@ -63,7 +63,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Write what `torch.save` would, whole or not at all.
+    """Write a file as `torch.save` does, completely or not at all.
 
     Raises:
         RunError: the file cannot be written.
@@ -74,11 +74,11 @@ def save_tensors(path: Path, content: Any) -> None:
 
 
 def load_tensors(file: Path | IO[bytes]) -> Any:
-    """Read what `save_tensors` wrote, onto the CPU: tensors and plain values; nothing is executed.
+    """Read tensors and plain values from a file of `save_tensors`, onto the CPU, executing no code.
 
     Raises:
-        ValueError: a checksum within the file does not fit, which `torch.load` does not look at.
-        Exception: whatever torch and zipfile raise for a file that is none of theirs.
+        ValueError: a checksum in the file is wrong, which `torch.load` does not check.
+        Exception: any error of torch and zipfile for a file that is not theirs.
     """
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: lines of JSON, and TensorBoard events."""
+"""Logs of the outer loop: JSON lines and TensorBoard events."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class JsonLines(Callback):
-    """A line of JSON an outer step, flushed as it is written.
+    """Writes one line of JSON for each outer step, flushed at once.
 
     Args:
-        path: the file. On start it is made to hold the steps that the state has behind it, no
-            more: what a killed run wrote after its last checkpoint will be written again.
+        path: the file. On start it is cut to the steps of the state's history: steps that a killed
+            run logged after its last checkpoint will be taken and logged again.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -28,14 +28,14 @@ class JsonLines(Callback):
         self._file: TextIO | None = None
 
     def on_start(self, state: OuterState) -> None:
-        """Write what is known, and open for more."""
+        """Write the steps so far, and open the file for more."""
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in state.history))
         self._file = self.path.open("a")
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Write the step's line; all of them, where the file has been removed."""
+        """Write the step's line, or all lines if the file has been removed."""
         assert self._file is not None
-        if not self.path.exists():  # removed under the run, which would write into nothing
+        if not self.path.exists():  # the file was removed during the run
             self._file.close()
             self.on_start(state)
             return
@@ -57,13 +57,13 @@ class JsonLines(Callback):
 
 
 class TensorBoard(Callback):
-    """Every number of a step's row as a TensorBoard scalar.
+    """Writes every number of a step's row as a TensorBoard scalar.
 
     Args:
-        folder: where the event files go. Needs the package `tensorboard`.
+        folder: folder of the event files. Needs the package `tensorboard`.
 
     Raises:
-        RunError: it cannot be written to, or is removed while the loop runs.
+        RunError: the folder cannot be written to, or is removed while the loop runs.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -72,7 +72,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
 
     def on_start(self, state: OuterState) -> None:
-        """Open the writer; steps that will be taken again are purged."""
+        """Open the writer; later steps of an earlier run are purged."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         try:
@@ -90,7 +90,7 @@ class TensorBoard(Callback):
             if name != "outer_step" and not isinstance(value, str):
                 self._writer.add_scalar(name, value, row["outer_step"])
         try:
-            self._writer.flush()  # what its thread would write later, into a folder that is gone
+            self._writer.flush()  # its thread might write later, when the folder is gone
         except OSError as error:
             raise RunError(
                 f"{self.folder} is gone: it was removed while the run went on"
@@ -99,6 +99,6 @@ class TensorBoard(Callback):
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
         """Close the writer."""
         if self._writer is not None:
-            if self.folder.exists():  # its thread would end in a traceback
+            if self.folder.exists():  # without the folder, its thread would fail
                 self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""The outer loop: meta-gradient, outer optimiser, again."""
+"""The outer loop: estimate the meta-gradient, take a step of the outer optimiser, and repeat."""
 
 import math
 import time
@@ -21,11 +21,11 @@ from equigrad.solvers import Solver
 from equigrad.wording import shown
 
 Row = dict[str, float | int | str]
-"""What is logged of one outer step."""
+"""The log of one outer step."""
 
 
 class Carried(Protocol):
-    """What else goes on from one outer step to the next, and into a checkpoint."""
+    """Further state that goes from one outer step to the next, and into checkpoints."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -38,21 +38,21 @@ class Carried(Protocol):
 
 @dataclass
 class OuterState:
-    """All that changes while θ is learned, and all that is needed to go on.
+    """The full state of the outer loop, from which it can be continued.
 
     Attributes:
         meta_params: θ, updated in place.
-        optimizer: over `meta_params`.
-        params: where the next free phase starts.
-        step: outer steps done.
-        steps: outer steps to do; infinitely many where time alone ends the loop.
-        limit: seconds after which it ends.
-        gradient_evaluations: so far, over all steps.
-        seconds: spent so far, over all sittings.
-        history: a row an outer step.
-        copies: further values of θ worth keeping (an average, for example), by what they are.
-        ends: whether the step under way is the last.
-        carried: what else goes on from step to step.
+        optimizer: the optimiser of `meta_params`.
+        params: start of the next free phase.
+        step: number of outer steps done.
+        steps: number of outer steps to do; infinite if only time ends the loop.
+        limit: seconds after which the loop ends.
+        gradient_evaluations: total over all steps so far.
+        seconds: time spent so far, including before resumes.
+        history: one row for each outer step.
+        copies: further values of θ to keep, by name (an average, for example).
+        ends: whether the current step is the last.
+        carried: further state that goes from step to step.
         stopped: whether a callback has ended the loop.
     """
 
@@ -72,7 +72,7 @@ class OuterState:
 
     @property
     def share(self) -> float:
-        """How much of the loop is done, of its steps or of its time: 1 at its end."""
+        """The share of the loop that is done, by steps or by time; 1 at its end."""
         if self.ends or self.step >= self.steps or self.seconds >= self.limit:
             return 1.0
         return max(self.step / self.steps, self.seconds / self.limit)
@@ -99,7 +99,7 @@ class OuterState:
         """Go on from what `state_dict` returned.
 
         Raises:
-            Exception: it is of another loop, or was never returned by `state_dict`.
+            Exception: the state is of another loop, or does not come from `state_dict`.
         """
         expect(CountFrom0, step=state["step"], gradient_evaluations=state["gradient_evaluations"])
         expect(NotNegative, seconds=state["seconds"])
@@ -138,20 +138,20 @@ class Callback:
     """Watches an outer loop. Every method is optional.
 
     Attributes:
-        acts: class attribute; whether it changes the state (a step size, for example) as the loop
-            runs. Of several processes that learn together, only the first is watched by others.
+        acts: class attribute; whether it changes the state (a step size, for example) during the
+            loop. With several processes, callbacks that do not act run only in the first.
     """
 
     acts: ClassVar[bool] = False
 
     def on_start(self, state: OuterState) -> None:
-        """Before the first step of this sitting; the place to load a checkpoint."""
+        """Called before the first step of this run; the place to load a checkpoint."""
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """After an outer step; its row is `state.history[-1]`. May set `state.stopped`."""
+        """Called after an outer step; its row is `state.history[-1]`. May set `state.stopped`."""
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:
-        """After the last step, or when the loop is left by an error or by Ctrl-C."""
+        """Called after the last step, or when an error or Ctrl-C ends the loop."""
 
 
 def learn(
@@ -168,21 +168,21 @@ def learn(
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> OuterState:
-    """Learn θ: estimate its gradient, take a step of the outer optimiser, and again.
+    """Learn θ by repeated steps of an outer optimiser along the estimated meta-gradient.
 
     Args:
-        problem: the losses.
-        params: φ at the start of the first free phase. Where θ itself is the start, as for
-            `MAML`, the same dictionary as `meta_params`.
+        problem: the problem.
+        params: φ at the start of the first free phase. If θ itself is the start, as for `MAML`,
+            the same dictionary as `meta_params`.
         meta_params: θ, leaves that require a gradient; updated in place.
         solver: settles the phases.
         estimator: estimates the meta-gradients.
         optimizer: any `torch.optim` optimiser over the values of `meta_params`.
-        steps: outer steps to have taken at the end, those before a resume included.
-        start: `cold` starts every free phase at `params`, `warm` where the last one settled.
+        steps: total number of outer steps, including those before a resume.
+        start: `cold` starts every free phase at `params`, `warm` at the end of the last one.
         project: keeps θ feasible, in place, after every step; for example
             `ComplexSynapse.project_`.
-        evaluate: metrics of the settled φ, logged every step.
+        evaluate: computes metrics of the settled φ, which are logged in every step.
         callbacks: watch the loop, in this order.
 
     Returns:
@@ -257,21 +257,21 @@ def descend(
     callbacks: Sequence[Callback] = (),
     carried: Carried | None = None,
 ) -> OuterState:
-    """The loop itself: go down along whatever gradient of θ one is handed.
+    """Run the outer loop with any gradient of θ.
 
     Args:
         gradient: estimates the meta-gradient of the state's θ, at the state's step.
         meta_params: as for `learn`.
-        params: φ to keep in the state, where free phases start from it.
+        params: φ to keep in the state, if free phases start from it.
         optimizer: as for `learn`.
-        steps: as for `learn`; `math.inf` where time alone ends the loop.
-        limit: seconds after which the loop ends, those before a resume and those of `evaluate`
-            included.
+        steps: as for `learn`; `math.inf` if only time ends the loop.
+        limit: seconds after which the loop ends, including those before a resume and those of
+            `evaluate`.
         project: as for `learn`.
-        evaluate: metrics to log, after the optimiser's step. The state's clock then says whether
+        evaluate: computes metrics to log, after the optimiser's step, when the state knows whether
             this step is the last.
         callbacks: as for `learn`.
-        carried: what else the gradient keeps from step to step.
+        carried: further state that the gradient keeps from step to step.
 
     Returns:
         The state after the last step.
@@ -319,14 +319,14 @@ def descend(
         error = caught
         raise
     finally:
-        with ExitStack() as ends:  # every one of them, also where another fails
+        with ExitStack() as ends:  # end every callback, even if another fails
             for callback in callbacks:
                 ends.callback(callback.on_end, state, error)
     return state
 
 
 def _metrics(found: object) -> dict[str, float]:
-    """What a user's function makes of a step, if it is what a row can hold."""
+    """The metrics of a user's function, checked to be values that a row can hold."""
     if isinstance(found, Mapping):
         row = {n: v.item() if getattr(v, "ndim", 1) == 0 else v for n, v in found.items()}
         if all(isinstance(name, str) and isinstance(v, Real) for name, v in row.items()):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def name_of(number: float) -> str:
-    """A number as a name, the same however it was written.
+    """The name of a number, the same for every way of writing it.
 
     Example:
         >>> name_of(1.0), name_of(0.5), name_of(-0.0)
@@ -16,7 +16,7 @@ def name_of(number: float) -> str:
 def places(
     names: Sequence[str], texts: Sequence[str], numbers: Sequence[float | None]
 ) -> list[int | None]:
-    """Where texts stand among names, as they are written or as numbers; None for nowhere."""
+    """The indices of texts among names, matched as text or number; None without a match."""
     place = {name: i for i, name in enumerate(names)}
     return [
         place.get(text, None if number is None else place.get(name_of(number)))

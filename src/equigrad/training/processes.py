@@ -1,4 +1,4 @@
-"""Tasks spread over several processes, which torchrun starts."""
+"""Tasks shared among several processes, started by torchrun."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Which process this is.
+    """The rank of this process, and the number of processes.
 
     Attributes:
         rank: from 0; the process of rank 0 logs and saves.
@@ -39,7 +39,7 @@ class Place:
 
 
 def place() -> Place:
-    """Which process this is, of how many; the only one where none have been joined.
+    """The rank of this process; rank 0 of one if no processes have been joined.
 
     Example:
         >>> place()
@@ -52,17 +52,18 @@ def place() -> Place:
 
 @contextmanager
 def processes(*, timeout: float = 1800.0) -> Iterator[Place]:
-    """Join the other processes that torchrun has started; nothing happens without it.
+    """Join the other processes that torchrun has started; does nothing without torchrun.
 
-    Inside, `learn_tasks` and `judge` share their tasks, and all processes have to call them alike.
-    They talk by gloo on CPUs and by nccl on CUDA, where each takes the device of its local rank.
+    Inside, `learn_tasks` and `judge` share their tasks, and all processes have to call them in the
+    same way. They communicate by gloo on CPUs and by nccl on CUDA, where each process uses the
+    device of its local rank.
 
     Args:
-        timeout: seconds that a process waits for the slowest of the others before it takes it for
-            lost. Its share of a batch, or of the tasks of a test, has to fit in.
+        timeout: seconds that a process waits for the slowest of the others before that counts as
+            lost. A share of a batch, or of the tasks of a test, must take less time.
 
     Raises:
-        RunError: the others are not there. Also from whatever is shared, where one is lost.
+        RunError: the others cannot be joined; or, in later communication, one is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place()
@@ -81,10 +82,10 @@ def processes(*, timeout: float = 1800.0) -> Iterator[Place]:
 
 @contextmanager
 def _together(what: str) -> Iterator[None]:
-    """Say it clearly where another process does not answer."""
+    """Turn an error of communication into one that says what happened and what to do."""
     try:
         yield
-    except RuntimeError as error:  # the base of all that torch.distributed raises
+    except RuntimeError as error:  # the base class of torch.distributed's errors
         rank, size = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
@@ -95,7 +96,7 @@ def _together(what: str) -> Iterator[None]:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """What every process has, in the order of their ranks.
+    """The values of all processes, in the order of their ranks.
 
     Args:
         mine: anything that can be pickled.
@@ -112,10 +113,10 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def agreed(value: Any) -> Any:
-    """What the process of rank 0 says.
+    """The value of the process of rank 0.
 
     Args:
-        value: anything that can be pickled, which the others may not know as well.
+        value: anything that can be pickled; the values of the other processes are ignored.
 
     Raises:
         RunError: a process is lost.
@@ -131,21 +132,21 @@ def agreed(value: Any) -> Any:
 def shared_meta_gradient(
     learner: "FewShotLearner", meta_params: Params, tasks: "TaskBatch"
 ) -> MetaGradient:
-    """`learner.meta_gradient`, every process with its share of the tasks.
+    """`learner.meta_gradient`, with the tasks shared among all processes.
 
         ∇_θ = Σ_r (n_r / n) ∇_θ^{(r)}        n_r of n tasks on the process of rank r
 
     Args:
-        learner: the same in every process.
+        learner: the learner, the same in every process.
         meta_params: θ, the same in every process.
         tasks: the whole batch, the same in every process.
 
     Returns:
-        The meta-gradient of the whole batch, the same in every process; `params` are those of its
-        own tasks.
+        The meta-gradient of the whole batch, the same in every process; `params` are those of the
+        process's own tasks.
 
     Raises:
-        ConfigurationError: fewer tasks than processes.
+        ConfigurationError: there are fewer tasks than processes.
         RunError: a process is lost, or has another θ.
     """
     here = place()
@@ -179,16 +180,16 @@ def shared_meta_gradient(
 
 
 class InStep(Callback):
-    """Keeps processes in step: all begin with the state, and go by the clock, of rank 0."""
+    """Keeps processes in step: all use the initial state and the clock of rank 0."""
 
     acts: ClassVar[bool] = True
 
     def on_start(self, state: OuterState) -> None:
-        """Take over what rank 0 begins with, which it may have loaded."""
+        """Copy the initial state of rank 0, which may come from a checkpoint."""
         there = agreed(state.state_dict() if place().leads else None)
         if not place().leads:
             state.load_state_dict(there)
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Take over the time."""
+        """Copy the time of rank 0."""
         state.seconds = agreed(state.seconds)

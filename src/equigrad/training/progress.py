@@ -1,4 +1,4 @@
-"""How far it is, on the terminal."""
+"""A progress bar of the outer loop in the terminal."""
 
 import math
 
@@ -10,12 +10,12 @@ from equigrad.training.loop import Callback, OuterState
 
 
 class ProgressBar(Callback):
-    """A bar with the outer loss, the metrics and the residual; lines where there is no terminal.
+    """A bar with the outer loss, the metrics and the residual; lines if there is no terminal.
 
     Args:
-        title: stands before the bar.
-        console: where to draw.
-        lines: how many lines a whole run prints where the console is not a terminal.
+        title: text before the bar.
+        console: the console to draw on.
+        lines: number of lines that a whole run prints if the console is not a terminal.
     """
 
     def __init__(self, title: str, console: Console, lines: int = 5) -> None:

@@ -1,4 +1,4 @@
-"""Networks that settle for every example, trained by mini-batches."""
+"""Mini-batch training of networks whose neurons settle for every example."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,24 +21,24 @@ from equigrad.training.loop import Callback, OuterState, descend
 class SettlingNetwork(Protocol):
     """A network whose neurons settle: `equigrad.nn.Hopfield`, for example.
 
-    Its θ are its parameters. Losses and energies are sums over examples, so that nudging and
-    control mean the same for any number of them.
+    θ are its parameters. Losses and energies are sums over examples, so that nudging and control
+    do not depend on their number.
     """
 
     def start(self, x: Tensor) -> dict[str, Tensor]:
-        """Where the neurons begin, by name; the first dimension is one of examples."""
+        """Initial state of the neurons, by name; the first dimension counts examples."""
         ...
 
     def problem(self, x: Tensor, y: Tensor) -> Problem:
-        """What settles, and the loss against the targets y, summed over examples."""
+        """The network as a problem, with the loss against targets y summed over examples."""
         ...
 
     def logits(self, params: Params, meta_params: Params) -> Tensor:
-        """What the settled network says: examples × classes."""
+        """The output of the settled network: examples × classes."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """θ, as of any `torch.nn.Module`."""
+        """The parameters θ, as for any `torch.nn.Module`."""
         ...
 
 
@@ -57,31 +57,31 @@ def train_network(
     validate: Callable[[], Mapping[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> OuterState:
-    """Train a network that settles: a mini-batch, its gradient by the estimator, a step.
+    """Train a network that settles by mini-batch steps along the estimated gradient.
 
     Args:
-        network: its parameters are updated in place, but for frozen ones.
-        examples: inputs and targets. Each epoch sees all of them once, in an order that seed and
-            epoch draw; what does not fill a batch waits for the next epoch.
+        network: the network; its parameters are updated in place, except frozen ones.
+        examples: inputs and targets. An epoch sees the examples in an order that depends on seed
+            and epoch; those that do not fill a batch are left out of that epoch.
         solver: settles the neurons of a batch.
-        estimator: of the gradient of the summed loss, which is divided by the batch.
-        optimizer: over the network's parameters.
-        epochs: to have passed at the end, those before a resume included; one step at least, where
-            there are any.
-        batch_size: examples of a mini-batch.
-        seed: draws the order.
-        clip: scale gradients down to this norm where theirs is larger.
-        limit: seconds after which no further step is begun.
-        validate: metrics of the network as it stands, after every epoch and at the end.
+        estimator: estimates the gradient of the summed loss, which is divided by the batch size.
+        optimizer: optimiser of the network's parameters.
+        epochs: total number of epochs, including those before a resume; at least one step is taken
+            if this is not zero.
+        batch_size: number of examples in a mini-batch.
+        seed: seed of the order.
+        clip: largest norm of the gradient; larger gradients are scaled down.
+        limit: seconds after which no further step begins.
+        validate: computes metrics of the current network, after every epoch and at the end.
         callbacks: watch the loop.
 
     Returns:
         The state after the last step.
 
     Raises:
-        ConfigurationError: inputs and targets that differ in number, a batch that is no whole
-            number from one example to all there are, epochs < 0, a clip ≤ 0, or a network all of
-            whose parameters are frozen.
+        ConfigurationError: inputs and targets differ in number, batch_size is not a whole number
+            between one and the number of examples, epochs < 0, clip ≤ 0, or all parameters of the
+            network are frozen.
     """
     x, y = examples
     if len(x) != len(y):
@@ -139,7 +139,7 @@ def train_network(
 
 
 def _averaged(result: MetaGradient, count: int, clip: float | None) -> MetaGradient:
-    """The gradient of the mean over examples, clipped."""
+    """The gradient of the mean loss over examples, clipped."""
     scale = 1 / count
     if clip is not None:
         norm = torch.stack([g.norm() for g in result.grads.values()]).norm().item() / count
@@ -152,17 +152,17 @@ def _averaged(result: MetaGradient, count: int, clip: float | None) -> MetaGradi
 def settled_logits(
     network: SettlingNetwork, x: Tensor, *, solver: Solver, batch_size: int = 1000
 ) -> tuple[Tensor, list[int]]:
-    """Settle the network for every input, and ask what it says.
+    """Settle the network for every input, and return its logits.
 
     Args:
-        network: as it stands.
-        x: inputs, the first dimension one of examples.
+        network: the network.
+        x: inputs; the first dimension counts examples.
         solver: settles the neurons.
-        batch_size: inputs at once.
+        batch_size: number of inputs that settle at once.
 
     Returns:
-        Logits, examples × classes; and the numbers of the inputs for which it has not settled:
-        all of a batch, where the solver has no tolerance and a residual of it grew.
+        Logits, examples × classes; and the indices of inputs for which the network has not settled.
+        Without a tolerance, these are all inputs of a batch in which the residual grew.
     """
     meta_params: dict[str, Tensor] = dict(network.named_parameters())
     said: list[Tensor] = []
@@ -182,13 +182,13 @@ def settled_logits(
 def classify(
     network: SettlingNetwork, x: Tensor, *, solver: Solver, batch_size: int = 1000
 ) -> Tensor:
-    """Settle the network for every input and take the largest of what it says.
+    """Settle the network for every input, and return the class with the largest logit.
 
     Args:
-        network: as it stands.
-        x: inputs, the first dimension one of examples.
+        network: the network.
+        x: inputs; the first dimension counts examples.
         solver: settles the neurons.
-        batch_size: inputs at once.
+        batch_size: number of inputs that settle at once.
 
     Returns:
         A class for every input.

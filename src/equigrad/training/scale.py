@@ -1,4 +1,4 @@
-"""By what numbers are standardised."""
+"""Mean and scale for standardising numbers."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from equigrad.errors import DataError
 
 
 def mean_and_scale(values: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation along the first dimension; 1 for what is constant.
+    """Mean and standard deviation along the first dimension; 1 for a constant column.
 
-    What is constant is told by its least and greatest value: rounding can leave a deviation of
-    1e-17, which would blow up every other value.
+    A column is constant if its minimum equals its maximum: rounding can leave a deviation of 1e-17,
+    by which other values must not be divided.
 
     Args:
-        values: rows first, at least one.
-        what: they are, for the error message.
+        values: one row for each example, at least one.
+        what: what the values are, for the error message.
 
     Raises:
-        DataError: they are too large for a deviation.
+        DataError: the values are too large for their deviation to be computed.
 
     Example:
         >>> mean_and_scale(torch.tensor([[1.0, 0.1], [3.0, 0.1]]), "numbers")

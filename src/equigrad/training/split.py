@@ -1,4 +1,4 @@
-"""How data are divided into training, validation and test set."""
+"""The division of data into training, validation and test set."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,15 +19,15 @@ class Split:
     """A training, a validation and a test set: inputs and targets.
 
     Attributes:
-        train: what the learner sees.
-        validation: what strengths are fitted to.
-        test: what neither has seen; None where nothing is held back.
-        target: what is learned.
-        encoding: what turned the user's data into inputs, which a saved model needs.
-        inputs: names of the inputs, where they have any.
-        note: what a reader of the numbers should know of it.
-        folds: how rows that are both learned from and judged by are shared between the two;
-            `train` and `validation` are then the same rows.
+        train: the training set of the learner.
+        validation: the validation set of the meta-parameters.
+        test: data that neither has seen; None if there are none.
+        target: the kind of target.
+        encoding: the encoding of the user's data as inputs, which a saved model needs.
+        inputs: names of the inputs, if they have any.
+        note: a remark for readers of the results.
+        folds: how rows are used for both training and validation; `train` and `validation` are then
+            the same rows.
     """
 
     train: tuple[Tensor, Tensor]
@@ -41,7 +41,7 @@ class Split:
 
     @property
     def judges(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What a network is scored on."""
+        """The set that a network is scored on."""
         test = {} if self.test is None else {"test": self.test}
         return {"validation": self.validation, **test}
 
@@ -61,7 +61,7 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows are for what: indices, each part in an order drawn by the seed."""
+    """The rows of each part: indices, in an order drawn by the seed."""
 
     train: Tensor
     validation: Tensor
@@ -69,7 +69,7 @@ class Rows:
 
     @property
     def seen(self) -> Tensor:
-        """Those that the learner and its judge see."""
+        """The rows of the training and the validation set."""
         return torch.cat([self.train, self.validation])
 
 
@@ -82,20 +82,20 @@ def divide(
     seed: int,
     names: Sequence[str] = (),
 ) -> Rows:
-    """Draw the rows of each part, such that every group has its share of every part.
+    """Draw the rows of each part, so that every group has its share of every part.
 
     Args:
-        groups: a number for every row: its class, or zero for all.
-        test_share: of the rows, for testing; 0 for none.
-        training_share: of the others, for the learner; the rest judges it.
-        samples: rows for learner and judge together, two of every group at least; None for all
-            that are not for testing.
-        seed: draws them.
-        names: of the groups, for the error messages.
+        groups: the class of every row, or zero for all rows.
+        test_share: share of the rows for the test set; 0 for none.
+        training_share: share of the others for the training set; the rest are for validation.
+        samples: number of rows for training and validation together, at least two of every group;
+            None for all that are not in the test set.
+        seed: seed of the draw.
+        names: names of the groups, for error messages.
 
     Raises:
-        ConfigurationError: more samples are asked for than there are, or less than two a group.
-        DataError: a group has too few rows to be in every part, or there is one class only.
+        ConfigurationError: samples is larger than the number of rows, or less than two a group.
+        DataError: a group has too few rows to be in every part, or there is only one class.
 
     Example:
         >>> groups = torch.tensor([0] * 10 + [1] * 5)
@@ -117,7 +117,7 @@ def divide(
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
 
     def drawn(rows: Tensor, wanted: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
-        """As many rows of every group as are wanted of so many; and the others."""
+        """As many rows of every group as its count says, and the other rows."""
         own_rows = [rows[groups[rows] == group] for group in present]
         counts = wanted([len(own) for own in own_rows])
         taken = [own[:n] for own, n in zip(own_rows, counts, strict=True)]
@@ -125,7 +125,7 @@ def divide(
         return rows[chosen], rows[~chosen]
 
     def part(share: float, leave: int) -> Callable[[list[int]], list[int]]:
-        """A share of every group, at least one row and all but `leave` at most."""
+        """A share of every group: at least one row, and at most all but `leave`."""
         return lambda counts: [min(max(1, round(share * n)), n - leave) for n in counts]
 
     test, rest = drawn(order, part(test_share, 2)) if test_share > 0 else (order[:0], order)
@@ -146,7 +146,7 @@ def divide(
 
 
 def held_back(groups: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows that are held back, a share of every group, and the others, as the seed draws them.
+    """A random share of the rows of every group, held out for testing, and the other rows.
 
     Example:
         >>> [len(rows) for rows in held_back(torch.tensor([0] * 10 + [1] * 5), 0.2, seed=0)]
@@ -160,7 +160,9 @@ def held_back(groups: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def apportioned(total: int, counts: Sequence[int], *, least: int) -> list[int]:
-    """So many rows of every group that they are `total`: by largest remainders, `least` of each.
+    """The numbers of rows of every group that add up to `total`, by largest remainders.
+
+    Every group has at least `least` rows.
 
     Example:
         >>> apportioned(10, [76, 4], least=2), apportioned(8, [8, 8, 8], least=2)

@@ -1,4 +1,4 @@
-"""What is learned: classes or numbers, with the loss that learns it and the score that tells."""
+"""Kinds of targets, classes or numbers, with their losses and scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class Target(ABC):
     """A kind of target.
 
     Attributes:
-        score: name of the metric by which a table is made and a single strength chosen; larger is
+        score: name of the metric that tables report and a single strength is chosen by; larger is
             better.
-        axis: the score as a figure's axis names it.
-        unit: what stands behind a score.
-        form: how a score is written.
+        axis: label of the score in figures.
+        unit: unit of the score.
+        form: format of the score.
     """
 
     score: ClassVar[str]
@@ -31,11 +31,11 @@ class Target(ABC):
     @property
     @abstractmethod
     def outputs(self) -> int:
-        """Outputs that a network needs."""
+        """The number of outputs that a network needs."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """What is minimised, a scalar."""
+        """The training loss, a scalar."""
 
     @abstractmethod
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -43,23 +43,23 @@ class Target(ABC):
 
     @abstractmethod
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """What a reader wants to know, the score among it."""
+        """The metrics for a reader, including the score."""
 
     @abstractmethod
     def read(self, texts: Sequence[str], numbers: Sequence[float | None]) -> list[Any]:
-        """What a user wrote as the network knows it, None where that cannot be.
+        """The user's values as targets of the network; None for values that cannot be targets.
 
         Args:
-            texts: as they are written.
-            numbers: what they mean as numbers, None where they mean none.
+            texts: the values as text.
+            numbers: the values as numbers; None for texts that are not numbers.
         """
 
     @abstractmethod
     def answers(self, outputs: Tensor) -> dict[str, list[Any]]:
-        """Predictions in the user's own words, by name of the column."""
+        """Predictions in the user's terms, by name of the column."""
 
     def say(self, score: float) -> str:
-        """A score with its unit.
+        """A score with its unit, as text.
 
         Example:
             >>> Classes().say(97.123), Numbers().say(0.5)
@@ -73,7 +73,7 @@ class Classes(Target):
     """One of several classes: cross-entropy, and accuracy in percent.
 
     Attributes:
-        names: of the classes, in the order of the network's outputs; empty where they have none.
+        names: names of the classes, in the order of the network's outputs; empty if they have none.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ class Classes(Target):
 
     @property
     def outputs(self) -> int:
-        """One a class."""
+        """One output for each class."""
         return len(self.names)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Classes(Target):
         return {"accuracy": 100 * (outputs.argmax(1) == y).double().mean().item()}
 
     def read(self, texts: Sequence[str], numbers: Sequence[float | None]) -> list[Any]:
-        """Numbers of classes, None for another class."""
+        """Class indices; None for an unknown class."""
         return places(self.names, texts, numbers)
 
     def answers(self, outputs: Tensor) -> dict[str, list[Any]]:
@@ -124,8 +124,8 @@ class Numbers(Target):
     """A number: mean squared error of the standardised target, and R².
 
     Attributes:
-        mean: that standardised it.
-        deviation: likewise.
+        mean: mean of the target before standardisation.
+        deviation: standard deviation of the target before standardisation.
 
     Example:
         >>> import torch
@@ -147,7 +147,7 @@ class Numbers(Target):
 
     @property
     def outputs(self) -> int:
-        """One."""
+        """A single output."""
         return 1
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Numbers(Target):
         return mse_loss(outputs.squeeze(1), y, reduction="none")
 
     def metrics(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """R², NaN for constant targets; and the root of the mean squared error in their units."""
+        """R², NaN for constant targets, and the root-mean-square error in the target's units."""
         error = (outputs.squeeze(1).double() - y.double()).square().mean()
         constant = bool(y.min() == y.max())
         return {

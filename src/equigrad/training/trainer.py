@@ -1,4 +1,4 @@
-"""Settings of a Trainer of transformers, as a solver."""
+"""Settings of a transformers Trainer as a solver."""
 
 import math
 from functools import partial
@@ -12,20 +12,20 @@ from equigrad.solvers import TorchOptimizer
 
 
 def trainer_settings(arguments: Any, examples: int) -> dict[str, Any]:
-    """What `transformers.TrainingArguments` say of training, for `example_scores` to take.
+    """Arguments of `example_scores` that train as `transformers.TrainingArguments` say.
 
-    AdamW with its learning-rate schedule, clipping and accumulation, for as many batches as the
-    arguments ask for. As `Trainer` does not, weight decay acts on biases and layer norms, too.
+    This is AdamW with the learning-rate schedule, clipping, accumulation and number of batches of
+    the arguments. Unlike in `Trainer`, weight decay also acts on biases and layer norms.
 
     Args:
         arguments: the `TrainingArguments`.
-        examples: in the training set.
+        examples: number of examples in the training set.
 
     Returns:
         `solver` and `batch_size`.
 
     Raises:
-        ConfigurationError: an optimiser other than AdamW.
+        ConfigurationError: the optimiser is not AdamW.
 
     Example:
         >>> from transformers import TrainingArguments  # doctest: +SKIP
@@ -34,7 +34,7 @@ def trainer_settings(arguments: Any, examples: int) -> dict[str, Any]:
         ...     model, train, valid, **trainer_settings(arguments, len(train))
         ... )  # doctest: +SKIP
     """
-    from transformers import get_scheduler  # whoever has the arguments has it
+    from transformers import get_scheduler  # installed, since the arguments come from it
 
     expect(Count, examples=examples)
     name = str(getattr(arguments.optim, "value", arguments.optim))
