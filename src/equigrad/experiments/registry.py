@@ -1,4 +1,4 @@
-"""The commands of `equigrad`: name, class, function and summary; modules are imported lazily."""
+"""The commands of `equigrad`; their modules are imported only when they run."""
 
 import re
 from collections.abc import Callable
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 SEARCHED = "search.trials:Search"
-"""The settings of a search."""
+"""The settings class of a search."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """`equigrad VERB NAME`: a config with defaults that some words choose, and its work.
+    """A command `equigrad VERB NAME`: its settings class and the function that runs it.
 
     Attributes:
         verb: `run`, `search` or `reproduce`.
-        name: of what is run.
-        place: of the experiment's or reproduction's class, `MODULE:CLASS` in this package.
-        worker: of the function that does the work, `MODULE:FUNCTION`.
+        name: name of the experiment or reproduction.
+        place: its class, as `MODULE:CLASS` in this package.
+        worker: the function that runs it, as `MODULE:FUNCTION`.
     """
 
     verb: str
@@ -29,7 +29,7 @@ class Command:
 
     @property
     def summary(self) -> str:
-        """The first line of the config's documentation, read from the file: imports take long."""
+        """The first line of the class's docstring, read from the file, since imports are slow."""
         module, _, name = (SEARCHED if self.verb == "search" else self.place).partition(":")
         source = (Path(__file__).parent / f"{module.replace('.', '/')}.py").read_text("utf-8")
         said = re.search(rf'^class {name}\b.*?"""(.*?)("""|\n)', source, re.M | re.S)
@@ -42,18 +42,18 @@ class Command:
 
     @property
     def work(self) -> Callable[..., object]:
-        """What does the work, of a config and a folder."""
+        """The function that runs the command, called with a config and a folder."""
         return found(self.worker)
 
     def defaults(self, **chosen: str) -> Any:
-        """The config that some words choose."""
+        """The default config for some choices."""
         if self.verb == "search":
             return found("search.trials:preset")(self.kind, **chosen)
         return self.kind.preset(**chosen)
 
 
 def found(place: str) -> Any:
-    """What a module of this package defines, by `MODULE:NAME`."""
+    """An object of a module of this package, by `MODULE:NAME`."""
     module, _, name = place.partition(":")
     return getattr(import_module(f"{__package__}.{module}"), name)
 
@@ -101,4 +101,4 @@ COMMANDS = (
     reproduced("fig3", "strengths.first_phase:Fig3"),
     reproduced("equilibrium", "settling.equilibrium_table:EquilibriumTable"),
 )
-"""All that there are, in the order of `equigrad list`."""
+"""All commands, in the order of `equigrad list`."""

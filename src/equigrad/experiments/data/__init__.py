@@ -1,1 +1,1 @@
-"""Data sets that experiments read from a folder or fetch."""
+"""Data sets that experiments read from a folder or download."""

@@ -1,8 +1,8 @@
-"""The Boston housing data (Harrison, Rubinfeld 1978), to reproduce the paper's Fig. 2 and no more.
+"""The Boston housing data (Harrison, Rubinfeld 1978), only to reproduce the paper's Fig. 2.
 
 506 districts, 13 features and the median value of a home, in 1000 dollars. The data set is retired:
-its feature B is a function of the share of Black residents that presumes their effect on prices,
-and scikit-learn, whose release 1.1.3 was the last to ship it, tells its users to take another.
+its feature B is a function of the share of Black residents that presumes their effect on prices.
+Scikit-learn, whose release 1.1.3 was the last to contain it, advises against its use.
 """
 
 import csv
@@ -15,7 +15,7 @@ from equigrad.experiments.data.files import DataFile
 
 
 def without_first_line(content: bytes) -> bytes:
-    """What stands after the line of counts that scikit-learn puts before the header."""
+    """The content after the line of counts that scikit-learn puts before the header."""
     return content.partition(b"\n")[2]
 
 
@@ -35,7 +35,7 @@ def load(file: DataFile = FILE) -> tuple[Tensor, Tensor]:
     """Features (506 × 13) and the target MEDV (506), in float64, in the order of the file.
 
     Raises:
-        DataError: the file is missing, altered, or cannot be fetched.
+        DataError: the file is missing, altered, or cannot be downloaded.
     """
     path = file.find()
     with path.open(newline="") as lines:
@@ -57,8 +57,8 @@ def split(
     Args:
         features: rows × columns.
         target: rows.
-        training_share: between 0 and 1; the number of rows is rounded.
-        seed: draws which rows are for training.
+        training_share: share of training rows, between 0 and 1; their number is rounded.
+        seed: seed of the choice of training rows.
 
     Returns:
         `(x, y)` of the training rows, then of the validation rows; targets are rows × 1.

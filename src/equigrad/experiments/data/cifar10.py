@@ -1,7 +1,7 @@
-"""CIFAR-10 (Krizhevsky 2009): small photographs in ten classes, the version for Python.
+"""CIFAR-10 (Krizhevsky 2009): small photographs in ten classes, from the Python version.
 
-The files are pickles of Python 2. A pickle can call any function, so these are read by an unpickler
-that knows the three names which the files hold, and stands in for them: no code of theirs runs.
+The files are pickles of Python 2. Since a pickle can call any function, they are read by an
+unpickler that allows only the three names in these files, with stand-ins: none of their code runs.
 """
 
 import io
@@ -41,13 +41,13 @@ TEST = (_file("test_batch", "40351d587109b95175f43aff81a1287e"),)
 
 
 def load(files: tuple[DataFile, ...] = TRAINING) -> Images:
-    """The training images, 50000 × 3 × 32 × 32, or with `TEST` the 10,000 for testing.
+    """The training images, 50000 × 3 × 32 × 32, or with `TEST` the 10,000 test images.
 
-    A folder of the user's that has some of the training batches gives the images of those; the
-    first of the files has to be there.
+    If the user's folder has only some of the training batches, their images are returned; the first
+    batch has to be there.
 
     Raises:
-        DataError: a file is missing, altered, or cannot be fetched.
+        DataError: a file is missing, altered, or cannot be downloaded.
     """
     first, *others = files
     batches = [read_batch(file) for file in (first, *(f for f in others if not f.withheld))]
@@ -58,10 +58,10 @@ def load(files: tuple[DataFile, ...] = TRAINING) -> Images:
 
 
 def read_batch(file: DataFile) -> Images:
-    """The images of one of the files.
+    """The images of one file.
 
     Raises:
-        DataError: it is missing, damaged, or holds anything but what such a file holds.
+        DataError: the file is missing or damaged, or has unexpected content.
     """
     path = file.find()
     try:
@@ -80,13 +80,13 @@ def _read(path: Path) -> Any:
 
 
 class _Array:
-    """What the pickle says of an array."""
+    """A stand-in for an array in the pickle."""
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], "_Type", bool, bytes]) -> None:
         _, self.shape, self.type, self.by_columns, self.content = state
 
     def as_bytes(self) -> torch.Tensor:
-        """The array, which has to be one of unsigned bytes, row by row."""
+        """The array, checked to consist of unsigned bytes, row by row."""
         if self.type.name != b"u1" or self.by_columns or len(self.shape) != 2:
             raise ValueError("its data are not rows of unsigned bytes")
         flat = torch.frombuffer(bytearray(self.content), dtype=torch.uint8)
@@ -94,17 +94,17 @@ class _Array:
 
 
 class _Type:
-    """What the pickle says of an array's type."""
+    """A stand-in for an array's dtype in the pickle."""
 
     def __init__(self, name: bytes, *options: int) -> None:
         self.name = name
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and fields, which unsigned bytes do not have."""
+        """Ignore byte order and fields, which unsigned bytes do not have."""
 
 
 class _Class:
-    """Stands for the class of arrays."""
+    """A stand-in for the class of arrays."""
 
 
 def _make(kind: type, shape: tuple[int, ...], code: bytes) -> _Array:

@@ -1,4 +1,4 @@
-"""Data files: found in the user's folder, or downloaded once from a public address."""
+"""Data files, found in the user's folder or downloaded once from a public address."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ FOLDER = "EQUIGRAD_DATA"
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """A file of a data set, known by its checksum, or by what whoever reads it finds in it.
+    """A file of a data set, verified by a checksum or by the reader of its content.
 
     Attributes:
         name: path below the folder of data sets.
-        url: public home.
-        md5: checksum of the file as it is read; None where files with the same contents differ.
-        mirrors: other homes, tried in turn where the first does not have it.
-        convert: turns what the home holds into the file; None where they are the same.
-        archive: whether the homes hold a tar archive that has the file under its name.
+        url: public address.
+        md5: checksum of the file as it is read; None if files with the same content differ.
+        mirrors: other addresses, tried in turn if the first one fails.
+        convert: converts the download into the file; None if they are the same.
+        archive: whether the download is a tar archive that has the file under its name.
 
     Example:
         >>> DataFile(name="boston/boston_housing.csv", md5="0", url="https://example.org/b").name
@@ -41,15 +41,15 @@ class DataFile:
 
     @property
     def withheld(self) -> bool:
-        """Whether the user names a folder of data sets, and this file is not in it."""
+        """Whether the user names a folder of data sets that lacks this file."""
         folder = os.environ.get(FOLDER)
         return bool(folder) and not (Path(folder or "") / self.name).is_file()
 
     def find(self) -> Path:
-        """The file: `$EQUIGRAD_DATA/NAME` where that is set, else fetched into the user's cache.
+        """The file: `$EQUIGRAD_DATA/NAME` if that is set, else downloaded into the user's cache.
 
         Raises:
-            DataError: it is missing, its checksum is another, or it cannot be fetched.
+            DataError: it is missing, its checksum is wrong, or it cannot be downloaded.
         """
         folder = os.environ.get(FOLDER)
         if not folder:
@@ -64,7 +64,7 @@ class DataFile:
         return path
 
     def damaged(self, path: Path, reason: object) -> DataError:
-        """What to raise where the file that was found does not hold what it should."""
+        """The error for a file whose content is not as expected."""
         return DataError(
             f"{path} is not the {Path(self.name).name} it should be: {reason}. {self._remedy}"
         )
@@ -106,7 +106,7 @@ class DataFile:
             target.write_bytes(self.convert(target.read_bytes()))
 
     def _member(self, url: str) -> bytes:
-        """The file out of the home's archive, which is fetched once for all its files."""
+        """The file from the downloaded archive, which is downloaded once for all its files."""
         path = _cache() / url.rpartition("/")[2]
         if not path.exists():
             fetched = path.with_name(f".{path.name}.fetched")
@@ -145,7 +145,7 @@ def _cache() -> Path:
 def _retrieve(url: str, target: Path, title: str) -> None:
     _pooch().retrieve(
         url,
-        known_hash=None,  # of what the file is after conversion, the checksum is known
+        known_hash=None,  # the known checksum is that after conversion
         fname=target.name,
         path=target.parent,
         progressbar=_Bar(title),
@@ -153,7 +153,7 @@ def _retrieve(url: str, target: Path, title: str) -> None:
 
 
 class _Bar:
-    """What pooch drives while it fetches, drawn by rich."""
+    """A progress bar in the interface of pooch, drawn by rich."""
 
     total = 0
 
@@ -167,16 +167,16 @@ class _Bar:
         self._task = self._progress.add_task(title, total=None)
 
     def update(self, amount: int) -> None:
-        """Some bytes more."""
+        """Add downloaded bytes."""
         self._progress.start()
         self._progress.update(self._task, advance=amount, total=self.total or None)
 
     def reset(self) -> None:
-        """Begin again."""
+        """Start again."""
         self._progress.update(self._task, completed=0)
 
     def close(self) -> None:
-        """All is there."""
+        """End the bar."""
         self._progress.stop()
 
 

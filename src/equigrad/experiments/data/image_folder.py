@@ -16,13 +16,13 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-        images: of one size, with the number of the class each is in.
-        classes: names, of the subfolders, in order.
-        files: where the images are.
-        notes: what the user should know.
+        images: images of one size, with class indices.
+        classes: names of the subfolders, in order.
+        files: paths of the images.
+        notes: remarks for the user.
     """
 
     images: Images
@@ -32,10 +32,10 @@ class ImageFolder:
 
 
 def find(folder: Path) -> list[Path]:
-    """The files in a folder and below that have the name of an image, hidden ones left out.
+    """The files in a folder and below with the extension of an image, except hidden ones.
 
     Raises:
-        DataError: it is no folder.
+        DataError: it is not a folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of images")
@@ -59,15 +59,15 @@ def read_classes(
     """Read a folder that has a subfolder for every class.
 
     Args:
-        folder: with the classes.
-        size: height and width that images are made to have.
+        folder: folder of the subfolders.
+        size: height and width to which images are resized.
         channels: 3 for colours, 1 for grey.
-        skip_broken: leave out files that cannot be read, and say so.
-        classes: that there have to be; those that are found where none are given.
+        skip_broken: whether to leave out files that cannot be read, with a note.
+        classes: names of the required classes; by default, those that are found.
 
     Raises:
-        DataError: there are no images, fewer than two classes, others than asked for, or broken
-            files.
+        DataError: there are no images, fewer than two classes, other classes than required, or
+            broken files.
     """
     files = find(folder)
     loose = [path for path in files if path.parent == folder]
@@ -101,7 +101,7 @@ def read_classes(
 
 
 def named(broken: list[str], count: int) -> str:
-    """Which files are broken, at most ten of them by name."""
+    """A description of the broken files, with the names of at most ten."""
     more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
     return f"{len(broken)} of {count} images cannot be read:\n  " + "\n  ".join(broken[:10]) + more
 
@@ -109,24 +109,24 @@ def named(broken: list[str], count: int) -> str:
 def read_images(
     files: list[Path], *, size: int, channels: int
 ) -> tuple[Tensor, list[Path], list[str]]:
-    """Images cut to their middle square and made one size, upright as their EXIF data say.
+    """Images cropped to their middle square, resized, and rotated as their EXIF data say.
 
     Returns:
-        Pixels, n × channels × size × size; the files they are from; the others, and why not.
+        Pixels, n × channels × size × size; their files; and the other files, with reasons.
     """
     pixels, kept, broken = [], [], []
     for path in files:
         try:
             pixels.append(_read(path, size, "RGB" if channels == 3 else "L"))
             kept.append(path)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
+        except Exception as error:  # Pillow raises errors of many kinds
             broken.append(f"{path}: {str(error) or type(error).__name__}")
     shape = (0, channels, size, size)
     return torch.stack(pixels) if pixels else torch.zeros(shape).byte(), kept, broken
 
 
 def _read(path: Path, size: int, mode: str) -> Tensor:
-    from PIL import Image, ImageOps  # takes a moment, which `--help` need not wait for
+    from PIL import Image, ImageOps  # slow to import, and not needed for `--help`
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

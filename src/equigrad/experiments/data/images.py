@@ -12,7 +12,7 @@ from equigrad.training.split import Split
 
 @dataclass(frozen=True)
 class Images:
-    """Images with labels, as they are stored.
+    """Images with labels, in their stored form.
 
     Attributes:
         pixels: n × channels × height × width, whole numbers from 0 to 255.
@@ -28,13 +28,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Turns images into a network's inputs: every channel standardised.
+    """The encoding of images as a network's inputs, with every channel standardised.
 
     Attributes:
         size: height and width.
         channels: 3 for colours, 1 for grey.
-        mean: of each channel, over the images that were seen.
-        deviation: likewise.
+        mean: mean of each channel over the training and validation images.
+        deviation: standard deviation of each channel over these images.
     """
 
     size: int
@@ -55,7 +55,7 @@ class Pixels:
         return cls(pixels.shape[2], len(mean), tuple(mean.tolist()), tuple(deviation.tolist()))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Standardised, in float64."""
+        """Standardised images, in float64."""
         mean, deviation = (
             torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.deviation)
         )
@@ -72,23 +72,23 @@ def split(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Split:
-    """Draw images from a pool, the first few for training and the others for validation.
+    """Draw images from a pool, the first ones for training and the others for validation.
 
-    Every channel is shifted and scaled to zero mean and unit variance over training and validation
-    images together; the test images have no part in it.
+    Every channel is standardised to zero mean and unit variance over training and validation images
+    together, without the test images.
 
     Args:
-        pool: what to draw from.
-        test: all of them are used.
-        samples: images for training and validation together.
-        training: images for training.
-        seed: draws them.
-        device: of what is returned.
-        dtype: of the inputs that are returned.
+        pool: images to draw from.
+        test: test images, all of which are used.
+        samples: number of images for training and validation together.
+        training: number of images for training.
+        seed: seed of the draw.
+        device: device of the result.
+        dtype: dtype of the inputs.
 
     Returns:
         The split, each part with inputs n × channels × height × width and labels n; its encoding
-        does the same to other images, which have to be square.
+        standardises other images, which have to be square, in the same way.
 
     Raises:
         ConfigurationError: a part would be empty, or the pool has fewer images.

@@ -1,7 +1,7 @@
-"""MNIST (LeCun, Cortes, Burges 1998): handwritten digits, 60,000 to learn from and 10,000 to test.
+"""MNIST (LeCun, Cortes, Burges 1998): handwritten digits, 60,000 to train and 10,000 to test.
 
-The files are gzipped idx: a magic number that says "bytes, so many dimensions", the dimensions as
-big-endian numbers of four bytes, then the bytes.
+The files are gzipped idx: a magic number that gives the type (bytes) and the number of dimensions,
+the dimensions as big-endian numbers of four bytes, then the bytes.
 """
 
 import gzip
@@ -41,10 +41,10 @@ TEST = (
 
 
 def load(files: tuple[DataFile, DataFile] = TRAINING) -> Images:
-    """The training images, 60000 × 1 × 28 × 28, or with `TEST` the 10,000 for testing.
+    """The training images, 60000 × 1 × 28 × 28, or with `TEST` the 10,000 test images.
 
     Raises:
-        DataError: a file is missing, altered, or cannot be fetched.
+        DataError: a file is missing, altered, or cannot be downloaded.
     """
     pixels, labels = (read_idx(file) for file in files)
     if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
@@ -59,7 +59,7 @@ def read_idx(file: DataFile) -> Tensor:
     """The bytes of a gzipped idx file, in its shape.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the file is missing or damaged.
     """
     path = file.find()
     try:

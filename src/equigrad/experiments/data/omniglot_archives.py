@@ -1,7 +1,8 @@
 """Omniglot (Lake, Salakhutdinov, Tenenbaum 2015): 1,623 characters, each drawn by 20 people.
 
-964 characters of 30 alphabets are the background that one may learn from, 659 of 20 others are for
-evaluation. The zips are known by what is in them: some were made anew, from the same drawings.
+The background set for training has 964 characters of 30 alphabets, the evaluation set 659
+characters of 20 other alphabets. The zip files are verified by their content, since some were
+created again from the same drawings.
 """
 
 import re
@@ -48,7 +49,7 @@ class Drawings:
     Attributes:
         drawings: characters × 20 × side × side, from 0 (ink) to 255 (paper).
         alphabets: the alphabet of every character.
-        characters: its name there, `character01` for example.
+        characters: the name of every character in its alphabet, `character01` for example.
     """
 
     drawings: Tensor
@@ -61,12 +62,12 @@ def load(part: AlphabetSet, *, side: int = SIDE, file: DataFile | None = None) -
 
     Args:
         part: `background` or `evaluation`.
-        side: pixels of a side; other than 105, drawings are resized (Lanczos).
-        file: another zip of the same contents.
+        side: height and width in pixels; drawings are resized (Lanczos) if it is not 105.
+        file: another zip file with the same content.
 
     Raises:
-        DataError: the zip is missing, cannot be fetched, or does not hold these drawings; or
-            Pillow, which reads them, is not installed.
+        DataError: the zip file is missing, cannot be downloaded, or does not contain these
+            drawings; or Pillow, which reads them, is not installed.
         ConfigurationError: an unknown part, or side < 1.
     """
     if part not in FILES:
@@ -91,7 +92,7 @@ def load(part: AlphabetSet, *, side: int = SIDE, file: DataFile | None = None) -
 
 
 def _paths(archive: zipfile.ZipFile, part: AlphabetSet) -> list[str]:
-    """Paths of all drawings, sorted, after they were counted."""
+    """Sorted paths of all drawings, whose number is checked."""
     shape = re.compile(rf"images_{part}/([^/]+)/character\d\d/\d{{4}}_\d\d\.png")
     found = [match for name in archive.namelist() if (match := shape.fullmatch(name))]
     names = sorted(match.string for match in found)

@@ -1,4 +1,4 @@
-"""One picture as a data set: pixel positions are inputs, colours are targets."""
+"""One picture as a data set, with pixel positions as inputs and colours as targets."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Picture:
 
     Attributes:
         colors: side x side x 3, red, green and blue from 0 to 1.
-        source: what it is of.
+        source: description of its source.
     """
 
     colors: Tensor
@@ -35,7 +35,7 @@ class Picture:
         return hashlib.sha256(self.colors.contiguous().numpy().tobytes()).hexdigest()
 
     def grid(self, stride: int) -> Tensor:
-        """Which pixels are on a grid with so many pixels from line to line: a bool for each."""
+        """A mask of the pixels on a grid with this spacing."""
         on = torch.zeros(self.side, self.side, dtype=torch.bool)
         on[::stride, ::stride] = True
         return on.flatten()
@@ -45,13 +45,13 @@ def read_picture(path: Path | None, side: int) -> Picture:
     """The middle square of a user's picture, or of a photograph that comes with scikit-learn.
 
     Args:
-        path: a file of an image; None for the photograph.
-        side: height and width that it is made to have.
+        path: an image file; None for the photograph.
+        side: height and width to which it is resized.
 
     Raises:
         DataError: it cannot be read, or has fewer pixels.
     """
-    from PIL import Image  # takes a moment, which `--help` need not wait for
+    from PIL import Image  # slow to import, and not needed for `--help`
 
     place = Path(str(files("sklearn.datasets.images") / "china.jpg")) if path is None else path
     source = "scikit-learn's photograph china.jpg" if path is None else str(path)
@@ -69,7 +69,7 @@ def read_picture(path: Path | None, side: int) -> Picture:
 
 
 def places(side: int) -> Tensor:
-    """The middles of the pixels of a square, row by row: side² x 2, from -1 to 1.
+    """The centres of the pixels of a square, row by row: side² x 2, from -1 to 1.
 
     Example:
         >>> places(2)
@@ -83,11 +83,11 @@ def places(side: int) -> Tensor:
 
 
 def psnr(found: Tensor, true: Tensor) -> float:
-    """Peak signal to noise in decibels, `-10 log₁₀` of the mean squared error; 100 at most.
+    """Peak signal-to-noise ratio in decibels, `-10 log₁₀` of the mean squared error; at most 100.
 
     Args:
-        found: colours, of which those outside of 0 to 1 are taken to its ends, as a screen does.
-        true: from 0 to 1.
+        found: colours, which are clipped to the range from 0 to 1, as on a screen.
+        true: true colours, from 0 to 1.
 
     Example:
         >>> psnr(torch.tensor([0.5, 0.1, 1.2]), torch.tensor([0.5, 0.4, 1.0]))  # MSE 0.03
@@ -98,4 +98,4 @@ def psnr(found: Tensor, true: Tensor) -> float:
             f"colours of shape {tuple(found.shape)} are compared with {tuple(true.shape)}"
         )
     error = (found.clamp(0, 1) - true).double().square().mean()
-    return -10 * error.clamp(min=1e-10).log10().item()  # infinity has no place in a file of JSON
+    return -10 * error.clamp(min=1e-10).log10().item()  # JSON has no infinity

@@ -1,1 +1,1 @@
-"""Shared by all experiments: settings, run directories, saved models, figures, reports."""
+"""Shared parts of all experiments: settings, run directories, saved models, figures, reports."""

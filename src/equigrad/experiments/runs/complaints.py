@@ -1,22 +1,22 @@
-"""What the command line says of errors that the user can mend."""
+"""Error messages of the command line for errors that the user can fix."""
 
 from rich.console import Console
 
 from equigrad.errors import ConfigurationError, EquigradError
 
 MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-"""What torch says where a tensor finds no room."""
+"""Torch's messages if a tensor does not fit into memory."""
 
 
 def complain(error: EquigradError) -> None:
-    """Say on standard error what the user can mend."""
+    """Print an error that the user can fix to standard error."""
     complaints = Console(stderr=True)
     complaints.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
     complaints.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
 def too_large(error: Exception) -> EquigradError | None:
-    """What torch's error says, where a setting is too large for the memory or for the dtype."""
+    """Torch's message if a setting is too large for the memory or the dtype, else None."""
     said = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or any(words in said for words in MEMORY):
         return ConfigurationError(

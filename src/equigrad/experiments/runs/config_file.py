@@ -14,21 +14,21 @@ CHOOSERS = ("setting", "scale", "estimator", "method")
 """Options that choose the defaults of the others."""
 
 CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
-"""What JSON has in place of a type; others are read as they are."""
+"""The JSON types of Python types that differ; other types are read unchanged."""
 
 
 def read_config(path: Path, preset: Callable[..., Any], chosen: Mapping[str, str]) -> Any:
     """The configuration in a file: the `config.json` of a run, or the `best.json` of a search.
 
     Args:
-        path: a file of JSON, `{"experiment": NAME, "config": {…}}`. What its config leaves out
-            keeps the value that `preset` gives it.
-        preset: the defaults that `CHOOSERS` choose.
-        chosen: those of them that the command line says, by name.
+        path: a JSON file, `{"experiment": NAME, "config": {…}}`. Settings that its config leaves
+            out keep the values of `preset`.
+        preset: returns the defaults for the values of `CHOOSERS`.
+        chosen: the values of `CHOOSERS` that the command line gives, by name.
 
     Raises:
-        ConfigurationError: the file cannot be read, is another experiment's, sets what is not there
-            or a value of the wrong type, or chooses another preset than the command line.
+        ConfigurationError: the file cannot be read, belongs to another experiment, has an unknown
+            setting or a value of the wrong type, or chooses another preset than the command line.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -64,10 +64,10 @@ def read_config(path: Path, preset: Callable[..., Any], chosen: Mapping[str, str
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a user's file holds.
+    """The JSON object in a user's file.
 
     Raises:
-        ConfigurationError: it cannot be read, or holds something else.
+        ConfigurationError: the file cannot be read, or is not a JSON object.
     """
     try:
         content = load_json(path.read_bytes())
@@ -81,16 +81,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass with other values, as JSON has them, at some of its fields.
+    """A dataclass with some fields changed to values from JSON.
 
     Args:
         config: the dataclass.
-        changes: values by name of the field; an object where the field is a dataclass again. It may
+        changes: values by field name; an object if the field is itself a dataclass. The object may
             name another class of the field's kind under `type`.
-        where: path to `config`, for what errors say.
+        where: path to `config`, for error messages.
 
     Raises:
-        ConfigurationError: a field that is not there, or a value that does not fit.
+        ConfigurationError: an unknown field, or an invalid value.
 
     Example:
         >>> from equigrad import Contrastive
@@ -102,7 +102,7 @@ def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
 
 
 def at_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `overlay` takes, from values by dotted path.
+    """The argument `changes` of `overlay`, from values by dotted path.
 
     Example:
         >>> at_paths({"solver.lr": 0.1, "solver.max-steps": 5, "seed": 1})
@@ -129,7 +129,7 @@ def _choosers(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A dataclass of a kind, from its description; what that leaves out is as in `default`."""
+    """A dataclass of a kind, from its description; fields that are left out are as in `default`."""
     if "type" in changes:
         _import_all_kinds()
     kinds = {k.__name__: k for k in _family(kind)}
@@ -158,7 +158,7 @@ def _made(kind: type, default: Any, changes: Mapping[str, Any], where: str) -> A
 
 
 def _import_all_kinds() -> None:
-    """Import what a file may name, so that it is among the subclasses."""
+    """Import all classes that a file may name, so that they can be found as subclasses."""
     for package in (controllers, estimators, solvers):
         for name in dir(package):
             getattr(package, name)
@@ -189,7 +189,7 @@ def _read(hint: Any, given: Any, default: Any, where: str) -> Any:
 def _fits(kind: Any, given: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(given == word and type(given) is type(word) for word in get_args(kind))
-    if get_origin(kind) is Mapping:  # of tensors, say, that JSON does not hold: none
+    if get_origin(kind) is Mapping:  # a mapping of tensors, for example, cannot be JSON
         return given == {}
     if kind in CONVERTED:
         return isinstance(given, CONVERTED[kind]) and not isinstance(given, bool)

@@ -1,4 +1,4 @@
-"""What a user's file describes, for commands that take one."""
+"""Reads the user's file for commands that take one: a dictionary of arguments."""
 
 import inspect
 import runpy
@@ -13,7 +13,7 @@ from equigrad.errors import ConfigurationError
 
 
 def examine(target: str, **options: Any) -> None:
-    """Check the problem that a user's file describes; exit code 1 where it is wrong."""
+    """Check the meta-gradient that a user's file describes; exit with code 1 if it is wrong."""
     described = read_description(target)
     known = set(inspect.signature(check_meta_gradient).parameters) - options.keys()
     if unknown := set(described) - known:
@@ -28,11 +28,11 @@ def examine(target: str, **options: Any) -> None:
 
 
 def read_description(target: str) -> Mapping[str, Any]:
-    """The dictionary that a user's file gives, or a function in it returns."""
+    """The dictionary in a user's file, or the one that a function in it returns."""
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise ConfigurationError(f"say which problem of which file, as FILE.py:NAME, got {target}")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # what the file imports from beside it
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for its local imports
     try:
         scope = runpy.run_path(path)
     except OSError as error:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 EQUILIBRIUM = math.inf
-"""The number of steps that stands for a phase settled exactly."""
+"""The number of steps that means a phase at exact equilibrium."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ErrorPoint:
     Attributes:
         points: number p of nodes of the forward difference.
         free_steps: steps of the free phase; `inf` at exact equilibrium.
-        nudged_steps: steps of each nudged phase; likewise.
+        nudged_steps: steps of each nudged phase; `inf` at exact equilibrium.
         beta: nudging strength β.
         error: error of the meta-gradient relative to its norm.
     """
@@ -34,7 +34,7 @@ class ErrorPoint:
 
     @property
     def settled_alike(self) -> bool:
-        """Whether all phases take equally many steps."""
+        """Whether all phases take the same number of steps."""
         return self.free_steps == self.nudged_steps
 
     @property
@@ -54,12 +54,12 @@ def best_by(
 
 
 def error_and_beta(row: ErrorPoint) -> str:
-    """As a cell of a table."""
+    """A row's error and β as the text of a table cell."""
     return f"{row.error:.1e} ({row.beta:.1g})"
 
 
 def division_table(rows: Sequence[ErrorPoint]) -> str:
-    """For every β the least error over the divisions of the steps, and the plateau around it."""
+    """For every β, the least error over all divisions of the steps, and its plateau."""
     body = []
     for beta, best in best_by(rows, lambda row: row.beta).items():
         first, last = plateau(rows, beta)
@@ -79,12 +79,12 @@ def plateau(rows: Sequence[ErrorPoint], beta: float) -> tuple[float, float]:
 
 
 def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of log y against log x; NaN below two points."""
+    """Least-squares slope of log y against log x; NaN with fewer than two points."""
     return slope(np.log(x).tolist(), np.log(y).tolist())
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of y against x; NaN below two points."""
+    """Least-squares slope of y against x; NaN with fewer than two points."""
     return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else math.nan
 
 
@@ -101,16 +101,16 @@ AXES = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure: a curve for every value of a field, from dark to light.
+    """One panel of a figure, with a curve for every value of a field, from dark to light.
 
     Attributes:
-        title: above the panel.
-        rows: of the table, those that the curves go through.
-        x: field of a row, the horizontal axis.
-        by: likewise; a curve for each of its values.
-        y: likewise, the vertical axis.
+        title: title above the panel.
+        rows: the rows of the table that the curves show.
+        x: the field on the horizontal axis.
+        by: the field with one curve for each of its values.
+        y: the field on the vertical axis.
         legend: heading of the legend; None for no legend.
-        axes: arguments of `Axes.set`, where they are not those of `AXES`.
+        axes: arguments of `Axes.set` that differ from those of `AXES`.
     """
 
     title: str
@@ -123,7 +123,7 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel], *, figsize: tuple[float, float], **options: Any) -> Figure:
-    """A figure of panels side by side; options are those of `Figure.subplots`."""
+    """A figure with panels side by side; options are those of `Figure.subplots`."""
     figure = Figure(figsize=figsize, layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False, **options)[0]
     for axes, panel in zip(places, panels, strict=True):
@@ -147,7 +147,7 @@ def draw_curves(
     label: str = "{:g}",
     colors: Sequence[Any] | None = None,
 ) -> None:
-    """A curve of `y` against `x` for every value of `by`, from dark to light."""
+    """Draw a curve of `y` against `x` for every value of `by`, from dark to light."""
     curves: dict[float, list[Any]] = {}
     for row in rows:
         curves.setdefault(getattr(row, by), []).append(row)
@@ -157,12 +157,12 @@ def draw_curves(
 
 
 def shades(count: int) -> list[tuple[float, ...]]:
-    """Colours that stand in an order."""
+    """Colours in a visible order, from dark to light."""
     return [tuple(c) for c in matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))]
 
 
 def finish(axes: Axes, title: str, legend: str | None = None) -> None:
-    """Title, grid and, under a heading, the legend."""
+    """Add the title, the grid and, if there is a heading, the legend."""
     axes.set_title(title, loc="left", fontsize="medium")
     axes.grid(alpha=0.3)
     if legend is not None:
@@ -170,7 +170,7 @@ def finish(axes: Axes, title: str, legend: str | None = None) -> None:
 
 
 def as_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns of numbers aligned to the right."""
+    """A Markdown table with numeric columns aligned to the right."""
     body = list(body)
     columns = zip(head, *body, strict=True)
     aligned = ["---:" if any(c[:1].isdigit() for c in cells) else "---" for _, *cells in columns]

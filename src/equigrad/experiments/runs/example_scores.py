@@ -1,4 +1,4 @@
-"""Scores of training examples: the table, a picture and a summary in a folder."""
+"""Saves the scores of training examples as a table, a figure and a summary."""
 
 import inspect
 import json
@@ -16,24 +16,24 @@ from equigrad.training.files import write_whole
 from equigrad.training.scores import ExampleScores, example_scores
 
 SHOWN = 5
-"""How many of the most harmful examples are printed."""
+"""Number of the most harmful examples to print."""
 
 
 def score(
     described: Mapping[str, Any], folder: Path, *, resume: bool, console: Console
 ) -> ExampleScores:
-    """Score what a user describes, and save it.
+    """Compute the scores that a user describes, and save them.
 
     Args:
         described: arguments of `example_scores`.
-        folder: of `scores.csv`, `scores.parquet` where pandas and pyarrow are installed,
-            `scores.png`, `result.json` and the runs that are done.
-        resume: go on with the runs that are there.
-        console: where progress and the verdict go.
+        folder: folder for `scores.csv`, `scores.parquet` (if pandas and pyarrow are installed),
+            `scores.png`, `result.json` and the finished runs.
+        resume: whether to continue with the runs in the folder.
+        console: console for progress and the verdict.
 
     Raises:
-        ConfigurationError: arguments that there are not, or too few.
-        RunError: the folder holds something, and `resume` is not asked for.
+        ConfigurationError: unknown or missing arguments.
+        RunError: the folder is not empty, and `resume` is False.
     """
     taken = inspect.signature(example_scores).parameters
     known = set(taken) - {"folder", "progress"}
@@ -72,7 +72,7 @@ def score(
 
 
 def draw(found: ExampleScores, path: Path) -> None:
-    """The scores in their order, and whether they can be trusted."""
+    """Draw the sorted scores, and how far they can be trusted."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     scores = found.table()["score"]

@@ -16,7 +16,7 @@ Name = TypeVar("Name", bound=str)
 
 
 def one_of(known: Iterable[Name], what: str, word: str) -> Name:
-    """The word, where it is one of those known.
+    """The word, checked to be one of the known words.
 
     Raises:
         ConfigurationError: it is not.
@@ -31,7 +31,7 @@ def one_of(known: Iterable[Name], what: str, word: str) -> Name:
 
 
 def one_or_many(seed: int, seeds: int | None) -> None:
-    """Raise a `ConfigurationError` where both a seed and a number of seeds are given."""
+    """Raise a `ConfigurationError` if both a seed and a number of seeds are given."""
     if seeds is not None:
         require(
             seed == 0,
@@ -42,19 +42,19 @@ def one_or_many(seed: int, seeds: int | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Checked):
-    """The settings of a run: what is drawn, how far it goes and where it is computed."""
+    """The settings of a run: its randomness, its length, and the device."""
 
     scale: ScaleName = "small"
-    """`smoke` presets a few short steps, to see that all works, `paper` what the paper did."""
+    """Preset of the length: `smoke` takes a few short steps as a test; `paper` is the paper's."""
 
     seed: CountFrom0 = 0
-    """Draws whatever is drawn."""
+    """Seed of all random draws."""
 
     checkpoint_every: Count = 5
-    """Outer steps between two checkpoints."""
+    """Number of outer steps between two checkpoints."""
 
     device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
+    """The device to compute on; `auto` is CUDA if there is any."""
 
     dtype: DtypeName = "float32"
     """Floating-point type."""
@@ -64,28 +64,28 @@ class Experiment(Checked):
 
     @property
     def decays_from(self) -> float | None:
-        """The step size that falls linearly to zero, if one does."""
+        """The initial step size if it decays linearly to zero, else None."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Experiment, ABC):
-    """The settings of a run in which a method trains by mini-batches, of examples or of tasks."""
+    """The settings of a run in which a method trains on mini-batches of examples or tasks."""
 
     method: str
-    """What trains."""
+    """The training method."""
 
     estimator: Estimator
-    """Of the gradient; the method presets which, and these are its knobs."""
+    """The estimator of the gradient, preset by the method, with its settings."""
 
     minutes: Positive | None = None
-    """End training after so long, instead of after so many steps; validation included."""
+    """End training after this time instead of after a number of steps; includes validation."""
 
     outer_lr: Positive = 1e-3
-    """Adam's step size."""
+    """Step size of Adam."""
 
     decay: bool = True
-    """Let it fall linearly, to zero at the end."""
+    """Whether the step size decays linearly to zero."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,28 +99,28 @@ class Training(Experiment, ABC):
     @classmethod
     @abstractmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
+        """The defaults for `method`, `scale` and, if the experiment has one, `setting`."""
 
     @property
     @abstractmethod
     def kind(self) -> type[Estimator]:
-        """The estimator that the method goes with."""
+        """The estimator class of the method."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What trains, in words."""
+        """The method, in words."""
 
     @property
     def limit(self) -> float:
-        """Seconds after which no further step is begun."""
+        """Seconds after which no further step begins."""
         return math.inf if self.minutes is None else 60 * self.minutes
 
     def unless_timed(self, amount: float) -> float:
-        """So many steps or epochs, and any number where the clock ends the run."""
+        """The number of steps or epochs; infinite if the time ends the run."""
         return amount if self.minutes is None else math.inf
 
     @property
     def decays_from(self) -> float | None:
-        """The step size, where it falls."""
+        """The initial step size if it decays, else None."""
         return self.outer_lr if self.decay else None

@@ -1,4 +1,4 @@
-"""Figures of single runs: learned strengths, learning curves, curves of the report."""
+"""Figures of single runs: learned strengths, learning curves, and curves of the report."""
 
 import io
 import math
@@ -20,11 +20,11 @@ from equigrad.training.files import write_whole
 from equigrad.training.targets import Target
 
 MOST_POINTS = 400
-"""Points of a curve that are drawn."""
+"""The most points of a curve to draw."""
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, in which letters that the font lacks are boxes."""
+    """Write a figure as PNG; letters that the font lacks appear as boxes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
@@ -41,17 +41,17 @@ def strength_learning(
     target: Target,
     inputs: Sequence[str] = (),
 ) -> None:
-    """Score against outer step; learned strengths by layer; by input.
+    """Draw the score against outer steps, and the learned strengths by layer and by input.
 
     Args:
-        path: the PNG.
+        path: the PNG file.
         history: rows with `outer_step` and the target's score on validation and test data.
-        strengths: λ by name of the weight, in the order of the layers; the first acts on the
-            inputs (hidden × inputs), the pixels of a square image unless they have names, or on
+        strengths: λ by name of the weight, in the order of the layers. The first acts on the inputs
+            (hidden × inputs), which are the pixels of a square image unless they have names, or on
             the pixels under a kernel (maps × channels × height × width).
-        title: of the figure.
-        target: what was learned.
-        inputs: their names.
+        title: title of the figure.
+        target: the kind of target.
+        inputs: names of the inputs.
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -97,11 +97,11 @@ def strength_learning(
 def curves(
     lines: Sequence[tuple[int, Sequence[tuple[float, float]]]], *, log: bool = False
 ) -> bytes:
-    """Lines over each other against the outer step, as SVG.
+    """Several lines against the outer step, as SVG.
 
     Args:
-        lines: the number of the line's colour (`color`), and its points.
-        log: draw the values on a logarithmic axis, where they span a decade.
+        lines: the number of each line's colour (`color`), and its points.
+        log: whether to use a logarithmic axis if the values span a decade.
     """
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     axes = figure.subplots()
@@ -125,12 +125,12 @@ def curves(
 
 
 def color(i: int) -> str:
-    """The i-th colour that lines have, as `#rrggbb`; they repeat after ten."""
+    """The i-th line colour, as `#rrggbb`; colours repeat after ten."""
     return to_hex(f"C{i % 10}")
 
 
 def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
-    """Bars of the inputs that are held back least, which the network leans on."""
+    """Bars of the inputs with the smallest strengths, which the network uses most."""
     least = sorted(means, key=lambda name: means[name])[:most]
     shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in least]
     axes.barh(range(len(least)), [means[name] for name in least], color="tab:blue")
@@ -141,10 +141,10 @@ def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], score: str) -> Figure:
-    """The score on tasks of validation, and the outer loss, against outer steps and seconds.
+    """Draw the validation score and the outer loss against outer steps and seconds.
 
     Args:
-        history: rows of an outer loop, a row an outer step; some have `validation_SCORE`.
+        history: rows of an outer loop, one for each outer step; some have `validation_SCORE`.
         score: name of the metric.
     """
     watched = [row for row in history if f"validation_{score}" in row]
@@ -170,6 +170,6 @@ def learning_curves(history: Sequence[Mapping[str, Any]], score: str) -> Figure:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a twentieth of all values, up to each of them."""
+    """Running means over a twentieth of all values."""
     width = max(1, len(values) // 20)
     return [fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]

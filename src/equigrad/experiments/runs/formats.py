@@ -9,11 +9,11 @@ import numpy as np
 from rich.table import Table
 
 UNITS = {"_accuracy": ", %", "_psnr": ", dB"}
-"""Of metrics whose names end so."""
+"""Units of metrics, by the ends of their names."""
 
 
 def words(name: str) -> str:
-    """A name as a heading; accuracies are in percent, deviations in the target's units.
+    """The name of a metric as a heading, with its unit.
 
     Example:
         >>> words("test_accuracy"), words("test_r2"), words("test_rmse"), words("test_psnr")
@@ -35,7 +35,7 @@ def is_number(value: Any) -> bool:
 
 
 def shown(number: float) -> str:
-    """A number as a table has it.
+    """A number as the text of a table cell.
 
     Example:
         >>> [shown(number) for number in (80702, 94.4258, 0.00012345, 1.4e40)]
@@ -47,7 +47,7 @@ def shown(number: float) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard error where there are several values.
+    """The mean, and the standard error if there are several values.
 
     Example:
         >>> mean_and_error([1.0, 2.0, 3.0])
@@ -60,7 +60,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def with_error(mean: float, error: float | None, form: str | None = None) -> str:
-    """`mean ± error`, or the mean alone, with as many digits as anyone reads or in a given form.
+    """`mean ± error`, or the mean alone, with a readable number of digits or in a given format.
 
     Example:
         >>> with_error(95.1, 0.66), with_error(0.0123, 0.00041), with_error(502.0, 0.0)
@@ -82,17 +82,17 @@ def with_error(mean: float, error: float | None, form: str | None = None) -> str
 
 
 def spread(values: Sequence[float], form: str | None = None) -> str:
-    """Mean ± standard error of some values; the mean alone where there is one value."""
+    """Mean ± standard error of some values; a single value has no error."""
     return with_error(*mean_and_error(values), form)
 
 
 def as_rich(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table for the terminal: rows of a name and of numbers, which are set to the right.
+    """A table for the terminal, whose rows have a name and numbers aligned to the right.
 
     Args:
-        title: of the table.
-        heads: of the columns of numbers.
-        rows: a name, then a text for each of the columns, or for the first of them.
+        title: title of the table.
+        heads: headings of the columns of numbers.
+        rows: a name and the text of each column; last columns may be left out.
     """
     table = Table(title=title)
     table.add_column("")
@@ -104,19 +104,19 @@ def as_rich(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def is_numeric(entry: str) -> bool:
-    """Whether a table's entry is a number, or empty."""
+    """Whether the text of a table cell is a number, or empty."""
     return not entry.strip(" 0123456789,.±+-−einfa∞")
 
 
 def text(value: Any, *, brief: bool = False) -> str:
-    """A value of JSON as a table has it; `brief` leaves out digits that nobody reads."""
+    """A value of JSON as the text of a table cell; `brief` rounds numbers."""
     if value is None or isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False)
     return shown(value) if brief and is_number(value) else str(value)
 
 
 def short(entry: str) -> str:
-    """A number with no more digits than anyone reads; other words as they are."""
+    """A number rounded for readers; other words unchanged."""
     try:
         return f"{float(entry):.6g}" if "." in entry else entry
     except ValueError:
@@ -124,7 +124,7 @@ def short(entry: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds as text with suitable units.
 
     Example:
         >>> [duration(seconds) for seconds in (0.26, 76.4, 7300, float("nan"))]

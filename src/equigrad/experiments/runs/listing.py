@@ -1,4 +1,4 @@
-"""What `equigrad list` prints."""
+"""The output of `equigrad list`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from rich.table import Table
 from equigrad.estimators.table import HEADINGS, LEGEND, rows
 
 ROOMY = 100
-"""Columns of a terminal from which on a table need not spare its spaces."""
+"""Width of a terminal, in columns, from which tables have wide spacing."""
 
 
 def show(known: Sequence[Any]) -> None:

@@ -35,10 +35,10 @@ OTHERS: dict[EstimatorName, str] = {
     "forward-mode": "ForwardMode",
     "evolution-strategies": "EvolutionStrategies",
 }
-"""Classes of the estimators beside the two that the paper compares."""
+"""Classes of the estimators other than the two that the paper compares."""
 
 PAPERS_RULE = Contrastive(beta=0.1, scheme="forward", nudge="loss", error=False)
-"""The rule of the paper, nudged by the outer loss itself; its phases are matched."""
+"""The paper's rule, nudged by the outer loss itself, with matched phases."""
 
 LABELS = {
     "unregularised": "unregularised",
@@ -47,10 +47,10 @@ LABELS = {
     "t1t2": "per weight, T1–T2",
     "contrastive": "per weight, contrastive",
 }
-"""What tables and reports call a method."""
+"""Names of methods in tables and reports."""
 
 
 def other(name: EstimatorName) -> Estimator:
-    """An estimator of `OTHERS` with its own defaults; its module is imported now."""
+    """An estimator of `OTHERS` with its own defaults; its module is imported in this call."""
     kind: type[Estimator] = getattr(estimators, OTHERS[name])
     return kind()

@@ -1,4 +1,4 @@
-"""Saved models: reading and writing of `model.pt`, and the model of `equigrad predict`."""
+"""Saved models: `model.pt` files, and the model that `equigrad predict` uses."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ from equigrad.training.targets import Classes, Numbers, Target
 Configured = TypeVar("Configured", bound=Training)
 
 PREDICTOR = "equigrad model 2"
-"""The format of a model that predicts."""
+"""The file format of a model for predictions."""
 
 NETWORKS = {
     made.__name__: made
@@ -51,15 +51,15 @@ class Architecture:
     """A network of the library, by name.
 
     Attributes:
-        name: of the function that makes it.
-        arguments: of that function.
+        name: name of the function that makes it.
+        arguments: arguments of that function.
     """
 
     name: str
     arguments: Mapping[str, Any]
 
     def build(self) -> Any:
-        """The network, a module, with a start that torch's generator draws."""
+        """The network, with initial weights from torch's generator."""
         return NETWORKS[self.name](**self.arguments)
 
 
@@ -74,7 +74,7 @@ KINDS = {
         *OF_MAPS,
     )
 }
-"""What a model is made of beside tensors and plain values."""
+"""The classes of which a model consists, besides tensors and plain values."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Model:
     """A trained network, its target, and the encoding of its inputs.
 
     Attributes:
-        architecture: of the network.
+        architecture: architecture of the network.
         params: its weights.
-        target: what it predicts.
-        encoding: turns what a user has into inputs.
-        solver: settles the network for every input; None for one that computes in a sweep.
+        target: the kind of target that it predicts.
+        encoding: turns the user's data into inputs.
+        solver: settles the network for every input; None for a feed-forward network.
     """
 
     architecture: Architecture
@@ -96,7 +96,7 @@ class Model:
     solver: Solver | None = None
 
     def network(self) -> Any:
-        """The network, a module with its weights, in the type it has learned in."""
+        """The network as a module with its weights, in their dtype."""
         with torch.random.fork_rng(devices=[]):
             network = self.architecture.build()
         network.to(next(iter(self.params.values())).dtype)
@@ -107,7 +107,7 @@ class Model:
         """The outputs for some inputs, in the floating-point type of the weights.
 
         Warns:
-            SettlingWarning: it has not settled for some of them.
+            SettlingWarning: the network has not settled for some of the inputs.
         """
         found, unsettled = self.ask(x)
         if unsettled:
@@ -129,7 +129,7 @@ class Model:
             return network(x), []
 
     def save(self, folder: Path) -> None:
-        """Write it to `model.pt` in a folder."""
+        """Write the model to `model.pt` in a folder."""
         parts = {part: describe(getattr(self, part)) for part in PARTS}
         params = {name: p.detach().cpu() for name, p in self.params.items()}
         save_model(folder, PREDICTOR, params=params, **parts)
@@ -139,23 +139,24 @@ PARTS = ("architecture", "target", "encoding", "solver")
 
 
 def save_model(folder: Path, form: str, **content: Any) -> None:
-    """Write `model.pt` in a folder: tensors and plain values, under the name of their format."""
+    """Write tensors and plain values to `model.pt` in a folder, under the name of their format."""
     save_tensors(folder / "model.pt", {"format": form, "equigrad": equigrad.__version__, **content})
 
 
 @contextmanager
 def saved_model(path: Path | str, form: str, *, what: str, saved: str) -> Iterator[dict[str, Any]]:
-    """Read `model.pt` for the body of a `with` statement, which makes an object of the content.
+    """Read `model.pt` for the body of a `with` statement, which builds an object from it.
+
+    No code in the file is executed.
 
     Args:
         path: a run's folder, or the file itself.
-        form: the name of its format.
+        form: name of its format.
         what: the object, in words, for errors.
         saved: when and by what it is saved, in words, for errors.
 
     Raises:
-        RunError: there is no file, it is damaged or of another format, or the body fails. Nothing
-            of it is executed.
+        RunError: there is no file, it is damaged or of another format, or the body fails.
     """
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
@@ -168,17 +169,17 @@ def saved_model(path: Path | str, form: str, *, what: str, saved: str) -> Iterat
         if loaded["format"] != form:
             raise ValueError(f"its format is {loaded['format']!r}, expected {form!r}")
         yield loaded
-    except Exception as error:  # a damaged file raises one of half a dozen kinds
+    except Exception as error:  # a damaged file raises errors of many kinds
         raise RunError(
             f"{file} cannot be read as {what} of equigrad ({type(error).__name__}: {error})"
         ) from error
 
 
 def load_model(path: Path | str) -> Model:
-    """The model in a run's folder, or in a file; nothing of it is executed.
+    """The model in a run's folder, or in a file, of which no code is executed.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: there is no model, or it is damaged.
     """
     saved = (
         "a model is saved at the end of `equigrad run tabular`, `run folder` and `run equilibrium`"
@@ -186,22 +187,22 @@ def load_model(path: Path | str) -> Model:
     with saved_model(path, PREDICTOR, what="a model", saved=saved) as loaded:
         parts = {part: _made(loaded.get(part)) for part in PARTS}
         model = Model(params=loaded["params"], **parts)
-        model.network()  # whether its weights fit
+        model.network()  # raises if its weights do not fit
         return model
 
 
 def restored(kind: type[Configured], written: Mapping[str, Any]) -> Configured:
-    """An experiment's settings from what `describe` made of them: a preset, and what differs.
+    """An experiment's settings from their description by `describe`: a preset with changes.
 
     Raises:
-        ConfigurationError: a setting that is not there, or a value that does not fit.
+        ConfigurationError: an unknown setting, or an invalid value.
     """
     words = {name: written[name] for name in CHOOSERS if isinstance(written.get(name), str)}
     return overlay(kind.preset(**words), written)
 
 
 def _made(value: Any) -> Any:
-    """The inverse of `describe` for what a model is made of."""
+    """The inverse of `describe` for the parts of a model."""
     if isinstance(value, list):
         return tuple(_made(item) for item in value)
     if not isinstance(value, dict):

@@ -32,21 +32,21 @@ def predict_table(
     header: Header,
     console: Console,
 ) -> None:
-    """Predict the target of every row of a CSV file, in its order, and score where it is known.
+    """Predict the target of every row of a CSV file, and score predictions if it is known.
 
     Args:
         model: a run's folder, or its `model.pt`.
-        path: the table; columns in any order.
-        out: the file of predictions; None for standard output.
+        path: the table, with columns in any order.
+        out: file of the predictions; None for standard output.
         delimiter: as in `equigrad.experiments.tables.reading.read`.
-        encoding: likewise.
-        decimal: likewise; None for that of the table that the model learned from.
-        header: likewise.
-        console: where notes go.
+        encoding: as there.
+        decimal: as there; None for that of the training table.
+        header: as there.
+        console: console for notes.
 
     Raises:
         RunError: there is no model, or `out` exists.
-        DataError: the table cannot be read, or is not one of such rows.
+        DataError: the table cannot be read, or lacks columns of the model.
     """
     asked = load_model(model)
     if not isinstance(asked.encoding, Encoding):
@@ -70,14 +70,14 @@ def predict_table(
 def predict_images(
     model: Path, folder: Path, *, out: Path | None, skip_broken: bool, console: Console
 ) -> None:
-    """Predict the class of every image in a folder and below; score where subfolders name it.
+    """Predict the class of every image in a folder and below, and score if subfolders name it.
 
     Args:
         model: a run's folder, or its `model.pt`.
-        folder: of images.
-        out: the file of predictions; None for standard output.
-        skip_broken: leave out files that cannot be read, and say so.
-        console: where notes go.
+        folder: folder of images.
+        out: file of the predictions; None for standard output.
+        skip_broken: whether to leave out files that cannot be read, with a note.
+        console: console for notes.
 
     Raises:
         RunError: there is no model, or `out` exists.
@@ -110,9 +110,9 @@ def predict_images(
 
 
 def class_of(path: Path, folder: Path, target: Target) -> str:
-    """The outermost folder below a folder that names a class, else the one the image is in.
+    """The outermost subfolder that names a class, else the innermost one.
 
-    For an image that lies in the folder itself, the folder's name where that is a class, else none.
+    For an image in the folder itself, the folder's name if that is a class, else None.
     """
     parts = path.relative_to(folder).parts[:-1] or (folder.resolve().name,)
     known = target.read(parts, [None] * len(parts))
@@ -123,7 +123,7 @@ def class_of(path: Path, folder: Path, target: Target) -> str:
 def scored(
     target: Target, outputs: torch.Tensor, texts: Sequence[str], numbers: Sequence[float | None]
 ) -> list[str]:
-    """What predictions are worth where the target is there and can be read."""
+    """The score of predictions for rows whose target can be read."""
     values = target.read(texts, numbers)
     strange = {t for t, v in zip(texts, values, strict=True) if v is None and t}
     rows = [i for i, value in enumerate(values) if value is not None]
@@ -143,7 +143,7 @@ def scored(
 def write(
     out: Path | None, columns: dict[str, list], notes: Sequence[str], console: Console
 ) -> None:
-    """Write columns as CSV, without writing over anything, and print the notes."""
+    """Write columns as CSV, without overwriting a file, and print the notes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

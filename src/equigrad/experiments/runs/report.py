@@ -1,4 +1,4 @@
-"""`equigrad report`: one page of HTML about the runs in some folders."""
+"""`equigrad report`: an HTML page about the runs in some folders."""
 
 import base64
 import csv
@@ -43,16 +43,16 @@ from equigrad.experiments.runs.run_groups import BESIDE, Group, grouped
 from equigrad.training.files import write_whole
 
 GENERATOR = '<meta name="generator" content="equigrad report">'
-"""The mark of a page that may be written over."""
+"""The mark of a page that may be overwritten."""
 
 MOST_ROWS = 200
-"""Rows of a table that are shown."""
+"""The most rows of a table to show."""
 
 HUGE = 1e100
-"""From here on, as where they are NaN, values are not drawn."""
+"""Values of this size, like NaN, are not drawn."""
 
 FEW_ROWS = 24
-"""Rows of a table that is shown unfolded."""
+"""The most rows of a table that is shown unfolded."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class HtmlTable:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether a column holds numbers, which are set to the right."""
+        """Whether a column holds numbers, which are aligned to the right."""
         return [
             i > 0 and all(is_numeric(row[i]) for row in self.rows)
             for i in range(len(self.headings))
@@ -74,7 +74,7 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class ReportPanel:
-    """Something of a run: a table, a picture or a text, under a title."""
+    """A part of a run under a title: a table, a picture or a text."""
 
     title: str
     table: HtmlTable | None = None
@@ -85,7 +85,7 @@ class ReportPanel:
 
 @dataclass(frozen=True)
 class Run:
-    """What the page has of a folder."""
+    """A run's part of the page."""
 
     folder: RunFolder
     anchor: str
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Section:
-    """Groups of one experiment: their curves, what they differ in, and their runs."""
+    """The groups of one experiment: their curves, differences and runs."""
 
     title: str
     groups: Sequence[Group]
@@ -108,11 +108,11 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write a page about all runs in some folders and below them.
 
     Args:
-        folders: folders of runs, or above them.
+        folders: folders of runs, or folders above them.
         out: the page; `report.html` in the first folder by default.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
         RunError: there is no run, or the page cannot be written, or would replace another file.
@@ -154,7 +154,7 @@ def render(folders: Sequence[RunFolder]) -> str:
 
 
 def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) -> Section:
-    """Compare the groups, draw their curves, and gather their runs."""
+    """Compare the groups of an experiment, draw their curves, and collect their runs."""
     settings = [settings_of(group.runs[0]) for group in groups]
     names = dict.fromkeys(name for each in settings for name in each)
     differing = [n for n in names if any(each.get(n) != settings[0].get(n) for each in settings)]
@@ -177,7 +177,7 @@ def section(title: str, groups: Sequence[Group], anchors: Mapping[Path, str]) ->
 
 
 def settings_of(run: RunFolder) -> dict[str, Any]:
-    """What a run's numbers depend on but for the seed, by dotted names."""
+    """The settings that a run's results depend on, other than the seed, by dotted names."""
     settings = {name: value for name, value in run.settings.items() if name not in BESIDE}
     return dict(flat({**settings, "versions": mapping(run.about.get("versions"))}))
 
@@ -185,7 +185,7 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
 def name_groups(
     groups: Sequence[Group], settings: Sequence[Mapping[str, Any]], differing: Sequence[str]
 ) -> None:
-    """Label each group by its estimator and what differs; by its path where that is not enough."""
+    """Label each group by its estimator and differences, or else by its path."""
     told = [n for n in differing if n != "estimator" and not n.startswith("versions.")]
     for group, each in zip(groups, settings, strict=True):
         estimator = str(each.get("estimator") or group.runs[0].experiment)
@@ -198,7 +198,7 @@ def name_groups(
 
 
 def troubles(sections: Sequence[Section]) -> Iterator[tuple[str, str, str]]:
-    """What a reader should know before all else: the run's anchor, its name, a sentence."""
+    """What a reader should know first: the run's anchor, its name, and a sentence."""
     for each in sections:
         for group in each.groups:
             for seed in group.missing:
@@ -216,14 +216,14 @@ def troubles(sections: Sequence[Section]) -> Iterator[tuple[str, str, str]]:
 
 
 def metric_names(folders: Sequence[RunFolder]) -> list[str]:
-    """All metrics that a run has reached or logged."""
+    """All metrics that a run has reported or logged."""
     return list(
         dict.fromkeys(name for folder in folders for name in [*folder.metrics, *folder.logged])
     )
 
 
 def curves(groups: Sequence[Group]) -> list[ReportPanel]:
-    """What was logged against the outer step, the runs over each other; a colour a group."""
+    """Curves of logged values against the outer step, with one colour for each group."""
     runs = [(i, run) for i, group in enumerate(groups) for run in group.seeded if run.history]
     found = []
     for name in [*metric_names([run for _, run in runs]), "outer_loss", "residual"]:
@@ -240,7 +240,7 @@ def curves(groups: Sequence[Group]) -> list[ReportPanel]:
 
 
 def panels(run: RunFolder) -> Iterator[ReportPanel]:
-    """What lies in a run's folder, the best to look at first; what cannot be read is noted."""
+    """The files of a run as panels, the most informative first; unreadable files are noted."""
     readers: dict[str, Callable[[bytes], dict[str, Any]]] = {
         ".md": lambda content: {"text": markdown(content.decode())},
         ".png": lambda content: {"picture": data_uri(smaller(content), "png")},
@@ -261,7 +261,7 @@ def panels(run: RunFolder) -> Iterator[ReportPanel]:
 
 
 def json_panel(content: bytes) -> dict[str, Any]:
-    """A table where it is one, with means where there is a row a seed; else all it says, folded."""
+    """A JSON file as a table with means if it has a row for each seed, else as folded text."""
     found = json_object(content)
     if all(is_rows(rows) for rows in found.values()):
         means = {
@@ -278,7 +278,7 @@ def json_panel(content: bytes) -> dict[str, Any]:
 
 
 def is_rows(value: Any) -> bool:
-    """Whether it is a list of dictionaries, one at least, with the same keys."""
+    """Whether a value is a non-empty list of dictionaries with the same keys."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -299,12 +299,12 @@ def by_name(rows: Mapping[str, Mapping[str, Any]]) -> HtmlTable:
 
 
 def listing(content: Mapping[str, Any]) -> HtmlTable:
-    """All that a JSON object says, a line each."""
+    """The content of a JSON object, one entry a line."""
     return HtmlTable(["name", "value"], [[name, text(value)] for name, value in flat(content)])
 
 
 def csv_panel(content: bytes) -> dict[str, Any]:
-    """A table of comma-separated values, as far as it is shown; folded where it is long."""
+    """A table of comma-separated values, limited in length, and folded if it is long."""
     headings, *rows = csv.reader(io.StringIO(content.decode()), strict=True)
     if any(len(row) != len(headings) for row in rows):
         raise ValueError("a row with more or fewer entries than the header")
@@ -314,7 +314,7 @@ def csv_panel(content: bytes) -> dict[str, Any]:
 
 
 def strengths_table(content: bytes) -> HtmlTable:
-    """How the learned strengths, or whatever was learned, are distributed in each layer."""
+    """The distribution of the learned meta-parameters in each layer."""
     rows = []
     for name, tensor in tensors(content).items():
         values = tensor.double().flatten().numpy()
@@ -330,19 +330,19 @@ def strengths_table(content: bytes) -> HtmlTable:
 
 
 def markdown(source: str) -> Markup:
-    """Markdown as HTML; HTML within it is text, and nothing is linked or fetched."""
+    """Markdown as HTML; HTML within it is shown as text, and nothing is linked or fetched."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.disable(["link", "image", "autolink", "reference"])
     return Markup(parser.render(source))
 
 
 def smaller(png: bytes) -> bytes:
-    """A figure in a third of the bytes: in 128 colours."""
+    """A figure in 128 colours, which takes a third of the bytes."""
     buffer = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """An image that needs no file."""
+    """An image as a data URI, which needs no file."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""Reproductions of figures and tables: measured row by row, saved, resumed, drawn."""
+"""Reproductions of figures and tables, measured row by row, saved and resumed."""
 
 import csv
 import functools
@@ -27,18 +27,18 @@ from equigrad.training.files import write_whole
 
 Placed = TypeVar("Placed", bound=Experiment)
 Cell = tuple[Any, ...]
-"""What tells a row of the table from the others: the values of its first fields."""
+"""The key of a row of the table: the values of its first fields."""
 
 SAVE_EVERY = 1.0
-"""Seconds between two writes of the table."""
+"""The least number of seconds between two writes of the table."""
 
 
 class Reproduction(Checked):
-    """A figure of a paper, as a configuration: what is measured, what it says, how it is drawn.
+    """A figure or table of a paper, as a configuration with its measurement, text and drawing.
 
     Attributes:
-        name: of the files.
-        row: dataclass of a row of the table; a cell is its first fields.
+        name: name of its files.
+        row: dataclass of a row of the table; a cell consists of its first fields.
     """
 
     name: ClassVar[str]
@@ -46,24 +46,24 @@ class Reproduction(Checked):
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose, `scale` for example."""
+        """The defaults for some choices, such as `scale`."""
         return cls()
 
     @abstractmethod
     def cells(self) -> Sequence[Cell]:
-        """What is to be measured, in the order of the table."""
+        """The cells to measure, in the order of the table."""
 
     @abstractmethod
     def prepare(self) -> Callable[..., Any]:
-        """Get ready, and return the function that turns the values of a cell into its row."""
+        """Prepare, and return the function that measures the row of a cell."""
 
     def prepare_in(self, folder: Path) -> Callable[..., Any]:
-        """As `prepare`; a measurement that may be stopped leaves in the folder how far it got."""
+        """Like `prepare`; a measurement that can be stopped keeps its progress in the folder."""
         return self.prepare()
 
     @abstractmethod
     def text(self, rows: Sequence[Any]) -> str:
-        """What the rows say, as Markdown."""
+        """The results, as Markdown."""
 
     @abstractmethod
     def draw(self, rows: Sequence[Any]) -> Figure:
@@ -72,19 +72,19 @@ class Reproduction(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ByExperiments(Reproduction):
-    """A table or figure whose cells are runs of an experiment, with some settings changed."""
+    """A table or figure whose cells are runs of an experiment with some settings changed."""
 
     scale: ScaleName = "small"
-    """Presets the hyperparameters; `paper` takes those of the paper."""
+    """Preset of the hyperparameters; `paper` is the paper's own."""
 
     threads: Threads = 2
     """CPU threads."""
 
     device: DeviceName = "auto"
-    """Where to compute; `auto` takes CUDA where there is any."""
+    """The device to compute on; `auto` is CUDA if there is any."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """By scale, the settings that are not the defaults."""
+    """For each scale, the settings that differ from the defaults."""
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
@@ -94,7 +94,7 @@ class ByExperiments(Reproduction):
 
     @abstractmethod
     def measure(self, *cell: Any, **named: Any) -> Any:
-        """The row of a cell."""
+        """Measure the row of a cell."""
 
     def prepare(self) -> Callable[..., Any]:
         """Set the number of threads."""
@@ -102,13 +102,13 @@ class ByExperiments(Reproduction):
         return self.measure
 
     def placed(self, preset: Placed, **changes: Any) -> Placed:
-        """An experiment's settings with some changed, on this device and with these threads."""
+        """An experiment's settings with some changes, on this device with these threads."""
         return replace(preset, threads=self.threads, device=self.device, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByRuns(ByExperiments):
-    """A table whose cells are whole runs, in folders of their own: one that is stopped goes on."""
+    """A table whose cells are whole runs in their own folders, so that a stopped run can resume."""
 
     @abstractmethod
     def experiment(self, *cell: Any, **named: Any) -> Any:
@@ -116,41 +116,41 @@ class ByRuns(ByExperiments):
 
     @abstractmethod
     def run(self, config: Any, directory: RunDirectory, console: Console) -> None:
-        """Run with such settings in a directory, or go on with the run that is there."""
+        """Run with these settings in a directory, or resume the run in it."""
 
     @abstractmethod
     def read(self, result: dict[str, Any], *cell: Any, **named: Any) -> Any:
-        """The row of a cell, from what its run has left in `result.json`."""
+        """The row of a cell, from the `result.json` of its run."""
 
     def prepare_in(self, folder: Path) -> Callable[..., Any]:
-        """Each cell in a folder inside this one."""
+        """Measure each cell in a folder inside this one."""
         self.prepare()
         return functools.partial(self._measured, folder / IN_TABLE)
 
     def measure(self, *cell: Any) -> Any:
-        """Run, and leave nothing behind."""
+        """Run in a temporary folder."""
         with TemporaryDirectory() as folder:
             return self._measured(Path(folder), *cell)
 
     def _measured(self, folder: Path, *cell: Any) -> Any:
-        """Run in a folder, from where that stands."""
+        """Run in a folder, or resume there."""
         config = self.experiment(*cell)
         own = folder / "-".join(map(str, cell))
         directory = RunDirectory(own, config, resume=True)
         if directory.result is None:
-            # plain lines: the terminal has one bar, that of the table
+            # plain lines, since the terminal's only bar is that of the table
             console = Console(force_terminal=False, markup=False)
             self.run(config, directory, console)
         return self.read(directory.result or {}, *cell)
 
 
 def over_seeds(seeds: int, spread: str = "standard error") -> str:
-    """What the numbers of a table are: of seed 0, or means over some seeds."""
+    """A caption for the numbers of a table: of seed 0, or means over seeds."""
     return "seed 0" if seeds == 1 else f"mean ± {spread} over {seeds} seeds"
 
 
 def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console) -> list[Any]:
-    """Measure, print and save `NAME.{csv,md,png}`; rows that are there are kept."""
+    """Measure, print and save `NAME.{csv,md,png}`; existing rows are kept."""
     directory = RunDirectory(out, figure, resume=resume)
     rows = fill(figure, directory.path / f"{figure.name}.csv", console)
     text = figure.text(rows)
@@ -161,7 +161,7 @@ def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console
 
 
 def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
-    """Measure the cells that the table lacks; what was measured is kept also when stopped."""
+    """Measure the missing cells of the table; results are kept if this is stopped."""
     cells = list(dict.fromkeys(figure.cells()))
     known = from_csv(figure.row, table.read_text()) if table.exists() else []
     rows = {tuple(vars(row).values())[: len(cells[0])]: row for row in known}
@@ -183,13 +183,13 @@ def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
 
 
 def measure_all(figure: Reproduction) -> list[Any]:
-    """All rows, without a folder."""
+    """Measure all rows, without a folder."""
     measure = figure.prepare()
     return [measure(*cell) for cell in dict.fromkeys(figure.cells())]
 
 
 def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
-    """Numbers from `10^lowest` to `10^highest`, evenly spaced in their logarithm.
+    """Numbers from `10^lowest` to `10^highest`, evenly spaced on a logarithmic scale.
 
     Example:
         >>> decades(-1, 1, 1)
@@ -200,7 +200,7 @@ def decades(lowest: float, highest: float, per_decade: int) -> list[float]:
 
 
 def check_grid(smallest: int, largest: int) -> None:
-    """Raise a `ConfigurationError` unless a grid's exponents are in order."""
+    """Raise a `ConfigurationError` unless the exponents of a grid are in order."""
     require(
         smallest < largest,
         f"smallest_exponent must be below largest_exponent, got {smallest} and {largest}",
@@ -208,7 +208,7 @@ def check_grid(smallest: int, largest: int) -> None:
 
 
 def as_csv(rows: Sequence[Any]) -> str:
-    """Rows of one dataclass under a header; numbers are written such that they read the same."""
+    """Rows of a dataclass under a header, with numbers written so that they read back exactly."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
     writer.writeheader()
@@ -217,7 +217,7 @@ def as_csv(rows: Sequence[Any]) -> str:
 
 
 def _number(text: str) -> float:
-    """What is written without a point stays whole, so that it is written the same again."""
+    """A number from text; without a point it stays whole, so that it is written the same again."""
     return int(text) if text.isdigit() else float(text)
 
 
@@ -225,10 +225,10 @@ READERS: dict[type, Callable[[str], Any]] = {str: str, int: int, float: _number}
 
 
 def from_csv(row: type, text: str) -> list[Any]:
-    """What `as_csv` wrote, for fields that are strings or numbers.
+    """Rows from the text of `as_csv`, for fields that are strings or numbers.
 
     Raises:
-        RunError: the table is not one of such rows.
+        RunError: the table does not have such rows.
     """
     fields = {name: READERS[kind] for name, kind in get_type_hints(row).items()}
     try:

@@ -1,4 +1,4 @@
-"""The directory of a run: its settings, results, and the checks before it is resumed."""
+"""The directory of a run: its settings and results, and the checks before it is resumed."""
 
 import dataclasses
 import json
@@ -18,16 +18,16 @@ from equigrad.training.files import load_json, write_whole
 class RunDirectory:
     """A folder that holds one run.
 
-    `config.json` says all that reproduces it; `metrics.jsonl`, TensorBoard events and
-    `checkpoint.pt` grow while it goes on; `result.json` and figures are there when it has ended.
+    `config.json` has all settings that reproduce it; `metrics.jsonl`, TensorBoard events and
+    `checkpoint.pt` are written during the run; `result.json` and figures at its end.
 
     Args:
-        path: the folder, made where it is missing.
+        path: the folder, made if it is missing.
         config: the settings, a dataclass.
-        resume: go on with what is there. Without it, a folder that holds anything is refused.
+        resume: whether to continue the run in the folder. If not, the folder must be empty.
 
     Raises:
-        RunError: the folder cannot be written, holds something else, or another run.
+        RunError: the folder cannot be written, or holds another run or other files.
     """
 
     def __init__(self, path: Path, config: Any, *, resume: bool = False) -> None:
@@ -50,20 +50,20 @@ class RunDirectory:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What `result.json` holds, or None while the run has not ended."""
+        """The content of `result.json`; None while the run has not ended."""
         return self.read_json("result.json")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """What a file of JSON holds, or None where it is not there."""
+        """The content of a JSON file; None if there is no such file."""
         path = self.path / name
         return _read(path) if path.exists() else None
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a file of JSON, whole or not at all."""
+        """Write a JSON file, completely or not at all."""
         write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def end(self, config: Experiment, **found: Any) -> dict[str, Any]:
-        """Write `result.json`: what was found, and of which experiment."""
+        """Write `result.json`, with the results and the experiment's name."""
         whose = {
             "experiment": type(config).__name__.lower(),
             "seed": config.seed,
@@ -75,7 +75,7 @@ class RunDirectory:
         return result
 
     def keep_to_data(self, digest: str) -> None:
-        """Note a checksum of the data where the run begins, and refuse others later.
+        """Record a checksum of the data at the start of the run, and refuse other data later.
 
         Raises:
             RunError: the data have changed since the run began.
@@ -113,7 +113,7 @@ class RunDirectory:
 
 
 def describe(value: Any) -> Any:
-    """A dataclass with all that is in it as plain values, each with the name of its class."""
+    """A dataclass and its content as plain values, each dataclass with the name of its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -127,7 +127,7 @@ def describe(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
+    """The versions of all software that a run's numbers depend on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("equigrad", "torch", "numpy", "scikit-learn"):
         try:
@@ -138,12 +138,12 @@ def versions() -> dict[str, str]:
 
 
 def default_directory(name: str) -> Path:
-    """`runs/NAME-DATE-TIME`, which is new."""
+    """A new path `runs/NAME-DATE-TIME`."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 class _Content(dict[str, Any]):
-    """What a file of JSON holds."""
+    """The content of a JSON file."""
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(content)

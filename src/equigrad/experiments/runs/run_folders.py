@@ -1,4 +1,4 @@
-"""Reading of run directories for the report, unfinished and damaged ones included."""
+"""Reads run directories for the report, including unfinished and damaged ones."""
 
 import io
 import os
@@ -15,10 +15,10 @@ from equigrad.training.files import load_json, load_tensors
 T = TypeVar("T")
 
 ENDS = ("result.json", "summary.json", "best.json")
-"""What a run writes when it has ended; a reproduction writes a text beside its table."""
+"""Files that a run writes at its end; a reproduction writes a text besides its table."""
 
 IN_TABLE = "trials"
-"""A folder of runs that are rows of a table in the run above, and not looked for."""
+"""A folder whose runs are rows of a table in the run above, and are not searched for."""
 
 BY_LOOP = (
     "outer_step",
@@ -29,23 +29,23 @@ BY_LOOP = (
     "seconds",
     "status",
 )
-"""What the outer loop logs of a step; all else is a metric of the experiment."""
+"""Values that the outer loop logs in each step; all others are metrics of the experiment."""
 
 
 class RunFolder:
-    """A folder with a `config.json`, and what can be read of what else lies in it.
+    """A folder with a `config.json`, and the readable content of its other files.
 
-    Nothing that is missing or damaged raises: it is named in `damage`.
+    Missing or damaged files raise no error, but are named in `damage`.
 
     Args:
         path: the folder.
 
     Attributes:
         about: the content of `config.json`.
-        settings: the run's configuration, from there.
+        settings: the run's configuration, from `config.json`.
         history: the rows of `metrics.jsonl`.
-        result: the content of `result.json`; empty where there is none.
-        damage: a sentence a file that cannot be read.
+        result: the content of `result.json`; empty if there is none.
+        damage: one sentence for each file that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,18 +67,18 @@ class RunFolder:
         return str(self.path)
 
     def read(self, name: str, reader: Callable[[bytes], T]) -> T | None:
-        """What a reader makes of a file; None where there is none, or a damaged one."""
+        """The content of a file, by a reader; None if the file is missing or damaged."""
         try:
             return reader((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
-        except Exception as error:  # readers raise a dozen kinds for a damaged file
+        except Exception as error:  # a damaged file raises errors of many kinds
             self.damage.append(f"{name} cannot be read ({type(error).__name__})")
             return None
 
     @property
     def files(self) -> list[str]:
-        """Names of the files in the folder, hidden ones left out."""
+        """Names of the files in the folder, without hidden ones."""
         return sorted(
             child.name
             for child in self.path.iterdir()
@@ -87,24 +87,24 @@ class RunFolder:
 
     @property
     def experiment(self) -> str:
-        """What was run or reproduced."""
+        """The name of the experiment or reproduction."""
         return str(self.about.get("experiment", "unknown"))
 
     @property
     def seed(self) -> int | None:
-        """What drew the split and the start, where a single number did."""
+        """The seed of the run, if there is a single one."""
         seed = self.settings.get("seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def seeds(self) -> int | None:
-        """N where the folder holds the runs of seeds 0 to N-1."""
+        """N if the folder holds the runs of seeds 0 to N-1."""
         seeds = self.settings.get("seeds")
         return seeds if self.seed is not None and isinstance(seeds, int) else None
 
     @property
     def ended(self) -> bool:
-        """Whether what a run writes at its end is there, and can be read."""
+        """Whether the files of the end of a run exist and can be read."""
         if (self.path / "result.json").exists():
             return bool(self.result)
         texts = (table.with_suffix(".md") for table in self.path.glob("*.csv"))
@@ -112,12 +112,12 @@ class RunFolder:
 
     @property
     def steps_done(self) -> int:
-        """Outer steps that were logged."""
+        """The number of outer steps that were logged."""
         return 1 + max((row["outer_step"] for row in self.history), default=-1)
 
     @property
     def progress(self) -> str:
-        """Whether the run has ended, and how far it is where it has not."""
+        """Whether the run has ended, and its progress if not."""
         if self.ended:
             return "finished"
         state = "result unreadable" if (self.path / "result.json").exists() else "unfinished"
@@ -128,7 +128,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the run reached, by name."""
+        """The final metrics of the run, by name."""
         return numbers(self.result.get("metrics"))
 
     @property
@@ -139,7 +139,7 @@ class RunFolder:
 
     @property
     def uneasy(self) -> list[str]:
-        """What the outer steps' status says beyond that a phase converged or ran its steps."""
+        """Remarks in the status of outer steps, beyond phases that converged or ran their steps."""
         said = [str(row["status"]) for row in self.history if "status" in row]
         return [
             status
@@ -149,10 +149,10 @@ class RunFolder:
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """The runs in some folders and in all that is below them, each once, in order of path.
+    """The runs in some folders and below, each once, in order of path.
 
     Raises:
-        RunError: a folder is not there, or there is no run in any.
+        RunError: a folder does not exist, or there is no run in any.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -171,7 +171,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A dictionary as it is, and an empty one for anything else."""
+    """The value if it is a dictionary, else an empty dictionary."""
     return value if isinstance(value, dict) else {}
 
 
@@ -184,7 +184,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a JSON object.
     """
     found = load_json(content)
     if not isinstance(found, dict):
@@ -193,7 +193,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def json_lines(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of `metrics.jsonl`, and the numbers of lines that are none, cut off by a kill."""
+    """The rows of `metrics.jsonl`, and the numbers of invalid lines, which a kill may leave."""
     rows, torn = [], []
     for i, line in enumerate(content.splitlines(), 1):
         try:
@@ -208,13 +208,13 @@ def json_lines(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def tensors(content: bytes) -> dict[str, torch.Tensor]:
-    """The meta-parameters of `learned.pt`; only tensors and plain values are loaded."""
+    """The meta-parameters in `learned.pt`; only tensors and plain values are loaded."""
     loaded = load_tensors(io.BytesIO(content))
     return {name: tensor.detach() for name, tensor in loaded["meta_params"].items()}
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in nested dictionaries, by dotted names.
+    """The values in nested dictionaries, by dotted names.
 
     Example:
         >>> dict(flat({"solver": {"lr": 0.1, "tol": None}, "hidden": [8, 8]}))

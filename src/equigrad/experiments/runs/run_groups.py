@@ -1,4 +1,4 @@
-"""Groups of runs that differ by the seed alone, with means and standard errors."""
+"""Groups of runs that differ only by the seed, with means and standard errors."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,15 +8,15 @@ from equigrad.experiments.runs.formats import duration, mean_and_error, shown, w
 from equigrad.experiments.runs.run_folders import RunFolder, numbers
 
 SECTION = ("setting", "scale", "csv", "target", "images", "image")
-"""Settings that make runs of one experiment another matter."""
+"""Settings that put runs of the same experiment into different sections."""
 
 BESIDE = ("seed", "seeds", "compare", "checkpoint_every")
-"""Settings that change nothing of what a run learns, but for the seed."""
+"""Settings that do not affect the result of a run, other than by the seed."""
 
 
 @dataclass(frozen=True)
 class OverviewNumber:
-    """A number of the overview, what stands below it, and how far they are apart."""
+    """A number of the overview, with a text below it and a standard error."""
 
     number: str
     below: str = ""
@@ -25,12 +25,12 @@ class OverviewNumber:
 
 @dataclass
 class Group:
-    """Runs with the same settings but for the seed.
+    """Runs with the same settings except for the seed.
 
     Attributes:
-        family: the folder that holds those of all seeds, where there is one.
-        runs: in order of path; `family` itself is one where its settings are theirs.
-        label: what tells the group from others.
+        family: the folder that holds the runs of all seeds, if there is one.
+        runs: in order of path, including `family` if it is a run with the same settings.
+        label: the difference to other groups.
     """
 
     family: RunFolder | None
@@ -44,19 +44,19 @@ class Group:
 
     @property
     def missing(self) -> list[int]:
-        """Seeds that were asked for and have no folder."""
+        """Seeds that were requested but have no folder."""
         there = {run.seed for run in self.seeded}
         asked = (self.family.seeds if self.family else None) or 0
         return [seed for seed in range(asked) if seed not in there]
 
     @property
     def finished(self) -> list[RunFolder]:
-        """Those that have ended."""
+        """The runs that have ended."""
         return [run for run in self.seeded if run.ended]
 
     @property
     def status(self) -> str:
-        """Whether all have ended, and how far the others are."""
+        """Whether all runs have ended, and the progress of the others."""
         if len(self.finished) == len(self.seeded) and not self.missing:
             return "finished"
         several = len(self.seeded) + len(self.missing) > 1
@@ -73,35 +73,35 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """The seeds of those that have ended; of all where none has."""
+        """The seeds of the runs that have ended, or of all runs if none has."""
         seeds = (run.seed for run in self.finished or self.seeded)
         return ", ".join(str(seed) for seed in seeds if seed is not None)
 
     def mean(self, read: Callable[[RunFolder], float | None]) -> tuple[float, float | None] | None:
-        """Mean and standard error over those that have ended, or None where there is no number."""
+        """Mean and standard error over the runs that have ended; None if there is no number."""
         values = [value for run in self.finished if (value := read(run)) is not None]
         return mean_and_error(values) if values else None
 
     @property
     def gradients(self) -> str:
-        """Mean number of gradients of a seed."""
+        """Mean number of gradient evaluations of a run."""
         found = self.mean(lambda run: numbers(run.result).get("gradient_evaluations"))
         return "" if found is None else f"{found[0]:,.0f}"
 
     @property
     def time(self) -> str:
-        """Mean time of a seed."""
+        """Mean time of a run."""
         found = self.mean(lambda run: numbers(run.result).get("seconds"))
         return "" if found is None else duration(found[0])
 
     @property
     def device(self) -> str:
-        """Where it was computed."""
+        """The device of the runs."""
         devices = (str(run.result["device"]) for run in self.finished if "device" in run.result)
         return ", ".join(dict.fromkeys(devices))
 
     def cell(self, metric: str) -> OverviewNumber:
-        """A metric, beside the paper's."""
+        """A metric next to the paper's value."""
         found = self.mean(lambda run: run.metrics.get(metric))
         if found is None:
             last = [
@@ -136,10 +136,10 @@ def grouped(folders: Sequence[RunFolder]) -> dict[str, list[Group]]:
             ]
         )
         alike = {k: v for k, v in run.settings.items() if k not in BESIDE}
-        # a run without readable settings is like no other
+        # a run without readable settings is a group of its own
         key = json.dumps([str(family), alike or str(run)], sort_keys=True)
         same = sections.setdefault(title, {}).setdefault(key, [])
-        for group in same:  # a seed that was run twice is not two seeds
+        for group in same:  # a second run of a seed starts another group
             if all((other.seed, other.seeds) != (run.seed, run.seeds) for other in group.runs):
                 break
         else:

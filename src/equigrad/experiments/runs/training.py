@@ -1,4 +1,4 @@
-"""Training of a network in a run's directory, from its start or its checkpoint to its result."""
+"""Training of a network in a run's directory, started or resumed, to its result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +25,17 @@ def run_to_end(
     resume: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Train and test, unless the run has a result, and return what `result.json` says.
+    """Train and test, unless the run has a result, and return the content of `result.json`.
 
     Args:
-        directory: of the run.
-        config: of the run.
-        label: of its progress.
-        train_and_test: called with the callbacks of the outer loop; returns the results, `metrics`
-            among them.
+        directory: directory of the run.
+        config: settings of the run.
+        label: label of the progress bar.
+        train_and_test: called with the callbacks of the outer loop; returns the results, including
+            `metrics`.
         digest: a checksum of data that may change before the run is resumed.
-        resume: go on from the checkpoint that is there.
-        console: shows the progress.
+        resume: whether to continue from the checkpoint.
+        console: console for the progress.
     """
     if digest is not None:
         directory.keep_to_data(digest)
@@ -61,12 +61,12 @@ Config = TypeVar("Config", bound=Training)
 
 
 class Trainer(ABC, Generic[Config]):
-    """Trains by mini-batches, and tests.
+    """Trains on mini-batches, and tests.
 
     Attributes:
         config: the settings.
-        digest: a checksum of the data; None where a formula draws them.
-        score: the metric of the learning curves.
+        digest: a checksum of the data; None for generated data.
+        score: metric of the learning curves.
     """
 
     config: Config
@@ -79,12 +79,12 @@ class Trainer(ABC, Generic[Config]):
 
     @abstractmethod
     def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
-        """Save what was learned, test and draw it; return the results, `metrics` among them."""
+        """Save, test and draw the result; return the results, including `metrics`."""
 
     def learned(
         self, directory: RunDirectory, *, resume: bool, console: Console
     ) -> dict[str, float]:
-        """Train and test, leave the run in its directory, and return the metrics by name."""
+        """Train and test in the run's directory, and return the metrics by name."""
         config, folder = self.config, directory.path
 
         def train_and_test(callbacks: Sequence[Callback]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Hyperparameter searches on Ray Tune."""
+"""Hyperparameter searches with Ray Tune."""

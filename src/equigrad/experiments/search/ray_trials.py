@@ -23,36 +23,36 @@ from equigrad.training import Callback, Checkpoint, JsonLines, OuterState
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # EQUIGRAD_DATA may be relative to where we are
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # EQUIGRAD_DATA may be relative
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, as it ends a run
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no accuracy
 }
-"""What Ray reads from the environment."""
+"""Environment variables for Ray."""
 
 STEP, SCORE = "outer_step", "validation"
-"""What Ray is told of an outer step."""
+"""Names of the values that are reported to Ray after an outer step."""
 
 
 def run_trials(
     config: Search, trials: Sequence[Trial], out: Path, changed: Callable[[Trial], None]
 ) -> None:
-    """Run those that have not ended, and note in each what becomes of it.
+    """Run the trials that have not ended, and record their progress in them.
 
     Args:
-        config: how many at once, where, and when one is stopped.
-        trials: all of them; the scheduler is given the results of those that have ended.
-        out: folder of the search; all machines of a cluster must see it.
-        changed: called with a trial after each outer step, and when it has ended.
+        config: settings of the search: parallel trials, machines, and when to stop a trial.
+        trials: all trials; the scheduler is given the results of those that have ended.
+        out: folder of the search, which all machines of a cluster must see.
+        changed: called with a trial after each of its outer steps and at its end.
 
     Raises:
-        RunError: Ray does not start, or has not what a trial asks for.
+        RunError: Ray does not start, or lacks the resources of a trial.
     """
     threads, gpus = config.experiment.threads, gpus_of(config)
-    scratch = out.resolve() / ".ray"  # of nothing that is not in the trials' own folders
+    scratch = out.resolve() / ".ray"  # Ray's own files, not needed later
     waiting = {trial.number: trial for trial in trials if not trial.ended}
-    shutil.rmtree(scratch, ignore_errors=True)  # a killed search leaves it
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed search
     os.environ.update(QUIET)
     try:
         start_ray(config)
@@ -86,7 +86,7 @@ def run_trials(
 
 
 def gpus_of(config: Search) -> float:
-    """GPUs of a trial."""
+    """The number of GPUs of a trial."""
     if config.gpus is not None:
         return config.gpus
     return float(config.experiment.device != "cpu" and torch.cuda.is_available())
@@ -114,7 +114,7 @@ def start_ray(config: Search) -> None:
 
 
 def reach(address: str) -> None:
-    """Raise at once where nobody listens; Ray would try for minutes."""
+    """Raise at once if nothing listens at an address; Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if port.isdigit():
         try:
@@ -127,7 +127,7 @@ def reach(address: str) -> None:
 
 
 def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
-    """ASHA that knows the trials that have ended: Ray's own `restore` forgets what it had seen."""
+    """ASHA with the results of the trials that have ended, which Ray's own `restore` forgets."""
     steps = config.experiment.outer_steps
     asha = ASHAScheduler(
         time_attr=STEP,
@@ -137,7 +137,7 @@ def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
         grace_period=min(config.grace_period, steps),
         reduction_factor=config.reduction_factor,
     )
-    controller: Any = None  # ASHA asks nothing of it
+    controller: Any = None  # ASHA does not use it
     for trial in trials:
         if trial.ended:
             past: Any = SimpleNamespace(trial_id=f"ended-{trial.number}")
@@ -148,7 +148,7 @@ def scheduler(config: Search, trials: Sequence[Trial]) -> ASHAScheduler:
 
 
 def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
-    """A trial, in a process of Ray's: a run in its folder, resumed where it was stopped."""
+    """Run or resume a trial in its folder, in a process of Ray."""
     trial = trials[words["number"]]
     config = trial.config
     torch.set_num_threads(config.threads)
@@ -166,7 +166,7 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
         _, row = trainer.learn(config.estimator, watchers)
     except Exception as error:
         (trial.folder / "error.txt").write_text(traceback.format_exc())
-        # a disk that is full, say, is no fault of the point: such a trial has not ended
+        # a full disk, for example, says nothing about the point: the trial counts as not ended
         lost = isinstance(error, OSError)
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         tune.report({"lost" if lost else "failed": said})
@@ -175,7 +175,7 @@ def attempt(words: dict[str, int], trials: dict[int, Trial]) -> None:
 
 
 class Report(Callback):
-    """Tells Ray the score after every outer step, those before a resume included.
+    """Reports the score to Ray after every outer step, including those before a resume.
 
     Args:
         score: its name in the rows of the history.
@@ -185,12 +185,12 @@ class Report(Callback):
         self.score = score
 
     def on_start(self, state: OuterState) -> None:
-        """Report the known results to the scheduler."""
+        """Report the results so far to the scheduler."""
         for row in state.history:
             self._tell(row)
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
-        """Tell the step's; leaves the loop where the scheduler stops the trial."""
+        """Report the step's score; ends the loop if the scheduler stops the trial."""
         self._tell(state.history[-1])
 
     def _tell(self, row: dict[str, Any]) -> None:
@@ -198,18 +198,18 @@ class Report(Callback):
 
 
 class Notes(tune.Callback):
-    """Writes into the trials what Ray hears of them."""
+    """Records Ray's reports in the trials."""
 
     def __init__(self, trials: dict[int, Trial], changed: Callable[[Trial], None]) -> None:
         self.trials, self.changed = trials, changed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray pickles its callbacks, for a restore of its own
+        return {}  # Ray pickles its callbacks for its own restore
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """After a report."""
+        """Record a report."""
         noted = self.trials[trial.config["number"]]
         if SCORE in result and (not noted.history or result[STEP] > noted.outer_steps):
             noted.history.append((result[STEP], result[SCORE]))
@@ -217,7 +217,7 @@ class Notes(tune.Callback):
             self.changed(noted)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """When it has ended, or is stopped."""
+        """Record that a trial has ended, or was stopped."""
         noted, last = self.trials[trial.config["number"]], trial.last_result
         if "failed" in last:
             noted.status, noted.error = "failed", last["failed"]
@@ -229,7 +229,7 @@ class Notes(tune.Callback):
         self.changed(noted)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """When its process has died."""
+        """Record that the process of a trial has died."""
         noted = self.trials[trial.config["number"]]
         noted.status, noted.error = "lost", "its process died"
         self.changed(noted)

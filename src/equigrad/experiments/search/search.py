@@ -38,17 +38,17 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
         All trials, in the order of their points.
 
     Raises:
-        ConfigurationError: a point that cannot be, Ray is not installed, or all trials failed.
+        ConfigurationError: an invalid point, Ray is not installed, or all trials failed.
         RunError: some trials were lost with their processes or their disk.
-        DataError: the experiment's data are not there.
+        DataError: the experiment's data are missing.
     """
     space = config.find_space()
     points = config.points(space)
     configs = [overlay(config.experiment, at_paths(point)) for point in points]
-    ray = ray_trials()  # before anything is written
+    ray = ray_trials()  # raises before anything is written
     directory = RunDirectory(out, config.what(), resume=resume)
     experiment = config.experiment
-    split = experiment.load(torch.device("cpu"), torch.float32)  # raises here, and once
+    split = experiment.load(torch.device("cpu"), torch.float32)  # raises here, not in every trial
     note, target = split.note, split.target
     trials = [
         found_trial(i, point, trial_config, out.resolve() / "trials" / f"{i:03}", target)
@@ -69,7 +69,7 @@ def search(config: Search, out: Path, *, resume: bool, console: Console) -> list
 def found_trial(
     number: int, point: Point, config: StrengthExperiment, folder: Path, target: Target
 ) -> Trial:
-    """A trial as its folder knows it."""
+    """A trial with the state that its folder records."""
     ending = RunDirectory(folder, config, resume=True).read_json("trial.json") or {}
     found = {"number": number, "point": point, "config": config, "folder": folder}
     trial = Trial(**found, target=target, **ending)
@@ -93,7 +93,7 @@ def ray_trials() -> ModuleType:
 
 
 class Board:
-    """What becomes of the trials, on disk as soon as it is known, and in a line on the console."""
+    """Records the progress of the trials, on disk at once and in a line on the console."""
 
     def __init__(self, trials: Sequence[Trial], directory: RunDirectory, console: Console) -> None:
         self.trials, self.directory, self.console = trials, directory, console
@@ -118,7 +118,7 @@ class Board:
         self.progress.stop()
 
     def changed(self, trial: Trial) -> None:
-        """Note a trial."""
+        """Record a change of a trial."""
         if trial.ended:
             ending = {name: getattr(trial, name) for name in Trial.ENDING}
             write_whole(trial.folder / "trial.json", json.dumps(ending) + "\n")
@@ -137,20 +137,20 @@ class Board:
 
 
 def rank(trial: Trial) -> tuple[bool, int, float]:
-    """The further the better, and then by validation score; what failed is last."""
+    """The sort key of a trial: more steps first, then a higher score; failed trials are last."""
     score = trial.validation if trial.history else -math.inf
     return trial.status != "failed", trial.outer_steps, score
 
 
 def counted(trials: Sequence[Trial]) -> str:
-    """How many ended in which way."""
+    """The numbers of trials that ended in each way."""
     counts = Counter(trial.status for trial in trials)
     words = ("whole", "stopped", "failed", "lost")
     return ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
 
 
 def as_csv(trials: Sequence[Trial]) -> str:
-    """A row a trial."""
+    """One row for each trial."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     results = ("status", "outer_steps", "validation", "best_validation", "seconds", "error")
@@ -165,7 +165,7 @@ def as_csv(trials: Sequence[Trial]) -> str:
 def conclude(
     config: Search, trials: list[Trial], directory: RunDirectory, console: Console
 ) -> list[Trial]:
-    """Say which is best, and leave it as a configuration."""
+    """Print the best trial, and save it as a configuration."""
     lost = [trial for trial in trials if not trial.ended]
     if lost:
         raise RunError(
@@ -183,7 +183,7 @@ def conclude(
         "best.json",
         {
             "experiment": name,
-            "config": describe(replace(best.config, seed=0)),  # reported seeds begin there
+            "config": describe(replace(best.config, seed=0)),  # reported seeds start at 0
             "trial": best.number,
             "point": best.point,
             f"validation_{best.target.score}": best.validation,
@@ -221,7 +221,7 @@ def conclude(
 
 
 def short(paths: Sequence[str]) -> list[str]:
-    """Dotted paths by as many of their last words as tell them apart.
+    """Dotted paths, shortened to as many last words as distinguish them.
 
     Example:
         >>> short(["t1t2.solver.lr", "t1t2.outer_lr", "contrastive.outer_lr"])

@@ -18,7 +18,7 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of several values."""
 
     values: tuple[Any, ...]
 
@@ -26,13 +26,13 @@ class Choice:
         require(bool(self.values), "a list of values to choose from is empty")
 
     def draw(self, generator: random.Random) -> Any:
-        """Each is as likely."""
+        """One of the values, with equal probability."""
         return generator.choice(self.values)
 
 
 @dataclass(frozen=True)
 class LogUniform(Checked):
-    """A number between two, whose logarithm is uniform."""
+    """A number between two bounds, with a uniformly distributed logarithm."""
 
     low: Positive
     high: Positive
@@ -44,18 +44,18 @@ class LogUniform(Checked):
         )
 
     def draw(self, generator: random.Random) -> float:
-        """A number between the two."""
+        """A number between the two bounds."""
         return math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
 
 
 @dataclass(frozen=True)
 class Space:
-    """Hyperparameters and where they are looked for.
+    """Hyperparameters with their ranges.
 
     Attributes:
-        source: the table it is from.
-        domains: by dotted path, as `equigrad run` spells the options.
-        trials: points to draw; None for the whole grid.
+        source: the table that it comes from.
+        domains: ranges by dotted path, as `equigrad run` spells the options.
+        trials: number of points to draw; None for the whole grid.
     """
 
     source: str
@@ -64,17 +64,17 @@ class Space:
 
     @property
     def size(self) -> int | None:
-        """How many points it has; None where they are of intervals."""
+        """The number of points; None if there are intervals."""
         sizes = [len(d.values) for d in self.domains.values() if isinstance(d, Choice)]
         return math.prod(sizes) if len(sizes) == len(self.domains) else None
 
     def points(self, trials: int | None, seed: int) -> list[Point]:
-        """Different points in an order drawn by the seed; the whole grid where trials is None.
+        """Distinct points in random order; the whole grid if trials is None.
 
-        A grid of fewer points than are to be drawn gives all of them, each once.
+        A grid with fewer points than requested gives all of them, each once.
 
         Raises:
-            ConfigurationError: the whole grid of a space that has none.
+            ConfigurationError: the whole grid is requested, but the space has intervals.
 
         Example:
             >>> len(SPACES["mnist-10", "t1t2"].points(None, seed=0))
@@ -100,14 +100,14 @@ BETAS = Choice((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 
 
 def among(*values: Any) -> Choice:
-    """A hyperparameter that is one of some values, or fixed where there is a single one."""
+    """A hyperparameter that is one of several values, or fixed if there is a single value."""
     return Choice(values)
 
 
 def contrastive(
     lr: Choice | LogUniform, steps: Choice, nudged_steps: Choice, outer_lr: Choice | LogUniform
 ) -> dict[str, Choice | LogUniform]:
-    """The hyperparameters of the contrastive rule, as a table of the paper varies them."""
+    """The hyperparameters of the contrastive rule, as varied in a table of the paper."""
     return {
         "contrastive.rule.beta": BETAS,
         "contrastive.solver.lr": lr,
@@ -120,7 +120,7 @@ def contrastive(
 def t1t2(
     lr: Choice | LogUniform, steps: Choice, outer_lr: Choice | LogUniform
 ) -> dict[str, Choice | LogUniform]:
-    """The hyperparameters of T1–T2, likewise."""
+    """The hyperparameters of T1–T2, as varied in a table of the paper."""
     return {"t1t2.solver.lr": lr, "t1t2.outer_lr": outer_lr, "t1t2.solver.max_steps": steps}
 
 
@@ -193,14 +193,14 @@ SPACES: dict[tuple[str, str], Space] = {
         },
     ),
 }
-"""By what is learned from and the estimator."""
+"""Search spaces by data set and estimator."""
 
 
 def read_space(path: Path) -> Space:
     """A user's own space: a JSON object of lists of values, or of `{"log_uniform": [low, high]}`.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds something else.
+        ConfigurationError: the file cannot be read, or is not such an object.
     """
     content = read_object(path)
     if not content:

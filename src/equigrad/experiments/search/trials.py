@@ -17,31 +17,31 @@ from equigrad.training.targets import Classes, Target
 class Search(Checked):
     """Search an experiment's hyperparameters with Ray Tune, by validation accuracy.
 
-    The spaces are those of the paper's Tables S1 to S4. Trials run side by side, and those that lag
-    behind at 10, 40 … outer steps are stopped (ASHA). The best one is saved as a configuration that
-    `equigrad run NAME --config` takes.
+    The spaces are those of the paper's Tables S1 to S4. Trials run in parallel, and poor ones are
+    stopped after 10, 40 … outer steps (ASHA). The best one is saved as a configuration for
+    `equigrad run NAME --config`.
     """
 
     experiment: Annotated[StrengthExperiment, tyro.conf.arg(name="")]
-    """What every trial runs, but for the hyperparameters that are searched."""
+    """The experiment that every trial runs, with the searched hyperparameters changed."""
 
     trials: Count | Literal["grid"] | None = None
-    """Random points to try, each once, or the whole `grid`; None as the paper's table says."""
+    """Number of random points to try, each once, or the whole `grid`; None for the paper's."""
 
     space: Path | None = None
-    """A file of what to vary instead: by option, a list or `{"log_uniform": [low, high]}`."""
+    """A file with another space: for each option, a list or `{"log_uniform": [low, high]}`."""
 
     grace_period: Count = 10
-    """Outer steps that every trial may take before it can be stopped."""
+    """Number of outer steps before a trial can be stopped."""
 
     reduction_factor: Annotated[float, Rule("above 1", lambda factor: factor > 1)] = 4.0
-    """One trial in so many goes on after the grace period, and again after each multiple."""
+    """One in this many trials continues after the grace period, and again after each multiple."""
 
     parallel: Count | None = None
-    """Trials at once; None for as many as there are CPUs for their threads."""
+    """Number of trials in parallel; None for as many as the CPUs can run with their threads."""
 
     gpus: NotNegative | None = None
-    """GPUs of a trial, 0.5 for two on each; None for one where the device is CUDA."""
+    """GPUs of a trial, 0.5 for two trials on each; None for one if the device is CUDA."""
 
     address: str | None = None
     """HOST:PORT of a running Ray cluster, or `auto`; None starts Ray here and ends it."""
@@ -71,13 +71,13 @@ class Search(Checked):
         return space
 
     def points(self, space: Space) -> list[Point]:
-        """What to try of a space."""
+        """The points of a space to try."""
         trials = space.trials if self.trials is None else self.trials
         return space.points(None if trials == "grid" else trials, self.experiment.seed)
 
 
 def preset(kind: type[StrengthExperiment], **chosen: str) -> Search:
-    """The defaults of a search through the settings of an experiment."""
+    """The default search for the settings of an experiment."""
     return Search(experiment=replace(kind.preset(**chosen), seed=kind.tuning_seed))
 
 
@@ -86,17 +86,16 @@ class Trial:
     """A point of the search space, and the result of its run.
 
     Attributes:
-        number: in the order of the points.
+        number: index in the order of the points.
         point: values by dotted path of the option.
         config: the experiment with these values.
-        folder: of its run.
-        status: `whole` where it took all outer steps, `stopped` where it lagged behind, `failed`
-            where it cannot be computed; `lost` where its process or its disk failed, and `waiting`
-            until it is known.
-        target: what is learned.
-        history: outer steps done, and the validation score after them.
-        seconds: spent in the outer loop.
-        error: why it failed.
+        folder: folder of its run.
+        status: `whole` if it took all outer steps, `stopped` if it was stopped early, `failed` if
+            it cannot be computed, `lost` if its process or disk failed, and `waiting` before.
+        target: the kind of target.
+        history: outer steps, with the validation score after each.
+        seconds: seconds spent in the outer loop.
+        error: the reason why it failed.
     """
 
     number: int
@@ -113,7 +112,7 @@ class Trial:
 
     @property
     def outer_steps(self) -> int:
-        """Outer steps whose worth is known."""
+        """The number of outer steps with a known score."""
         return self.history[-1][0] if self.history else 0
 
     @property
@@ -123,12 +122,12 @@ class Trial:
 
     @property
     def ended(self) -> bool:
-        """Whether it need not be run again."""
+        """Whether it need not run again."""
         return self.status not in ("waiting", "lost")
 
     @property
     def summary(self) -> str:
-        """Its end in a line."""
+        """Its outcome in one line."""
         said = f"trial {self.number}: {self.status} after {self.outer_steps} outer steps"
         if self.history:
             said += f", validation {self.target.say(self.validation)}"

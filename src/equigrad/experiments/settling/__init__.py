@@ -1,1 +1,1 @@
-"""Networks that settle: equilibrium propagation, implicit layers, least control."""
+"""Experiments on networks that settle: equilibrium propagation, implicit layers, least control."""

@@ -30,27 +30,27 @@ from equigrad.training.targets import Classes
 
 @dataclass(frozen=True, kw_only=True)
 class Equilibrium(NetworkTraining):
-    """Train a network whose neurons settle to tell images apart.
+    """Train a network whose neurons settle to classify images.
 
-    A feed-forward net that is controlled, a recurrent one at rest, an energy-based one, on MNIST;
-    a convolutional implicit network and an energy-based one on CIFAR-10: by least control,
-    equilibrium propagation, or the exact gradient through the settled state. Some training images
-    are held out and watch; nothing is chosen by the test.
+    The networks are a controlled feed-forward network, a recurrent one and an energy-based one on
+    MNIST, and a convolutional implicit network and an energy-based one on CIFAR-10. They learn by
+    least control, by equilibrium propagation, or by the exact gradient through the settled state.
+    Some training images are held out for validation; nothing is chosen by the test set.
     """
 
     score: ClassVar[str] = "accuracy"
 
     setting: NetworkSettingName = "feed-forward"
-    """The network, and with it the images."""
+    """The network, which determines the images."""
 
     method: NetworkMethodName = "exact"
-    """The estimator of its gradient."""
+    """The estimator of the network's gradient."""
 
     scale: ScaleName = "small"
-    """`smoke` presets a few steps on few images, to see that all works; `paper` many epochs."""
+    """Preset of the length: `smoke` takes a few steps on few images; `paper` many epochs."""
 
     seed: CountFrom0 = 0
-    """Draws the network's start, the images held out and the order of the others."""
+    """Seed of the initial weights, of the held-out images and of the order of the others."""
 
     hidden: Annotated[tuple[Count, ...], SOME]
     """Widths of the hidden layers, or their numbers of channels."""
@@ -59,22 +59,22 @@ class Equilibrium(NetworkTraining):
     """Adam's weight decay, decoupled from the gradient."""
 
     samples: Count | None = None
-    """Images for training and validation together; None for all there are."""
+    """Number of images for training and validation together; None for all."""
 
     held_out: Count
-    """Of them, for validation."""
+    """Number of these images for validation."""
 
     test_images: Count | None = None
-    """The first so many images of the test; None for all there are."""
+    """Number of test images, the first of the set; None for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with torch.device("meta"):  # which computes nothing: whether such widths make a network
+        with torch.device("meta"):  # check that the widths make a network, at no cost
             self.architecture().build()
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose: `setting`, `method` and `scale`."""
+        """The defaults for `setting`, `method` and `scale`."""
         name = one_of(IMAGE_NETWORKS, "setting", chosen.get("setting", "feed-forward"))
         setting = IMAGE_NETWORKS[name]
         word = chosen.get("method", next(iter(setting.methods)))
@@ -110,13 +110,13 @@ class Equilibrium(NetworkTraining):
 
     @property
     def recipe(self) -> TrainingMethod:
-        """How the method trains the network."""
+        """The settings with which the method trains the network."""
         known = IMAGE_NETWORKS[self.setting].methods
         return known[one_of(known, f"the method of setting {self.setting!r}", self.method)]
 
     @property
     def kind(self) -> type[Estimator]:
-        """The method's estimator."""
+        """The estimator class of the method."""
         return type(self.recipe.estimator)
 
     @property
@@ -125,7 +125,7 @@ class Equilibrium(NetworkTraining):
         return f"{IMAGE_NETWORKS[self.setting].label}, {self.recipe.label}"
 
     def architecture(self) -> Architecture:
-        """Of the network."""
+        """The architecture of the network."""
         setting, recipe = IMAGE_NETWORKS[self.setting], self.recipe
         files = setting.source.files
         arguments = {"shape": files.SHAPE, "hidden": self.hidden, "outputs": len(files.CLASSES)}
@@ -159,7 +159,7 @@ class Equilibrium(NetworkTraining):
 
 
 class ImageTrainer(NetworkTrainer[Equilibrium, Any]):
-    """Trains a settling network to tell images apart, and tests it.
+    """Trains a settling network to classify images, and tests it.
 
     Attributes:
         data: the images.
@@ -181,17 +181,17 @@ class ImageTrainer(NetworkTrainer[Equilibrium, Any]):
         return torch.optim.AdamW(weights, lr=config.outer_lr, weight_decay=config.weight_decay)
 
     def measured(self, *parts: str) -> dict[str, float]:
-        """Per cent of images that the settled network is right about, by part."""
+        """Percentage of images that the settled network classifies correctly, by part."""
         known = {"training": self.data.train, **self.data.judges}
         return {f"{part}_accuracy": self.accuracy(known[part]) for part in parts}
 
     def accuracy(self, part: tuple[Tensor, Tensor]) -> float:
-        """Per cent of images that the settled network is right about."""
+        """Percentage of images that the settled network classifies correctly."""
         found = classify(self.network, part[0], solver=self.config.solver)
         return 100 * (found == part[1]).double().mean().item()
 
     def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
-        """Save what `equigrad predict` asks; accuracies on validation and test."""
+        """Save the model for `equigrad predict`; return accuracies on validation and test sets."""
         config, data = self.config, self.data
         weights = dict(self.network.named_parameters())
         model = Model(config.architecture(), weights, data.target, data.encoding, config.solver)
@@ -203,7 +203,7 @@ class ImageTrainer(NetworkTrainer[Equilibrium, Any]):
 def train_on_images(
     config: Equilibrium, out: Path, *, resume: bool, console: Console
 ) -> dict[str, float]:
-    """Train and test in `out`, and print what was reached.
+    """Train and test in `out`, and print the results.
 
     Returns:
         The metrics by name.

@@ -26,7 +26,7 @@ from equigrad.fields import DIFFERENT, Count, Positive, require
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What one network reached by one method with one seed, in percent."""
+    """The result of one network, method and seed, in percent."""
 
     setting: str
     method: str
@@ -42,9 +42,9 @@ class NetworkResult:
 class EquilibriumTable(ByRuns):
     """Test accuracy of networks that settle, by equilibrium propagation, least control and exactly.
 
-    Each network is trained by every method that serves it, from the same start, on the same images
-    in the same order. The least-control paper reports all of these, but its numbers are not at
-    hand, so that none stand beside. A cell that is stopped goes on where it was.
+    Each network is trained by every method that works for it, from the same initial weights, on the
+    same images in the same order. The least-control paper reports all of these, but its numbers are
+    not available here, so the table has none. A cell that was stopped is resumed.
     """
 
     name: ClassVar[str] = "equilibrium"
@@ -52,13 +52,13 @@ class EquilibriumTable(ByRuns):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 5}}
 
     only: Annotated[tuple[NetworkSettingName, ...], DIFFERENT] = tuple(IMAGE_NETWORKS)
-    """Which networks."""
+    """Networks to train."""
 
     methods: tuple[NetworkMethodName, ...] = ()
-    """Which methods, where a network knows them; none means all."""
+    """Methods to use, for networks that have them; none means all."""
 
     seeds: Count = 1
-    """Seeds 0, 1 … N-1 draw starts, images held out, and orders."""
+    """Number N of seeds 0, 1 … N-1 of initial weights, held-out images and orders."""
 
     epochs: Positive | None = None
     """Passes over the training images; by default those of the scale."""
@@ -72,7 +72,7 @@ class EquilibriumTable(ByRuns):
         self.experiment(*self.cells()[0])
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that a table that was stopped has some of everything."""
+        """Seed by seed, so that a table that was stopped has some results of every network."""
         seeds = range(self.seeds)
         return [(line, method, seed) for seed in seeds for line, method in self._places()]
 
@@ -97,7 +97,7 @@ class EquilibriumTable(ByRuns):
         ImageTrainer(config).learned(directory, resume=True, console=console)
 
     def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> NetworkResult:
-        """What it reached, and what it took."""
+        """The accuracies and costs of a run."""
         metrics = result["metrics"]
         return NetworkResult(
             setting,
@@ -111,7 +111,7 @@ class EquilibriumTable(ByRuns):
         )
 
     def text(self, rows: Sequence[NetworkResult]) -> str:
-        """A line a network and method."""
+        """A line for each network and method."""
         lines = []
         for setting, method in self._places():
             own = [row for row in rows if (row.setting, row.method) == (setting, method)]
@@ -140,7 +140,7 @@ class EquilibriumTable(ByRuns):
         )
 
     def draw(self, rows: Sequence[NetworkResult]) -> Figure:
-        """Test accuracy of every seed, a panel a data set."""
+        """Test accuracy of every seed, with a panel for each data set."""
         places = self._places()
         sources = list(dict.fromkeys(IMAGE_NETWORKS[setting].source.name for setting, _ in places))
         panels = [

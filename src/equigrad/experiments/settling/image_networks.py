@@ -37,18 +37,18 @@ NetworkMethodName = Literal[
 SWEEPS = Picard(tol=1e-5, max_steps=10)
 REST = Anderson(tol=1e-3, max_steps=30)
 
-# b = gain / leak = 0.1, a tenth of the loss's own pressure: the paper's 10 left many samples of a
-# batch unsettled, once weights had grown (docs/least-control.md)
+# b = gain / leak = 0.1, a tenth of the loss's own gradient: the paper's 10 left many samples of a
+# batch unsettled once the weights had grown (docs/least-control.md)
 INVERSION = DynamicInversion(gain=0.1, leak=1.0, solver=Anderson(tol=0.03, max_steps=30))
 
-# from the free equilibrium, with room for the samples that take long: none was left over
+# starting at the free equilibrium, with enough steps for slow samples: all settled
 BY_LEARNED_FEEDBACK = LeastControl(
     controller=replace(INVERSION, solver=Anderson(tol=0.03, max_steps=60)), start="free"
 )
 
 # the energy's curvature grows with the squares of the weights' norms, to 10 in ten epochs: damping
-# makes steps short enough, memory takes half of them; at the free equilibrium all that is not
-# settled is the control itself (benchmarks/controlled_phases.py)
+# makes steps short enough, and Anderson's history halves their number; at the free equilibrium the
+# residual is the control itself (benchmarks/controlled_phases.py)
 BY_ENERGY = LeastControl(
     controller=EnergyInversion(
         gain=0.1, leak=1.0, solver=Anderson(tol=0.03, damping=0.3, history=10, max_steps=100)
@@ -56,7 +56,7 @@ BY_ENERGY = LeastControl(
     start="free",
 )
 
-# φ moves by b = 0.1 of the control, so that this is the tolerance of the others on the control
+# φ moves by b = 0.1 times the control, so that this equals the others' tolerance on the control
 BY_LINEAR_FEEDBACK = LeastControl(
     controller=LinearFeedback(
         gain=0.1,
@@ -69,21 +69,21 @@ BY_LINEAR_FEEDBACK = LeastControl(
 )
 
 
-# of states whose norm is about 45, as those of 32 normalised channels of 8 x 8 are
+# tolerance for states with a norm of about 45, that of 32 normalised channels of 8 x 8
 AT_EASE = Anderson(tol=0.3, max_steps=20)
 
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """How a network is trained by a method.
+    """The settings with which a method trains a network.
 
     Attributes:
         label: the method in words.
-        estimator: of the gradient.
-        solver: settles the neurons; what `LeastControl` does not use in training, the test does.
-        outer_lr: Adam's step size.
-        weight_decay: Adam's, decoupled; what aligns learned feedback with the weights.
-        feedback: what carries the control back through a feed-forward network.
+        estimator: the estimator of the gradient.
+        solver: settles the neurons; `LeastControl` may not use it in training, but the test does.
+        outer_lr: step size of Adam.
+        weight_decay: weight decay of Adam, decoupled; it aligns learned feedback with the weights.
+        feedback: the weights that carry the control back through a feed-forward network.
     """
 
     label: str
@@ -96,13 +96,13 @@ class TrainingMethod:
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """A source of images.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         files: the module of `equigrad.experiments.data` that has `load`, `TEST`, `SHAPE` and
             `CLASSES`.
-        held_out: training images for validation, by default.
+        held_out: default number of training images for validation.
     """
 
     name: str
@@ -111,24 +111,24 @@ class Source:
 
 
 MNIST = Source("MNIST", mnist, held_out=10_000)
-# a tenth of one of its five files, which is all that some folders have
+# a tenth of one of its five files, since some folders have only one
 CIFAR10 = Source("CIFAR-10", cifar10, held_out=1000)
 
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """A network that tells images apart.
+    """A network that classifies images.
 
     Attributes:
-        label: what it is, in words.
+        label: the network in words.
         hidden: widths of its hidden layers, or their numbers of channels.
-        network: makes it of an image's shape, `hidden` and the number of classes; one that
-            `Architecture` knows.
-        methods: how it can be trained, the first by default.
-        source: of its images.
-        batch: images of a mini-batch, by default.
-        epochs: at scale `small`, by default.
-        paper_epochs: at scale `paper`.
+        network: a function of an image's shape, `hidden` and the number of classes that makes the
+            network; one that `Architecture` knows.
+        methods: the methods that can train it, the default first.
+        source: source of its images.
+        batch: default number of images in a mini-batch.
+        epochs: number of epochs at scale `small`.
+        paper_epochs: number of epochs at scale `paper`.
     """
 
     label: str
@@ -158,9 +158,9 @@ IMAGE_NETWORKS: dict[NetworkSettingName, ImageNetwork] = {
                 "dynamic inversion with learned feedback",
                 BY_LEARNED_FEEDBACK,
                 SWEEPS,
-                # both receive the same steps, so that W and B align as these add up; decay, which
-                # would see to the rest, costs accuracy: after two epochs 1.0 gives angles of 50°
-                # for 57° and 96.3 % of the validation images for 96.6 %
+                # W and B get the same steps, so that they align as these add up. Decay would align
+                # them further, but costs accuracy: after two epochs, 1.0 gives angles of 50°
+                # instead of 57°, and a validation accuracy of 96.3 % instead of 96.6 %
                 weight_decay=0.1,
                 feedback="layerwise",
             ),
@@ -179,13 +179,13 @@ IMAGE_NETWORKS: dict[NetworkSettingName, ImageNetwork] = {
         {
             "exact": TrainingMethod("recurrent backpropagation", Adjoint(solver=REST), REST),
             "dynamic-inversion": TrainingMethod(
-                # from rest, and more gently: otherwise some samples of a batch did not settle
+                # starting at zero, with weaker gains: otherwise some samples did not settle
                 "dynamic inversion",
                 LeastControl(controller=replace(INVERSION, gain=0.03), start="free"),
                 REST,
             ),
             "energy-inversion": TrainingMethod(
-                # as gently
+                # the same weak gains
                 "energy-based inversion",
                 replace(BY_ENERGY, controller=replace(BY_ENERGY.controller, gain=0.03)),
                 REST,

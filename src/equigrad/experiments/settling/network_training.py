@@ -21,28 +21,28 @@ class NetworkTraining(Training):
     """The settings of a run that trains a network whose neurons settle.
 
     Attributes:
-        score: class attribute; the metric that the curves show, `accuracy` for example.
+        score: class attribute; the metric of the learning curves, `accuracy` for example.
     """
 
     score: ClassVar[str]
 
     solver: Solver
-    """How neurons settle, in training and, whatever the method, in validation and test."""
+    """Settles the neurons, in training and, for every method, in validation and test."""
 
     epochs: Positive
-    """Passes over the examples of training."""
+    """Passes over the training examples."""
 
     minutes: Positive | None = None
-    """End training after so long, instead of after so many epochs; validation included."""
+    """End training after this time instead of after a number of epochs; includes validation."""
 
     batch: Count
-    """Examples of a mini-batch."""
+    """Number of examples in a mini-batch."""
 
     clip: Positive | None = None
-    """Scale gradients down to this norm where theirs is larger."""
+    """Largest norm of the gradient; larger gradients are scaled down."""
 
     checkpoint_every: Count = 200
-    """Steps between two checkpoints."""
+    """Number of steps between two checkpoints."""
 
 
 Config = TypeVar("Config", bound=NetworkTraining)
@@ -53,13 +53,13 @@ class NetworkTrainer(Trainer[Config], Generic[Config, Trained]):
     """Trains a network whose neurons settle, and tests it.
 
     Args:
-        config: of the experiment.
-        network: as drawn, until it learns.
-        examples: inputs and targets of training.
+        config: settings of the experiment.
+        network: the network, with initial weights until it learns.
+        examples: inputs and targets for training.
         digest: a checksum of all data.
 
     Attributes:
-        config, network, examples, digest: likewise.
+        config, network, examples, digest: the arguments.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class NetworkTrainer(Trainer[Config], Generic[Config, Trained]):
 
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
-        """Over the network's parameters."""
+        """The optimiser of the network's parameters."""
 
     @abstractmethod
     def measured(self, *parts: str) -> dict[str, float]:
-        """The score on `training`, `validation` and `test`, of those that there are, by name."""
+        """The scores on `training`, `validation` and `test`, as far as these exist, by name."""
 
     def epochs(self, state: OuterState) -> float:
-        """Passes over the examples."""
+        """Passes over the training examples."""
         return state.step * self.config.batch / len(self.examples[0])
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:

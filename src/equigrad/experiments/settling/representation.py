@@ -1,4 +1,4 @@
-"""The representation experiment: a picture learned by an equilibrium RNN."""
+"""The representation experiment: an equilibrium RNN that learns a picture."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from equigrad.training import OuterState, pick_device, pick_dtype
 from equigrad.training.relaxation import settled_logits
 
 PICTURE = "equigrad representation 1"
-"""The format of a saved representation."""
+"""The file format of a saved representation."""
 
 PictureMethodName = Literal["exact", "dynamic-inversion"]
 
@@ -37,8 +37,8 @@ PICTURE_METHODS: dict[PictureMethodName, tuple[str, Estimator]] = {
     "exact": ("recurrent backpropagation", Adjoint(solver=REST)),
     "dynamic-inversion": (
         "least control, dynamic inversion",
-        # Picard's iteration, which a network that rests may well settle by, leaves learner and
-        # controller together unsettled as the weights grow: docs/representation.md
+        # Picard's iteration settles the network alone, but not learner and controller together once
+        # the weights have grown: docs/representation.md
         LeastControl(
             controller=DynamicInversion(
                 gain=0.0, proportional=0.1, solver=Anderson(tol=3e-3, max_steps=60)
@@ -47,65 +47,65 @@ PICTURE_METHODS: dict[PictureMethodName, tuple[str, Estimator]] = {
         ),
     ),
 }
-"""The ways to train the network: a label, and the estimator of its gradient."""
+"""The methods that train the network: a label, and the estimator of its gradient."""
 
 HELD_OUT_SEED = 0
-"""Draws which pixels are for validation: the same for all runs."""
+"""Seed of the choice of validation pixels, the same for all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Representation(NetworkTraining):
-    """Learn a picture, from place to colour, by a recurrent network at rest.
+    """Learn a picture, as a map from place to colour, with an equilibrium RNN.
 
-    The network is shown the Fourier features of a place until it rests, and then says the colour
-    there. It learns from the pixels of a grid, every other one of every other row by default, by
-    the exact gradient and by least control, and is judged by those between them (PSNR).
+    The network settles under the Fourier features of a place, and its readout is the colour there.
+    It learns from the pixels of a grid, by default every second one of every second row, by the
+    exact gradient and by least control, and is tested on the pixels in between (PSNR).
     """
 
     score: ClassVar[str] = "psnr"
 
-    # other defaults than those of NetworkTraining, which says what they mean
+    # fields of NetworkTraining, documented there, with other defaults
     solver: Solver = REST
     outer_lr: Positive = 5e-3
 
     method: PictureMethodName = "exact"
-    """The estimator of the gradient; the other one runs too, with `compare`."""
+    """The estimator of the gradient; with `compare`, the other one runs, too."""
 
     compare: bool = True
-    """Run the other method too, from the same start."""
+    """Whether to run the other method, too, from the same initial weights."""
 
     scale: ScaleName = "small"
-    """`smoke` presets a few steps on few pixels, to see that all works; `paper` a large picture."""
+    """Preset: `smoke` takes a few steps on few pixels as a test; `paper` a large picture."""
 
     seed: CountFrom0 = 0
-    """Draws the network's start, its Fourier features and the order of the pixels."""
+    """Seed of the initial weights, of the Fourier features and of the order of pixels."""
 
     image: Path | None = None
-    """The middle square of a picture of your own; of a photograph of scikit-learn's by default."""
+    """Your own picture, cut to its middle square; by default a photograph of scikit-learn."""
 
     side: Count = 128
-    """Height and width that it is made to have, in pixels."""
+    """Height and width in pixels to which it is resized."""
 
     stride: Count = 2
-    """From pixel to pixel of the grid that is learned from; 1 learns all, and tests nothing."""
+    """Spacing of the training grid in pixels; 1 trains on all pixels, without a test."""
 
     held_out: Count = 1000
-    """Of the other pixels, for validation; the rest is for the test."""
+    """Number of other pixels for validation; the rest are for the test."""
 
     features: Count = 128
-    """Frequencies of the Fourier features of a place; a sine and a cosine of each."""
+    """Number of frequencies of the Fourier features, each with a sine and a cosine."""
 
     frequency: Positive = 6.0
-    """Their standard deviation, in cycles over the picture."""
+    """Standard deviation of the frequencies, in cycles over the picture."""
 
     hidden: Count = 128
-    """Neurons."""
+    """Number of neurons."""
 
     epochs: Positive = 40
-    """Passes over the pixels that are learned from."""
+    """Passes over the training pixels."""
 
     batch: Count = 256
-    """Pixels of a mini-batch."""
+    """Number of pixels in a mini-batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,11 +124,11 @@ class Representation(NetworkTraining):
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose: `method` and `scale`."""
+        """The defaults for `method` and `scale`."""
         method = one_of(PICTURE_METHODS, "method", chosen.get("method", "exact"))
         small = cls(method=method, estimator=PICTURE_METHODS[method][1])
         scale = chosen.get("scale", "small")
-        if scale == "paper":  # as large as the photograph allows; the paper's own is not published
+        if scale == "paper":  # the photograph's full size; the paper's picture is not published
             return replace(
                 small, scale="paper", side=426, hidden=256, features=256, frequency=10.0, batch=1024
             )
@@ -147,12 +147,12 @@ class Representation(NetworkTraining):
         return small
 
     def of(self, method: PictureMethodName) -> Self:
-        """A run beside this one: the same but for the method."""
+        """The same settings with another method."""
         return replace(self, compare=False, method=method, estimator=PICTURE_METHODS[method][1])
 
     @property
     def kind(self) -> type[Estimator]:
-        """The method's estimator."""
+        """The estimator class of the method."""
         return type(PICTURE_METHODS[self.method][1])
 
     @property
@@ -163,12 +163,12 @@ class Representation(NetworkTraining):
 
 @dataclass(frozen=True)
 class Painter:
-    """The colours that a network says of places.
+    """A network that maps places to colours.
 
     Attributes:
         encode: Fourier features of a place.
-        network: settles, and says its colour.
-        solver: settles it.
+        network: settles, and reads out a colour.
+        solver: settles the network.
     """
 
     encode: FourierFeatures
@@ -177,7 +177,7 @@ class Painter:
 
     @classmethod
     def new(cls, config: Representation) -> Self:
-        """As it is before it learns."""
+        """A painter that has not learned yet."""
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -189,13 +189,13 @@ class Painter:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """What a run has left in `model.pt`, on the CPU.
+        """Read the `model.pt` of a run, onto the CPU, without executing any code in it.
 
         Args:
-            folder: of the run, or the file itself.
+            folder: folder of the run, or the file itself.
 
         Raises:
-            RunError: there is none, or it is damaged. Nothing of it is executed.
+            RunError: there is no such file, or it is damaged.
         """
         saved = "a run saves it at its end"
         with saved_model(folder, PICTURE, what="a representation", saved=saved) as loaded:
@@ -205,12 +205,12 @@ class Painter:
             return painter
 
     def colors(self, at: Tensor) -> tuple[Tensor, list[int]]:
-        """Of places (n x 2, from -1 to 1): n x 3; and those for which it has not settled."""
+        """Colours n x 3 of places n x 2 (from -1 to 1), and the indices of unsettled places."""
         weights = next(self.network.parameters())
         return settled_logits(self.network, self.encode(at.to(weights)), solver=self.solver)
 
     def paint(self, side: int) -> Tensor:
-        """The picture at any resolution, side x side x 3, from 0 to 1."""
+        """The picture at any resolution, side x side x 3, with values from 0 to 1."""
         found, _ = self.colors(places(side))
         return found.view(side, side, 3).clamp(0, 1).cpu()
 
@@ -219,11 +219,11 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
     """Trains a network to represent a picture, and tests it.
 
     Attributes:
-        picture: that is learned.
-        parts: which pixels `training`, `validation` and `test` are: indices, row by row.
-        places: of all pixels.
-        colors: likewise.
-        painter: the network, as drawn, until it learns.
+        picture: the picture.
+        parts: indices of the pixels for `training`, `validation` and `test`, row by row.
+        places: places of all pixels.
+        colors: colours of all pixels.
+        painter: the network, with initial weights until it learns.
     """
 
     def __init__(self, config: Representation) -> None:
@@ -245,7 +245,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
 
     @property
     def note(self) -> str:
-        """What is learned from and judged by, and how good the simplest guess is."""
+        """A description of the training and test pixels, with the score of a simple guess."""
         counts = [f"{len(rows):,} for {name}" for name, rows in self.parts.items()]
         side = self.config.side
         note = f"{self.picture.source}, {side} x {side} pixels: {', '.join(counts)}"
@@ -254,7 +254,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
         return f"{note}. The nearest pixel that is learned from: {self.nearest():.2f} dB of test"
 
     def nearest(self) -> float:
-        """The PSNR on test pixels of taking the nearest one of the grid."""
+        """The PSNR on test pixels of a copy of the nearest training pixel."""
         side, stride = self.config.side, self.config.stride
         last = (side - 1) // stride
         along = ((torch.arange(side) + (stride - 1) // 2) // stride).clamp(max=last) * stride
@@ -267,7 +267,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
         return torch.optim.Adam(self.network.parameters(), lr=self.config.outer_lr)
 
     def measured(self, *parts: str) -> dict[str, float]:
-        """The PSNR on parts of the picture, of those that there are, by name."""
+        """The PSNR on the parts of the picture, as far as these exist, by name."""
         found = {}
         for part in parts:
             if (rows := self.parts.get(part)) is not None:
@@ -276,7 +276,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
         return found
 
     def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
-        """Save and draw the picture; the PSNR of its parts, the number of unsettled pixels."""
+        """Save and draw the picture; return the PSNR of its parts and the unsettled pixels."""
         config = self.config
         save_model(
             folder,
@@ -305,7 +305,7 @@ class PictureTrainer(NetworkTrainer[Representation, EquilibriumRNN]):
 def learn_picture(
     config: Representation, out: Path, *, resume: bool, console: Console
 ) -> dict[PictureMethodName, dict[str, float]]:
-    """Learn the picture in `out`, by the other method below it, and print what was reached.
+    """Learn the picture in `out`, the other method in a folder below, and print the results.
 
     Returns:
         The metrics by method.
@@ -342,11 +342,11 @@ def learn_picture(
 
 
 def pictures(true: Picture, folders: Mapping[str, Path]) -> Figure:
-    """The picture, and what networks have made of it.
+    """Draw the picture, and the pictures that networks have learned.
 
     Args:
-        true: as it is.
-        folders: of the runs that have learned it, by what stands above theirs.
+        true: the true picture.
+        folders: folders of the runs, by the titles of their pictures.
     """
     panels = [("the picture", true.colors)]
     for label, folder in folders.items():
@@ -358,6 +358,6 @@ def pictures(true: Picture, folders: Mapping[str, Path]) -> Figure:
     ):
         axes.imshow(colors.numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=10)
-        axes.set_anchor("S")  # the titles have all the room there is
+        axes.set_anchor("S")  # leave all free space to the titles
         axes.axis("off")
     return figure

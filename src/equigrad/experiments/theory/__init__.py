@@ -1,1 +1,1 @@
-"""The papers' theory on problems with known answers: error bounds, accuracy, matched phases."""
+"""Reproductions of the theory on problems with known answers: bounds, accuracy, matched phases."""

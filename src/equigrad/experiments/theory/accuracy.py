@@ -49,7 +49,7 @@ BASELINES: dict[str, Estimator] = {
     "unrolled": Unrolled(),
 }
 TUNED = {"contrastive, tuned": 1e-2, "conjugate gradient, tuned": 1e-2}
-"""Methods whose settings are chosen by the true error: the fastest that reaches this one."""
+"""Methods with settings chosen by the true error: the fastest settings that reach this error."""
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "forward": {"matched": False},
@@ -65,14 +65,14 @@ class AccuracyRow:
     """One method on one problem.
 
     Attributes:
-        problem: its name in the zoo.
-        method: the estimator and what it was asked for.
-        error: true relative error; infinite where there is no answer.
-        estimate: the error that the estimator itself states; NaN where it states none.
+        problem: name of the problem in the zoo.
+        method: the estimator and its requested accuracy.
+        error: true relative error; infinite if there is no answer.
+        estimate: the error that the estimator itself estimates; NaN if it does not.
         gradients: gradient evaluations; a Hessian-vector product counts as two.
-        seconds: of the whole meta-gradient, the free phase with it; the least of some runs.
-        megabytes: by which the peak of the process's memory exceeds that of the free phase alone.
-        note: settings, or what was in the way.
+        seconds: time of the whole meta-gradient, including the free phase; the least of some runs.
+        megabytes: peak memory of the process beyond that of the free phase alone.
+        note: settings, or the reason why there is no answer.
     """
 
     problem: str
@@ -87,29 +87,29 @@ class AccuracyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Reproduction):
-    """The error that was asked for, the estimated and the true one, and what others cost.
+    """Requested, estimated and true errors of estimators, and their costs.
 
-    `Contrastive(rtol=…)` on all problems of `equigrad.testing.zoo`, in float64, against gradients
-    by an exact solve. Beside it conjugate gradients, a Neumann series and T1–T2 at a state settled
-    to 1e-8, and reverse mode through 400 steps of gradient descent. Last, at equal accuracy: the
-    fastest settings of the contrastive rule with a fixed β and of conjugate gradients, chosen by
-    the true error.
+    `Contrastive(rtol=…)` runs on all problems of `equigrad.testing.zoo`, in float64, against
+    gradients by an exact solve. It is compared with conjugate gradients, a Neumann series and T1–T2
+    at a state settled to 1e-8, and with reverse mode through 400 steps of gradient descent. A last
+    comparison is at equal accuracy: the fastest settings of the contrastive rule with a fixed β and
+    of conjugate gradients, chosen by the true error.
     """
 
     name: ClassVar[str] = "accuracy"
     row: ClassVar[type] = AccuracyRow
 
     problems: Annotated[tuple[str, ...], SOME] = tuple(ZOO)
-    """Names in the zoo."""
+    """Names of problems in the zoo."""
 
     rtols: Annotated[tuple[Share, ...], SOME] = RTOLS
-    """Relative errors to ask for."""
+    """Relative errors to request."""
 
     repeats: Count = 5
-    """Runs of each, of which the fastest is kept; one where it takes seconds."""
+    """Runs of each measurement, the fastest of which counts; one if it takes seconds."""
 
     tuned: bool = True
-    """Whether to compare at equal accuracy, too, which takes the longest."""
+    """Whether to compare at equal accuracy, too, which takes most of the time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +123,7 @@ class Accuracy(Reproduction):
         return [(problem, method) for problem in self.problems for method in methods]
 
     def prepare(self) -> Callable[[str, str], AccuracyRow]:
-        """One thread, and a case that is kept for the methods that follow on it."""
+        """Use one thread, and keep each case for the methods that follow on it."""
         torch.set_num_threads(1)
         cases: dict[str, Case] = {}
 
@@ -138,7 +138,7 @@ class Accuracy(Reproduction):
         return measure
 
     def text(self, rows: Sequence[AccuracyRow]) -> str:
-        """Requested and true errors; costs; the comparison at equal accuracy."""
+        """Requested and true errors, costs, and the comparison at equal accuracy."""
         by_cell = {(row.problem, row.method): row for row in rows}
         parts = [self._asked(by_cell), self._costs(by_cell)]
         return "\n".join([*parts, self._equal(by_cell)] if self.tuned else parts)
@@ -218,7 +218,7 @@ class Accuracy(Reproduction):
         )
 
     def draw(self, rows: Sequence[AccuracyRow]) -> Figure:
-        """The true error against the one asked for, and against the estimate."""
+        """The true error against the requested one, and against the estimate."""
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         colors = dict(zip(self.problems, shades(len(self.problems)), strict=True))
@@ -246,12 +246,12 @@ class Accuracy(Reproduction):
 
 
 def asked(rtol: float) -> str:
-    """Name of the method that is asked for an accuracy."""
+    """Name of the method with a requested accuracy."""
     return f"contrastive, rtol {rtol!r}"
 
 
 def measure_one(problem: str, method: str, case: Case, repeats: int) -> AccuracyRow:
-    """A method with its own settings."""
+    """Measure a method with its own settings."""
     solver: Solver = SETTLED
     estimator = BASELINES.get(method) or Contrastive(rtol=float(method.split()[-1]))
     if isinstance(estimator, Unrolled):
@@ -291,7 +291,7 @@ def measure_one(problem: str, method: str, case: Case, repeats: int) -> Accuracy
 
 
 def measure_tuned(problem: str, method: str, case: Case, repeats: int) -> AccuracyRow:
-    """A method with the fastest settings whose true error is small enough."""
+    """Measure a method with the fastest settings whose true error is small enough."""
     candidates = list(settings(method))
     found: list[tuple[float, int]] = []
     with plain_attention() if method.startswith("conjugate") else nullcontext():
@@ -316,7 +316,7 @@ def measure_tuned(problem: str, method: str, case: Case, repeats: int) -> Accura
 
 
 def settings(method: str) -> Iterator[tuple[Solver, Estimator, str]]:
-    """What is tried of a method, each with its name."""
+    """The settings of a method to try, each with its name."""
     for tol in TOLERANCES:
         solver = replace(SETTLED, tol=tol)
         if method.startswith("conjugate"):
@@ -368,9 +368,9 @@ def curvature(case: Case) -> float:
 
 
 def peak_memory(work: Callable[[], object]) -> float:
-    """Megabytes that a process has held at most when it ends, by a child that does the work."""
+    """Peak memory of a child process that does the work, in megabytes."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # where there is no glibc
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     child = os.fork()
     if child == 0:
@@ -380,5 +380,5 @@ def peak_memory(work: Callable[[], object]) -> float:
             os._exit(1)
         os._exit(0)
     _, status, usage = os.wait4(child, 0)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, else kilobytes
     return usage.ru_maxrss / unit if status == 0 else math.nan

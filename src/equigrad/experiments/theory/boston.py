@@ -1,4 +1,4 @@
-"""Figure 2: error of the contrastive rule on Boston housing, by β and by numbers of steps."""
+"""Figure 2: error of the contrastive rule on Boston housing, against β and numbers of steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -38,52 +38,52 @@ HIDDEN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Fig2(Reproduction):
-    """Fig. 2: error on Boston housing against β, steps, and how they are divided.
+    """Fig. 2: error on Boston housing against β, steps, and the division of steps.
 
     A network with 20 tanh units learns home prices from 70 % of the rows, with a strength λ of its
-    own for every weight, and is judged on the others; both losses are mean squared errors. Gradient
-    descent takes a number of steps in each phase. The reference for the errors is an exact solve
-    with the whole Hessian at the minimum that gradient descent tends to.
+    own for every weight; the outer loss is that of the other rows. Both losses are mean squared
+    errors. Gradient descent takes a number of steps in each phase. Errors are relative to an exact
+    solve with the whole Hessian, at the minimum that gradient descent tends to.
     """
 
     name: ClassVar[str] = "fig2"
     row: ClassVar[type] = ErrorPoint
 
     seed: CountFrom0 = 0
-    """Draws the split and the network's start."""
+    """Seed of the split and of the network's initial weights."""
 
     strength: Positive = 0.1
-    """λ of every weight, such that the steps reach an equilibrium."""
+    """λ of every weight, large enough for the steps to reach an equilibrium."""
 
     lr: Positive = 0.1
-    """Step size of the free phase; that of a nudged one is divided by 1 + β."""
+    """Step size of the free phase; that of a nudged phase is divided by 1 + β."""
 
     momentum: Momentum = 0.9
-    """Nesterov momentum, which a nudged phase takes over; 0 for plain gradient descent."""
+    """Nesterov momentum, which nudged phases continue; 0 for plain gradient descent."""
 
     steps: Counts = (200, 300, 400, 600, 800, 1000, 1200)
     """Numbers of steps in each phase, A and B."""
 
     smallest_exponent: int = -4
-    """The grid of β in A begins with ten to this power."""
+    """Exponent of ten of the smallest β in A."""
 
     largest_exponent: int = 1
-    """It ends with ten to this power."""
+    """Exponent of ten of the largest β in A."""
 
     per_decade: Count = 4
-    """Values of β a decade in A."""
+    """Values of β per decade in A."""
 
     betas: Positives = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     """Nudging strengths in B and C."""
 
     total_steps: int = 1200
-    """Steps of both phases together in C."""
+    """Total number of steps of both phases in C."""
 
     shares: tuple[float, ...] = (
         *(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75),
         *(0.8, 0.84, 0.87, 0.9, 0.92, 0.94, 0.97, 0.99),
     )
-    """The free phase's shares of them."""
+    """Shares of the free phase in these steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +105,7 @@ class Fig2(Reproduction):
         return [(steps, self.total_steps - steps) for steps in free]
 
     def prepare(self) -> Callable[..., ErrorPoint]:
-        """Settle the learner, and have the meta-gradient there."""
+        """Settle the learner, and compute the exact meta-gradient there."""
         return Learner(self).measure
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
@@ -125,10 +125,10 @@ class Fig2(Reproduction):
         )
 
     def rates(self, rows: Sequence[ErrorPoint]) -> tuple[float, float, float]:
-        """By how much three logs fall a step in the second half of A.
+        """The decrease per step of three logarithms, in the second half of A.
 
         They are of the error at the smallest β, which is that of unsettled phases, of the least
-        error, and of its β. Corollary 1 lets expect that the second and third are half the first.
+        error, and of its β. By Corollary 1, the second and third should be half the first.
         """
         late = [row for row in self._alike(rows) if row.free_steps >= max(self.steps) / 2]
         smallest = min(row.beta for row in late)
@@ -168,12 +168,12 @@ class Fig2(Reproduction):
 
 
 class Learner:
-    """The network with its complex synapses, and the meta-gradient where it settles.
+    """The network with its complex synapses, and its exact meta-gradient at equilibrium.
 
     Attributes:
         problem: both losses.
         start: φ at the start of every free phase.
-        meta_params: λ, one a weight.
+        meta_params: λ, one for each weight.
         settled: φ at the minimum that gradient descent tends to.
         exact: the meta-gradient there, as one vector.
     """
@@ -194,7 +194,7 @@ class Learner:
         self.settled, self.exact = self._settle()
 
     def _settle(self) -> tuple[Params, Tensor]:
-        """Follow gradient descent to the minimum that it tends to, polish, and solve there."""
+        """Follow gradient descent to its minimum, polish that, and solve there."""
         descent = replace(self._descent(max_steps=100_000), tol=1e-5)
         with Evaluation(self.problem, self.start, self.meta_params) as evaluation:
             near = evaluation.settle(descent)
@@ -222,7 +222,7 @@ class Learner:
         )
 
     def measure(self, points: int, free_steps: int, nudged_steps: int, beta: float) -> ErrorPoint:
-        """The plain rule after so many steps of gradient descent in each phase."""
+        """Measure the plain rule with a number of gradient descent steps in each phase."""
         rule = replace(
             PAPERS_RULE,
             beta=beta,

@@ -56,17 +56,17 @@ class BestPoint:
 
 
 def bound_point(free_error: float, nudged_error: float, beta: float) -> BoundPoint:
-    """Theorem 2."""
+    """The bound of Theorem 2."""
     return BoundPoint(free_error, nudged_error, beta, error_bound(free_error, nudged_error, beta))
 
 
 def best_point(error: float) -> BestPoint:
-    """Corollary 1."""
+    """The best β and bound by Corollary 1."""
     return BestPoint(error, best_beta(error, error), best_bound(error, error))
 
 
 def least_table(rows: Sequence[BoundPoint], corollary: Callable[[float], float]) -> str:
-    """For every δ the least bound of its curve, where it is, and β* of Corollary 1."""
+    """For every δ, the least bound of its curve and where it is, and β* of Corollary 1."""
     body = []
     for error in sorted({row.free_error for row in rows}):
         own = [row for row in rows if row.free_error == error]
@@ -108,7 +108,7 @@ class Fig1(Reproduction):
         return bound_point
 
     def text(self, rows: Sequence[BoundPoint]) -> str:
-        """Where the curves against β are least, and where those against δ saturate."""
+        """The minima of the curves against β, and the limits of those against δ."""
         table = least_table(
             [row for row in rows if row.free_error in self.errors],
             lambda error: best_beta(error, error),
@@ -133,7 +133,7 @@ class Fig1(Reproduction):
 
 @dataclass(frozen=True, kw_only=True)
 class FigS1(Reproduction):
-    """Fig. S1: the bound of Theorem 2 against β, the nudged phase's precision fixed."""
+    """Fig. S1: the bound of Theorem 2 against β, with the nudged phase's error fixed."""
 
     name: ClassVar[str] = "figS1"
     row: ClassVar[type] = BoundPoint
@@ -153,7 +153,7 @@ class FigS1(Reproduction):
         )
 
     def cells(self) -> list[Cell]:
-        """A curve a δ."""
+        """One curve for each δ."""
         betas = decades(-3, 2, 20)
         return [(error, self.nudged_error, beta) for error in self.errors for beta in betas]
 
@@ -162,11 +162,11 @@ class FigS1(Reproduction):
         return bound_point
 
     def text(self, rows: Sequence[BoundPoint]) -> str:
-        """Where the curves are least."""
+        """The minima of the curves."""
         return least_table(rows, lambda error: best_beta(error, self.nudged_error))
 
     def draw(self, rows: Sequence[BoundPoint]) -> Figure:
-        """A curve a δ."""
+        """One curve for each δ."""
         title = f"δ' = {self.nudged_error:g}"
         panel = Panel(title, rows, "beta", "free_error", "bound", legend="δ")
         return draw_panels([panel], figsize=(5.5, 4))
@@ -174,16 +174,16 @@ class FigS1(Reproduction):
 
 @dataclass(frozen=True, kw_only=True)
 class FigS2(Reproduction):
-    """Fig. S2: the least bound and its β, as Corollary 1 has them, against the distance δ = δ'."""
+    """Fig. S2: the least bound and its β by Corollary 1, against the distance δ = δ'."""
 
     name: ClassVar[str] = "figS2"
     row: ClassVar[type] = BestPoint
 
     betas: Positives = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    """Nudging strengths of the bounds that are drawn in grey."""
+    """Nudging strengths of the bounds drawn in grey."""
 
     def cells(self) -> list[Cell]:
-        """Distances up to where no β is best."""
+        """Distances up to the largest with a best β."""
         return [(error,) for error in decades(-6, math.log10(0.4), 20)]
 
     def prepare(self) -> Callable[..., BestPoint]:
@@ -205,7 +205,7 @@ class FigS2(Reproduction):
         )
 
     def draw(self, rows: Sequence[BestPoint]) -> Figure:
-        """The least bound under the bounds for several β; its β."""
+        """The least bound below the bounds for several β, and its β."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         errors = [row.error for row in rows]

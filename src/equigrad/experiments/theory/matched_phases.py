@@ -24,7 +24,7 @@ RULES = {
     "symmetric": {"scheme": "symmetric", "matched": True},
 }
 SETTLING_DISTANCE = 0.5
-"""Slopes are fitted where the free phase ended at most this far from equilibrium."""
+"""Slopes are fitted to free phases that end at most this far from equilibrium."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class MatchedPoint:
     """Best error of a rule at one number of steps.
 
     Attributes:
-        rule: its name.
+        rule: name of the rule.
         steps: T.
         distance: δ, the free phase's distance to equilibrium.
-        alignment: cosine between the way that the free phase still has to go and the response
-            `dφ*/dβ` to a nudge: what the plain rule's drift is worth.
+        alignment: cosine between the free phase's remaining path and the response `dφ*/dβ` to a
+            nudge, which decides the effect of the plain rule's drift.
         error: relative error of the meta-gradient at the best β.
-        beta: that β.
+        beta: the best β.
     """
 
     rule: str
@@ -53,8 +53,8 @@ class MatchedPoint:
 class MatchedPhases(Reproduction):
     """Error of the contrastive rule on the quadratic of Appendix E against the length of phases.
 
-    Gradient descent with step size 1/L takes T steps in each phase. For every T and rule the best
-    nudging strength on a grid is taken, as Corollary 1 does. The plain rule's error falls like the
+    Gradient descent with step size 1/L takes T steps in each phase. As in Corollary 1, the best
+    nudging strength of a grid is used for every T and rule. The plain rule's error falls like the
     square root of the distance δ to equilibrium, that of matched phases like δ itself.
     """
 
@@ -62,7 +62,7 @@ class MatchedPhases(Reproduction):
     row: ClassVar[type] = MatchedPoint
 
     seeds: Count = 5
-    """Draws of the quadratic; errors are geometric means over them."""
+    """Number of draws of the quadratic; errors are geometric means over them."""
 
     strength: Positive = 0.1
     """λ."""
@@ -74,10 +74,10 @@ class MatchedPhases(Reproduction):
     """Numbers of steps T."""
 
     start: Literal["center", "zero"] = "center"
-    """Where the free phase starts: at θ, which the learner is pulled to, or at zero."""
+    """Start of the free phase: the centre θ, or zero."""
 
     smallest_exponent: Annotated[int, Rule("of at most 0", lambda exponent: exponent <= 0)] = -8
-    """The grid of β runs from ten to this power up to 10, ten values a decade."""
+    """Exponent of ten of the smallest β; the grid goes up to 10, with ten values per decade."""
 
     def cells(self) -> list[Cell]:
         """Every rule at every number of steps."""
@@ -95,7 +95,7 @@ class MatchedPhases(Reproduction):
         return partial(best_point, self, quadratics)
 
     def text(self, rows: Sequence[MatchedPoint]) -> str:
-        """The table, a row a number of steps."""
+        """The table, with a row for each number of steps."""
         return slopes_table(rows, fitted_slopes(rows))
 
     def draw(self, rows: Sequence[MatchedPoint]) -> Figure:
@@ -114,7 +114,7 @@ def best_point(
     def log_error(beta: float) -> float:
         try:
             return float(np.mean([math.log(m.error) for m in measured(beta)]))
-        except SettlingError:  # so strong a nudge needs a smaller step
+        except SettlingError:  # a nudge this strong needs smaller steps
             return math.inf
 
     betas = config.betas()
@@ -134,7 +134,7 @@ def best_point(
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a `MatchedPoint` averages, for one draw."""
+    """The values for one draw that a `MatchedPoint` averages."""
 
     error: float
     distance: float
@@ -144,7 +144,7 @@ class Measurement:
 def measure_one(
     quadratic: Quadratic, start: str, steps: int, rule: str, beta: float
 ) -> Measurement:
-    """One meta-gradient, and where its free phase stood."""
+    """Measure one meta-gradient, and the state of its free phase."""
     meta_params = quadratic.meta_params()
     params = {"phi": meta_params["theta"]} if start == "center" else quadratic.params()
     result = meta_gradient(
@@ -164,7 +164,7 @@ def measure_one(
 
 
 def fitted_slope(points: Sequence[MatchedPoint], rule: str) -> float:
-    """Least-squares slope of log error against log δ, where the free phase was settling."""
+    """Least-squares slope of log error against log δ, near equilibrium."""
     near = [p for p in points if p.rule == rule and p.distance < SETTLING_DISTANCE]
     return log_slope([p.distance for p in near], [p.error for p in near])
 
@@ -175,7 +175,7 @@ def fitted_slopes(points: Sequence[MatchedPoint]) -> dict[str, float]:
 
 
 def slopes_table(points: Sequence[MatchedPoint], slopes: dict[str, float]) -> str:
-    """Error and best β of every rule, a line a number of steps; the slopes in the last line."""
+    """Error and best β of every rule for each number of steps, with the slopes in the last line."""
     lines = []
     for steps in dict.fromkeys(p.steps for p in points):
         row = [p for p in points if p.steps == steps]

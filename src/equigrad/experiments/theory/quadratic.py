@@ -31,17 +31,17 @@ from equigrad.testing import Quadratic
 
 ERROR, BETA, STEPS = (AXES[name][0] for name in ("error", "beta", "free_steps"))
 LETTERS = "ABCDEFGH"
-"""Of panels."""
+"""Letters of panels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnQuadratic(Reproduction):
-    """What the figures on the quadratic share."""
+    """The common part of the figures on the quadratic."""
 
     row: ClassVar[type] = ErrorPoint
 
     draws: Count = 10
-    """Draws of the quadratic; errors are geometric means over them."""
+    """Number of draws of the quadratic; errors are geometric means over them."""
 
     strength: Positive = 1.0
     """λ."""
@@ -54,17 +54,17 @@ class OnQuadratic(Reproduction):
         return Quadratic(dim=self.dim, strength=self.strength, seed=range(self.draws))
 
     def prepare(self) -> Callable[..., ErrorPoint]:
-        """Measure on the quadratic."""
+        """Measure errors on the quadratic."""
         return partial(measure, self.model())
 
 
 def measure(
     quadratic: Quadratic, points: int, free_steps: float, nudged_steps: float, beta: float
 ) -> ErrorPoint:
-    """The error of the plain rule after so many steps of gradient descent from φ = 0.
+    """The error of the plain rule with a number of gradient descent steps from φ = 0.
 
-    The free phase's step size is 1/L of its loss. The nudged phases' is 1/L of the one with the
-    largest nudging strength, `1/(λ + 1 + (p-1)β)`, so that none diverges, however large β is.
+    The free phase's step size is 1/L of its loss. The nudged phases' step size is 1/L of the phase
+    with the largest nudging strength, `1/(λ + 1 + (p-1)β)`, so that none diverges for any β.
     """
     if free_steps == nudged_steps == EQUILIBRIUM:
         estimate = quadratic.contrast(beta, range(points))
@@ -97,26 +97,26 @@ class FigS3(OnQuadratic):
     """Numbers of steps in each phase."""
 
     smallest_exponent: int = -4
-    """The grid of β begins with ten to this power."""
+    """Exponent of ten of the smallest β."""
 
     largest_exponent: int = 2
-    """It ends with ten to this power."""
+    """Exponent of ten of the largest β."""
 
     per_decade: Count = 5
-    """Values of β a decade."""
+    """Values of β per decade."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_grid(self.smallest_exponent, self.largest_exponent)
 
     def cells(self) -> list[Cell]:
-        """Every β for every number of points and steps, at last for phases at equilibrium."""
+        """Every β for every number of points and steps, and at last for phases at equilibrium."""
         betas = decades(self.smallest_exponent, self.largest_exponent, self.per_decade)
         lengths = (*self.steps, EQUILIBRIUM)
         return [(p, t, t, beta) for p in self.points for t in lengths for beta in betas]
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
-        """Best β by p and steps; slopes and plateaus at equilibrium; the bound of Eq. (8)."""
+        """Best β by p and steps, slopes and plateaus at equilibrium, and the bounds of Eq. (8)."""
         table = best_table(rows, self.points, self.steps)
         lines = [table, "At exact equilibrium:\n"]
         for p in self.points:
@@ -133,13 +133,13 @@ class FigS3(OnQuadratic):
         return "\n".join(lines) + "\n"
 
     def within_bounds(self, rows: Sequence[ErrorPoint]) -> list[bool]:
-        """For each β, whether the error at equilibrium with p = 2 lies between those of Eq. (8)."""
+        """For each β, whether the error at equilibrium for p = 2 is within the bounds of Eq. 8."""
         model = self.model()
         bounds = [(row, model.contrast_error_bounds(row.beta)) for row in _settled(rows, 2)]
         return [lower <= row.error <= upper for row, (lower, upper) in bounds]
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
-        """A panel a number of points, and one for exact equilibrium."""
+        """A panel for each number of points, and one for exact equilibrium."""
         figure = Figure(figsize=(10, 7.5), layout="constrained")
         columns = math.ceil((len(self.points) + 1) / 2)
         panels = list(figure.subplots(2, columns, squeeze=False).flat)
@@ -182,12 +182,12 @@ class FigS4(OnQuadratic):
     """Numbers of steps in each phase."""
 
     def cells(self) -> list[Cell]:
-        """Every number of steps for every number of points and β, at last at equilibrium."""
+        """Every number of steps for every number of points and β, and at last at equilibrium."""
         lengths = (*self.steps, EQUILIBRIUM)
         return [(p, t, t, beta) for p in self.points for beta in self.betas for t in lengths]
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
-        """Where each curve ends, and from how many steps on it is there."""
+        """The limit of each curve, and the number of steps that reaches it."""
         return as_table(
             ["β", *(f"p = {p}: error at last (steps to within 10 %)" for p in self.points)],
             [
@@ -203,7 +203,7 @@ class FigS4(OnQuadratic):
         )
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
-        """A panel a number of points."""
+        """A panel for each number of points."""
         panels = [
             Panel(
                 f"{letter}   p = {p}",
@@ -218,7 +218,7 @@ class FigS4(OnQuadratic):
 
 @dataclass(frozen=True, kw_only=True)
 class FigS5(OnQuadratic):
-    """Fig. S5: least error on the quadratic over β, and that β, against the number of steps."""
+    """Fig. S5: least error on the quadratic over β, and its β, against the number of steps."""
 
     name: ClassVar[str] = "figS5"
 
@@ -229,16 +229,16 @@ class FigS5(OnQuadratic):
     """Numbers of steps in each phase."""
 
     smallest_exponent: int = -5
-    """The grid of β begins with ten to this power."""
+    """Exponent of ten of the smallest β."""
 
     largest_exponent: int = 1
-    """It ends with ten to this power."""
+    """Exponent of ten of the largest β."""
 
     per_decade: Count = 8
-    """Values of β a decade."""
+    """Values of β per decade."""
 
     fit_from: int = 12
-    """Rates are fitted from this number of steps on, where errors are small."""
+    """Number of steps from which rates are fitted, where errors are small."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,11 +250,11 @@ class FigS5(OnQuadratic):
         return [(p, t, t, beta) for p in self.points for t in self.steps for beta in betas]
 
     def expected_rate(self) -> float:
-        """By how much log δ falls a step: `-log(1 - ηm)`, m the smallest curvature, η = 1/L."""
+        """The decrease of log δ per step: `-log(1 - ηm)`, m the smallest curvature, η = 1/L."""
         return -math.log(1 - (1 / self.dim + self.strength) / (1 + self.strength))
 
     def rates(self, rows: Sequence[ErrorPoint], points: int) -> tuple[float, float]:
-        """By how much the logs of the least error and of its β fall a step, for small errors."""
+        """The decrease per step of the logs of the least error and its β, for small errors."""
         best = [_best(rows, points, t) for t in self.steps if t >= self.fit_from]
         steps = [row.free_steps for row in best]
         return (
@@ -263,7 +263,7 @@ class FigS5(OnQuadratic):
         )
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
-        """The curves, and their rates beside what the balance of the two errors lets expect."""
+        """The curves, and their rates next to those expected from the balance of the two errors."""
         rate = self.expected_rate()
         lines = [
             best_table(rows, self.points, self.steps),
@@ -281,7 +281,7 @@ class FigS5(OnQuadratic):
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
-        """Least error, and its β."""
+        """The least error, and its β."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for p, marker in zip(self.points, "os^Dv<>", strict=False):
@@ -297,12 +297,12 @@ class FigS5(OnQuadratic):
 
 @dataclass(frozen=True, kw_only=True)
 class FigS6(OnQuadratic):
-    """Fig. S6: error on the quadratic against the free phase's part of a fixed number of steps."""
+    """Fig. S6: error on the quadratic against the free phase's share of a fixed number of steps."""
 
     name: ClassVar[str] = "figS6"
 
     total_steps: CountFrom2 = 30
-    """Steps of both phases together."""
+    """Total number of steps of both phases."""
 
     betas: Positives = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
     """Nudging strengths."""
@@ -313,17 +313,17 @@ class FigS6(OnQuadratic):
         return [(2, free, total - free, b) for b in self.betas for free in range(1, total)]
 
     def text(self, rows: Sequence[ErrorPoint]) -> str:
-        """For every β the best division, and how wide its plateau is."""
+        """For every β, the best division and the width of its plateau."""
         return division_table(rows)
 
     def draw(self, rows: Sequence[ErrorPoint]) -> Figure:
-        """A curve a β."""
+        """A curve for each β."""
         steps = {"xlabel": f"steps of the free phase, of {self.total_steps}"}
         return draw_panels([Panel("", rows, "free_steps", "beta", axes=steps)], figsize=(6, 4.2))
 
 
 def best_table(rows: Sequence[ErrorPoint], points: Sequence[int], steps: Sequence[int]) -> str:
-    """The least error and its β, by the number of steps and the number of points p."""
+    """The least error and its β, by number of steps and number of points p."""
     return as_table(
         [STEPS, *(f"p = {p}: least error (its β)" for p in points)],
         [[str(t), *(error_and_beta(_best(rows, p, t)) for p in points)] for t in steps],
