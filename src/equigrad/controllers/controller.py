@@ -51,7 +51,7 @@ class Controller(Checked):
             the solver of the free phase.
 
     Raises:
-        ConfigurationError: a value is out of range, or there is no gain at all.
+        ConfigurationError: a value is out of range, or all gains are zero.
     """
 
     leak: NotNegative = 1.0

@@ -1,1 +1,1 @@
-"""The papers' experiments, beside the library; they need the extra `experiments`."""
+"""The papers' experiments, which use the library; they need the extra `experiments`."""

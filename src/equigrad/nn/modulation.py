@@ -23,8 +23,8 @@ class Modulation(Functional):
         head: name of the submodule that is the readout; by default the last one with parameters.
 
     Raises:
-        ProblemError: there is no normalisation layer with parameters, no such head, or nothing
-            left to meta-learn.
+        ProblemError: the module has no normalisation layer with parameters, no head of that name,
+            or nothing left to meta-learn.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))

@@ -13,7 +13,7 @@ Velocity = Callable[[Params, int], tuple[tuple[Tensor, ...], Callable[[], Tensor
 """`(params, step) -> velocity, value`.
 
 The velocity has one tensor for each of `params`, in their order. `value`, called before they move,
-returns the loss there; it computes nothing anew but the regulariser.
+returns the loss there, at no cost but that of the regulariser.
 """
 
 

@@ -76,7 +76,7 @@ def refuse_call(name: str, function: Callable[..., Any], batches: str | None, co
     Args:
         name: name of the function.
         function: the user's function.
-        batches: the argument of the problem that gives it batches; None if there is no such one.
+        batches: the argument of the problem that gives it batches, if there is one.
         count: number of arguments: params, meta_params, and a batch if there are batches.
     """
     try:

@@ -49,8 +49,7 @@ class Recording(TorchDispatchMode):
         # places of tensors that depend on φ: Python code must not read their values, since a
         # replay would repeat what the values of this evaluation led to
         self._dependent = set(self._places.values())
-        # memory that this evaluation allocated, the only one that it may write to: a write
-        # elsewhere would be seen outside, or by the next replay
+        # memory that this evaluation allocated: a write to any other would be seen outside
         self._fresh: set[int] = set()
         self._calls: list[RecordedCall] = []
         # the memory that each call uses, and that any call rewrites: `split` keeps their order
@@ -79,14 +78,15 @@ class Recording(TorchDispatchMode):
             )
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if not made and not written:  # the call gave Python a value: it is part of the key
+        # the call gave a value to Python: calls that use it will have it in the key
+        if not made and not written:
             if depends and out is not None:
                 raise ConfigurationError(
                     f"compile=True needs losses whose Python code does not look at values that "
                     f"depend on params, and these call {func} (.item(), if, float()); {EAGER}"
                 )
             return out
-        # an output that is a view of an argument is no new memory
+        # an output that is a view of an argument shares its memory
         seen = {_storage(t) for t in given}
         self._fresh.update(_storage(t) for t in made if _storage(t) not in seen)
         places = tuple(self._new(t) for t in made)

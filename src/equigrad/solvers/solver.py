@@ -113,7 +113,7 @@ class Solver(Checked):
         return type(self) is type(other)
 
     def hindrance(self, state: Any) -> str | None:
-        """What keeps phases that go on from a state from moving as far as they should, in words.
+        """Why phases that continue from a state cannot move as far as they should, in words.
 
         Args:
             state: solver state of the free phase; None if phases start with a new one.

@@ -28,11 +28,11 @@ class Carried(Protocol):
     """Further state that goes from one outer step to the next, and into checkpoints."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """The state, as tensors and plain values only."""
         ...
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from the return value of `state_dict`."""
         ...
 
 
@@ -78,7 +78,7 @@ class OuterState:
         return max(self.step / self.steps, self.seconds / self.limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that it loads with `weights_only=True`."""
+        """The state as tensors and plain values only, so that it loads with `weights_only=True`."""
         return {
             "meta_params": {name: m.detach() for name, m in self.meta_params.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -96,7 +96,7 @@ class OuterState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
+        """Continue from the return value of `state_dict`.
 
         Raises:
             Exception: the state is of another loop, or does not come from `state_dict`.
