@@ -86,23 +86,23 @@ class Scene:
 
     def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """The user's inner or outer function on one step's batch, with that step's randomness."""
-        return self.problem.evaluate(stream, params, meta_params, step, self.stage.randomness)
+        return self.problem.evaluate(stream, params, meta_params, step)
 
     def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """A scalar that depends on all that the user's function depends on."""
-        return self.problem.probe(stream, params, meta_params, step, self.stage.randomness)
+        return self.problem.probe(stream, params, meta_params, step)
 
     def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
-        return self.problem.residual(params, meta_params, step, self.stage.randomness)
+        return self.problem.residual(params, meta_params, step)
 
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
         """The problem's functions on one step's batch, as scalars to be differentiated."""
-        return self.problem.parts(params, meta_params, step, self.stage.randomness)
+        return self.problem.parts(params, meta_params, step)
 
     def residual_at(self) -> Callable[[Params, int], tuple[Tensor, ...]]:
         """The residual at this θ for a loop, with its graph to φ; whoever asks, counts it."""
-        return self.problem.residual_at(self.meta_params, self.stage.randomness)
+        return self.problem.residual_at(self.meta_params)
 
     def velocity(self, beta: complex = 0.0, force: Params | None = None) -> Velocity:
         """The velocity at this θ for a loop; whoever asks, counts it.
@@ -112,7 +112,7 @@ class Scene:
             force: a constant `∂L_out/∂φ`, by name, which takes the place of the outer loss.
         """
         meta = like(beta, self.meta_params)
-        return self.problem.velocity_at(meta, beta, self.stage.randomness, force)
+        return self.problem.velocity_at(meta, beta, force)
 
     def buffers(self, at: Moment) -> dict[str, Tensor]:
         """The modules' buffers as they were at a moment of a phase, by name; means over ranks."""
