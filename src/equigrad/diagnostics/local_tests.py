@@ -41,7 +41,7 @@ def local_faults(
     meta_params = {name: m.detach() for name, m in meta_params.items()}
     tensors = [*params.values(), *meta_params.values()]
     with KeptBuffers(problem.modules or ()) as buffers, CommonRandomness(tensors, seed) as draws:
-        place = _TestPoint(problem, params, meta_params, buffers, draws, seed)
+        place = _TestPoint(problem.with_(randomness=draws), params, meta_params, buffers, seed)
         for stream in ("inner", "outer"):
             if place.random(stream):
                 found.append(
@@ -69,18 +69,17 @@ class _TestPoint:
         params: Params,
         meta_params: Params,
         buffers: KeptBuffers,
-        draws: CommonRandomness,
         seed: int,
     ) -> None:
         self.problem, self.settled, self.meta = problem, params, meta_params
-        self.buffers, self.draws = buffers, draws
+        self.buffers = buffers
         self.generator = torch.Generator().manual_seed(seed)
         self.params = {n: p + 0.1 * d for (n, p), d in self._paired(params)}
 
     def value(self, stream: Stream, params: Params, meta: Params) -> Tensor:
         """The function's value on the first batch; for a map, the sum of the residual's entries."""
         self.buffers.restore(self.buffers.before)
-        return self.problem.probe(stream, params, meta, 0, self.draws)
+        return self.problem.probe(stream, params, meta)
 
     def random(self, stream: Stream) -> bool:
         """Whether two evaluations differ by more than rounding."""
@@ -208,7 +207,7 @@ class _TestPoint:
         self.buffers.restore(self.buffers.before)
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
         with torch.no_grad():
-            velocity, _ = self.problem.velocity_at(self.meta, 0.0, self.draws)(leaves, 0)
+            velocity, _ = self.problem.velocity_at(self.meta, 0.0)(leaves, 0)
         return dict(zip(params, velocity, strict=True))
 
     def _paired(self, tensors: Params) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:

@@ -63,13 +63,11 @@ class Evaluation(Scene):
         stage = Stage(problem.modules or (), tensors, seed)
         with ExitStack() as opened:
             opened.enter_context(stage)
-            problem, streams = problem.drawing(stage.seed, tensors[0].device)
+            problem, streams = problem.drawing(stage.randomness, tensors[0].device)
             for drawn in streams:
                 stage.on_exit(drawn.close)
             schedules = {} if solver is None else solver.schedules()
-            reaches = find_reaches(
-                problem, detached, constants, start, stage.randomness, tally, schedules
-            )
+            reaches = find_reaches(problem, detached, constants, start, tally, schedules)
             opened.pop_all()
         super().__init__(
             problem=problem,

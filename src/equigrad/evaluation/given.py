@@ -1,8 +1,7 @@
 """Checks of φ and θ and their comparison between ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +78,7 @@ def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
     layouts = Layout.of(params, found[0]), Layout.of(meta_params, found[0])
     streams: tuple[Stream, ...] = ("inner", "outer")
     own = {problem.name(s): OnShards(problem.function(s), *layouts) for s in streams}
-    bilevel: Any = problem
-    together = replace(bilevel, **own)
-    object.__setattr__(together, "ranks", Ranks(found[0].get_group(), shares=False))
+    together = problem.with_(**own, ranks=Ranks(found[0].get_group(), shares=False))
     own_params, own_meta = ({n: whole(t.detach()) for n, t in part.items()} for part in tensors)
     return Given(together, own_params, own_meta, layouts)
 

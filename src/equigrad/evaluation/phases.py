@@ -208,10 +208,10 @@ def _loss(
     scene: Scene, beta: complex, force: Params | None = None
 ) -> Callable[[Params, int], Tensor]:
     """The loss that a phase minimises, for solvers that compare values."""
-    problem, randomness, meta_params = scene.problem, scene.stage.randomness, scene.meta_params
+    problem, meta_params = scene.problem, scene.meta_params
 
     def loss(params: Params, step: int) -> Tensor:
-        value = problem.total_inner_loss(params, meta_params, step, randomness)
+        value = problem.total_inner_loss(params, meta_params, step)
         if beta == 0:
             return value
         if force is not None:

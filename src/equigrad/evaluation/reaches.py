@@ -11,7 +11,7 @@ from equigrad.errors import ProblemError
 from equigrad.evaluation.start import Start
 from equigrad.evaluation.tally import Tally
 from equigrad.problems import Params, Problem, check_scalar
-from equigrad.randomness import CommonRandomness, Stream
+from equigrad.randomness import Stream
 from equigrad.solvers.schedules import Schedule, asked
 from equigrad.wording import listed
 
@@ -62,7 +62,6 @@ def find_reaches(
     params: Params,
     meta_params: Params,
     start: Start,
-    randomness: CommonRandomness,
     tally: Tally,
     schedules: Mapping[str, Schedule],
 ) -> Reaches:
@@ -76,7 +75,6 @@ def find_reaches(
         params: φ, detached.
         meta_params: θ, detached.
         start: both as they were given, with their graph.
-        randomness: seeds the functions.
         tally: counts the gradients, and notes params that no loss depends on.
         schedules: the solver's settings that are functions of θ.
 
@@ -86,7 +84,7 @@ def find_reaches(
     """
     functions: dict[Stream, list[str]]
     if problem.reaches is None:
-        functions = _Trial(problem, meta_params, randomness, tally).run(params)
+        functions = _Trial(problem, meta_params, tally).run(params)
     else:
         functions = {stream: [*names] for stream, names in problem.reaches.items()}
     regularizer = problem.regularizer
@@ -137,11 +135,9 @@ def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
 class _Trial:
     """Evaluates a problem's functions to find their dependences."""
 
-    def __init__(
-        self, problem: Problem, meta_params: Params, randomness: CommonRandomness, tally: Tally
-    ) -> None:
+    def __init__(self, problem: Problem, meta_params: Params, tally: Tally) -> None:
         self._ranks, self._problem = problem.ranks, problem.alone()
-        self._randomness, self._tally = randomness, tally
+        self._tally = tally
         self._meta = {name: m.clone().requires_grad_() for name, m in meta_params.items()}
 
     def run(self, params: Params) -> dict[Stream, list[str]]:
@@ -219,4 +215,4 @@ class _Trial:
         return probe
 
     def _probe(self, stream: Stream, params: Params, step: int) -> Tensor:
-        return self._problem.probe(stream, params, self._meta, step, self._randomness)
+        return self._problem.probe(stream, params, self._meta, step)

@@ -86,23 +86,23 @@ class Scene:
 
     def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """The user's inner or outer function on a step's batch, with that step's random numbers."""
-        return self.problem.evaluate(stream, params, meta_params, step, self.stage.randomness)
+        return self.problem.evaluate(stream, params, meta_params, step)
 
     def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """A scalar with the dependences of the user's function."""
-        return self.problem.probe(stream, params, meta_params, step, self.stage.randomness)
+        return self.problem.probe(stream, params, meta_params, step)
 
     def residual(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """The residual on a step's batch, with its graph; the caller counts the gradient."""
-        return self.problem.residual(params, meta_params, step, self.stage.randomness)
+        return self.problem.residual(params, meta_params, step)
 
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
         """The problem's functions on a step's batch, as scalars that can be differentiated."""
-        return self.problem.parts(params, meta_params, step, self.stage.randomness)
+        return self.problem.parts(params, meta_params, step)
 
     def residual_at(self) -> Callable[[Params, int], tuple[Tensor, ...]]:
         """The residual at this θ for a loop, with its graph to φ; the caller counts gradients."""
-        return self.problem.residual_at(self.meta_params, self.stage.randomness)
+        return self.problem.residual_at(self.meta_params)
 
     def velocity(self, beta: complex = 0.0, force: Params | None = None) -> Velocity:
         """The velocity at this θ for a loop; the caller counts the gradients.
@@ -112,7 +112,7 @@ class Scene:
             force: a constant `∂L_out/∂φ`, by name, that replaces the outer loss.
         """
         meta = like(beta, self.meta_params)
-        return self.problem.velocity_at(meta, beta, self.stage.randomness, force)
+        return self.problem.velocity_at(meta, beta, force)
 
     def buffers(self, at: Moment) -> dict[str, Tensor]:
         """The modules' buffers at a moment of a phase, by name, averaged over ranks."""

@@ -11,7 +11,7 @@ from equigrad.fields import Rule
 from equigrad.parallel import ALONE, is_group
 from equigrad.problems.problem import Batches, Loss, Problem, Regularizer
 from equigrad.problems.pullback import Params, Velocity, dense, pushed, scalar
-from equigrad.randomness import CommonRandomness, Stream
+from equigrad.randomness import Stream
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,13 @@ class Bilevel(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Any:
         """The inner or outer loss on a step's batch, over all ranks, without regulariser."""
         own = super().evaluate
         if self.ranks is ALONE:
-            return own(stream, params, meta_params, step, randomness)
+            return own(stream, params, meta_params, step)
         return self.ranks.mean(
-            lambda params, meta_params: own(stream, params, meta_params, step, randomness),
+            lambda params, meta_params: own(stream, params, meta_params, step),
             params,
             meta_params,
             name=self.name(stream),
@@ -119,10 +118,9 @@ class Bilevel(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Tensor:
         """The inner loss with its regulariser, with its graph."""
-        loss = self.evaluate("inner", params, meta_params, step, randomness)
+        loss = self.evaluate("inner", params, meta_params, step)
         if self.regularizer is not None:
             loss = loss + self.regularizer.penalty(params, meta_params)
         return loss
@@ -132,12 +130,11 @@ class Bilevel(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """`∂L_in/∂φ`, with its graph: differentiating it takes a double backward."""
         return dense(
             torch.autograd.grad(
-                self.total_inner_loss(params, meta_params, step, randomness),
+                self.total_inner_loss(params, meta_params, step),
                 list(params.values()),
                 create_graph=True,
                 allow_unused=True,
@@ -149,19 +146,18 @@ class Bilevel(Problem):
         self,
         meta_params: Params,
         beta: complex,
-        randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
         """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:
-            return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
+            return pushed(self.velocity_at(meta_params, 0.0), beta, force)
         pull = None if self.regularizer is None else self.regularizer.bind(meta_params)
 
         def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             with torch.enable_grad():
-                loss = self.evaluate("inner", params, meta_params, step, randomness)
+                loss = self.evaluate("inner", params, meta_params, step)
                 if beta != 0:
-                    outer = self.evaluate("outer", params, meta_params, step, randomness)
+                    outer = self.evaluate("outer", params, meta_params, step)
                     loss = loss + scalar(beta, outer) * outer
             leaves = tuple(params.values())
             grads = torch.autograd.grad(loss, leaves, scalar(-1.0, loss), allow_unused=True)

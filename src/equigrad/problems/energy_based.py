@@ -11,7 +11,7 @@ from equigrad.errors import ProblemError
 from equigrad.fields import Rule
 from equigrad.problems.problem import Loss, Part, Problem
 from equigrad.problems.pullback import Params, Velocity, slope
-from equigrad.randomness import CommonRandomness, Stream
+from equigrad.randomness import Stream
 
 Activation = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
 """An activation function: elementwise and nowhere decreasing."""
@@ -104,10 +104,9 @@ class EnergyBased(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Any:
         """`-Φ`, the only part of the energy that θ acts on, or the outer loss."""
-        value = super().evaluate(stream, params, meta_params, 0, randomness)
+        value = super().evaluate(stream, params, meta_params, 0)
         return -value if stream == "inner" and isinstance(value, Tensor) else value
 
     def respond(self, drives: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,11 +130,10 @@ class EnergyBased(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Iterator[Part]:
         """Φ, the outer loss and the activations."""
-        yield from super().parts(params, meta_params, step, randomness)
-        energy = self.evaluate("inner", params, meta_params, step, randomness)
+        yield from super().parts(params, meta_params, step)
+        energy = self.evaluate("inner", params, meta_params, step)
         drives = slope(energy, list(params.values()), -1.0)
         leaves = [drive.detach().requires_grad_() for drive in drives]
 
@@ -150,10 +148,9 @@ class EnergyBased(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """`s - ρ(∂Φ/∂s)`, with its graph: differentiating it takes a double backward."""
-        energy = self.evaluate("inner", params, meta_params, step, randomness)
+        energy = self.evaluate("inner", params, meta_params, step)
         grads = torch.autograd.grad(
             -energy,
             list(params.values()),
@@ -168,7 +165,6 @@ class EnergyBased(Problem):
         self,
         meta_params: Params,
         beta: complex,
-        randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
         """`ρ(∂Φ/∂s - β ∂L_out/∂s) - s` at fixed θ and β, as a function for a solver's loop."""
@@ -180,13 +176,10 @@ class EnergyBased(Problem):
         def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             leaves = list(params.values())
             with torch.enable_grad():
-                if randomness is not None:
-                    randomness.seed("inner", 0)
+                self.seed("inner", 0)
                 total = primitive(params)
                 if beta != 0 and force is None:
-                    total = total - beta * self.evaluate(
-                        "outer", params, meta_params, step, randomness
-                    )
+                    total = total - beta * self.evaluate("outer", params, meta_params, step)
             drives = dict(zip(params, slope(total, leaves), strict=True))
             if beta != 0 and force is not None:
                 drives = {name: d - beta * force[name] for name, d in drives.items()}

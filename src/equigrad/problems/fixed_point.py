@@ -11,7 +11,7 @@ from equigrad.errors import ProblemError
 from equigrad.fields import Rule
 from equigrad.problems.problem import Batches, Loss, Problem, check_scalar
 from equigrad.problems.pullback import Params, Velocity, pushed, slope
-from equigrad.randomness import CommonRandomness, Stream
+from equigrad.randomness import Stream
 
 
 @runtime_checkable
@@ -99,17 +99,17 @@ class FixedPoint(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """`φ - F(φ, θ)`, with its graph: differentiating it takes a single backward."""
-        image = self.evaluate("inner", params, meta_params, step, randomness)
+        image = self.evaluate("inner", params, meta_params, step)
         return tuple(p - image[name] for name, p in params.items())
 
     def residual_at(
-        self, meta_params: Params, randomness: CommonRandomness | None = None
+        self,
+        meta_params: Params,
     ) -> Callable[[Params, int], tuple[Tensor, ...]]:
         """`φ - F(φ, θ)` at fixed θ, with its graph to φ, as a function for a loop."""
-        relax = self._map_at(meta_params, randomness)
+        relax = self._map_at(meta_params)
 
         def residual(params: Params, step: int) -> tuple[Tensor, ...]:
             image = relax(params, step)
@@ -117,39 +117,35 @@ class FixedPoint(Problem):
 
         return residual
 
-    def _map_at(
-        self, meta_params: Params, randomness: CommonRandomness | None
-    ) -> Callable[[Params, int], Mapping[str, Tensor]]:
+    def _map_at(self, meta_params: Params) -> Callable[[Params, int], Mapping[str, Tensor]]:
         """The map at fixed θ."""
         if self.inner_batches is None and isinstance(self.map, Relaxation):
             relax = self.map.at(meta_params)
 
             def seeded(params: Params, step: int) -> Mapping[str, Tensor]:
-                if randomness is not None:
-                    randomness.seed("inner", 0)
+                self.seed("inner", 0)
                 return relax(params)
 
             return seeded
-        return lambda params, step: self.evaluate("inner", params, meta_params, step, randomness)
+        return lambda params, step: self.evaluate("inner", params, meta_params, step)
 
     def velocity_at(
         self,
         meta_params: Params,
         beta: complex,
-        randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
         """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:
-            return pushed(self.velocity_at(meta_params, 0.0, randomness), beta, force)
-        relax = self._map_at(meta_params, randomness)
+            return pushed(self.velocity_at(meta_params, 0.0), beta, force)
+        relax = self._map_at(meta_params)
 
         def velocity(params: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
             image = relax(params, step)
             moves = [image[name] - p for name, p in params.items()]
             if beta != 0:
                 with torch.enable_grad():
-                    loss = self.evaluate("outer", params, meta_params, step, randomness)
+                    loss = self.evaluate("outer", params, meta_params, step)
                 pressure = slope(loss, list(params.values()), -beta)
                 torch._foreach_add_(moves, pressure)
             return tuple(moves), lambda: self.total_inner_loss(params, meta_params)
@@ -162,11 +158,10 @@ class FixedPoint(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Any:
         """The map or the outer loss; the map draws the same random numbers in every pass."""
         step = step % len(self.batches(stream) or [None])
-        return super().evaluate(stream, params, meta_params, step, randomness)
+        return super().evaluate(stream, params, meta_params, step)
 
     def probe(
         self,
@@ -174,12 +169,11 @@ class FixedPoint(Problem):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Tensor:
         """The outer loss, or the sum of the residual's entries."""
         if stream == "outer":
-            return super().probe(stream, params, meta_params, step, randomness)
-        image = self.evaluate("inner", params, meta_params, step, randomness)
+            return super().probe(stream, params, meta_params, step)
+        image = self.evaluate("inner", params, meta_params, step)
         if not isinstance(image, Mapping) or image.keys() != params.keys():
             found = sorted(image) if isinstance(image, Mapping) else type(image).__name__
             raise ProblemError(

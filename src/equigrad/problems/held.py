@@ -1,7 +1,7 @@
 """Problems in which some samples are held constant."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +28,7 @@ def held(problem: Problem, params: Params, samples: Sequence[int]) -> Problem:
         problem.name(stream): _Held(problem.function(stream), lost, rows)
         for stream in ("inner", "outer")
     }
-    given: Any = problem
-    return replace(given, **functions)
+    return problem.with_(**functions)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +29,9 @@ def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
     if not _within_autocast():
         return problem
     casts = _casts(tensors)
-    given: Any = problem
-    found = replace(
-        given,
-        **{problem.name(s): _wrapped(problem.function(s), casts) for s in ("inner", "outer")},
+    return problem.with_(
+        **{problem.name(s): _wrapped(problem.function(s), casts) for s in ("inner", "outer")}
     )
-    object.__setattr__(found, "ranks", problem.ranks)
-    return found
 
 
 def lower_precision(tensors: Iterable[Tensor]) -> torch.dtype | None:

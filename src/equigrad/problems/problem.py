@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
@@ -107,6 +107,7 @@ class Problem(Checked):
         modules: modules that the functions call.
         reaches: names of the meta-parameters that each function depends on.
         group: processes that share its data; `ranks` represents these, or this process alone.
+        randomness: seeds every evaluation by its step; None for the global generators as they are.
     """
 
     refusal: ClassVar[type[EquigradError]] = ProblemError
@@ -116,6 +117,7 @@ class Problem(Checked):
     samples: bool = False
     group: Any = None
     ranks: Ranks = ALONE
+    randomness: CommonRandomness | None = None
 
     outer_loss: Loss
     regularizer: Regularizer | None = None
@@ -145,9 +147,19 @@ class Problem(Checked):
 
     def alone(self) -> Self:
         """The problem on this rank's share of the data."""
-        own = self if self.ranks.group is None else copy(self)
-        object.__setattr__(own, "ranks", self.ranks.alone())
-        return own
+        return self if self.ranks.group is None else self.with_(ranks=self.ranks.alone())
+
+    def with_(self, **changed: Any) -> Self:
+        """A copy with other functions, batches, ranks or random numbers, which are not checked."""
+        view = copy(self)
+        for name, value in changed.items():
+            object.__setattr__(view, name, value)
+        return view
+
+    def seed(self, stream: Stream, step: int) -> None:
+        """Seed the random numbers of the inner or the outer function for a step."""
+        if self.randomness is not None:
+            self.randomness.seed(stream, step, self.ranks.stream)
 
     @abstractmethod
     def function(self, stream: Stream) -> Callable[..., Any]:
@@ -163,7 +175,6 @@ class Problem(Checked):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """The residual, with its graph to `params` and `meta_params`.
 
@@ -171,7 +182,6 @@ class Problem(Checked):
             params: φ; all of them require a gradient.
             meta_params: θ.
             step: number of the step, which selects the mini-batch.
-            randomness: seeds the random numbers; None for the global generators.
 
         Returns:
             One tensor for each of `params`, in their order.
@@ -182,7 +192,6 @@ class Problem(Checked):
         self,
         meta_params: Params,
         beta: complex,
-        randomness: CommonRandomness | None = None,
         force: Params | None = None,
     ) -> Velocity:
         """The velocity at fixed θ and β, as a function for a solver's loop.
@@ -190,7 +199,6 @@ class Problem(Checked):
         Args:
             meta_params: θ, detached.
             beta: nudging strength β, of either sign; complex if the parameters are.
-            randomness: seeds the losses' random numbers; None for the global generators.
             force: a constant `∂L_out/∂φ`, by name, that replaces the outer loss.
 
         Returns:
@@ -198,18 +206,15 @@ class Problem(Checked):
             that all require a gradient.
         """
 
-    def residual_at(
-        self, meta_params: Params, randomness: CommonRandomness | None = None
-    ) -> Callable[[Params, int], tuple[Tensor, ...]]:
+    def residual_at(self, meta_params: Params) -> Callable[[Params, int], tuple[Tensor, ...]]:
         """The residual at fixed θ for a loop: `(params, step) -> r`, with its graph to φ."""
-        return lambda params, step: self.residual(params, meta_params, step, randomness)
+        return lambda params, step: self.residual(params, meta_params, step)
 
     def total_inner_loss(
         self,
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Tensor:
         """The inner loss with its regulariser, with its graph.
 
@@ -248,16 +253,17 @@ class Problem(Checked):
             return batches
         return DrawnBatches(batches, f"{stream}_batches", torch.initial_seed())
 
-    def drawing(self, seed: int, device: torch.device) -> "tuple[Problem, list[DrawnBatches]]":
-        """The problem with every loader replaced by `DrawnBatches` under a seed, and these."""
+    def drawing(
+        self, randomness: CommonRandomness, device: torch.device
+    ) -> tuple[Self, list[DrawnBatches]]:
+        """The problem with seeded random numbers and with `DrawnBatches` for loaders, and these."""
         streams: tuple[Stream, ...] = ("inner", "outer")
-        given: Any = self
         drawn = {
-            name: DrawnBatches(batches, name, seed, device)
+            name: DrawnBatches(batches, name, randomness.base, device)
             for name in (f"{stream}_batches" for stream in streams)
             if (batches := getattr(self, name)) is not None and not is_sequence(batches)
         }
-        return (replace(given, **drawn) if drawn else self), list(drawn.values())
+        return self.with_(randomness=randomness, **drawn), list(drawn.values())
 
     def batch(self, stream: Stream, step: int) -> Any:
         """The mini-batch of a step."""
@@ -273,11 +279,9 @@ class Problem(Checked):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Any:
         """The user's inner or outer function on a step's batch, without the regulariser."""
-        if randomness is not None:
-            randomness.seed(stream, step, self.ranks.stream)
+        self.seed(stream, step)
         function = self.function(stream)
         batches = self.inner_batches if stream == "inner" else self.outer_batches
         try:
@@ -303,14 +307,13 @@ class Problem(Checked):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Tensor:
         """A scalar with the dependences of the user's function: for a loss, the loss itself.
 
         Raises:
             ProblemError: the function returns an invalid value.
         """
-        loss = self.evaluate(stream, params, meta_params, step, randomness)
+        loss = self.evaluate(stream, params, meta_params, step)
         check_scalar(self.name(stream), loss)
         return loss
 
@@ -319,14 +322,13 @@ class Problem(Checked):
         params: Params,
         meta_params: Params,
         step: int = 0,
-        randomness: CommonRandomness | None = None,
     ) -> Iterator[Part]:
         """All functions of the user, as scalars that can be differentiated."""
         streams: tuple[Stream, ...] = ("inner", "outer")
         for stream in streams:
             yield Part(
                 self.name(stream),
-                partial(self.evaluate, stream, params, meta_params, step, randomness),
+                partial(self.evaluate, stream, params, meta_params, step),
                 [*params.values(), *meta_params.values()],
             )
 

@@ -72,9 +72,7 @@ class Place:
         names = self.reaches.functions[stream]
         meta = {name: self.meta_params[name].detach().requires_grad_() for name in names}
         params = {n: p.detach().requires_grad_(by_params) for n, p in at.items()}
-        loss = self.problem.evaluate(
-            stream, params, {**self.meta_params, **meta}, self.step, self.stage.randomness
-        )
+        loss = self.problem.evaluate(stream, params, {**self.meta_params, **meta}, self.step)
         leaves = {**(params if by_params else {}), **meta}
         if not leaves or not loss.requires_grad:
             return {}, loss.detach()
@@ -95,7 +93,7 @@ class Place:
     def velocity(self, at: Params, beta: float) -> tuple[Tensor, ...]:
         """`-∂(L_in + β L_out)/∂φ` there."""
         self.tally.spend(1 if beta == 0 else 2)
-        move = self.problem.velocity_at(self.meta_params, beta, self.stage.randomness)
+        move = self.problem.velocity_at(self.meta_params, beta)
         with torch.no_grad():
             return move(at, self.step)[0]
 
@@ -352,9 +350,7 @@ class LinearSystem(Direction):
         params = {name: p.detach().requires_grad_() for name, p in at.items()}
         names = place.reaches.loss("inner") if by == "meta" else ()
         meta = {name: place.meta_params[name].detach().requires_grad_() for name in names}
-        residual = place.problem.residual(
-            params, {**place.meta_params, **meta}, place.step, place.stage.randomness
-        )
+        residual = place.problem.residual(params, {**place.meta_params, **meta}, place.step)
         place.tally.spend(2)
         along = [v.detach() for v in vector.values()]
         leaves = meta if by == "meta" else params
