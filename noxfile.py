@@ -14,7 +14,7 @@ nox.options.sessions = ["tests", "docs", "package"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 OLDEST = "2.5.1"
-"""The torch that `pyproject.toml` claims at least; it has no wheels for newer Pythons than 3.12."""
+"""The torch that `pyproject.toml` claims at least; it has no wheels for Python 3.14."""
 
 
 def torch_for(version: str) -> str:
@@ -26,7 +26,7 @@ def torch_for(version: str) -> str:
 @nox.parametrize("torch", [OLDEST, "latest"])
 def tests(session: nox.Session, torch: str) -> None:
     """The tests with the oldest and the newest torch; `nox -s tests -- -k words` hands words on."""
-    if torch == OLDEST and session.python in ("3.13", "3.14"):
+    if torch == OLDEST and session.python == "3.14":
         session.skip(f"torch {OLDEST} has no wheel for Python {session.python}")
     session.install(torch_for(torch), "-e", ".[experiments,dev]")
     session.run("python", "-c", "import sys, torch; print(sys.version, torch.__version__)")

@@ -63,11 +63,10 @@ def strength_learning(
     figure.suptitle(title)
 
     steps = [row["outer_step"] for row in history]
-    for name, color, dashes in zip(("validation", "test"), COLORS, ("-", "--"), strict=False):
+    for i, (name, dashes) in enumerate((("validation", "-"), ("test", "--"))):
         scores = [row[f"{name}_{target.score}"] for row in history]
-        left.plot(
-            steps, scores, dashes, color=color, label=f"{name}, {target.say(scores[-1])} at the end"
-        )
+        label = f"{name}, {target.say(scores[-1])} at the end"
+        left.plot(steps, scores, dashes, color=color(i), label=label)
     left.set(xlabel="outer step", ylabel=target.axis)
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
