@@ -15,7 +15,7 @@ from torch import Tensor
 
 import equigrad as eg
 from equigrad.estimators import Estimator
-from equigrad.experiments.runs.figures import save
+from equigrad.experiments.runs.figures import COLORS, save
 
 BETAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 SCHEMES: dict[str, dict[str, object]] = {
@@ -80,8 +80,9 @@ def draw(path: Path, found: dict[str, list[float]]) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     markers = {"forward": "o", "symmetric": "s", "holomorphic": "^"}
-    for name, errors in found.items():
-        axes.loglog(BETAS, errors, marker=markers[name.split(",")[0]], markersize=4, label=name)
+    for (name, errors), color in zip(found.items(), COLORS, strict=True):
+        marker = markers[name.split(",")[0]]
+        axes.loglog(BETAS, errors, marker=marker, markersize=4, color=color, label=name)
     axes.set(xlabel="nudging strength β", ylabel="relative error of the gradient")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -85,5 +85,10 @@ def setup(app) -> None:
         """Leave out what scikit-learn adds to every estimator for routing metadata."""
         return True if re.fullmatch(r"set_\w+_request", name) else None
 
+    def gallery(app, name, content: list[str]) -> None:
+        """The gallery's scripts in the repository are its pages here."""
+        content[0] = content[0].replace("](../examples/gallery/README.rst)", "](gallery/index.rst)")
+
+    app.connect("source-read", gallery)
     app.connect("autodoc-process-docstring", process, priority=400)
     app.connect("autodoc-skip-member", skip)

@@ -18,7 +18,14 @@ def test_the_first_example_improves_the_test_accuracy_as_the_text_says(capsys):
     assert scope["result"].error_estimate < 0.2
 
 
-def test_pictures_are_there():
-    for page in [README, *README.parent.glob("docs/*.md")]:
-        for picture in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
-            assert (page.parent / picture).exists(), f"{page.name}: {picture}"
+def test_every_link_and_picture_is_there():
+    """In the repository, where README and pages are read as they are, anchors included."""
+    root = README.parent
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            headings = re.findall(r"(?m)^#+ (.*)$", target.read_text()) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert not anchor or anchor in anchors, f"{page.name}: {link}"

@@ -81,9 +81,12 @@ def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
     words = parser.parse_args(arguments[:2] if named else arguments)
     require_extras()
     if ours:
-        from equigrad.freed_memory import keep_freed_memory  # here: it imports torch
+        from rich.console import Console
 
-        keep_freed_memory()
+        with Console(stderr=True, quiet="--quiet" in arguments).status("loading torch"):
+            from equigrad.freed_memory import keep_freed_memory  # here: it imports torch
+
+            keep_freed_memory()
     if words.verb == "list":
         from equigrad.experiments.runs.listing import show
 

@@ -13,6 +13,7 @@ from equigrad.experiments.few_shot.meta_training import MetaTrainer
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.few_shot.omniglot import PUBLISHED, EpisodeSettingName, Omniglot
 from equigrad.experiments.runs.error_curves import as_table
+from equigrad.experiments.runs.figures import COLORS
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.fields import DIFFERENT, Count, Positive
@@ -180,13 +181,13 @@ class Table2(ByRuns):
                 [row.test for row in own],
                 [row.interval for row in own],
                 fmt="o",
-                color="tab:blue",
+                color=COLORS[0],
                 capsize=2,
                 label="a seed, with its 95 % interval",
             )
             if (paper := PUBLISHED.get(method, {}).get(setting)) is not None:
                 axes.hlines(
-                    paper[0], place - 0.3, place + 0.3, color="tab:orange", label="the paper's mean"
+                    paper[0], place - 0.3, place + 0.3, color=COLORS[1], label="the paper's mean"
                 )
         names = [
             f"{FEW_SHOT_METHODS[method].label}\n{setting}" for setting, method in self._places()

@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from equigrad.errors import ConfigurationError
+from equigrad.experiments.runs.figures import COLORS, MARKERS, color
 from equigrad.tasks import TaskBatch, curves
 
 RIGHT, WRONG, PLAIN = "#2e9f5b", "#d1344b", "#c9ccd1"
@@ -130,9 +131,9 @@ def sinusoid_fits(
         errors = [float((guess - true[task]).square().mean()) for guess in guesses]
         lines = [
             panel.plot(grid, true[task], color="#222222", linewidth=1.2)[0],
-            panel.plot(grid, guesses[0], color="tab:gray", linewidth=1.4, linestyle=":")[0],
-            panel.plot(grid, guesses[1], color="tab:blue", linewidth=2, alpha=0.85)[0],
-            panel.plot(x, y, "o", color="tab:orange", markersize=6, markeredgecolor="white")[0],
+            panel.plot(grid, guesses[0], color="gray", linewidth=1.4, linestyle=":")[0],
+            panel.plot(grid, guesses[1], color=COLORS[0], linewidth=2, alpha=0.85)[0],
+            panel.plot(x, y, "o", color=COLORS[1], markersize=6, markeredgecolor="white")[0],
         ]
         panel.set_title(f"mean squared error {errors[0]:.2g} → {errors[1]:.2g}", fontsize=10)
         panel.grid(alpha=0.2)
@@ -161,11 +162,10 @@ def adaptation_curves(
     left, right = figure.subplots(1, 2)
     lines: list[Any] = []
     for i, (label, points) in enumerate(adaptation.items()):
+        style = {"color": color(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
         if learning.get(label):
-            left.plot(*zip(*learning[label], strict=True), color=f"C{i}", linewidth=1.6)
-        lines += right.plot(
-            *zip(*points, strict=True), "o-", color=f"C{i}", label=label, markersize=4
-        )
+            left.plot(*zip(*learning[label], strict=True), linewidth=1.6, **style)
+        lines += right.plot(*zip(*points, strict=True), label=label, **style)
     left.set(xlabel="outer step", ylabel="mean squared error, validation", yscale="log")
     right.set(xlabel="steps of adaptation", ylabel="mean squared error, test", yscale="log")
     right.set_xscale("symlog", linthresh=1)

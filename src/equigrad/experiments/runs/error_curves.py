@@ -158,7 +158,7 @@ def draw_curves(
 
 def shades(count: int) -> list[tuple[float, ...]]:
     """Colours in a visible order, from dark to light."""
-    return [tuple(c) for c in matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))]
+    return [tuple(c) for c in matplotlib.colormaps["viridis"](np.linspace(0, 0.88, count))]
 
 
 def finish(axes: Axes, title: str, legend: str | None = None) -> None:

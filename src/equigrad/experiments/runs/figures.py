@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -21,6 +20,12 @@ from equigrad.training.targets import Target
 
 MOST_POINTS = 400
 """The most points of a curve to draw."""
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that colour-blind readers can tell apart (Okabe, Ito 2008)."""
+
+MARKERS = "o^sDvP*"
+"""A marker for each colour."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -58,9 +63,10 @@ def strength_learning(
     figure.suptitle(title)
 
     steps = [row["outer_step"] for row in history]
-    for name, color in (("validation", "tab:blue"), ("test", "tab:orange")):
+    for i, (name, dashes) in enumerate((("validation", "-"), ("test", "--"))):
         scores = [row[f"{name}_{target.score}"] for row in history]
-        left.plot(steps, scores, color=color, label=f"{name}, {target.say(scores[-1])} at the end")
+        label = f"{name}, {target.say(scores[-1])} at the end"
+        left.plot(steps, scores, dashes, color=color(i), label=label)
     left.set(xlabel="outer step", ylabel=target.axis)
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
@@ -74,6 +80,8 @@ def strength_learning(
             range=(0, largest),
             histtype="step",
             linewidth=1.5,
+            color=color(i),
+            linestyle=("-", "--", "-.", ":")[i % 4],
             density=True,
             label=f"layer {i + 1} ({s.shape[1]}→{s.shape[0]})",
         )
@@ -125,15 +133,15 @@ def curves(
 
 
 def color(i: int) -> str:
-    """The i-th line colour, as `#rrggbb`; colours repeat after ten."""
-    return to_hex(f"C{i % 10}")
+    """The i-th line colour, as `#rrggbb`; colours repeat after seven."""
+    return COLORS[i % len(COLORS)]
 
 
 def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
     """Bars of the inputs with the smallest strengths, which the network uses most."""
     least = sorted(means, key=lambda name: means[name])[:most]
     shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in least]
-    axes.barh(range(len(least)), [means[name] for name in least], color="tab:blue")
+    axes.barh(range(len(least)), [means[name] for name in least], color=COLORS[0])
     axes.set_yticks(range(len(least)), shown, fontsize=7, parse_math=False)
     which = f"the {most} of {len(means)} inputs held back least" if len(means) > most else "inputs"
     axes.set(xlabel="mean λ", title=f"mean λ of {which}")
@@ -156,11 +164,11 @@ def learning_curves(history: Sequence[Mapping[str, Any]], score: str) -> Figure:
         for axes, clock in zip(row, ("outer_step", "seconds"), strict=True):
             at = [entry[clock] for entry in rows]
             if name == "outer_loss":
-                axes.plot(at, values, color="tab:blue", linewidth=0.6, alpha=0.4)
-                axes.plot(at, _smoothed(values), color="tab:blue", linewidth=1.6)
+                axes.plot(at, values, color=COLORS[0], linewidth=0.6, alpha=0.4)
+                axes.plot(at, _smoothed(values), color=COLORS[0], linewidth=1.6)
             else:
                 marker = "o" if len(at) < 40 else None
-                axes.plot(at, values, color="tab:orange", marker=marker, markersize=3)
+                axes.plot(at, values, color=COLORS[1], marker=marker, markersize=3)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(words(name))

@@ -243,9 +243,9 @@ def draw(trials: Sequence[Trial]) -> Figure:
     known = [trial.validation for trial in trials if trial.status != "failed"]
     beneath = min(known) - 0.05 * (max(known) - min(known))
     looks = {
-        "whole": ("o", "tab:blue", "all outer steps"),
-        "stopped": (".", "tab:gray", "stopped early"),
-        "failed": ("x", "tab:red", "failed"),
+        "whole": ("o", figures.COLORS[0], "all outer steps"),
+        "stopped": (".", "gray", "stopped early"),
+        "failed": ("x", figures.COLORS[1], "failed"),
     }
     for axes, path, label in zip(panels, paths, short(paths), strict=True):
         values = [trial.point[path] for trial in trials]

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from equigrad.experiments.runs.error_curves import as_table
+from equigrad.experiments.runs.figures import color
 from equigrad.experiments.runs.formats import spread
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
@@ -153,7 +154,7 @@ class EquilibriumTable(ByRuns):
             reached: list[float] = []
             for at, (setting, method) in enumerate(panel):
                 own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
-                axes.plot(own, [at] * len(own), "o", color=f"C{self.only.index(setting)}")
+                axes.plot(own, [at] * len(own), "o", color=color(self.only.index(setting)))
                 reached += own
             names = [
                 f"{IMAGE_NETWORKS[s].label}: {IMAGE_NETWORKS[s].methods[m].label}" for s, m in panel

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from equigrad.errors import SettlingError
 from equigrad.experiments.runs.error_curves import as_table, finish, shades
+from equigrad.experiments.runs.figures import COLORS, MARKERS
 from equigrad.experiments.runs.formats import mean_and_error, spread
 from equigrad.experiments.runs.methods import EstimatorName
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
@@ -245,10 +246,8 @@ class Fig3(ByExperiments):
         return figure
 
     def _draw_steps(self, axes: Axes, rows: Sequence[PhaseResult]) -> None:
-        for (method, curve), color in zip(
-            self.accuracies(rows).items(), ("tab:blue", "tab:orange"), strict=True
-        ):
-            _with_bars(axes, curve, label=METHOD_LABELS[method], color=color, marker="o")
+        for i, (method, curve) in enumerate(self.accuracies(rows).items()):
+            _with_bars(axes, curve, label=METHOD_LABELS[method], color=COLORS[i], marker=MARKERS[i])
         axes.set(xscale="log", xlabel="steps of the first phase", ylabel="validation accuracy (%)")
         axes.set_xticks(sorted(self.steps), [f"{steps:,}" for steps in sorted(self.steps)])
         axes.minorticks_off()

@@ -329,7 +329,8 @@ def run_seed(
     if config.compare:
         baselines = directory.read_json("baselines.json")
         if baselines is None:
-            baselines = trainer.baselines()
+            with console.status(f"seed {config.seed}: no strength, then single strengths"):
+                baselines = trainer.baselines()
             directory.write_json("baselines.json", baselines)
         rows |= {name: ScoreAndCost(**row) for name, row in baselines["rows"].items()}
         strength = baselines["best_single_strength"]

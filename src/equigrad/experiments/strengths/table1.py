@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from matplotlib.figure import Figure
 
 from equigrad.experiments.runs.error_curves import as_table
+from equigrad.experiments.runs.figures import COLORS, MARKERS
 from equigrad.experiments.runs.formats import spread, with_error
 from equigrad.experiments.runs.methods import EstimatorName
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
@@ -100,16 +101,17 @@ class Table1(ByExperiments):
         """Validation and test accuracy of every seed, and the paper's means."""
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         place: dict[str, int] = {line: i for i, line in enumerate(self.only)}
-        colors: dict[EstimatorName, str] = {"contrastive": "tab:blue", "t1t2": "tab:orange"}
+        methods: tuple[EstimatorName, ...] = ("contrastive", "t1t2")
         for axes, part in zip(figure.subplots(1, 2), ("validation", "test"), strict=True):
-            for shift, (method, color) in zip((-0.15, 0.15), colors.items(), strict=True):
+            for i, method in enumerate(methods):
+                shift, color = 0.3 * i - 0.15, COLORS[i]
                 own = [row for row in rows if row.estimator == method]
                 places = [place[row.setting] + shift for row in own]
                 values = [getattr(row, part) for row in own]
-                axes.plot(places, values, "o", color=color, label=METHOD_LABELS[method])
+                axes.plot(places, values, MARKERS[i], color=color, label=METHOD_LABELS[method])
                 paper = [getattr(SETTINGS[line].published[method], part)[0] for line in self.only]
                 axes.plot(
-                    [i + shift for i in place.values()],
+                    [at + shift for at in place.values()],
                     paper,
                     "_",
                     color=color,

@@ -16,6 +16,7 @@ from equigrad.experiments.runs.error_curves import (
     finish,
     log_slope,
 )
+from equigrad.experiments.runs.figures import COLORS
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.fields import Positive, Positives, require
 from equigrad.theory import best_beta, best_bound, error_bound
@@ -211,8 +212,8 @@ class FigS2(Reproduction):
         errors = [row.error for row in rows]
         grey = [bound_point(error, error, beta) for beta in self.betas for error in errors]
         draw_curves(left, grey, "free_error", "beta", y="bound", colors=["0.75"] * len(self.betas))
-        left.loglog(errors, [row.bound for row in rows], color="tab:blue", lw=2)
-        right.loglog(errors, [row.beta for row in rows], color="tab:blue", lw=2)
+        left.loglog(errors, [row.bound for row in rows], color=COLORS[0], lw=2)
+        right.loglog(errors, [row.beta for row in rows], color=COLORS[0], lw=2)
         left.set(xlabel=ERROR, ylabel=AXES["bound"][0], ylim=(5e-4, 1e2))
         right.set(xlabel=ERROR, ylabel="β of the least bound")
         finish(left, "A")

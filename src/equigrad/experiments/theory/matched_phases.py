@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from equigrad.errors import SettlingError
 from equigrad.experiments.runs.error_curves import as_table, log_slope
+from equigrad.experiments.runs.figures import COLORS
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, decades
 from equigrad.fields import Count, Counts, Positive, Rule
@@ -190,12 +191,15 @@ def drawn(points: Sequence[MatchedPoint], slopes: dict[str, float]) -> Figure:
     """Error against distance; best β against distance."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for rule, marker in zip(RULES, "os^", strict=True):
+    markers = ("o", "s", "^")
+    sizes = (6, 11, 5)  # two of the curves lie on each other
+    for rule, color, marker, size in zip(RULES, COLORS, markers, sizes, strict=False):
+        style = {"color": color, "marker": marker, "markersize": size, "fillstyle": "none"}
         own = [p for p in points if p.rule == rule]
         distance = [p.distance for p in own]
         label = f"{rule}, slope {slopes[rule]:.2f}"
-        left.loglog(distance, [p.error for p in own], marker=marker, label=label)
-        right.loglog(distance, [p.beta for p in own], marker=marker, label=rule)
+        left.loglog(distance, [p.error for p in own], label=label, **style)
+        right.loglog(distance, [p.beta for p in own], label=rule, **style)
     left.set(xlabel="distance δ to equilibrium", ylabel="relative error at the best β")
     right.set(xlabel="distance δ to equilibrium", ylabel="best β")
     for axes in (left, right):

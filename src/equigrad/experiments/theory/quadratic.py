@@ -22,6 +22,7 @@ from equigrad.experiments.runs.error_curves import (
     log_slope,
     slope,
 )
+from equigrad.experiments.runs.figures import COLORS, MARKERS
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction, check_grid, decades
 from equigrad.fields import DIFFERENT, Count, CountFrom2, Counts, Positive, Positives
@@ -284,10 +285,11 @@ class FigS5(OnQuadratic):
         """The least error, and its β."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for p, marker in zip(self.points, "os^Dv<>", strict=False):
+        for p, color, marker in zip(self.points, COLORS, MARKERS, strict=False):
             best = [_best(rows, p, t) for t in self.steps]
-            left.plot(self.steps, [row.error for row in best], marker=marker, label=f"p = {p}")
-            right.plot(self.steps, [row.beta for row in best], marker=marker, label=f"p = {p}")
+            style = {"color": color, "marker": marker}
+            left.plot(self.steps, [row.error for row in best], label=f"p = {p}", **style)
+            right.plot(self.steps, [row.beta for row in best], label=f"p = {p}", **style)
         left.set(yscale="log", xlabel=STEPS, ylabel=f"least {ERROR}")
         right.set(yscale="log", xlabel=STEPS, ylabel="β of the least error")
         finish(left, "A", "")
