@@ -54,6 +54,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "min_reported_time": 1,
     "show_memory": False,
+    "capture_repr": (),  # what a script prints, and no more
     "download_all_examples": False,
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,

@@ -162,7 +162,8 @@ def adaptation_curves(
     left, right = figure.subplots(1, 2)
     lines: list[Any] = []
     for i, (label, points) in enumerate(adaptation.items()):
-        style = {"color": color(i), "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        marker = MARKERS[i % len(MARKERS)]
+        style: dict[str, Any] = {"color": color(i), "marker": marker, "markersize": 4}
         if learning.get(label):
             left.plot(*zip(*learning[label], strict=True), linewidth=1.6, **style)
         lines += right.plot(*zip(*points, strict=True), label=label, **style)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -194,12 +194,12 @@ def drawn(points: Sequence[MatchedPoint], slopes: dict[str, float]) -> Figure:
     markers = ("o", "s", "^")
     sizes = (6, 11, 5)  # two of the curves lie on each other
     for rule, color, marker, size in zip(RULES, COLORS, markers, sizes, strict=False):
-        style = {"color": color, "marker": marker, "markersize": size, "fillstyle": "none"}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": size}
         own = [p for p in points if p.rule == rule]
         distance = [p.distance for p in own]
         label = f"{rule}, slope {slopes[rule]:.2f}"
-        left.loglog(distance, [p.error for p in own], label=label, **style)
-        right.loglog(distance, [p.beta for p in own], label=rule, **style)
+        left.loglog(distance, [p.error for p in own], label=label, fillstyle="none", **style)
+        right.loglog(distance, [p.beta for p in own], label=rule, fillstyle="none", **style)
     left.set(xlabel="distance δ to equilibrium", ylabel="relative error at the best β")
     right.set(xlabel="distance δ to equilibrium", ylabel="best β")
     for axes in (left, right):

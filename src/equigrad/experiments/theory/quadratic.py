@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from matplotlib.figure import Figure
 
@@ -287,7 +287,7 @@ class FigS5(OnQuadratic):
         left, right = figure.subplots(1, 2)
         for p, color, marker in zip(self.points, COLORS, MARKERS, strict=False):
             best = [_best(rows, p, t) for t in self.steps]
-            style = {"color": color, "marker": marker}
+            style: dict[str, Any] = {"color": color, "marker": marker}
             left.plot(self.steps, [row.error for row in best], label=f"p = {p}", **style)
             right.plot(self.steps, [row.beta for row in best], label=f"p = {p}", **style)
         left.set(yscale="log", xlabel=STEPS, ylabel=f"least {ERROR}")
