@@ -10,6 +10,7 @@ from rank_toolbox import (
     SETTINGS,
     agree,
     alone,
+    fully_sharded,
     learned_center,
     learned_start,
     plain,
@@ -51,8 +52,9 @@ def by_itself(kind: type[eg.Estimator], make: Callable) -> eg.MetaGradient:
 
 for _kind in ESTIMATORS:
     for _name, _engine in ENGINES.items():
-        _served = _engine is not sharded or not (
-            _kind.traits.needs_start or _kind is eg.ForwardMode
+        _start = _kind.traits.needs_start
+        _served = {sharded: not (_start or _kind is eg.ForwardMode), fully_sharded: not _start}.get(
+            _engine, True
         )
         CHECKS[f"{_kind.__name__}-{_name}"] = functools.partial(
             meets, _kind, _engine, served=_served
@@ -90,5 +92,6 @@ def variant(name: str, engine: Callable) -> None:
 
 for _name in VARIANTS:
     CHECKS[f"{_name}-plain"] = functools.partial(variant, _name, engine=plain)
-for _name in ("force", "AdamW", "LBFGS"):
+for _name in ("force", "AdamW", "LBFGS", "learned center"):
     CHECKS[f"{_name}-DTensor"] = functools.partial(variant, _name, engine=sharded)
+    CHECKS[f"{_name}-FSDP2"] = functools.partial(variant, _name, engine=fully_sharded)

@@ -50,8 +50,8 @@ class Bilevel(Problem):
             `torch.distributed.group.WORLD`, with the same φ and θ on every one. Both losses are
             then the means of what they are on each (equal shares, and means over a share, make it
             one process with all the data), and results are the same on all. Not needed where a
-            module is wrapped by `DistributedDataParallel`, Accelerate or Fabric: its group counts.
-            None is one process. See docs/several-processes.md.
+            module is wrapped by `DistributedDataParallel`, `fully_shard`, Accelerate or Fabric:
+            its group counts. None is one process. See docs/several-processes.md.
 
     Raises:
         ProblemError: a loss is not callable, batches are none that can be begun again, or a module

@@ -140,7 +140,7 @@ class Problem(Checked):
             if is_group(self.group):  # ranks may have made the same problem without an error
                 Ranks(group_of(self.group, ())).tell(error)
             raise
-        if group is not None:
+        if group is not None or wrapped:
             object.__setattr__(self, "ranks", Ranks(group, tuple(wrapped)))
 
     def alone(self) -> Self:
