@@ -38,6 +38,18 @@ def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
     return found
 
 
+def unlowered(problem: Problem) -> Problem:
+    """The problem whose functions compute in the precision of what they are given."""
+    given: Any = problem
+    functions = {problem.name(s): problem.function(s) for s in ("inner", "outer")}
+    own = {name: f.function for name, f in functions.items() if isinstance(f, _Lowered)}
+    if not own:
+        return problem
+    found = replace(given, **own)
+    object.__setattr__(found, "ranks", problem.ranks)
+    return found
+
+
 def lower_precision(tensors: Iterable[Tensor]) -> torch.dtype | None:
     """That in which functions of these tensors compute under the autocast of this moment."""
     dtypes = [dtype for _, dtype in _casts(tensors)]
