@@ -368,6 +368,22 @@ def test_the_distance_of_contrast_follows_what_the_gradient_answers():
     assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
 
 
+def test_a_loss_without_curvature_leaves_the_distance_of_contrast_finite():
+    """Every product is rounding alone; `dL/ds = -η Σ_t g = -0.1 · 30` is exact all the same."""
+    direction = torch.tensor([0.6, 0.8])
+    problem = eg.Bilevel(
+        lambda p, m: m["s"] * (direction * p["w"]).sum(), lambda p, m: (direction * p["w"]).sum()
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.ones(2)},
+        {"s": torch.ones(())},
+        solver=eg.GradientDescent(lr=0.1, max_steps=30, tol=None),
+        estimator=eg.Unrolled(products="contrast"),
+    )
+    assert result.grads["s"].item() == pytest.approx(-3.0, rel=1e-3)
+
+
 def test_products_by_contrast_need_one_hessian(learner):
     still = eg.FixedPoint(
         lambda p, m: {"h": 0.5 * p["h"] + m["b"]}, lambda p, m: p["h"].square().sum()

@@ -1,6 +1,8 @@
 """What two processes have to leave alone, and what they share beside gradients."""
 
 import resource
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import equigrad as eg
 from equigrad.nn import Functional
+from equigrad.training import Checkpoint, learn
 
 
 @check
@@ -322,6 +325,35 @@ def shards_that_are_not_served() -> None:
     grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
     both = fsdp(network(), mesh=grid)
     refused(lambda: problem(lambda: (both, None)), "mesh of 2 dimensions")
+
+
+@check
+def resume_across_ranks() -> None:
+    """A loop that was stopped goes on with the same bits on all ranks, or says who is elsewhere."""
+    folder = Path(on_all(tempfile.mkdtemp())[0])
+
+    def learned(steps: int, path: Path | None, resume: bool = False) -> float:
+        made, params, theta = problem(plain)
+        theta = {n: t.requires_grad_() for n, t in theta.items()}
+        learn(
+            made,
+            params,
+            theta,
+            solver=FEW,
+            estimator=eg.Contrastive(beta=1e-2),
+            optimizer=torch.optim.Adam(theta.values(), lr=0.1),
+            steps=steps,
+            callbacks=[] if path is None else [Checkpoint(path, resume=resume)],
+        )
+        return theta["l"].item()
+
+    whole = learned(4, None)
+    learned(2, folder / f"{rank()}.pt")
+    resumed = learned(4, folder / f"{rank()}.pt", resume=True)
+    assert on_all(resumed) == on_all(whole)
+    learned(2, folder / "one.pt" if rank() == 0 else None)
+    alone_there = folder / ("one.pt" if rank() == 0 else "none.pt")
+    refused(lambda: learned(4, alone_there, resume=True), "meta_params 'l' differs")
 
 
 @check

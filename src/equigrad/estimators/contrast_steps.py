@@ -13,6 +13,9 @@ from equigrad.problems.lowered import unlowered
 from equigrad.solvers import Moment
 from equigrad.vectors import flatten
 
+REACH = 4
+"""The distance follows b by at most so many factors of 8 from where its choice began."""
+
 
 class ContrastedGradient:
     r"""`∂L_in/∂φ` of a step, which autograd differentiates by central differences.
@@ -40,6 +43,7 @@ class ContrastedGradient:
         self.distance: float | None = None
         self.accuracy = 0.0
         self._share = self._best = 0.0
+        self._shortest, self._longest = 0.0, torch.inf
 
     def __call__(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """The gradient, one tensor for each of `params`."""
@@ -102,11 +106,15 @@ class ContrastedGradient:
         return max(share, 1 / share) if share > 0 else FACTOR
 
     def _follow(self) -> None:
-        """Move the distance to where the gradient's change should be again."""
+        """Move the distance to where the gradient's change should be again, within limits.
+
+        Where the loss is linear along b, there is none, and every distance is as good.
+        """
         assert self.distance is not None
         self._best = self._best or self._share
         if 0 < self._share < torch.inf:
-            self.distance *= min(max(self._best / self._share, FACTOR**-2), FACTOR**2)
+            wanted = self.distance * self._best / self._share
+            self.distance = min(max(wanted, self._shortest), self._longest)
 
     def _choose(
         self, params: Params, meta_params: Params, at: Moment, unit: Sequence[Tensor]
@@ -123,6 +131,8 @@ class ContrastedGradient:
         first = (flat.norm().item() or 1.0) * torch.finfo(flat.dtype).eps ** (1 / 3)
         errors = Errors.compared(difference, first)
         self.distance, self.accuracy = errors.distance, errors.error(errors.distance)
+        self._shortest = min(self.distance, first * FACTOR**-REACH)
+        self._longest = max(self.distance, first * FACTOR**REACH)
 
     def _difference(
         self,
