@@ -173,3 +173,23 @@ def test_implicit_estimators_take_products_by_contrast(make, estimator):
     reference = directional_derivative(problem, result.params, meta, solver, direction, step=1e-4)
     assert along(result.grads, direction) == pytest.approx(reference, rel=1e-3)
     assert "products by contrast, accurate to" in result.status
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
+def test_steps_are_unrolled_by_contrast(make):
+    """The gradient of ten steps of Adam, by differences of first-order gradients."""
+    problem, params, meta = problem_of(make())
+    solver = eg.TorchOptimizer(
+        optimizer=torch.optim.Adam, options={"lr": 0.02}, max_steps=10, tol=None
+    )
+    result = eg.meta_gradient(
+        problem, params, meta, solver=solver, estimator=eg.Unrolled(products="contrast")
+    )
+    direction = random_direction(meta)
+    losses = []
+    for sign in (1, -1):
+        there = {n: m + sign * 1e-5 * direction[n] for n, m in meta.items()}
+        settled = eg.settle(problem, params, there, solver=solver)
+        losses.append(problem.outer_loss(settled.params, there).item())
+    assert along(result.grads, direction) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)

@@ -189,3 +189,31 @@ def test_adapters(kind):
     exact = example_gradient(kind, adapted("eager"), steps=40)
     assert alike(example_gradient(kind, net, steps=40), exact) > 0.999
     assert alike(example_gradient(kind, net, steps=40, around=lower), exact) > 0.99
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_unrolled_by_contrast_with_fused_attention(kind):
+    """Against autograd through the same steps of AdamW, by eager attention."""
+    found = []
+    for attention, products in (("eager", "autograd"), ("sdpa", "contrast")):
+        net = eg.nn.Functional(model(kind, attention))
+        train, valid = texts(0), texts(1)
+        problem = eg.Bilevel(
+            lambda p, m, net=net, train=train: (
+                m["weight"] * each_loss(kind, net, p, train)
+            ).mean(),
+            lambda p, m, net=net, valid=valid: each_loss(kind, net, p, valid).mean(),
+            modules=(net.model,),
+        )
+        solver = eg.TorchOptimizer(
+            optimizer=torch.optim.AdamW, options={"lr": 3e-3}, max_steps=15, tol=None
+        )
+        result = eg.meta_gradient(
+            problem,
+            net.params(),
+            {"weight": torch.ones(N)},
+            solver=solver,
+            estimator=eg.Unrolled(products=products),
+        )
+        found.append(result.grads["weight"])
+    assert alike(*found) > 0.99

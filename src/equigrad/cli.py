@@ -154,6 +154,12 @@ def parsers(
         help="a dictionary of example_scores's arguments, or a function that returns one",
     )
     scores.add_argument(
+        "--learn",
+        metavar="N",
+        type=int,
+        help="learn weights in so many outer steps instead (arguments of learn_weights)",
+    )
+    scores.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="folder of the scores"
     )
     scores.add_argument("--resume", action="store_true", help="go on with the runs in --out")
@@ -242,7 +248,11 @@ def score(words: argparse.Namespace, arguments: Sequence[str]) -> None:
 
     try:
         score_examples(
-            read_description(words.target), words.out, resume=words.resume, console=Console()
+            read_description(words.target),
+            words.out,
+            resume=words.resume,
+            console=Console(),
+            learn=words.learn,
         )
     except KeyboardInterrupt:
         say_how_to_resume(arguments, words.out)

@@ -282,7 +282,9 @@ def _copies(tensors: Params) -> dict[str, Tensor]:
 def check_settings(solver: Solver, problem: Problem | None = None) -> None:
     """Refuse a learning rate that requires a gradient, and a tensor in place of a number."""
     require(
-        not solver.compile or problem is None or problem.ranks.size == 1,
+        not solver.compile
+        or problem is None
+        or not (problem.ranks.size > 1 or problem.ranks.wrapped),
         "compile=True takes several steps by one function, which cannot speak to other processes "
         "on the way; use compile=False",
     )

@@ -313,3 +313,84 @@ def test_too_many_tangents(quadratic):
             solver=quadratic.solver(3),
             estimator=eg.ForwardMode(max_size=49),
         )
+
+
+ADAM = eg.TorchOptimizer(
+    optimizer=torch.optim.AdamW, options={"lr": 0.05, "weight_decay": 0.1}, max_steps=STEPS
+)
+
+
+@pytest.mark.parametrize("solver", [RULES["nesterov"], ADAM], ids=["nesterov", "AdamW"])
+@pytest.mark.parametrize("segment", [None, 5])
+def test_products_by_contrast_give_the_gradient_by_autograd(learner, solver, segment):
+    by_contrast = learner.gradient(solver, eg.Unrolled(products="contrast", segment=segment))
+    exact = learner.gradient(solver, eg.Unrolled(segment=segment))
+    for name, grad in exact.grads.items():
+        torch.testing.assert_close(by_contrast.grads[name], grad, rtol=1e-6, atol=1e-8)
+    assert "products by contrast, the first accurate to" in by_contrast.status
+    chosen = by_contrast.gradient_evaluations - exact.gradient_evaluations
+    assert 4 <= chosen <= 28  # for the distance, once
+
+
+def test_the_distance_of_contrast_follows_what_the_gradient_answers():
+    """Adam divides by gradients: the adjoint of a weight that has none is long, and along it the
+    loss is flat, so that one distance for all steps is as good as none (float32)."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3), torch.randn(16, 1)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    params = {n: p.detach() for n, p in net.named_parameters()} | {"idle": torch.ones(2)}
+
+    def inner(p, m):
+        errors = (
+            torch.func.functional_call(net, {n: p[n] for n in p if n != "idle"}, (x,)) - y
+        ) ** 2
+        return (m["w"] * errors.squeeze(1)).mean() + 1e-9 * (p["idle"] ** 2).sum()
+
+    problem = eg.Bilevel(
+        inner,
+        lambda p, m: (
+            torch.func.functional_call(net, {n: p[n] for n in p if n != "idle"}, (x + 1,))
+            .square()
+            .mean()
+        ),
+    )
+    solver = eg.TorchOptimizer(optimizer=torch.optim.AdamW, options={"lr": 0.01}, max_steps=40)
+    found = [
+        eg.meta_gradient(
+            problem,
+            params,
+            {"w": torch.ones(16)},
+            solver=solver,
+            estimator=eg.Unrolled(products=how),
+        ).grads["w"]
+        for how in ("contrast", "autograd")
+    ]
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+
+
+def test_a_loss_without_curvature_leaves_the_distance_of_contrast_finite():
+    """Every product is rounding alone; `dL/ds = -η Σ_t g = -0.1 · 30` is exact all the same."""
+    direction = torch.tensor([0.6, 0.8])
+    problem = eg.Bilevel(
+        lambda p, m: m["s"] * (direction * p["w"]).sum(), lambda p, m: (direction * p["w"]).sum()
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.ones(2)},
+        {"s": torch.ones(())},
+        solver=eg.GradientDescent(lr=0.1, max_steps=30, tol=None),
+        estimator=eg.Unrolled(products="contrast"),
+    )
+    assert result.grads["s"].item() == pytest.approx(-3.0, rel=1e-3)
+
+
+def test_products_by_contrast_need_one_hessian(learner):
+    still = eg.FixedPoint(
+        lambda p, m: {"h": 0.5 * p["h"] + m["b"]}, lambda p, m: p["h"].square().sum()
+    )
+    start, meta = {"h": torch.zeros(2)}, {"b": torch.ones(2)}
+    solver = eg.GradientDescent(lr=1.0, max_steps=3)
+    with pytest.raises(eg.ConfigurationError, match="which a Bilevel without samples has"):
+        eg.meta_gradient(
+            still, start, meta, solver=solver, estimator=eg.Unrolled(products="contrast")
+        )

@@ -10,6 +10,7 @@ from rank_toolbox import (
     SETTINGS,
     agree,
     alone,
+    fully_sharded,
     learned_center,
     learned_start,
     plain,
@@ -51,8 +52,9 @@ def by_itself(kind: type[eg.Estimator], make: Callable) -> eg.MetaGradient:
 
 for _kind in ESTIMATORS:
     for _name, _engine in ENGINES.items():
-        _served = _engine is not sharded or not (
-            _kind.traits.needs_start or _kind is eg.ForwardMode
+        _start = _kind.traits.needs_start
+        _served = {sharded: not (_start or _kind is eg.ForwardMode), fully_sharded: not _start}.get(
+            _engine, True
         )
         CHECKS[f"{_kind.__name__}-{_name}"] = functools.partial(
             meets, _kind, _engine, served=_served
@@ -69,6 +71,7 @@ VARIANTS: dict[str, Callable[[Callable], eg.MetaGradient]] = {
     "contrast products": lambda e: result(
         eg.ConjugateGradient(products="contrast", max_iterations=3), e
     ),
+    "contrast steps": lambda e: result(eg.Unrolled(products="contrast"), e),
     "learned center": lambda e: result(eg.Contrastive(beta=1e-2), e, learned_center),
     "LBFGS": lambda e: result(eg.T1T2(), e, solver=eg.LBFGS(max_steps=8)),
     "AdamW": lambda e: result(
@@ -85,10 +88,12 @@ def variant(name: str, engine: Callable) -> None:
     both = VARIANTS[name](engine)
     agree(both)
     # products by contrast divide rounding errors by a distance of 1e-5
-    same(both, VARIANTS[name](alone), 1e-8 if name in ("contrast products", "LBFGS") else 1e-10)
+    loose = name in ("contrast products", "contrast steps", "LBFGS")
+    same(both, VARIANTS[name](alone), 1e-8 if loose else 1e-10)
 
 
 for _name in VARIANTS:
     CHECKS[f"{_name}-plain"] = functools.partial(variant, _name, engine=plain)
-for _name in ("force", "AdamW", "LBFGS"):
+for _name in ("force", "AdamW", "LBFGS", "learned center"):
     CHECKS[f"{_name}-DTensor"] = functools.partial(variant, _name, engine=sharded)
+    CHECKS[f"{_name}-FSDP2"] = functools.partial(variant, _name, engine=fully_sharded)

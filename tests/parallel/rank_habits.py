@@ -1,6 +1,8 @@
 """What two processes have to leave alone, and what they share beside gradients."""
 
 import resource
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,10 @@ from rank_toolbox import (
     check,
     compute,
     data,
+    fsdp,
+    fully_sharded,
     laid_out,
+    mesh,
     network,
     on_all,
     plain,
@@ -21,10 +26,12 @@ from rank_toolbox import (
     same,
     sharded,
     share,
+    whole,
     wrapped,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import (
     DTensor,
 )
@@ -33,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import equigrad as eg
 from equigrad.nn import Functional
+from equigrad.training import Checkpoint, learn
 
 
 @check
@@ -183,15 +191,169 @@ def shards() -> None:
     onward, anew = (compute(made, params, theta, settled=s) for s in (settled, None))
     torch.testing.assert_close(onward.grads, anew.grads, rtol=1e-12, atol=0)
     both = laid_out({"a": torch.ones(2)}, sharded)
-    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    fully_shard(net)
-    refused(lambda: problem(lambda: (net, None)), "FSDP", "before it is wrapped")
-    refused(lambda: eg.nn.Functional(net), "FSDP")
     grouped = eg.Bilevel(made.inner_loss, made.outer_loss, group=dist.group.WORLD)
     refused(lambda: compute(grouped, params, theta), "one loss on all processes")
     still = eg.FixedPoint(lambda p, m: {"a": 0.5 * p["a"] + m["b"]}, lambda p, m: p["a"].sum())
     one = {"b": torch.ones(2)}
     refused(lambda: eg.meta_gradient(still, both, one, solver=eg.Picard()), "full_tensor")
+
+
+def forward_and_backward(net: nn.Module) -> dict:
+    """Gradients as the module's own engine makes them."""
+    xs, ys, *_ = share(data(), plain)
+    net.zero_grad()
+    (net(xs) - ys).square().mean().backward()
+    grads = {n: p.grad for n, p in net.named_parameters()}
+    return whole(grads)
+
+
+@check
+def sharded_modules_are_untouched() -> None:
+    """A module of fully_shard trains as ever and holds its shards, also where a loss failed."""
+    net, _ = fully_sharded()
+    expected = forward_and_backward(fully_sharded()[0])
+    for fails in (False, True):
+        held = {n: id(p) for n, p in net.named_parameters()}
+        hooks = [id(m._forward_hooks) for m in net.modules()]
+        made, params, theta = problem(lambda: (net, None))
+        if fails:
+            inner, calls = made.inner_loss, [0]
+
+            def spoilt(p, m, inner=inner, calls=calls):
+                calls[0] += 1
+                if calls[0] == 5:
+                    raise OSError("gone")
+                return inner(p, m)
+
+            own = eg.Bilevel(spoilt, made.outer_loss)
+            refused(lambda own=own, p=params, m=theta: compute(own, p, m), "gone", kind=OSError)
+        else:
+            compute(made, params, theta, estimator=eg.ConjugateGradient(max_iterations=2))
+        assert {n: id(p) for n, p in net.named_parameters()} == held
+        assert [id(m._forward_hooks) for m in net.modules()] == hooks
+        assert all(isinstance(p, DTensor) for p in net.parameters())
+        torch.testing.assert_close(forward_and_backward(net), expected, rtol=0, atol=0)
+
+
+@check
+def frozen_shards() -> None:
+    """What is frozen, or is no part of φ, is whole while the losses compute (adapters)."""
+    grads = []
+    for engine in (fully_sharded, plain, alone):
+        torch.manual_seed(1)
+        last = nn.Linear(2, 2).double().requires_grad_(False)
+        net, group = engine()
+        net = nn.Sequential(net, fsdp(last) if engine is fully_sharded else last)
+        xs, ys, vs, ws = share(data(), engine)
+        made = eg.Bilevel(
+            lambda p, m, net=net, xs=xs, ys=ys: (
+                (functional_call(net, p, (xs,)) - ys).square().mean()
+                + m["l"].exp() * sum(w.square().sum() for w in p.values())
+            ),
+            lambda p, m, net=net, vs=vs, ws=ws: (
+                (functional_call(net, p, (vs,)) - ws).square().mean()
+            ),
+            group=group,
+        )
+        params = {n: p.detach() for n, p in net.named_parameters() if n == "0.0.weight"}
+        found = compute(made, params, {"l": torch.tensor(-1.0, dtype=torch.float64)})
+        grads.append(found.grads["l"])
+        if engine is fully_sharded:
+            frozen = {**params, "1.bias": last.bias}
+            refused(
+                lambda made=made, p=frozen: compute(made, p, {"l": torch.tensor(-1.0).double()}),
+                "1.bias",
+                "frozen",
+            )
+    torch.testing.assert_close(grads[0], grads[2], rtol=1e-10, atol=0)
+    torch.testing.assert_close(grads[1], grads[2], rtol=1e-10, atol=0)
+
+
+class Tied(nn.Module):
+    """The same matrix goes in and comes out, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = (nn.Linear(3, 3, bias=False).double() for _ in range(2))
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh())
+
+
+@check
+def tied_shards_and_shards_of_one_process() -> None:
+    """Tied weights stay one tensor; one process alone is served by the same script."""
+    grads = []
+    # every rank has to make all groups
+    own = [DeviceMesh("cpu", [r]) for r in range(dist.get_world_size())][rank()]
+    for where in (None, mesh(), own):
+        net = Tied() if where is None else fsdp(Tied(), mesh=where)
+        xs, _, vs, _ = share(data(), fully_sharded if where is mesh() else alone)
+        made = eg.Bilevel(
+            lambda p, m, net=net, xs=xs: (
+                (functional_call(net, p, (xs,)) - xs).square().mean()
+                + m["l"].exp() * sum(w.square().sum() for w in p.values())
+            ),
+            lambda p, m, net=net, vs=vs: (functional_call(net, p, (vs,)) - vs).square().mean(),
+        )
+        params = {n: p.detach() for n, p in net.named_parameters()}
+        grads.append(
+            compute(made, params, {"l": torch.tensor(-1.0, dtype=torch.float64)}).grads["l"]
+        )
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(grads[2], grads[0], rtol=1e-10, atol=0)
+
+
+@check
+def shards_that_are_not_served() -> None:
+    """By name: other precision, other meshes, copies, maps, compiled steps, mixtures."""
+    made, params, theta = problem(fully_sharded)
+    compiled = eg.GradientDescent(lr=0.1, max_steps=30, compile=True)
+    refused(lambda: compute(made, params, theta, solver=compiled), "compile=True")
+    net, _ = fully_sharded()
+    refused(lambda: eg.nn.Functional(net), "FSDP", "before it is wrapped")
+    refused(
+        lambda: eg.FixedPoint(lambda p, m: {"h": net(p["h"])}, lambda p, m: p["h"].sum()), "FSDP"
+    )
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    low = fsdp(network(), mp_policy=policy)
+    refused(lambda: problem(lambda: (low, None)), "without mp_policy", "torch.autocast")
+    cpu = fsdp(network(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    refused(lambda: problem(lambda: (cpu, None)), "without offload_policy")
+    grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    both = fsdp(network(), mesh=grid)
+    refused(lambda: problem(lambda: (both, None)), "mesh of 2 dimensions")
+
+
+@check
+def resume_across_ranks() -> None:
+    """A loop that was stopped goes on with the same bits on all ranks, or says who is elsewhere."""
+    folder = Path(on_all(tempfile.mkdtemp())[0])
+
+    def learned(steps: int, path: Path | None, resume: bool = False) -> float:
+        made, params, theta = problem(plain)
+        theta = {n: t.requires_grad_() for n, t in theta.items()}
+        learn(
+            made,
+            params,
+            theta,
+            solver=FEW,
+            estimator=eg.Contrastive(beta=1e-2),
+            optimizer=torch.optim.Adam(theta.values(), lr=0.1),
+            steps=steps,
+            callbacks=[] if path is None else [Checkpoint(path, resume=resume)],
+        )
+        return theta["l"].item()
+
+    whole = learned(4, None)
+    learned(2, folder / f"{rank()}.pt")
+    resumed = learned(4, folder / f"{rank()}.pt", resume=True)
+    assert on_all(resumed) == on_all(whole)
+    learned(2, folder / "one.pt" if rank() == 0 else None)
+    alone_there = folder / ("one.pt" if rank() == 0 else "none.pt")
+    refused(lambda: learned(4, alone_there, resume=True), "meta_params 'l' differs")
 
 
 @check

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Replicate,
@@ -38,7 +39,7 @@ def data() -> list[torch.Tensor]:
     return [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double()
 
@@ -76,12 +77,24 @@ def sharded() -> tuple[nn.Module, Any]:
     return network(), None
 
 
+def fsdp(net: nn.Module, **settings: Any) -> nn.Module:
+    fully_shard(net, **({"mesh": mesh()} | settings))
+    return net
+
+
+def fully_sharded() -> tuple[nn.Module, Any]:
+    net = network()
+    fsdp(net[0])
+    return fsdp(net), None
+
+
 ENGINES = {
     "plain": plain,
     "DDP": wrapped,
     "accelerate": accelerated,
     "fabric": fabricated,
     "DTensor": sharded,
+    "FSDP2": fully_sharded,
 }
 
 
@@ -94,7 +107,7 @@ def share(tensors: list[torch.Tensor], engine: Callable) -> list[torch.Tensor]:
 
 def laid_out(tensors: dict, engine: Callable) -> dict:
     """On shards, one tensor in two, where that is the engine."""
-    if engine is not sharded:
+    if engine not in (sharded, fully_sharded):
         return tensors
     places = [Shard(0), Replicate()]
     return {
@@ -125,7 +138,7 @@ def problem(
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     theta = {"l": torch.tensor(-1.0, dtype=torch.float64)}
     made = eg.Bilevel(inner, outer, group=group, **kwargs)
-    return made, laid_out(params, engine), theta
+    return made, laid_out(params, engine) if engine is sharded else params, theta
 
 
 def learned_start(engine) -> tuple[eg.Bilevel, dict, dict]:
@@ -143,12 +156,17 @@ def learned_start(engine) -> tuple[eg.Bilevel, dict, dict]:
 def learned_center(engine) -> tuple[eg.Bilevel, dict, dict]:
     xs, ys, vs, ws = share(data(), engine)
     inside = network()
-    group = None if engine in (alone, sharded) else dist.group.WORLD
+    group = None if engine in (alone, sharded, fully_sharded) else dist.group.WORLD
     center = {n: torch.zeros_like(p) for n, p in inside.named_parameters()}
     synapse = ComplexSynapse(inside, 0.3, center, learn=("center",))
+    net = fully_sharded()[0] if engine is fully_sharded else None
+
+    def call(p, x):
+        return synapse(p, x) if net is None else functional_call(net, p, (x,))
+
     made = eg.Bilevel(
-        lambda p, m: (synapse(p, xs) - ys).square().mean(),
-        lambda p, m: (synapse(p, vs) - ws).square().mean(),
+        lambda p, m: (call(p, xs) - ys).square().mean(),
+        lambda p, m: (call(p, vs) - ws).square().mean(),
         regularizer=synapse,
         group=group,
     )

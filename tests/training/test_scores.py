@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import equigrad as eg
 from equigrad.cli import main
 from equigrad.training.example_weights import labelled_loss
+from equigrad.training.learned_weights import learn_weights, verdict
 from equigrad.training.scores import example_scores, spearman
 from equigrad.training.trainer import trainer_settings
 
@@ -192,6 +193,48 @@ def test_arguments_of_a_trainer_are_its_optimiser_and_schedule(tmp_path):
         trainer_settings(arguments, N)
 
 
+def weights(**changed):
+    given: Any = {"model": linear(), "train": TRAIN, "valid": VALID, "loss": squares} | changed
+    return learn_weights(**({"solver": SOLVER, "batch_size": 8, "outer_steps": 4} | given))
+
+
+def test_weights_are_learned():
+    found = weights(outer_steps=8)
+    assert set(found.ranking()[:4]) <= set(range(6))  # two of them are hardly wrong
+    assert found.weights[:4].max() < 0.3 < 1.5 < found.weights[6:].median()
+    assert found.validation_losses[-1] < 0.2 * found.validation_losses[0]
+    assert "in 8 outer steps" in found.status
+    by_source = weights(sources=["bad"] * 6 + ["good"] * 18)
+    assert by_source.weights[0] < 0.8 < 1.2 < by_source.weights[1]
+
+
+def test_a_step_is_adam_on_the_logits_of_weights():
+    """At w = 1, dw/da = 1/2: the first step moves every logit by lr, and no further."""
+    scored = scores(batch_size=8, runs=1, nudged_steps=40)
+    found = weights(outer_steps=1, lr=0.1)
+    expected = 2 * torch.sigmoid(0.1 * scored.scores.sign())
+    torch.testing.assert_close(found.weights, expected, rtol=1e-3, atol=0)
+
+
+def test_learning_goes_on_from_where_it_was(tmp_path):
+    said = []
+    weights(folder=tmp_path, outer_steps=2)
+    resumed = weights(folder=tmp_path, progress=said.append)
+    assert len(said) == 2
+    whole = weights()
+    assert torch.equal(resumed.weights, whole.weights)
+    assert resumed.validation_losses == whole.validation_losses
+    assert resumed.gradient_evaluations == whole.gradient_evaluations
+    with pytest.raises(eg.RunError, match=r"keeps runs with lr=0\.3, and this call has 0\.1"):
+        weights(folder=tmp_path, lr=0.1)
+
+
+def test_weights_that_are_of_no_use_say_so():
+    assert "did not fall (1 to 1.2, the lowest before step 2)" in verdict([1.0, 0.9, 1.2])
+    assert verdict([1.0, 1.2, 0.9]) == "validation loss 1 to 0.9 in 3 outer steps"
+    assert "did not fall (1 to nan" in verdict([1.0, math.nan])
+
+
 SCRIPT = """
 import torch, equigrad as eg
 x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
@@ -225,6 +268,23 @@ def test_the_command(tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
     main(["scores", f"{script}:job", "--out", str(out), "--resume"])
     assert "run 2 of 2 is done" in capsys.readouterr().out
+
+
+def test_the_command_learns(tmp_path, capsys):
+    script, out = tmp_path / "mine.py", tmp_path / "out"
+    script.write_text(SCRIPT)
+    main(["scores", f"{script}:job", "--out", str(out), "--learn", "2"])
+    said = capsys.readouterr().out
+    assert "step 2 of 2: validation loss" in said
+    assert "most harmful: 3" in said
+    with (out / "weights.csv").open() as file:
+        assert next(csv.DictReader(file)).keys() == {"rank", "example", "weight"}
+    assert len(json.loads((out / "result.json").read_text())["validation_losses"]) == 2
+    assert (out / "weights.png").stat().st_size > 1000
+    main(["scores", f"{script}:job", "--out", str(out), "--learn", "3", "--resume"])
+    said = capsys.readouterr().out
+    assert "step 3 of 3" in said
+    assert "step 2" not in said
 
 
 class TestTransformers:

@@ -1,7 +1,7 @@
 """Hessian-vector products by central differences of first-order gradients at a settled state."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,6 +51,22 @@ class Errors:
         b = apart.get(small, apart[best]) * (small if small in apart else best) / FACTOR
         distance = (b / (2 * a)) ** (1 / 3) if a > 0 else best
         return cls(a, b, min(max(distance, small), large))
+
+    @classmethod
+    def compared(cls, difference: Callable[[float], Tensor], first: float) -> Self:
+        """From the products at a few distances, where to begin with `first`."""
+        tried = {h: difference(h) for h in (first, first / FACTOR)}
+        apart = {first: mismatch(tried[first], tried[first / FACTOR])}
+        for _ in range(MOST):
+            best = min(apart, key=lambda h: apart[h])
+            beside = [h for h in (best * FACTOR, best / FACTOR) if h not in apart]
+            if not beside:
+                break
+            for side in (beside[0], beside[0] / FACTOR):
+                if side not in tried:
+                    tried[side] = difference(side)
+            apart[beside[0]] = mismatch(tried[beside[0]], tried[beside[0] / FACTOR])
+        return cls.of(apart)
 
 
 class ContrastProducts:
@@ -132,18 +148,7 @@ class ContrastProducts:
         moved = torch._foreach_sub(self.leaves, self._start())
         scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
         first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
-        tried = {h: self._difference(unit, h) for h in (first, first / FACTOR)}
-        apart = {first: mismatch(tried[first], tried[first / FACTOR])}
-        for _ in range(MOST):
-            best = min(apart, key=lambda h: apart[h])
-            beside = [h for h in (best * FACTOR, best / FACTOR) if h not in apart]
-            if not beside:
-                break
-            for side in (beside[0], beside[0] / FACTOR):
-                if side not in tried:
-                    tried[side] = self._difference(unit, side)
-            apart[beside[0]] = mismatch(tried[beside[0]], tried[beside[0] / FACTOR])
-        return Errors.of(apart)
+        return Errors.compared(lambda h: self._difference(unit, h), first)
 
     def _start(self) -> list[Tensor]:
         return list(self._evaluation.params.values())

@@ -12,6 +12,9 @@ from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver, settle
 from equigrad.solvers.update_rules import UPDATE_RULES
 
+Residual = Callable[[Params, Params, int], tuple[Tensor, ...]]
+"""`(params, meta_params, step)`: what is zero at rest."""
+
 _NO_VALUE: Any = None
 """A differentiable solver evaluates no loss."""
 
@@ -23,6 +26,7 @@ def replay(
     state: list[Tensor],
     meta_params: Mapping[str, Tensor],
     steps: range,
+    residual: Residual | None = None,
 ) -> Settled:
     """Take steps of a free phase again, with a graph to params, solver state and θ.
 
@@ -35,14 +39,16 @@ def replay(
         state: the solver's state before the first step.
         meta_params: θ.
         steps: numbers of the steps to take.
+        residual: `(params, meta_params, step)`, with its graph; None for the evaluation's residual.
 
     Returns:
         The state after the last step; its params and solver state have their graph.
     """
+    at = residual or evaluation.residual
 
     def velocity(now: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         with torch.enable_grad():
-            return tuple(-r for r in evaluation.residual(now, meta_params, step)), _NO_VALUE
+            return tuple(-r for r in at(now, meta_params, step)), _NO_VALUE
 
     return settle(
         velocity,

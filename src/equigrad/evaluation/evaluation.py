@@ -60,7 +60,7 @@ class Evaluation(Scene):
         detached = {name: tracked(p).detach() for name, p in params.items()}
         constants = {name: tracked(m).detach() for name, m in meta_params.items()}
         tensors = [*detached.values(), *constants.values()]
-        stage = Stage(problem.modules or (), tensors, seed)
+        stage = Stage(problem.modules or (), tensors, seed, ranks)
         with ExitStack() as opened:
             opened.enter_context(stage)
             problem, streams = problem.drawing(stage.randomness, tensors[0].device)

@@ -15,6 +15,7 @@ from equigrad.parallel import (
     Likeness,
     OnShards,
     Ranks,
+    is_fully_sharded,
     mesh_of,
     meshes,
     require_alike,
@@ -46,41 +47,64 @@ class Given:
 def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
     """The problem, φ and θ, with tensors that are spread over processes gathered on each process.
 
+    A module of `fully_shard` has a share of the data on each process, and computes with whole
+    tensors. Without one, tensors on processes have one loss, which is handed them as they lie.
+
     Raises:
         ProblemError: the tensors lie on different meshes or on one of several dimensions; or the
-            problem is not a `Bilevel`, also has its data spread over processes, or learns the
-            start of φ.
+            problem is not a `Bilevel`, has its data spread over processes without such a module,
+            or learns the start of φ.
     """
     tensors = (params, meta_params)
     if not all(isinstance(t, Mapping) for t in tensors):
         return Given(problem, params, meta_params)  # `check_given` will refuse it
     named = {n: t for part in tensors for n, t in part.items() if isinstance(t, Tensor)}
     found = meshes(named.values())
-    if not found:
+    modules = any(is_fully_sharded(part) for part in problem.ranks.wrapped)
+    if not found or not (modules or any(mesh.size() > 1 for mesh in found)):
         return Given(problem, params, meta_params)
     if not problem.spreads:
         for name, tensor in named.items():
             refuse_shards(name, tensor)
     kind = f"{listed([n for n, t in named.items() if mesh_of(t) is not None])}: DTensors"
+    learned = {id(m) for m in meta_params.values()}
     if len(found) > 1 or found[0].ndim > 1:
         raise ProblemError(f"{kind} have to lie on one mesh of one dimension, got {found}")
-    if problem.ranks.group is not None:
+    if problem.ranks.group is not None and not modules:
         raise ProblemError(
             f"{kind} have one loss on all processes, and group= or a data-parallel module says "
             f"that each has its own; gather them with .full_tensor(), or leave group out"
         )
-    learned = {id(m) for m in meta_params.values()}
     if any(p.requires_grad and (not p.is_leaf or id(p) in learned) for p in params.values()):
         raise ProblemError(
             f"{kind} cannot be the start that is learned: gather params and meta_params with "
             f".full_tensor()"
         )
     layouts = Layout.of(params, found[0]), Layout.of(meta_params, found[0])
+    own_params, own_meta = ({n: _whole(t) for n, t in part.items()} for part in tensors)
+    together = (
+        problem
+        if modules
+        else _of_whole(problem, layouts, Ranks(found[0].get_group(), shares=False))
+    )
+    return Given(together, own_params, own_meta, layouts)
+
+
+def _of_whole(problem: Problem, layouts: tuple[Layout, Layout], ranks: Ranks) -> Problem:
+    """A problem of sharded tensors, as one of whole ones."""
     streams: tuple[Stream, ...] = ("inner", "outer")
     own = {problem.name(s): OnShards(problem.function(s), *layouts) for s in streams}
-    together = problem.with_(**own, ranks=Ranks(found[0].get_group(), shares=False))
-    own_params, own_meta = ({n: whole(t.detach()) for n, t in part.items()} for part in tensors)
-    return Given(together, own_params, own_meta, layouts)
+    return problem.with_(**own, ranks=ranks)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor on each process, frozen if it was a frozen parameter."""
+    if mesh_of(tensor) is None:
+        return tensor
+    found = whole(tensor.detach())
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return nn.Parameter(found, requires_grad=False)
+    return found
 
 
 def check_given(problem: Problem, params: Params, meta_params: Params, tally: Tally) -> None:

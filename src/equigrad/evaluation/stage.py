@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.buffers import KeptBuffers
+from equigrad.parallel import ALONE, Ranks
 from equigrad.problems.lowered import full_precision
 from equigrad.randomness import CommonRandomness
 from equigrad.solvers import Moment
@@ -24,21 +25,28 @@ class Stage:
         modules: modules that the problem's functions call.
         tensors: all tensors of the computation.
         seed: seed of an earlier stage, to repeat its random numbers; None to draw one.
+        ranks: processes whose sharded modules hold full parameters within.
 
     Attributes:
         randomness: seeds the problem's functions.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], seed: int | None = None
+        self,
+        modules: Sequence[nn.Module],
+        tensors: Sequence[Tensor],
+        seed: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.randomness = CommonRandomness(tensors, seed)
+        self._ranks = ranks
         self._modules, self._tensors = modules, tensors
         self._buffers = KeptBuffers(modules)
         self._flags: list[tuple[nn.Module, bool]] = []
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
+        self._exit.enter_context(self._ranks.inside())
         self._exit.enter_context(torch.enable_grad())
         self._flags = [(part, part.training) for m in self._modules for part in m.modules()]
         self._exit.callback(self._restore_flags)

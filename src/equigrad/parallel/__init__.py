@@ -1,5 +1,6 @@
 """All communication between processes, which share the data and have the same φ and θ."""
 
+from equigrad.parallel.fully_sharded import is_fully_sharded
 from equigrad.parallel.likeness import Likeness, require_alike
 from equigrad.parallel.ranks import ALONE, Ranks
 from equigrad.parallel.shards import Layout, OnShards, mesh_of, meshes, whole
@@ -20,6 +21,7 @@ __all__ = [
     "data_parallel",
     "group_of",
     "is_data_parallel",
+    "is_fully_sharded",
     "is_group",
     "mesh_of",
     "meshes",

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ class Ranks:
 
     Attributes:
         group: the processes; None for this one alone.
-        wrapped: data-parallel modules that the losses call. Their own hooks are bypassed.
+        wrapped: data-parallel and sharded modules that the losses call; their hooks are bypassed.
         shares: whether each process has its own data, rather than a part of the tensors; random
             numbers then differ between ranks.
         unfinite: the ranks whose loss was the first not to be finite, since all were finite.
@@ -65,6 +65,18 @@ class Ranks:
         """This process without the others."""
         return self if self.group is None else Ranks(None, self.wrapped)
 
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While wrapped modules do no more than what is inside of them, with whole parameters.
+
+        Raises:
+            RunError: a rank is lost.
+        """
+        with ExitStack() as opened:
+            with self._reaching():
+                opened.enter_context(inside(self.wrapped))
+            yield
+
     def mean(
         self,
         loss: Callable[[Params, Params], Tensor],
@@ -88,7 +100,7 @@ class Ranks:
             RunError: a rank is lost, or evaluates something else.
         """
         if self.group is None:
-            with inside(self.wrapped):
+            with self.inside():
                 return loss(params, meta_params)
         *tensors, zero = Spread.apply(self._reduce, *params.values(), *meta_params.values())
         own = dict(zip(params, tensors, strict=False))
@@ -96,7 +108,7 @@ class Ranks:
         wide = torch.promote_types(tensors[0].dtype, torch.float64)
         error, mine = None, zero
         try:
-            with inside(self.wrapped):
+            with self.inside():
                 mine = loss(own, other)
             if not (isinstance(mine, Tensor) and mine.ndim == 0):
                 found = getattr(mine, "shape", type(mine).__name__)

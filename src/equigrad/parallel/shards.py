@@ -11,9 +11,8 @@ Params = Mapping[str, Tensor]
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """The mesh of several processes that a tensor is spread over; None for an ordinary tensor."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    return mesh if mesh is not None and mesh.size() > 1 else None
+    """The mesh of processes that a tensor lies on; None for an ordinary tensor."""
+    return getattr(tensor, "device_mesh", None)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from equigrad.errors import ProblemError
+from equigrad.parallel.fully_sharded import is_fully_sharded, mesh_under, unsharded
 
 
 def is_group(value: object) -> bool:
@@ -35,19 +36,27 @@ def is_data_parallel(part: nn.Module) -> bool:
 
 
 def data_parallel(module: nn.Module) -> list[Any]:
-    """The parts of a module that are wrapped by `DistributedDataParallel` over several processes.
+    """The parts of a module whose own hooks see to several processes, or replace params.
+
+    Those in `DistributedDataParallel` over several processes, and those of `fully_shard`.
 
     Raises:
-        ProblemError: one is inside another.
+        ProblemError: one is wrapped twice, or is sharded in a way that is not supported.
     """
     found: list[Any] = [p for p in module.modules() if is_data_parallel(p) and processes(p) > 1]
+    sharded = [p for p in module.modules() if is_fully_sharded(p)]
+    if found and sharded:
+        raise ProblemError(
+            f"{type(found[0]).__name__} is around or beside a module of fully_shard: both average "
+            f"over processes. Wrap it once"
+        )
     for part in found:
         if any(inner is not part and inner in found for inner in part.modules()):
             raise ProblemError(
                 f"{type(part).__name__} is around another {type(part).__name__}: the module was "
                 f"wrapped twice. Wrap it once"
             )
-    return found
+    return found + sharded
 
 
 def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
@@ -58,9 +67,9 @@ def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
         wrapped: the data-parallel modules that the problem calls.
 
     Raises:
-        ProblemError: they belong to different groups.
+        ProblemError: they belong to different groups, or to a mesh of several dimensions.
     """
-    groups = [group for group in (given, *(w.process_group for w in wrapped)) if group is not None]
+    groups = [group for group in (given, *map(_group, wrapped)) if group is not None]
     ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
     if len(ranks) > 1:
         raise ProblemError(
@@ -70,18 +79,28 @@ def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
     return groups[0] if groups and len(ranks.pop()) > 1 else None
 
 
+def _group(part: Any) -> Any:
+    if is_data_parallel(part):
+        return part.process_group
+    mesh = mesh_under(part)
+    return None if mesh is None else mesh.get_group()
+
+
 @contextmanager
 def inside(wrapped: Iterable[Any]) -> Iterator[None]:
     """A context in which data-parallel modules just call the modules that they wrap.
 
     Their reducers wait for gradients to be accumulated, which never happens here, and would
-    broadcast the buffers of rank 0.
+    broadcast the buffers of rank 0. Modules of
+    `fully_shard` compute with full parameters.
     """
-    own = [(w, vars(w).get("forward")) for w in wrapped]
+    wrapped = list(wrapped)
+    own = [(w, vars(w).get("forward")) for w in wrapped if is_data_parallel(w)]
     for w, _ in own:
         w.forward = _Inside(w)
     try:
-        yield
+        with unsharded(w for w in wrapped if is_fully_sharded(w)):
+            yield
     finally:
         for w, forward in own:
             if forward is None:

@@ -48,8 +48,8 @@ class Bilevel(Problem):
             `torch.distributed.group.WORLD`, with the same φ and θ on each. Both losses are then the
             means over processes (for equal shares and mean losses, those of one process with all
             the data), and all processes get the same results. Not needed if a module is wrapped by
-            `DistributedDataParallel`, Accelerate or Fabric, whose group is used. None is one
-            process. See docs/several-processes.md.
+            `DistributedDataParallel`, `fully_shard`, Accelerate or Fabric, whose group is used.
+            None is one process. See docs/several-processes.md.
 
     Raises:
         ProblemError: a loss is not callable, batches cannot be iterated over again, or a module is

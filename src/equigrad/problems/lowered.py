@@ -34,6 +34,13 @@ def lowered(problem: Problem, tensors: Iterable[Tensor]) -> Problem:
     )
 
 
+def unlowered(problem: Problem) -> Problem:
+    """The problem whose functions compute in the precision of their arguments."""
+    functions = {problem.name(s): problem.function(s) for s in ("inner", "outer")}
+    own = {name: f.function for name, f in functions.items() if isinstance(f, _Lowered)}
+    return problem.with_(**own)
+
+
 def lower_precision(tensors: Iterable[Tensor]) -> torch.dtype | None:
     """The lowest precision that autocast now gives to functions of these tensors; None without."""
     dtypes = [dtype for _, dtype in _casts(tensors)]

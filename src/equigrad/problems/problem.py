@@ -142,7 +142,7 @@ class Problem(Checked):
             if is_group(self.group):  # other ranks may have raised no error: let them know
                 Ranks(group_of(self.group, ())).tell(error)
             raise
-        if group is not None:
+        if group is not None or wrapped:
             object.__setattr__(self, "ranks", Ranks(group, tuple(wrapped)))
 
     def alone(self) -> Self:

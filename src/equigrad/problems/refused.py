@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equigrad.errors import ProblemError
-from equigrad.parallel import is_data_parallel, mesh_of, processes
+from equigrad.parallel import is_data_parallel, is_fully_sharded, mesh_of, processes
 
 
 def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
@@ -16,12 +16,13 @@ def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
 
     Args:
         module: a module that a problem's functions call.
-        data_parallel: whether it may be wrapped by `DistributedDataParallel`.
+        data_parallel: whether it may be wrapped by `DistributedDataParallel` or `fully_shard`.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
             _refuse_renormed(name, part)
-        if processes(part) > 1 and not (data_parallel and is_data_parallel(part)):
+        served = data_parallel and (is_data_parallel(part) or is_fully_sharded(part))
+        if not served and (processes(part) > 1 or is_fully_sharded(part)):
             raise ProblemError(
                 f"{type(part).__name__} {name or 'itself'!r} is shared by {processes(part)} "
                 f"processes, and each would get a meta-gradient of its own data alone: its hooks "
@@ -56,7 +57,7 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
 
 def refuse_shards(name: str, tensor: Tensor) -> None:
     """Raise a `ProblemError` for a tensor that is spread over several processes (a `DTensor`)."""
-    if (mesh := mesh_of(tensor)) is not None:
+    if (mesh := mesh_of(tensor)) is not None and mesh.size() > 1:
         raise ProblemError(
             f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
             f"would settle its own; gather it with .full_tensor()"

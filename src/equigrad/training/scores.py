@@ -1,21 +1,19 @@
 """Which training examples help: the derivative of the validation loss by a weight of each."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from equigrad.errors import ConfigurationError, RunError
+from equigrad.errors import RunError
 from equigrad.estimators import Contrastive
 from equigrad.fields import Count, expect, require
 from equigrad.gradient import meta_gradient, settle
@@ -30,74 +28,46 @@ from equigrad.training.example_weights import (
     weighted_problem,
 )
 from equigrad.training.files import load_tensors, save_tensors, write_whole
+from equigrad.training.ranked import Ranked
 
 TRUSTED = 0.6
 """Scores whose ranks agree less than this, between runs or as nudged phases go on, are named."""
 
 
-@dataclass(frozen=True)
-class ExampleScores:
+@dataclass(frozen=True, kw_only=True)
+class ExampleScores(Ranked):
     """How much each training example, or each source, lowers the validation loss.
 
     Attributes:
+        names: of the sources; the examples' numbers otherwise.
         scores: `-dL_val/dw_i` at `w = 1`, one an example or a source; below zero is harmful.
         agreement: Spearman's correlation of the scores of two training runs with other batches and
             random numbers, whose mean the scores are, averaged over pairs; NaN of one run.
         steadiness: that of scores after half of the nudged phases with those after all of them.
-        names: of the sources; the examples' numbers otherwise.
         validation_loss: after training, averaged over runs.
         status: in words: what was reached, and whether the scores can be trusted.
         gradient_evaluations: that it took.
     """
 
+    column: ClassVar[str] = "score"
+
     scores: Tensor = field(repr=False)
     agreement: float
     steadiness: float
-    names: tuple[str, ...] = field(repr=False)
     validation_loss: float
     status: str
     gradient_evaluations: int
+
+    @property
+    def values(self) -> Tensor:
+        """The scores."""
+        return self.scores
 
     @property
     def trusted(self) -> bool:
         """Whether runs agree on the ranks, and phases as they go on; one run cannot disagree."""
         known = [a for a in (self.agreement, self.steadiness) if not math.isnan(a)]
         return min(known) >= TRUSTED
-
-    def ranking(self) -> list[int]:
-        """Numbers of the examples or sources, the most harmful one first."""
-        return self.scores.argsort(stable=True).tolist()
-
-    def table(self) -> dict[str, list[Any]]:
-        """Rank (1 is the most harmful), name and score by column, ranked."""
-        order = self.ranking()
-        return {
-            "rank": list(range(1, len(order) + 1)),
-            "example": [self.names[i] for i in order],
-            "score": [self.scores[i].item() for i in order],
-        }
-
-    def save(self, path: Path | str) -> None:
-        """Write the ranked table as `.csv`, or as `.parquet` where pandas and pyarrow are there.
-
-        Raises:
-            ConfigurationError: a path that ends in neither.
-        """
-        path = Path(path)
-        if path.suffix == ".csv":
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(self.table())
-            writer.writerows(zip(*self.table().values(), strict=True))
-            write_whole(path, text.getvalue())
-        elif path.suffix == ".parquet":
-            import pandas
-
-            content = io.BytesIO()
-            pandas.DataFrame(self.table()).to_parquet(content, index=False)
-            write_whole(path, content.getvalue())
-        else:
-            raise ConfigurationError(f"scores are saved as .csv or .parquet, got {path.name}")
 
 
 def example_scores(
@@ -182,11 +152,12 @@ def example_scores(
     problem = weighted_problem(
         net, train, valid, loss or labelled_loss, groups, batch_size, collate
     )
-    rule = _rule(estimator or Contrastive(beta=0.3), solver, nudged_steps)
+    rule = constant_rate(estimator, solver, nudged_steps)
     device = next(model.parameters()).device
     meta = {"weight": torch.ones(len(names), device=device)}
     if folder is not None:
-        _require_same(folder, solver, rule, len(train), len(valid), batch_size)
+        sizes = {"train": len(train), "valid": len(valid), "batch_size": batch_size}
+        require_same(folder, solver, rule, sizes)
     trained = []
     for run in range(runs):
         kept = None if folder is None else folder / f"run-{seed + run}.pt"
@@ -254,8 +225,11 @@ def _trained(
     )
 
 
-def _rule(estimator: Contrastive, solver: Solver, nudged_steps: int | None) -> Contrastive:
-    """The contrastive rule with nudged phases of a constant rate."""
+def constant_rate(
+    estimator: Contrastive | None, solver: Solver, nudged_steps: int | None
+) -> Contrastive:
+    """The contrastive rule with nudged phases of a constant rate; β = 0.3 if none is given."""
+    estimator = Contrastive(beta=0.3) if estimator is None else estimator
     expect(Contrastive, estimator=estimator)
     require(
         nudged_steps is None or estimator.nudged_solver is None,
@@ -281,8 +255,8 @@ def _rule(estimator: Contrastive, solver: Solver, nudged_steps: int | None) -> C
     return dataclasses.replace(estimator, nudged_solver=dataclasses.replace(solver, **changed))
 
 
-def _require_same(
-    folder: Path, solver: Solver, rule: Contrastive, train: int, valid: int, batch_size: int
+def require_same(
+    folder: Path, solver: Solver, rule: Contrastive, further: Mapping[str, Any]
 ) -> None:
     """Refuse a folder that keeps runs of other arguments, as far as they can be told apart."""
     nudged = rule.nudged_solver
@@ -291,9 +265,7 @@ def _require_same(
         "options": str(dict(getattr(solver, "options", {}))),
         "beta": rule.beta,
         "nudged_steps": None if nudged is None else nudged.max_steps,
-        "train": train,
-        "valid": valid,
-        "batch_size": batch_size,
+        **further,
     }
     path = folder / "arguments.json"
     if path.exists():
