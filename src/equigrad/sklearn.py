@@ -81,10 +81,10 @@ class StrengthLearning(BaseEstimator):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 200,
+        inner_steps: int = 40,
         tol: float = 1e-3,
         beta: float = 0.1,
-        nudged_steps: int = 10,
+        nudged_steps: int = 5,
         estimator: Estimator | None = None,
         random_state: Any = None,
     ) -> None:
@@ -145,7 +145,7 @@ class StrengthLearning(BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = tanh_network(x.shape[1], hidden, target.outputs).double()
-            committee = tanh_committee(x.shape[1], hidden, target.outputs, len(folds.train))
+            committee = tanh_committee(x.shape[1], hidden, target.outputs, 2 * len(folds.train))
         solver = replace(SOLVER, max_steps=self.inner_steps, tol=self.tol)
         rule = with_nudged(replace(RULE, beta=self.beta), solver, self.nudged_steps)
         split = Split(both, both, None, target=target, folds=folds)
@@ -210,10 +210,10 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 200,
+        inner_steps: int = 40,
         tol: float = 1e-3,
         beta: float = 0.1,
-        nudged_steps: int = 10,
+        nudged_steps: int = 5,
         estimator: Estimator | None = None,
         class_weight: Any = None,
         random_state: Any = None,

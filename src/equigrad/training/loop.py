@@ -50,7 +50,7 @@ class OuterState:
         gradient_evaluations: so far, over all steps.
         seconds: spent so far, over all sittings.
         history: a row an outer step.
-        copies: further values of θ worth keeping (an average, for example), by what they are.
+        copies: further values of θ or φ worth keeping (an average, for example), by what they are.
         ends: whether the step under way is the last.
         carried: what else goes on from step to step.
         stopped: whether a callback has ended the loop.
@@ -123,8 +123,9 @@ class OuterState:
         self.seconds = state["seconds"]
         self.history = list(state["history"])
         self.stopped = state.get("stopped", False)
+        like = {**self.params, **self.meta_params}
         self.copies = {
-            what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
+            what: {name: m.to(like[name]) for name, m in copy.items()}
             for what, copy in state["copies"].items()
         }
         if self.carried is not None:

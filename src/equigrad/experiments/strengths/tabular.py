@@ -86,7 +86,7 @@ class Tabular(OwnData):
     contrastive: Contrastive = RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    nudged_steps: Count = 10
+    nudged_steps: Count = 5
     """Steps of each nudged phase."""
 
     @classmethod
@@ -175,7 +175,7 @@ class Tabular(OwnData):
             "inputs": split.train[0].shape[1],
             "hidden": list(self.hidden),
             "outputs": split.target.outputs,
-            "members": self.folds,
+            "members": 2 * self.folds,
         }
         return Architecture("tanh_committee", widths)
 
