@@ -1,4 +1,4 @@
-"""Estimators of scikit-learn: networks whose every weight learns how strongly it is held back."""
+"""Estimators of scikit-learn: networks that learn how strongly each input is held back."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,13 +42,14 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 
 class StrengthLearning(BaseEstimator):
-    """Networks of which every weight learns how strongly it is pulled to zero.
+    """Networks that learn how strongly the weights of each input are pulled to zero.
 
-    Networks learn side by side, one a fold, each without the rows that judge it. The strength λ of
-    every weight's pull, which the folds share, follows the gradient of half of those rows' loss;
-    the other half say when to stop. In the end each network learns on from all rows, and a
-    prediction is the mean of theirs. Inputs are standardised within. All is computed in float64,
-    and torch's generator is left as it was.
+    Networks learn side by side, one a fold, each without the rows that judge it. The strengths λ of
+    the pull, one an input and one a later layer, which the folds share, follow the gradient of half
+    of those rows' loss; the other half say when to stop. In the end each network learns on from all
+    rows. A prediction is the mean of theirs, and of those that learned with the best single
+    strength. Inputs are standardised within. All is computed in float64, and torch's generator is
+    left as it was.
 
     Args:
         hidden: widths of the hidden tanh layers, or that of a single one.
@@ -56,7 +57,8 @@ class StrengthLearning(BaseEstimator):
         outer_steps: steps on the logarithms of the strengths, at most.
         outer_lr: root mean square of such a step.
         initial_strength: where every strength starts; None for the best single one.
-        inner_steps: of L-BFGS in which a network learns, at most.
+        inner_steps: of L-BFGS in which a network learns in one go; it goes on for as long as the
+            rows that judge and stop gain from it.
         tol: it has learned where the gradient's norm is at most this.
         beta: nudging strength of the contrastive rule.
         nudged_steps: steps of its nudged phase.
@@ -65,7 +67,8 @@ class StrengthLearning(BaseEstimator):
         random_state: draws the folds and the networks' start.
 
     Attributes:
-        strengths_: λ by name of the weight, of the weights' shapes; `0.weight` is units × inputs.
+        strengths_: λ by name of the weight, with ones in their shapes where weights share a
+            strength; `0.weight` is 1 × inputs.
         validation_score_: of the rows that judge and stop, by networks that have not seen them.
         history_: what each outer step saw, a dictionary each; accuracies in percent.
         network_: those that learned with the strengths, for standardised inputs.
@@ -81,10 +84,10 @@ class StrengthLearning(BaseEstimator):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 200,
+        inner_steps: int = 40,
         tol: float = 1e-3,
         beta: float = 0.1,
-        nudged_steps: int = 10,
+        nudged_steps: int = 5,
         estimator: Estimator | None = None,
         random_state: Any = None,
     ) -> None:
@@ -145,7 +148,7 @@ class StrengthLearning(BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = tanh_network(x.shape[1], hidden, target.outputs).double()
-            committee = tanh_committee(x.shape[1], hidden, target.outputs, len(folds.train))
+            committee = tanh_committee(x.shape[1], hidden, target.outputs, 2 * len(folds.train))
         solver = replace(SOLVER, max_steps=self.inner_steps, tol=self.tol)
         rule = with_nudged(replace(RULE, beta=self.beta), solver, self.nudged_steps)
         split = Split(both, both, None, target=target, folds=folds)
@@ -184,7 +187,7 @@ def _mean_and_scale(values: np.ndarray, what: str) -> tuple[Tensor, Tensor]:
 
 
 class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
-    """Classes from numbers, by networks that learn a regularisation strength for every weight.
+    """Classes from numbers, by networks that learn a regularisation strength for every input.
 
     Its other arguments and attributes are those of `StrengthLearning`.
 
@@ -199,7 +202,7 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         >>> x, y = load_iris(return_X_y=True)
         >>> model = StrengthLearningClassifier((8,), outer_steps=2, inner_steps=50, random_state=0)
         >>> model.fit(x, y).score(x, y) > 0.9, model.strengths_["0.weight"].shape
-        (True, (8, 4))
+        (True, (1, 4))
     """
 
     def __init__(
@@ -210,10 +213,10 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         outer_steps: int = 15,
         outer_lr: float = 0.5,
         initial_strength: float | None = None,
-        inner_steps: int = 200,
+        inner_steps: int = 40,
         tol: float = 1e-3,
         beta: float = 0.1,
-        nudged_steps: int = 10,
+        nudged_steps: int = 5,
         estimator: Estimator | None = None,
         class_weight: Any = None,
         random_state: Any = None,
@@ -282,7 +285,7 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
 
 
 class StrengthLearningRegressor(RegressorMixin, StrengthLearning):
-    """A number from numbers, by networks that learn a regularisation strength for every weight.
+    """A number from numbers, by networks that learn a regularisation strength for every input.
 
     Its arguments and attributes are those of `StrengthLearning`. The target is standardised within,
     too; predictions are in its own units.

@@ -21,6 +21,15 @@ VARIANTS = [
     for positivity in ("projection", "log")
     for center in (0.0, "init")
 ]
+SHARED = {
+    "0.weight": torch.tensor([[0.1, 0.2, 0.3]]),
+    "0.bias": torch.tensor([0.4]),
+    "2.weight": torch.tensor([[0.5], [0.6]]),
+    "2.bias": 0.7,
+}
+"""Strengths that the weights of an input share, all biases of a layer, the weights of a unit."""
+
+VARIANTS += [{"strength": SHARED, "positivity": how} for how in ("projection", "log")]
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -146,6 +155,24 @@ def test_log_strengths_cannot_become_negative():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         synapse(**options)
+
+
+def test_shared_strengths_have_their_own_shapes():
+    """And weights that share one are held back as if each had it."""
+    s = synapse(strength=SHARED)
+    assert {n: tuple(m.shape) for n, m in s.meta_params().items()} == {
+        "strength.0.weight": (1, 3),
+        "strength.0.bias": (1,),
+        "strength.2.weight": (2, 1),
+        "strength.2.bias": (2,),
+    }
+    spread = {n: torch.as_tensor(SHARED[n]).expand(p.shape) for n, p in s.params().items()}
+    each, params = synapse(strength=spread), random_like(s.params())
+    torch.testing.assert_close(
+        s.penalty(params, s.meta_params()), each.penalty(params, each.meta_params())
+    )
+    with pytest.raises(eg.ProblemError, match=r"has shape \(1, 2\), the weight has \(4, 3\)"):
+        synapse(strength={**SHARED, "0.weight": torch.ones(1, 2)})
 
 
 def test_shape_by_name():

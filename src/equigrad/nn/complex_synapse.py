@@ -31,7 +31,8 @@ class ComplexSynapse(Functional):
 
     Args:
         model: any module; called as `synapse(params, *inputs)`. It is copied, never changed.
-        strength: initial λ ≥ 0: one number for all weights, or a number or tensor for every name.
+        strength: initial λ ≥ 0: one number for all weights, or a number or tensor for every name. A
+            tensor has the weight's shape, with ones along dimensions that share a strength.
         center: initial ω, given likewise; or "init" for the module's own parameters.
         learn: what is meta-learned: `strength`, `center` or both.
         positivity: how a learned λ is kept ≥ 0. `projection`: λ itself is the meta-parameter,
@@ -90,7 +91,8 @@ class ComplexSynapse(Functional):
     def meta_params(self) -> dict[str, Tensor]:
         """New leaves: `strength.NAME` or `log_strength.NAME`, and `center.NAME`, if learned.
 
-        Each has the shape of the weight `NAME` and requires a gradient.
+        Each has the shape of the weight `NAME`, or that of its shared strengths, and requires a
+        gradient.
         """
         leaves: dict[str, Tensor] = {}
         if "strength" in self.learn:
@@ -165,7 +167,7 @@ class ComplexSynapse(Functional):
             ) from None
 
     def _spread(self, what: str, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-        """Expand the given values to one tensor a weight, of its shape."""
+        """Expand the values to one tensor a weight: its shape, or ones where weights share them."""
         if not isinstance(value, Mapping):
             return {name: torch.full_like(p, value) for name, p in self._initial.items()}
         if value.keys() != self._initial.keys():
@@ -175,12 +177,16 @@ class ComplexSynapse(Functional):
         spread = {}
         for name, p in self._initial.items():
             tensor = torch.as_tensor(value[name], dtype=p.dtype, device=p.device).detach()
-            if tensor.ndim and tensor.shape != p.shape:
+            shapes = {p.shape}
+            if what == "strength" and tensor.ndim == p.ndim:
+                sizes = zip(tensor.shape, p.shape, strict=True)
+                shapes.add(torch.Size([1 if own == 1 else size for own, size in sizes]))
+            if tensor.ndim and tensor.shape not in shapes:
                 raise ProblemError(
                     f"{what}[{name!r}] has shape {tuple(tensor.shape)}, "
                     f"the weight has {tuple(p.shape)}"
                 )
-            spread[name] = tensor.expand(p.shape).clone()
+            spread[name] = (tensor if tensor.ndim else tensor.expand(p.shape)).clone()
         return spread
 
 

@@ -2,69 +2,48 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
+from types import MethodType
 
 import torch
 from torch import Tensor
 
-from equigrad.errors import SettlingError
 from equigrad.estimators import Contrastive
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse, SideBySide
 from equigrad.problems import Bilevel, Params
 from equigrad.solvers import LBFGS, Phase, Solver, TorchOptimizer
-from equigrad.training.early_stopping import BEST, EarlyStopping
+from equigrad.training.early_stopping import BEST, BEST_PARAMS, EarlyStopping
 from equigrad.training.folds import Folds
 from equigrad.training.loop import Callback, learn
 from equigrad.training.proportional import ProportionalDescent
+from equigrad.training.single_strength import Search, Trials
 from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearner
 
-DECADES = (1.0, 0.1, 0.01, 0.001)
-"""Single strengths that are tried first."""
-
-WARM_STEPS = 30
-"""Steps in which networks that have settled follow strengths that have changed a little."""
-
-PATIENCE = 2
-"""Outer steps that may bring nothing."""
+PATIENCE, GAIN = 2, 0.005
+"""Outer steps that may bring no gain, as a share of the loss."""
 
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
-SOLVER = LBFGS(max_steps=200, tol=1e-3, history=20)
+SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10)
 """How networks learn unless told otherwise."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
 """What estimates the gradients of the strengths unless told otherwise."""
 
 
-@dataclass(frozen=True)
-class Single:
-    """The folds' networks at a single strength for all weights.
-
-    Attributes:
-        params: of shape folds × …, each.
-        strength: the best of those that were tried.
-        loss: of the rows that are held out.
-        gradient_evaluations: that all of them took.
-        seconds: likewise.
-    """
-
-    params: dict[str, Tensor]
-    strength: float
-    loss: float
-    gradient_evaluations: int
-    seconds: float = 0.0
-
-
 class FoldedLearner(StrengthLearner):
     """Strengths that all folds share, learned by the rows that each fold holds out.
 
-    A network a fold learns from the other folds' rows, all from the same start. Of the rows that
-    are held out, half judge: the strengths' logarithms follow the gradient of their loss. The other
-    half say when to stop. In the end every fold's network learns on from all rows, under strengths
-    that are weaker by as much as there are more rows, and predictions are their mean.
+    An input has a strength of its own, by which all weights that read it are held back, and so has
+    every later layer. A network a fold learns from the other folds' rows, each from a start of its
+    own. Of the rows that are held out, half judge: the strengths' logarithms follow the gradient of
+    their loss. The other half say when to stop. In the end every fold's network learns on from all
+    rows, under strengths that are weaker by as much as there are more rows. Predictions are the
+    mean of these networks and of those that learned with the best single strength.
     """
 
     @property
@@ -80,10 +59,24 @@ class FoldedLearner(StrengthLearner):
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
-        """The network's own parameters, for every fold."""
-        count = len(self.folds.train)
-        own = self.network.named_parameters()
-        return {name: p.detach().expand(count, *p.shape).clone() for name, p in own}
+        """The network's own parameters for the first fold, drawn anew for each other one."""
+        network = deepcopy(self.network)
+        starts = [dict(self.network.named_parameters())]
+        with self._seeded():
+            for _ in self.folds.train[1:]:
+                for part in network.modules():
+                    if isinstance(redraw := getattr(part, "reset_parameters", None), MethodType):
+                        redraw()
+                starts.append({n: p.clone() for n, p in network.named_parameters()})
+        return {name: torch.stack([p[name].detach() for p in starts]) for name in starts[0]}
+
+    def shared(self, strength: float) -> dict[str, Tensor]:
+        """One strength for each input, and one for every other parameter: shapes with ones."""
+        own = dict(self.network.named_parameters())
+        first = next(name for name, p in own.items() if p.ndim > 1)
+        shapes = {name: [1] * p.ndim for name, p in own.items()}
+        shapes[first][1] = own[first].shape[1]
+        return {name: own[name].new_full(shape, strength) for name, shape in shapes.items()}
 
     @property
     def batch_count(self) -> int:
@@ -165,9 +158,15 @@ class FoldedLearner(StrengthLearner):
 
     @torch.no_grad()
     def held_out(self, params: Params) -> dict[str, float]:
-        """Metrics of the rows that are held out, by the networks that have not seen them."""
+        """Metrics of the rows that are held out, by the networks that have not seen them.
+
+        Where there are several networks a fold, one set after the other, by their mean.
+        """
         x, y, weights = self.weighed(self.folds.held)
-        return self._named("validation", self.outputs(params, x)[weights > 0], y[weights > 0])
+        sets = len(next(iter(params.values()))) // len(x)
+        outputs = self.outputs(params, x.repeat(sets, *[1] * (x.ndim - 1)))
+        outputs = outputs.unflatten(0, (sets, len(x))).mean(0)
+        return self._named("validation", outputs[weights > 0], y[weights > 0])
 
     @torch.no_grad()
     def tested(self, params: Params) -> dict[str, float]:
@@ -175,7 +174,7 @@ class FoldedLearner(StrengthLearner):
         if self.split.test is None:
             return {}
         x, y = self.split.test
-        count = len(self.folds.train)
+        count = len(next(iter(params.values())))
         return self._named("test", self.outputs(params, x.expand(count, *x.shape)).mean(0), y)
 
     def _named(self, part: str, outputs: Tensor, y: Tensor) -> dict[str, float]:
@@ -184,67 +183,57 @@ class FoldedLearner(StrengthLearner):
 
     def best_single(self, solver: Solver, strengths: Sequence[float] = ()) -> tuple[Network, float]:
         """The best single strength by the rows that are held out, and what its refit is worth."""
-        single = self.single(solver, strengths)
-        network = self.refit(solver, single.strength, single.params)
-        evaluations = single.gradient_evaluations + network.gradient_evaluations
-        return replace(network, gradient_evaluations=evaluations), single.strength
+        found = self.search(solver, strengths)
+        network = replace(found.network, gradient_evaluations=found.gradient_evaluations)
+        return network, found.single.strength
 
-    def single(self, solver: Solver, strengths: Sequence[float] = ()) -> Single:
+    def search(self, solver: Solver, strengths: Sequence[float] = ()) -> Search:
         """The best single strength by the rows that are held out.
 
+        Few steps choose a decade. From there the networks learn on, under half a decade more and
+        less as well, for as long as these rows gain from it.
+
         Args:
-            solver: settles the networks.
-            strengths: to be tried; by default decades, and then half a decade to both sides. Each
-                begins at the start: a network that a strong one has silenced does not wake again.
+            solver: settles the networks; its steps are how far they learn in one go.
+            strengths: to be tried in place of decades.
         """
         key = (solver, *strengths)
         if key not in self._searched:
             began = time.perf_counter()
+            trials = Trials(self.settled, self.loss, self.start, self.folds)
             with self._seeded():
-                first, *others = strengths or DECADES
-                best = self._try(solver, first, self.start)
-                for strength in others:
-                    best = self._better(solver, best, strength)
-                if not strengths and best.strength == DECADES[-1]:
-                    best = self._better(solver, best, 0.1 * best.strength)
-                for factor in () if strengths else (10**-0.5, 10**0.5):
-                    best = self._better(solver, best, factor * best.strength)
-            self._searched[key] = replace(best, seconds=time.perf_counter() - began)
+                best = trials.decades(of(2, solver), strengths)
+                best = trials.further(solver, best, () if strengths else (10**-0.5, 10**0.5))
+            network = self.refit(solver, best.strength, best.params)
+            spent = trials.gradient_evaluations + network.gradient_evaluations
+            network = self.judged(network, best.params)
+            seconds = time.perf_counter() - began
+            self._searched[key] = Search(best, network, spent, seconds)
         return self._searched[key]
 
     @cached_property
-    def _searched(self) -> dict[tuple[Solver | float, ...], Single]:
+    def _searched(self) -> dict[tuple[Solver | float, ...], Search]:
         """What a search has found, which several estimators start at."""
         return {}
-
-    def _try(self, solver: Solver, strength: float, start: Params) -> Single:
-        params, cost, _ = self.settled(solver, strength, start, self.folds.train)
-        return Single(params, strength, self.loss(params, self.folds.held), cost)
-
-    def _better(self, solver: Solver, best: Single, strength: float) -> Single:
-        """The better one, where the networks settle under the strength at all."""
-        try:
-            other = self._try(solver, strength, self.start)
-        except SettlingError:
-            return best
-        spent = best.gradient_evaluations + other.gradient_evaluations
-        return replace(min(best, other, key=lambda one: one.loss), gradient_evaluations=spent)
 
     def refit(
         self, solver: Solver, strengths: float | Mapping[str, Tensor], params: Params
     ) -> Network:
-        """The folds' networks after they have learned on from all rows, and what they are worth."""
+        """The folds' networks after they have learned on from all rows; nobody has judged them."""
         folds = self.folds
         if isinstance(strengths, Mapping):
             weaker = {name: folds.shrink * s for name, s in strengths.items()}
         else:
             weaker = folds.shrink * strengths
-        judged = self.held_out(params)
-        following = replace(solver, max_steps=WARM_STEPS)
         weights = folds.refit.expand(len(folds.train), -1)
         with self._seeded():
-            params, cost, phase = self.settled(following, weaker, params, weights)
-        return Network(params, judged | self.tested(params), cost, phase)
+            params, cost, phase = self.settled(of(2, solver), weaker, params, weights)
+        return Network(params, {}, cost, phase)
+
+    def judged(self, network: Network, before: Params) -> Network:
+        """With the metrics of its test rows, and of rows held out before the refit."""
+        metrics = self.held_out(before) | self.tested(network.params)
+        return replace(network, metrics=metrics)
 
     def learn_by(
         self,
@@ -255,7 +244,7 @@ class FoldedLearner(StrengthLearner):
         callbacks: Sequence[Callback] = (),
         watched: bool = True,
     ) -> Learned:
-        """Learn a strength for every weight, and then with them; torch's generator is put back.
+        """Learn the strengths, and then with them; torch's generator is put back.
 
         Args:
             recipe: how; the step size is that of `ProportionalDescent` on log λ.
@@ -264,17 +253,20 @@ class FoldedLearner(StrengthLearner):
             callbacks: watch the outer loop.
             watched: whether the test rows are looked at after every outer step.
         """
-        single = self.single(recipe.solver, () if initial_strength is None else (initial_strength,))
-        synapse = ComplexSynapse(self.network, strength=single.strength, positivity="log")
+        given = () if initial_strength is None else (initial_strength,)
+        found = self.search(recipe.solver, given)
+        single = found.single
+        strengths = self.shared(single.strength)
+        synapse = ComplexSynapse(self.network, strength=strengths, positivity="log")
         meta_params = synapse.meta_params()
-        following = self.fitting(replace(recipe.solver, max_steps=WARM_STEPS))
+        following = self.fitting(of(4, recipe.solver))
         rule = recipe.estimator
         if isinstance(rule, Contrastive) and rule.nudged_solver is not None:
             rule = replace(rule, nudged_solver=self.fitting(rule.nudged_solver))
 
         def evaluate(params: Params) -> dict[str, float]:
-            found = {"stop_loss": self.loss(params, self.folds.stop), **self.held_out(params)}
-            return found | (self.tested(params) if watched else {})
+            seen = {"stop_loss": self.loss(params, self.folds.stop)}
+            return seen | (self.held_out(params) | self.tested(params) if watched else {})
 
         with self._seeded():
             state = learn(
@@ -287,17 +279,27 @@ class FoldedLearner(StrengthLearner):
                 steps=outer_steps,
                 start="warm",
                 evaluate=evaluate,
-                callbacks=[EarlyStopping("stop_loss", PATIENCE), *callbacks],
+                callbacks=[EarlyStopping("stop_loss", PATIENCE, GAIN), *callbacks],
             )
-            began = time.perf_counter()
-            best = synapse.strengths(state.copies[BEST])
-            params, cost, _ = self.settled(following, best, state.params, self.folds.train)
-        network = self.refit(recipe.solver, best, params)
-        compared = None
-        if initial_strength is None:
-            worth = self.refit(recipe.solver, single.strength, single.params).metrics
-            compared = {"strength": single.strength, **worth}
-        evaluations = single.gradient_evaluations + state.gradient_evaluations
-        evaluations += cost + network.gradient_evaluations
-        seconds = single.seconds + state.seconds + time.perf_counter() - began
-        return Learned(state, network, best, evaluations, seconds, compared)
+        began = time.perf_counter()
+        best, params = synapse.strengths(state.copies[BEST]), state.copies[BEST_PARAMS]
+        own = self.refit(recipe.solver, best, params)
+        network = replace(own, params=beside(found.network.params, own.params))
+        network = self.judged(network, beside(single.params, params))
+        evaluations = found.gradient_evaluations + state.gradient_evaluations
+        evaluations += own.gradient_evaluations
+        seconds = found.seconds + state.seconds + time.perf_counter() - began
+        alone = {"strength": single.strength, **found.network.metrics}
+        return Learned(
+            state, network, best, evaluations, seconds, None if initial_strength else alone
+        )
+
+
+def of(part: int, solver: Solver) -> Solver:
+    """The solver with a part of its steps, half of them for two."""
+    return replace(solver, max_steps=max(1, (solver.max_steps or 1000) // part))
+
+
+def beside(one: Params, other: Params) -> dict[str, Tensor]:
+    """Networks of one set, and then those of another."""
+    return {name: torch.cat([p, other[name]]) for name, p in one.items()}

@@ -50,7 +50,7 @@ class OuterState:
         gradient_evaluations: total over all steps so far.
         seconds: time spent so far, including before resumes.
         history: one row for each outer step.
-        copies: further values of θ to keep, by name (an average, for example).
+        copies: further values of θ or φ to keep, by name (an average, for example).
         ends: whether the current step is the last.
         carried: further state that goes from step to step.
         stopped: whether a callback has ended the loop.
@@ -123,8 +123,9 @@ class OuterState:
         self.seconds = state["seconds"]
         self.history = list(state["history"])
         self.stopped = state.get("stopped", False)
+        like = {**self.params, **self.meta_params}
         self.copies = {
-            what: {name: m.to(self.meta_params[name]) for name, m in copy.items()}
+            what: {name: m.to(like[name]) for name, m in copy.items()}
             for what, copy in state["copies"].items()
         }
         if self.carried is not None:

@@ -30,6 +30,12 @@ class ProportionalDescent(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Tensor], lr: float) -> None:
         super().__init__(params, {"lr": lr})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take tensors to step; torch's own would import its compiler, which takes seconds."""
+        self.param_groups.append(
+            {**self.defaults, **param_group, "params": list(param_group["params"])}
+        )
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Move; nothing moves where the gradient is zero."""

@@ -107,7 +107,7 @@ def test_predictions_are_the_runs_own(run_folder):
     model = load_model(run_folder / "kinds")
     synapse = ComplexSynapse(job.network)
     for x, _ in (job.split.train, *job.split.judges.values()):
-        members = [synapse({n: p[k] for n, p in params.items()}, x) for k in range(2)]
+        members = [synapse({n: p[k] for n, p in params.items()}, x) for k in range(4)]
         torch.testing.assert_close(model.outputs(x), torch.stack(members).mean(0))
 
 
@@ -181,7 +181,7 @@ def test_numbers_are_read_with_the_models_decimal_mark(tmp_path, capsys):
     path.write_text("a;y\n" + "".join(f"{i}.{i}34,5;{1000 * i},5\n" for i in range(1, 10)))
     config = Tabular(csv=path, target="y", task="regression", decimal=",", hidden=(2,))
     split = config.load(torch.device("cpu"), torch.float32)
-    own = {n: torch.stack([p, p]) for n, p in config.network(split).named_parameters()}
+    own = {n: torch.stack([p] * 4) for n, p in config.network(split).named_parameters()}
     config.model(split, own).save(tmp_path)
 
     def said_of(text, *words):
@@ -301,7 +301,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run_folder, tmp_path, capsys, mo
 
     def stops(self, params):
         steps.append(1)
-        if len(steps) == 2:
+        if len(steps) == 3:  # the first look is at the single strength
             raise KeyboardInterrupt
         return judge(self, params)
 

@@ -66,6 +66,9 @@ class Published:
 class StrengthExperiment(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
+    per: ClassVar[str] = "weight"
+    """What has a strength of its own."""
+
     tuning_seed: ClassVar[int] = 100
     """Of a search: tables report seeds 0, 1 …; what is chosen on a split is not judged on it."""
 
@@ -147,6 +150,10 @@ class StrengthExperiment(Experiment, ABC):
     def batch_sizes(self) -> tuple[int | None, int | None]:
         """Rows of a mini-batch for training and for validation; None for all at once."""
         return None, None
+
+    def label(self, name: str) -> str:
+        """What tables and figures call a method."""
+        return LABELS[name].replace("per weight", f"per {self.per}")
 
     def published(self, name: str) -> Published | None:
         """What the paper reports of a row of the table."""
@@ -269,8 +276,11 @@ class StrengthTrainer(StrengthLearner):
         figures.strength_learning(
             folder / "strengths.png",
             history=[*state.history, {"outer_step": self.config.outer_steps, **network.metrics}],
-            strengths={n: s.cpu() for n, s in learned.strengths.items()},
-            title=f"{LABELS[name]}, seed {self.seed}",
+            strengths={
+                n: learned.strengths[n].cpu().expand(p.shape)
+                for n, p in self.network.named_parameters()
+            },
+            title=f"{self.config.label(name)}, seed {self.seed}",
             target=self.split.target,
             inputs=self.split.inputs,
         )
@@ -359,7 +369,7 @@ def scores_table(
         scores = ([row.validation for row in each], [row.test for row in each])
         lines.append(
             [
-                LABELS[name],
+                config.label(name),
                 *(spread(values, target.form) for values in scores),
                 format(round(fmean(row.gradient_evaluations for row in each)), ","),
                 format(fmean(row.seconds for row in each), ".1f"),

@@ -1,8 +1,9 @@
-"""The tabular experiment: a strength for every weight of a network trained on a CSV file."""
+"""The tabular experiment: a strength for every input of networks trained on a CSV file."""
 
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +31,15 @@ from equigrad.wording import counted, listed, meant
 
 @dataclass(frozen=True, kw_only=True)
 class Tabular(OwnData):
-    """Learn a regularisation strength for every weight of a network that reads your own CSV file.
+    """Learn a regularisation strength for every input of networks that read your own CSV file.
 
-    The rows are divided into a training, a validation and a test set. Every weight's strength
-    follows the hypergradient of the validation loss. Beside it: no regularisation, the best of 13
-    single strengths, and the other estimator, all on the same rows and start. The run leaves a
-    model for `equigrad predict`.
+    Networks learn side by side, one a fold, each without the rows that judge it. The strengths, one
+    an input and one a later layer, follow the hypergradient of those rows' loss. Beside it: no
+    regularisation, the best single strength, and the other estimator, all on the same rows and
+    starts. The run leaves a model for `equigrad predict`.
     """
+
+    per: ClassVar[str] = "input"
 
     csv: Path
     """The table: a header with the names of the columns, and rows."""
@@ -86,7 +89,7 @@ class Tabular(OwnData):
     contrastive: Contrastive = RULE
     """The contrastive rule; its nudged phases settle like the free one, but for their length."""
 
-    nudged_steps: Count = 10
+    nudged_steps: Count = 5
     """Steps of each nudged phase."""
 
     @classmethod
@@ -122,9 +125,10 @@ class Tabular(OwnData):
             f"of {table.source}; {counted(inputs.shape[1], 'input')}"
         )
         weights = torch.ones(len(seen), device=device, dtype=dtype)
+        learned_from = part(seen)
         return Split(
-            part(seen),
-            part(seen),
+            learned_from,
+            learned_from,
             part(test),
             target=target,
             encoding=fitted,
@@ -170,12 +174,12 @@ class Tabular(OwnData):
         return tanh_network(*widths)
 
     def architecture(self, split: Split) -> Architecture:
-        """Tanh networks, one a fold, of whose outputs the mean is taken."""
+        """Tanh networks, two a fold, of whose outputs the mean is taken."""
         widths = {
             "inputs": split.train[0].shape[1],
             "hidden": list(self.hidden),
             "outputs": split.target.outputs,
-            "members": self.folds,
+            "members": 2 * self.folds,
         }
         return Architecture("tanh_committee", widths)
 

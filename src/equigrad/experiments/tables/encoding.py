@@ -68,14 +68,13 @@ class Numeric:
             values = table.numbers(self.column)
         numbers = torch.from_numpy(values.to_numpy(copy=True))
         gone = numbers.isnan()
-        standardised = (numbers.where(~gone, self.median) - self.mean) / self.deviation
-        encoded = torch.stack([standardised, gone.double()][: len(self.inputs)], dim=1)
-        if self.marked or not gone.any():
+        encoded = (filled(numbers, gone, self.median)[:, None] - self.mean) / self.deviation
+        if self.marked:
+            return torch.cat([encoded, gone[:, None].double()], dim=1), ""
+        if not gone.any():
             return encoded, ""
-        rows = counted(int(gone.sum()), "row")
-        return encoded, (
-            f"column {self.column!r}: {rows} without a value, taken as {self.median:g}, the median"
-        )
+        rows, name = counted(int(gone.sum()), "row"), f"column {self.column!r}"
+        return encoded, f"{name}: {rows} without a value, taken as {self.median:g}, the median"
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def fit(
     goal = table.frame[target]
     for name in (name for name in table.frame.columns if name != target):
         values = table.frame[name]
-        if values.head(9).nunique(dropna=False) == values.nunique(dropna=False) == 1:
+        if all(some.nunique(dropna=False) == 1 for some in (values.head(9), values)):
             found.leave_out(name, "having one value only")
         elif same(values, goal):
             found.leave_out(name, f"as it equals the target {target!r}")
@@ -280,14 +279,19 @@ def standardising(
     """What turns numbers into an input of zero mean and unit variance."""
     values = torch.from_numpy(numbers.to_numpy(copy=True))
     gone, median = values.isnan(), float(numbers.median())
-    mean, scale = mean_and_scale(values.where(~gone, median), f"{source}: column {name!r}")
+    mean, scale = mean_and_scale(filled(values, gone, median), f"{source}: column {name!r}")
     return Numeric(name, mean.item(), scale.item(), median, bool(gone.any()), part, form)
+
+
+def filled(numbers: Tensor, gone: Tensor, median: float) -> Tensor:
+    """Numbers with the median in the place of those that are gone."""
+    return numbers.where(~gone, median) if gone.any() else numbers
 
 
 def counts_rows(numbers: Series) -> bool:
     """Whether numbers are those of the rows: one more from each row of the file to the next."""
-    places = numbers.to_numpy() - numbers.index.to_numpy()
-    return len(places) > 20 and bool((places == places[0]).all())
+    places = (some.to_numpy() - some.index.to_numpy() for some in (numbers.head(9), numbers))
+    return len(numbers) > 20 and all((place == place[0]).all() for place in places)
 
 
 def fit_dates(table: Table, name: str, form: str, found: Findings) -> None:

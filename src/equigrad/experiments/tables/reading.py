@@ -196,7 +196,7 @@ def _content(path: Path, encoding: str | None) -> tuple[bytes, str, list[str]]:
                 f"{path} is not text: it has zero bytes; save the table as CSV, or say "
                 f"--encoding utf-16 where it is that"
             )
-        content.decode()
+        _ = content.isascii() or content.decode()
     except UnicodeDecodeError as error:
         if encoding is not None:
             raise DataError(f"{path} cannot be read as {encoding}: {error}") from error
