@@ -1,16 +1,18 @@
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """equigrad's one loop as a solver of benchopt/benchmark_bilevel: copy it into its `solvers/`.
 
 The benchmark's losses are functions of JAX. Here JAX computes them and their gradients, torch sees
 the results through DLPack without a copy, and `learn_jointly` does all else as for any problem.
 """
 
-from benchopt import BaseSolver
-from benchopt.stopping_criterion import SufficientProgressCriterion
+from functools import partial
 
 import jax
 import numpy as np
 import torch
 from benchmark_utils import constants
+from benchopt import BaseSolver
+from benchopt.stopping_criterion import SufficientProgressCriterion
 
 import equigrad as eg
 from equigrad.training import Callback, Contrasts, learn_jointly
@@ -36,6 +38,7 @@ class Solver(BaseSolver):
         "momentum": [0.0],
         "decay": [0.5],
         "n_inner_steps": [1],
+        "together": [True],
         "eval_freq": [16],
         "random_state": [1],
     }
@@ -55,12 +58,13 @@ class Solver(BaseSolver):
             """The loss of a batch that starts at a sample, and its batches in random order."""
             size = n if self.batch_size == "full" else self.batch_size
             starts = order.permutation(np.arange(0, n, size)).tolist()
-            both = jax.jit(
-                jax.value_and_grad(
-                    lambda z, x, start: f(z, x, start=start, batch_size=size), argnums=(0, 1)
-                )
-            )
-            return lambda p, m, start: _Loss.apply(p["z"], m["x"], start, both), starts
+            at = partial(f, batch_size=size)
+            forms = {
+                (z, x): jax.jit(_with_slopes(at, [i for i, asked in enumerate((z, x)) if asked]))
+                for z in (False, True)
+                for x in (False, True)
+            }
+            return lambda p, m, start: _Loss.apply(p["z"], m["x"], start, forms), starts
 
         inner, inner_batches = loss(f_inner, n_inner_samples)
         outer, outer_batches = loss(f_outer, n_outer_samples)
@@ -87,7 +91,7 @@ class Solver(BaseSolver):
                     lr=lambda _, step: self.step_size / (1 + step) ** self.decay,
                     momentum=self.momentum,
                 ),
-                direction=Contrasts(beta=self.beta, scheme=self.scheme),
+                direction=Contrasts(beta=self.beta, scheme=self.scheme, together=self.together),
                 optimizer=optimizer,
                 steps=10**9,
                 inner_steps=self.n_inner_steps,
@@ -101,21 +105,33 @@ class Solver(BaseSolver):
         return {"inner_var": self.inner_var, "outer_var": self.outer_var}
 
 
+def _with_slopes(f, argnums):
+    """The loss, and its gradients by the variables of these numbers."""
+
+    def both(z, x, start):
+        if not argnums:
+            return f(z, x, start=start), ()
+        return jax.value_and_grad(lambda z, x: f(z, x, start=start), argnums=argnums)(z, x)
+
+    return both
+
+
 class _Loss(torch.autograd.Function):
-    """A loss of JAX, with the gradients that it has by both variables."""
+    """A loss of JAX, with the gradients that somebody waits for."""
 
     @staticmethod
-    def forward(ctx, z, x, start, both):
-        value, grads = both(_there(z), _there(x), start)
+    def forward(ctx, z, x, start, forms):
+        ctx.asked = tuple(ctx.needs_input_grad[:2])
+        value, grads = forms[ctx.asked](_there(z), _there(x), start)
         ctx.save_for_backward(*(torch.from_dlpack(g) for g in grads))
         return torch.from_dlpack(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent):
-        by_z, by_x = ctx.saved_tensors
-        needs_z, needs_x, *_ = ctx.needs_input_grad
-        return cotangent * by_z if needs_z else None, cotangent * by_x if needs_x else None, None, None
+        grads = iter(ctx.saved_tensors)
+        z, x = (cotangent * next(grads) if asked else None for asked in ctx.asked)
+        return z, x, None, None
 
 
 def _there(tensor):

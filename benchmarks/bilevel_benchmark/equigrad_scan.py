@@ -1,3 +1,4 @@
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """The steps of `equigrad_one_loop.py` as one jitted scan of JAX, to compare methods at equal cost.
 
 No line of equigrad runs here: what differs between the two is the price of Python and of torch.
@@ -21,6 +22,7 @@ class Solver(StochasticJaxSolver):
         "momentum": [0.0],
         "decay": [0.5],
         "n_inner_steps": [1],
+        "together": [True],
         **StochasticJaxSolver.parameters,
     }
 
@@ -51,8 +53,10 @@ class Solver(StochasticJaxSolver):
                 state, outer_var, outer
             )
 
-        by_state = jax.vmap(jax.grad(losses), in_axes=(0, None, 0, None))
-        by_outer = jax.vmap(jax.grad(losses, argnums=1), in_axes=(0, None, 0, None))
+        def slopes(argnums):
+            return jax.vmap(jax.grad(losses, argnums=argnums), in_axes=(0, None, 0, None))
+
+        by_state, by_outer, by_both = slopes(0), slopes(1), slopes((0, 1))
 
         def drawn(carry):
             inner, outer = carry["samplers"]
@@ -62,13 +66,18 @@ class Solver(StochasticJaxSolver):
 
         def step(carry, _):
             rate = self.step_size / (1 + carry["step"]) ** self.decay
-            for _ in range(self.n_inner_steps):
+            for k in range(1, self.n_inner_steps + 1):
                 starts, carry = drawn(carry)
-                grads = by_state(carry["states"], carry["outer_var"], nudges, starts)
+                at = carry["states"], carry["outer_var"], nudges, starts
+                if self.together and k == self.n_inner_steps:
+                    grads, seen = by_both(*at)
+                else:
+                    grads = by_state(*at)
                 memory = self.momentum * carry["memory"] + grads
                 carry = {**carry, "memory": memory, "states": carry["states"] - rate * memory}
-            at = by_outer(carry["states"], carry["outer_var"], nudges, starts)
-            contrast = (at[1] - at[0]) / (nudges[1] - nudges[0])
+            if not self.together:
+                seen = by_outer(carry["states"], carry["outer_var"], nudges, starts)
+            contrast = (seen[1] - seen[0]) / (nudges[1] - nudges[0])
             memory = self.momentum * carry["outer_memory"] + contrast
             outer_var = carry["outer_var"] - rate / self.outer_ratio * memory
             shown = carry["states"][0] if self.scheme == "forward" else carry["states"].mean(0)

@@ -302,8 +302,27 @@ def test_bad_input_is_a_sentence():
         call(inner_steps=0)
     with pytest.raises(eg.ConfigurationError, match="LBFGS settles a loss that stays the same"):
         call(solver=eg.LBFGS())
-    with pytest.raises(eg.ConfigurationError, match=r"beta must stay above 0.*0"):
+    with pytest.raises(eg.ConfigurationError, match=r"beta must stay a number above 0.*gave"):
         call(direction=Contrasts(beta=falling), steps=5)
+    for said in (0.0, -0.1, math.nan, math.inf, None, "x", True, torch.ones(2), 1j):
+        schedule: Any = lambda share, said=said: said  # noqa: E731
+        with pytest.raises(eg.ConfigurationError, match=r"must stay a number above 0.*when 0%"):
+            call(direction=Contrasts(beta=schedule))
+    takes_none: Any = lambda: 0.1  # noqa: E731
+    with pytest.raises(eg.ConfigurationError, match=r"share of the loop .* such as beta\(0.5\)"):
+        call(direction=Contrasts(beta=takes_none))
+    with pytest.raises(eg.ConfigurationError, match="LBFGS evaluates a loss by itself"):
+        call(optimizer=torch.optim.LBFGS(meta.values()))
+    meta_on_no_device = {"t": torch.zeros(4, device="meta", requires_grad=True)}
+    with pytest.raises(eg.ProblemError, match=r"meta_params\['t'\] is on the meta device"):
+        learn_jointly(
+            problem,
+            params,
+            meta_on_no_device,
+            solver=eg.GradientDescent(lr=0.1),
+            optimizer=torch.optim.SGD(meta_on_no_device.values(), lr=0.1),
+            steps=1,
+        )
     with pytest.raises(eg.ConfigurationError, match="even number of points"):
         Contrasts(scheme="symmetric", points=3)
     with pytest.raises(eg.ConfigurationError, match="scheme='forward', points=2"):

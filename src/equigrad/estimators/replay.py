@@ -42,7 +42,7 @@ def replay(
 
     def velocity(now: Params, step: int) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         with torch.enable_grad():
-            return tuple(-r for r in evaluation.residual(now, meta_params, step)), _NO_VALUE
+            return evaluation.moves(now, meta_params, step), _NO_VALUE
 
     return settle(
         velocity,

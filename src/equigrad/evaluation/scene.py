@@ -96,6 +96,10 @@ class Scene:
         """What is zero at rest, with its graph, on one step's batch; whoever asks, counts it."""
         return self.problem.residual(params, meta_params, step, self.stage.randomness)
 
+    def moves(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
+        """Minus the residual, with its graph; whoever asks, counts it."""
+        return self.problem.moves(params, meta_params, step, self.stage.randomness)
+
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
         """The problem's functions on one step's batch, as scalars to be differentiated."""
         return self.problem.parts(params, meta_params, step, self.stage.randomness)

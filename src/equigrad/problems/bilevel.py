@@ -137,10 +137,32 @@ class Bilevel(Problem):
         randomness: CommonRandomness | None = None,
     ) -> tuple[Tensor, ...]:
         """`∂L_in/∂φ`, with its graph: using it once more takes a double backward."""
+        return self._slope(params, meta_params, step, randomness, 1.0)
+
+    def moves(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> tuple[Tensor, ...]:
+        """`-∂L_in/∂φ`, with its graph: the sign is that of the backward pass's seed."""
+        return self._slope(params, meta_params, step, randomness, -1.0)
+
+    def _slope(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int,
+        randomness: CommonRandomness | None,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        loss = self.total_inner_loss(params, meta_params, step, randomness)
         return dense(
             torch.autograd.grad(
-                self.total_inner_loss(params, meta_params, step, randomness),
+                loss,
                 list(params.values()),
+                scalar(scale, loss),
                 create_graph=True,
                 allow_unused=True,
                 materialize_grads=True,

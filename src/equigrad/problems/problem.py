@@ -198,6 +198,16 @@ class Problem(Checked):
             be called without recording a graph.
         """
 
+    def moves(
+        self,
+        params: Params,
+        meta_params: Params,
+        step: int = 0,
+        randomness: CommonRandomness | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Minus the residual, with its graph."""
+        return tuple(-r for r in self.residual(params, meta_params, step, randomness))
+
     def residual_at(
         self, meta_params: Params, randomness: CommonRandomness | None = None
     ) -> Callable[[Params, int], tuple[Tensor, ...]]:

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from equigrad.errors import ConfigurationError
 from equigrad.estimators.contrastive import Contrastive
 from equigrad.estimators.estimator import Estimator
 from equigrad.estimators.neumann_series import NeumannSeries
@@ -178,13 +180,22 @@ class Contrasts(Direction):
         if isinstance(self.beta, AdaptiveBeta):
             return self.beta.most
         schedule: Any = self.beta
-        beta: Any = schedule(share) if callable(schedule) else schedule
+        if not callable(schedule):
+            return schedule
+        try:
+            beta: Any = schedule(share)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"beta is a schedule, called with the share of the loop that is done, such as "
+                f"beta(0.5): {error}"
+            ) from error
+        number = isinstance(beta, Real) or (isinstance(beta, Tensor) and beta.numel() == 1)
         require(
-            math.isfinite(beta) and beta > 0,
-            f"beta must stay above 0, and its schedule gave {beta} when {share:.0%} of the loop "
-            f"was done: states that are all free have nothing to contrast",
+            number and not isinstance(beta, bool) and math.isfinite(beta) and beta > 0,
+            f"beta must stay a number above 0, and its schedule gave {beta!r} when {share:.0%} of "
+            f"the loop was done: states that are all free have nothing to contrast",
         )
-        return beta
+        return float(beta)
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
         """The free state; of symmetric ones, half-way between the first two."""
