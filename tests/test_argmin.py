@@ -410,6 +410,15 @@ def test_bad_input(arguments, error, message):
         eg.argmin(**(given | arguments))
 
 
+@pytest.mark.parametrize("place", [{"device": "cpu"}, {"device": "meta"}])
+def test_a_cotangent_of_another_shape_or_device_is_a_sentence(place):
+    fit = eg.argmin(ridge, start(), {"s": strengths()}, solver=eg.LBFGS(tol=1e-9))
+    shape = fit["w"].shape if place["device"] == "meta" else (7,)
+    expected = "expected device cpu but got meta" if place["device"] == "meta" else "has a shape of"
+    with pytest.raises(RuntimeError, match=expected):
+        fit["w"].backward(torch.ones(shape, dtype=fit["w"].dtype, **place))
+
+
 def test_a_map_refuses_what_needs_an_energy():
     with pytest.raises(eg.ConfigurationError, match="Contrastive needs an inner loss"):
         eg.fixed_point(

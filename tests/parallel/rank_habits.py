@@ -373,3 +373,41 @@ def public_functions() -> None:
         for p in (made, one)
     ]
     assert abs(checks[0].relative_error - checks[1].relative_error) < 1e-6
+
+
+class Ridge(nn.Module):
+    """Features are learned so that a ridge regression on them predicts well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = network()
+        self.log_strength = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        fit = eg.argmin(
+            lambda p, m: (
+                (m["f"] @ p["w"] - y).square().mean() + m["s"].exp() * p["w"].square().sum()
+            ),
+            {"w": x.new_zeros(2, 2)},
+            {"f": self.features(x), "s": self.log_strength},
+            solver=eg.LBFGS(tol=1e-10),
+        )
+        return (self.features(x) @ fit["w"] - y.roll(1, 0)).square().mean()
+
+
+@check
+def an_argmin_in_a_network_that_is_wrapped() -> None:
+    """Each rank settles on its own data; DDP averages what comes back, as of any layer."""
+    x, y, _, _ = data()
+    halves = [slice(0, 4), slice(4, 8)]
+    torch.manual_seed(0)
+    one = Ridge()
+    torch.stack([one(x[half], y[half]) for half in halves]).mean().backward()
+    torch.manual_seed(0)
+    spread = DistributedDataParallel(Ridge())
+    mine = halves[rank()]
+    spread(x[mine], y[mine]).backward()
+    for p, q in zip(one.parameters(), spread.parameters(), strict=True):
+        assert p.grad is not None
+        assert p.grad.abs().max() > 0
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)

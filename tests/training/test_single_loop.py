@@ -302,8 +302,27 @@ def test_bad_input_is_a_sentence():
         call(inner_steps=0)
     with pytest.raises(eg.ConfigurationError, match="LBFGS settles a loss that stays the same"):
         call(solver=eg.LBFGS())
-    with pytest.raises(eg.ConfigurationError, match=r"beta must stay above 0.*0"):
+    with pytest.raises(eg.ConfigurationError, match=r"beta must stay a number above 0.*gave"):
         call(direction=Contrasts(beta=falling), steps=5)
+    for said in (0.0, -0.1, math.nan, math.inf, None, "x", True, torch.ones(2), 1j):
+        schedule: Any = lambda share, said=said: said  # noqa: E731
+        with pytest.raises(eg.ConfigurationError, match=r"must stay a number above 0.*when 0%"):
+            call(direction=Contrasts(beta=schedule))
+    takes_none: Any = lambda: 0.1  # noqa: E731
+    with pytest.raises(eg.ConfigurationError, match=r"share of the loop .* such as beta\(0.5\)"):
+        call(direction=Contrasts(beta=takes_none))
+    with pytest.raises(eg.ConfigurationError, match="LBFGS evaluates a loss by itself"):
+        call(optimizer=torch.optim.LBFGS(meta.values()))
+    meta_on_no_device = {"t": torch.zeros(4, device="meta", requires_grad=True)}
+    with pytest.raises(eg.ProblemError, match=r"meta_params\['t'\] is on the meta device"):
+        learn_jointly(
+            problem,
+            params,
+            meta_on_no_device,
+            solver=eg.GradientDescent(lr=0.1),
+            optimizer=torch.optim.SGD(meta_on_no_device.values(), lr=0.1),
+            steps=1,
+        )
     with pytest.raises(eg.ConfigurationError, match="even number of points"):
         Contrasts(scheme="symmetric", points=3)
     with pytest.raises(eg.ConfigurationError, match="scheme='forward', points=2"):
@@ -408,3 +427,115 @@ def test_a_loader_is_drawn_from_once_a_batch_and_theta_sees_all_of_them(inner_st
     loop(problem, {"w": torch.zeros(1)}, meta, Contrasts(), steps=steps, inner_steps=inner_steps)
     assert asked == set(range(8))
     assert len(drawn) - before <= steps * (inner_steps + 1) + 8
+
+
+def renamed(problem, name):
+    """The same problem with θ under another name."""
+    return eg.Bilevel(
+        lambda p, m: problem.inner_loss(p, {"t": m[name]}),
+        lambda p, m: problem.outer_loss(p, {"t": m[name]}),
+    )
+
+
+@pytest.mark.parametrize("direction", [LinearSystem(), Contrasts(beta=AdaptiveBeta())])
+def test_names_that_params_and_meta_params_share_change_nothing(direction):
+    found = []
+    for name in ("t", "w"):
+        problem, params, meta, _ = quadratic()
+        meta = {name: meta["t"]}
+        learn_jointly(
+            renamed(problem, name),
+            params,
+            meta,
+            solver=eg.GradientDescent(lr=0.2),
+            direction=direction,
+            optimizer=torch.optim.SGD(meta.values(), lr=0.1),
+            steps=20,
+        )
+        found.append(meta[name].detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "symmetric"])
+def test_together_everything_moves_from_the_same_place(scheme):
+    problem, params, meta, _ = quadratic(batches=3)
+    state = learn_jointly(
+        problem,
+        params,
+        meta,
+        solver=eg.GradientDescent(lr=0.2),
+        direction=Contrasts(beta=0.1, scheme=scheme, together=True),
+        optimizer=torch.optim.SGD(meta.values(), lr=0.1),
+        steps=7,
+    )
+    nudges = [0.0, 0.1] if scheme == "forward" else [0.1, -0.1]
+    theta, states = torch.zeros(4, dtype=torch.float64), [params["w"], params["w"]]
+    for step in range(7):
+        t = theta.clone().requires_grad_()
+        leaves = [w.clone().requires_grad_() for w in states]
+        grads = []
+        for w, nudge in zip(leaves, nudges, strict=True):
+            batch = problem.batch("inner", step)
+            loss = problem.inner_loss({"w": w}, {"t": t}, batch)
+            loss = loss + nudge * problem.outer_loss({"w": w}, {"t": t})
+            grads.append(torch.autograd.grad(loss, (w, t)))
+        states = [w - 0.2 * g for w, (g, _) in zip(states, grads, strict=True)]
+        theta = theta - 0.1 * (grads[1][1] - grads[0][1]) / (nudges[1] - nudges[0])
+    torch.testing.assert_close(meta["t"].detach(), theta, rtol=1e-12, atol=1e-12)
+    learner = states[0] if scheme == "forward" else sum(states) / 2
+    torch.testing.assert_close(state.params["w"], learner, rtol=1e-12, atol=1e-12)
+
+
+def test_together_arrives_at_the_same_theta_for_half_the_gradients():
+    counts = []
+    for together in (False, True):
+        state, error = learned(Contrasts(beta=1e-3, scheme="symmetric", together=together))
+        assert error < 1e-4
+        counts.append(state.gradient_evaluations)
+    assert counts[1] < 0.6 * counts[0]
+
+
+def test_together_is_refused_where_there_is_more_than_one_loss():
+    with pytest.raises(eg.ConfigurationError, match="looks at the states after their step"):
+        Contrasts(beta=AdaptiveBeta(), together=True)
+    synapse = eg.nn.ComplexSynapse(torch.nn.Linear(3, 1, bias=False))
+    meta = synapse.meta_params()
+    problem = eg.Bilevel(
+        lambda p, m: p["weight"].square().sum(),
+        lambda p, m: (p["weight"] - 1).square().sum(),
+        regularizer=synapse,
+    )
+    with pytest.raises(eg.ConfigurationError, match="Bilevel with a regularizer moves by more"):
+        learn_jointly(
+            problem,
+            {"weight": torch.zeros(1, 3)},
+            meta,
+            solver=eg.GradientDescent(),
+            direction=Contrasts(together=True),
+            optimizer=torch.optim.SGD(meta.values(), lr=0.1),
+            steps=1,
+        )
+
+
+@pytest.mark.parametrize(("direct", "calls"), [(False, 2), (True, 3)])
+def test_the_outer_loss_is_asked_only_where_it_moves_something(direct, calls):
+    asked = []
+
+    def outer(p, m):
+        asked.append(1)
+        loss = (p["w"] - 1).square().sum()
+        return loss + m["t"].square().sum() if direct else loss
+
+    meta = {"t": torch.zeros(3, requires_grad=True)}
+    options = {
+        "solver": eg.GradientDescent(lr=0.1),
+        "direction": Contrasts(beta=0.1),
+        "optimizer": torch.optim.SGD(meta.values(), lr=0.1),
+    }
+    problem = eg.Bilevel(lambda p, m: (p["w"] - m["t"]).square().sum(), outer)
+    counts = []
+    for steps in (1, 1, 4):  # the first look at a loss is a longer one
+        asked.clear()
+        learn_jointly(problem, {"w": torch.zeros(3)}, meta, steps=steps, **options)
+        counts.append(len(asked))
+    assert counts[2] - counts[1] == 3 * calls

@@ -96,6 +96,10 @@ class Scene:
         """The residual on a step's batch, with its graph; the caller counts the gradient."""
         return self.problem.residual(params, meta_params, step)
 
+    def moves(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
+        """Minus the residual, with its graph; the caller counts the gradient."""
+        return self.problem.moves(params, meta_params, step)
+
     def parts(self, params: Params, meta_params: Params, step: int) -> Iterator[Part]:
         """The problem's functions on a step's batch, as scalars that can be differentiated."""
         return self.problem.parts(params, meta_params, step)

@@ -94,13 +94,7 @@ class Bilevel(Problem):
         """The name of a function: `inner_loss` or `outer_loss`."""
         return f"{stream}_loss"
 
-    def evaluate(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Any:
+    def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """The inner or outer loss on a step's batch, over all ranks, without regulariser."""
         own = super().evaluate
         if self.ranks is ALONE:
@@ -113,29 +107,30 @@ class Bilevel(Problem):
             stamp=2 * step + (stream == "outer"),
         )
 
-    def total_inner_loss(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Tensor:
+    def total_inner_loss(self, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """The inner loss with its regulariser, with its graph."""
         loss = self.evaluate("inner", params, meta_params, step)
         if self.regularizer is not None:
             loss = loss + self.regularizer.penalty(params, meta_params)
         return loss
 
-    def residual(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> tuple[Tensor, ...]:
+    def residual(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
         """`∂L_in/∂φ`, with its graph: differentiating it takes a double backward."""
+        return self._slope(params, meta_params, step, 1.0)
+
+    def moves(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
+        """`-∂L_in/∂φ`, with its graph: the sign is that of the backward pass's seed."""
+        return self._slope(params, meta_params, step, -1.0)
+
+    def _slope(
+        self, params: Params, meta_params: Params, step: int, scale: float
+    ) -> tuple[Tensor, ...]:
+        loss = self.total_inner_loss(params, meta_params, step)
         return dense(
             torch.autograd.grad(
-                self.total_inner_loss(params, meta_params, step),
+                loss,
                 list(params.values()),
+                scalar(scale, loss),
                 create_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
@@ -143,10 +138,7 @@ class Bilevel(Problem):
         )
 
     def velocity_at(
-        self,
-        meta_params: Params,
-        beta: complex,
-        force: Params | None = None,
+        self, meta_params: Params, beta: complex, force: Params | None = None
     ) -> Velocity:
         """`-∂(L_in + β L_out)/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:

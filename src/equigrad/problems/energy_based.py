@@ -98,13 +98,7 @@ class EnergyBased(Problem):
         """The name of a function: `primitive` or `outer_loss`."""
         return "primitive" if stream == "inner" else "outer_loss"
 
-    def evaluate(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Any:
+    def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """`-Φ`, the only part of the energy that θ acts on, or the outer loss."""
         value = super().evaluate(stream, params, meta_params, 0)
         return -value if stream == "inner" and isinstance(value, Tensor) else value
@@ -125,12 +119,7 @@ class EnergyBased(Problem):
             )
         return {name: rho[name](drive) for name, drive in drives.items()}
 
-    def parts(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Iterator[Part]:
+    def parts(self, params: Params, meta_params: Params, step: int = 0) -> Iterator[Part]:
         """Φ, the outer loss and the activations."""
         yield from super().parts(params, meta_params, step)
         energy = self.evaluate("inner", params, meta_params, step)
@@ -143,12 +132,7 @@ class EnergyBased(Problem):
 
         yield Part("activation", response, leaves, of_data=False)
 
-    def residual(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> tuple[Tensor, ...]:
+    def residual(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
         """`s - ρ(∂Φ/∂s)`, with its graph: differentiating it takes a double backward."""
         energy = self.evaluate("inner", params, meta_params, step)
         grads = torch.autograd.grad(
@@ -162,10 +146,7 @@ class EnergyBased(Problem):
         return tuple(p - image[name] for name, p in params.items())
 
     def velocity_at(
-        self,
-        meta_params: Params,
-        beta: complex,
-        force: Params | None = None,
+        self, meta_params: Params, beta: complex, force: Params | None = None
     ) -> Velocity:
         """`ρ(∂Φ/∂s - β ∂L_out/∂s) - s` at fixed θ and β, as a function for a solver's loop."""
         phi = self.primitive

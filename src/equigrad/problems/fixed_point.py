@@ -94,12 +94,7 @@ class FixedPoint(Problem):
         """The name of a function: `map` or `outer_loss`."""
         return "map" if stream == "inner" else "outer_loss"
 
-    def residual(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> tuple[Tensor, ...]:
+    def residual(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
         """`φ - F(φ, θ)`, with its graph: differentiating it takes a single backward."""
         image = self.evaluate("inner", params, meta_params, step)
         return tuple(p - image[name] for name, p in params.items())
@@ -130,10 +125,7 @@ class FixedPoint(Problem):
         return lambda params, step: self.evaluate("inner", params, meta_params, step)
 
     def velocity_at(
-        self,
-        meta_params: Params,
-        beta: complex,
-        force: Params | None = None,
+        self, meta_params: Params, beta: complex, force: Params | None = None
     ) -> Velocity:
         """`F(φ, θ) - φ - β ∂L_out/∂φ` at fixed θ and β, as a function for a solver's loop."""
         if force is not None and beta != 0:
@@ -152,24 +144,12 @@ class FixedPoint(Problem):
 
         return velocity
 
-    def evaluate(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Any:
+    def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """The map or the outer loss; the map draws the same random numbers in every pass."""
         step = step % len(self.batches(stream) or [None])
         return super().evaluate(stream, params, meta_params, step)
 
-    def probe(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Tensor:
+    def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """The outer loss, or the sum of the residual's entries."""
         if stream == "outer":
             return super().probe(stream, params, meta_params, step)

@@ -170,12 +170,7 @@ class Problem(Checked):
         """The name of that function."""
 
     @abstractmethod
-    def residual(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> tuple[Tensor, ...]:
+    def residual(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
         """The residual, with its graph to `params` and `meta_params`.
 
         Args:
@@ -189,10 +184,7 @@ class Problem(Checked):
 
     @abstractmethod
     def velocity_at(
-        self,
-        meta_params: Params,
-        beta: complex,
-        force: Params | None = None,
+        self, meta_params: Params, beta: complex, force: Params | None = None
     ) -> Velocity:
         """The velocity at fixed θ and β, as a function for a solver's loop.
 
@@ -206,16 +198,15 @@ class Problem(Checked):
             that all require a gradient.
         """
 
+    def moves(self, params: Params, meta_params: Params, step: int = 0) -> tuple[Tensor, ...]:
+        """Minus the residual, with its graph."""
+        return tuple(-r for r in self.residual(params, meta_params, step))
+
     def residual_at(self, meta_params: Params) -> Callable[[Params, int], tuple[Tensor, ...]]:
         """The residual at fixed θ for a loop: `(params, step) -> r`, with its graph to φ."""
         return lambda params, step: self.residual(params, meta_params, step)
 
-    def total_inner_loss(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Tensor:
+    def total_inner_loss(self, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """The inner loss with its regulariser, with its graph.
 
         Raises:
@@ -273,13 +264,7 @@ class Problem(Checked):
             return batches.at(step)
         return batches[step % len(batches)]
 
-    def evaluate(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Any:
+    def evaluate(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Any:
         """The user's inner or outer function on a step's batch, without the regulariser."""
         self.seed(stream, step)
         function = self.function(stream)
@@ -301,13 +286,7 @@ class Problem(Checked):
                 f"outside of inference_mode, or make it under torch.no_grad()"
             ) from error
 
-    def probe(
-        self,
-        stream: Stream,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Tensor:
+    def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
         """A scalar with the dependences of the user's function: for a loss, the loss itself.
 
         Raises:
@@ -317,12 +296,7 @@ class Problem(Checked):
         check_scalar(self.name(stream), loss)
         return loss
 
-    def parts(
-        self,
-        params: Params,
-        meta_params: Params,
-        step: int = 0,
-    ) -> Iterator[Part]:
+    def parts(self, params: Params, meta_params: Params, step: int = 0) -> Iterator[Part]:
         """All functions of the user, as scalars that can be differentiated."""
         streams: tuple[Stream, ...] = ("inner", "outer")
         for stream in streams:

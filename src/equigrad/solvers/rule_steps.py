@@ -43,16 +43,23 @@ class RuleSteps(Solver):
         objective: Objective,
     ) -> None:
         """One step."""
-        names = list(self.options)
-        columns = [settings(name, self.options[name], objective) for name in names]
         state[-1] = state[-1] + 1
         t, width = int(state[-1].item()), self.rule.buffers
-        sign = 1.0 if self.options["maximize"] else -1.0
-        for i, (p, v) in enumerate(zip(params, velocity, strict=True)):
-            chosen = {n: column[i] for n, column in zip(names, columns, strict=True)}
+        chosen = self._chosen(objective)
+        for i, (p, v, options) in enumerate(zip(params, velocity, chosen, strict=True)):
             own = slice(i * width, (i + 1) * width)
-            after, state[own] = self.rule.step(p, sign * v, state[own], chosen, t)
+            upward = -v if options["maximize"] else v
+            after, state[own] = self.rule.step(p, upward, state[own], options, t)
             if torch.is_grad_enabled():
                 params[i] = after  # the previous tensor is part of the graph
             else:
                 p.copy_(after)
+
+    def _chosen(self, objective: Objective) -> list[dict[str, Any]]:
+        """The settings of each of the params at this step."""
+        plain = {n: o for n, o in self.options.items() if not callable(o)}
+        moving = {n: settings(n, o, objective) for n, o in self.options.items() if n not in plain}
+        return [
+            {**plain, **{n: column[i] for n, column in moving.items()}}
+            for i in range(len(objective.params))
+        ]

@@ -3,99 +3,25 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from equigrad.errors import ConfigurationError
 from equigrad.estimators.contrastive import Contrastive
 from equigrad.estimators.estimator import Estimator
 from equigrad.estimators.neumann_series import NeumannSeries
-from equigrad.evaluation.reaches import Reaches
-from equigrad.evaluation.stage import Stage
-from equigrad.evaluation.tally import Tally
+from equigrad.evaluation import Evaluation
 from equigrad.fields import Checked, CountFrom2, Positive, require
-from equigrad.problems import Params, Problem, slope
-from equigrad.randomness import Stream
-from equigrad.solvers.phase import Moment
+from equigrad.problems import Bilevel, Params
+from equigrad.solvers import Solver
+from equigrad.training.place import Place, Slopes, State
 from equigrad.vectors import relative
-
-
-@dataclass
-class State:
-    """One of the things that move beside θ, and are never reset.
-
-    Attributes:
-        tensors: where it is, by name; leaves that require a gradient.
-        memory: of its optimiser or solver.
-        buffers: of the problem's modules as they were when it last moved.
-        residual: norm of its last velocity.
-    """
-
-    tensors: dict[str, Tensor]
-    memory: Any
-    buffers: tuple[Tensor, ...] = ()
-    residual: float = math.nan
-
-
-@dataclass
-class Place:
-    """Where one step is taken: the problem at a θ, and on the mini-batches of a step.
-
-    Attributes:
-        problem: the problem.
-        meta_params: θ, detached.
-        reaches: what each loss depends on.
-        stage: the random numbers and buffers that the losses find.
-        states: all that moves beside θ.
-        tally: is told of gradients.
-        step: which mini-batches.
-        beta: nudging strength of this step.
-    """
-
-    problem: Problem
-    meta_params: dict[str, Tensor]
-    reaches: Reaches
-    stage: Stage
-    states: Sequence[State]
-    tally: Tally
-    step: int
-    beta: float
-
-    def slopes(
-        self, stream: Stream, at: Params, *, by_params: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """`∂L/∂θ` of a data loss there, or `∂L/∂φ` too, by name; and the loss."""
-        names = self.reaches.functions[stream]
-        meta = {name: self.meta_params[name].detach().requires_grad_() for name in names}
-        params = {n: p.detach().requires_grad_(by_params) for n, p in at.items()}
-        loss = self.problem.evaluate(stream, params, {**self.meta_params, **meta}, self.step)
-        leaves = {**(params if by_params else {}), **meta}
-        if not leaves or not loss.requires_grad:
-            return {}, loss.detach()
-        self.tally.spend(1)
-        return dict(zip(leaves, slope(loss, list(leaves.values())), strict=True)), loss.detach()
-
-    def stand_at(self, state: State) -> None:
-        """Have the losses find their modules as they were when a state last moved."""
-        self.stage.stand_at(
-            Moment(
-                params=state.tensors,
-                solver_state=state.memory,
-                end_step=self.step,
-                buffers=state.buffers,
-            )
-        )
-
-    def velocity(self, at: Params, beta: float) -> tuple[Tensor, ...]:
-        """`-∂(L_in + β L_out)/∂φ` there."""
-        self.tally.spend(1 if beta == 0 else 2)
-        move = self.problem.velocity_at(self.meta_params, beta)
-        with torch.no_grad():
-            return move(at, self.step)[0]
 
 
 @dataclass(frozen=True)
@@ -122,6 +48,10 @@ class Direction(Checked, ABC):
     @abstractmethod
     def estimator(self) -> Estimator:
         """What it is at rest: it serves the same problems."""
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Raise where it cannot serve."""
+        self.estimator.check(evaluation, solver)
 
     @abstractmethod
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
@@ -184,10 +114,13 @@ class Contrasts(Direction):
             `AdaptiveBeta()`.
         scheme: `forward` has a state without nudge, `symmetric` pairs of opposite nudges.
         points: how many states. With more than two, `error_estimate` compares with fewer.
+        together: take θ's direction where the last step of each state begins, from the gradient
+            that moves it, as SOBA does. An outer step then costs about half: p gradients of the
+            inner loss instead of 2 p. For a `Bilevel` without a regulariser.
 
     Raises:
         ConfigurationError: an odd number of symmetric points; an adapted β of more than two points
-            or without a free state.
+            or without a free state, or together with `together`; `together` for another problem.
     """
 
     scheduled: ClassVar[frozenset[str]] = frozenset({"beta"})
@@ -195,12 +128,30 @@ class Contrasts(Direction):
     beta: Positive | AdaptiveBeta = 0.1
     scheme: Literal["forward", "symmetric"] = "forward"
     points: CountFrom2 = 2
+    together: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        adapted = isinstance(self.beta, AdaptiveBeta)
         require(
-            self._nodes == [0, 1] or not isinstance(self.beta, AdaptiveBeta),
+            self._nodes == [0, 1] or not adapted,
             "AdaptiveBeta compares a nudged state with a free one: take scheme='forward', points=2",
+        )
+        require(
+            not (self.together and adapted),
+            "AdaptiveBeta looks at the states after their step: take together=False",
+        )
+
+    def check(self, evaluation: Evaluation, solver: Solver) -> None:
+        """Also refuse to have both gradients at once of what has no such loss."""
+        super().check(evaluation, solver)
+        problem = evaluation.problem
+        plain = isinstance(problem, Bilevel) and problem.regularizer is None
+        require(
+            not self.together or plain,
+            f"together=True takes both gradients of one loss, and a {type(problem).__name__} "
+            + ("with a regularizer " if isinstance(problem, Bilevel) else "")
+            + "moves by more than that: take together=False",
         )
 
     @cached_property
@@ -229,13 +180,22 @@ class Contrasts(Direction):
         if isinstance(self.beta, AdaptiveBeta):
             return self.beta.most
         schedule: Any = self.beta
-        beta: Any = schedule(share) if callable(schedule) else schedule
+        if not callable(schedule):
+            return schedule
+        try:
+            beta: Any = schedule(share)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"beta is a schedule, called with the share of the loop that is done, such as "
+                f"beta(0.5): {error}"
+            ) from error
+        number = isinstance(beta, Real) or (isinstance(beta, Tensor) and beta.numel() == 1)
         require(
-            math.isfinite(beta) and beta > 0,
-            f"beta must stay above 0, and its schedule gave {beta} when {share:.0%} of the loop "
-            f"was done: states that are all free have nothing to contrast",
+            number and not isinstance(beta, bool) and math.isfinite(beta) and beta > 0,
+            f"beta must stay a number above 0, and its schedule gave {beta!r} when {share:.0%} of "
+            f"the loop was done: states that are all free have nothing to contrast",
         )
-        return beta
+        return float(beta)
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
         """The free state; of symmetric ones, half-way between the first two."""
@@ -246,49 +206,69 @@ class Contrasts(Direction):
 
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
         """Down the inner loss and its share of the outer one."""
-        return place.velocity(place.states[index].tensors, self._nodes[index] * place.beta)
+        state, strength = place.states[index], self._nodes[index] * place.beta
+        if not (self.together and place.last):
+            return place.velocity(state.tensors, strength)
+        state.seen = inner, outer = self._slopes(place, index, by_params=True)
+        pulls = [*inner.params.values()]
+        if strength and outer is not None and outer.params:
+            pulls = torch._foreach_add(pulls, [*outer.params.values()], alpha=strength)
+        return tuple(torch._foreach_neg(pulls))
 
     def turn(self, place: Place) -> Turn:
         """The contrast, and how far one of lower order is from it."""
-        nodes, inner, outer = self._nodes, [], []
-        for i, (node, state) in enumerate(zip(nodes, place.states, strict=True)):
-            place.stand_at(state)
-            inner.append(place.slopes("inner", state.tensors)[0])
-            asked = node or i == 0  # the free state is asked for its outer loss, to be logged
-            outer.append(place.slopes("outer", state.tensors) if asked else ({}, None))
-        grads = self._contrast(place, nodes, inner, [slopes for slopes, _ in outer])
+        seen = []
+        for index, state in enumerate(place.states):
+            if state.seen is None:
+                place.stand_at(state)
+                seen.append(self._slopes(place, index))
+            else:
+                seen.append(state.seen)
+                state.seen = None
+        grads = self._contrast(place, self._rule, seen)
         error = beta = None
-        fewer = len(nodes) - (1 if self.scheme == "forward" else 2)
+        fewer = len(seen) - (1 if self.scheme == "forward" else 2)
         if fewer >= 2:
-            rough = self._contrast(place, nodes[:fewer], inner, [slopes for slopes, _ in outer])
+            rule = dataclasses.replace(self._rule, points=fewer)
+            rough = self._contrast(place, rule, seen[:fewer])
             error = relative([*rough.values()], [*grads.values()])
         if isinstance(self.beta, AdaptiveBeta):
             beta = _adapted(self.beta, place)
-        judged = [
-            loss for _, loss in outer[: 1 if self.scheme == "forward" else 2] if loss is not None
-        ]
+        judged = [outer.loss for _, outer in seen[: self._judged] if outer is not None]
         return Turn(grads, torch.stack(judged).mean(), error, beta)
 
+    @property
+    def _judged(self) -> int:
+        """How many states' outer losses are logged."""
+        return 1 if self.scheme == "forward" else 2
+
+    def _slopes(
+        self, place: Place, index: int, *, by_params: bool = False
+    ) -> tuple[Slopes, Slopes | None]:
+        """Of the inner loss at a state; and of the outer one, if anything asks for it there."""
+        at, node = place.states[index].tensors, self._nodes[index]
+        inner = place.slopes("inner", at, by_params=by_params)
+        moved = node and (by_params or place.reaches.functions["outer"])
+        if not (moved or index < self._judged):
+            return inner, None
+        return inner, place.slopes("outer", at, by_params=by_params and bool(node))
+
     def _contrast(
-        self,
-        place: Place,
-        nodes: Sequence[int],
-        inner: Sequence[Mapping[str, Tensor]],
-        outer: Sequence[Mapping[str, Tensor]],
+        self, place: Place, rule: Contrastive, seen: Sequence[tuple[Slopes, Slopes | None]]
     ) -> dict[str, Tensor]:
-        """The contrast of the first of the states, at so many nodes."""
-        rule = dataclasses.replace(self._rule, points=len(nodes))
+        """The contrast of the first of the states, by a rule for so many."""
         weights = [w.real / place.beta for w in rule.weights]
         total = {name: torch.zeros_like(m) for name, m in place.meta_params.items()}
-        for node, weight, by_inner, by_outer in zip(nodes, weights, inner, outer, strict=False):
-            for name, grad in by_inner.items():
-                total[name].add_(grad - inner[0][name], alpha=weight)
-            if node:
-                for name, grad in by_outer.items():
+        first = seen[0][0].meta_params
+        for node, weight, (inner, outer) in zip(self._nodes, weights, seen, strict=False):
+            for name, grad in inner.meta_params.items():
+                total[name].add_(grad - first[name], alpha=weight)
+            if node and outer is not None:
+                for name, grad in outer.meta_params.items():
                     total[name].add_(grad, alpha=weight * node * place.beta)
         if place.problem.regularizer is not None:
             pull = place.problem.regularizer.bind(place.meta_params)
-            states = [state.tensors for state in place.states[: len(nodes)]]
+            states = [state.tensors for state in place.states[: len(seen)]]
             for name, grad in pull.contrast(states, weights).items():
                 total[name].add_(grad.real)
         return total
@@ -327,7 +307,7 @@ class LinearSystem(Direction):
         learner, solution = place.states
         if index == 0:
             return place.velocity(learner.tensors, 0.0)
-        pulled, _ = place.slopes("outer", learner.tensors, by_params=True)
+        pulled = place.slopes("outer", learner.tensors, by_params=True).params
         product = self._product(place, learner.tensors, solution.tensors, by="params")
         return tuple(-(product[name] + pulled[name]) for name in learner.tensors)
 
@@ -335,13 +315,14 @@ class LinearSystem(Direction):
         """The implicit direction at the v there is."""
         learner, solution = place.states
         place.stand_at(learner)
-        direct, loss = place.slopes("outer", learner.tensors)
+        outer = place.slopes("outer", learner.tensors)
+        direct = outer.meta_params
         mixed = self._product(place, learner.tensors, solution.tensors, by="meta")
         grads = {
             name: mixed.get(name, torch.zeros_like(m)) + direct.get(name, torch.zeros_like(m))
             for name, m in place.meta_params.items()
         }
-        return Turn(grads, loss)
+        return Turn(grads, outer.loss)
 
     def _product(
         self, place: Place, at: Params, vector: Params, *, by: Literal["params", "meta"]
@@ -363,11 +344,14 @@ class LinearSystem(Direction):
 def _adapted(rule: AdaptiveBeta, place: Place) -> float:
     """β for the next step."""
     free, nudged = place.states
-    outer, _ = place.slopes("outer", nudged.tensors, by_params=True)
-    there, _ = place.slopes("inner", nudged.tensors, by_params=True)
-    here, _ = place.slopes("inner", free.tensors)
-    gap = {name: grad - here[name] if name in here else grad for name, grad in there.items()}
-    square = sum(float(g.square().sum()) for g in gap.values())
-    along = sum(float((gap[name] * outer[name]).sum()) for name in gap if name in outer)
+    outer = place.slopes("outer", nudged.tensors, by_params=True)
+    there = place.slopes("inner", nudged.tensors, by_params=True)
+    here = place.slopes("inner", free.tensors).meta_params
+    by_theta = {name: grad - here[name] for name, grad in there.meta_params.items()}
+    square = along = 0.0
+    for gap, pull in ((there.params, outer.params), (by_theta, outer.meta_params)):
+        for name, grad in gap.items():
+            square += float(grad.square().sum())
+            along += float((grad * pull[name]).sum()) if name in pull else 0.0
     weight = max(rule.eta * square - along, 0.0) / square if square > 0 else math.inf
     return min(max(1 / weight if weight > 0 else math.inf, rule.least), rule.most)

@@ -1,5 +1,6 @@
 """The outer loop: estimate the meta-gradient, take a step of the outer optimiser, and repeat."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -278,13 +279,21 @@ def descend(
         The state after the last step.
 
     Raises:
-        ConfigurationError: steps < 0, a limit ≤ 0, or an optimiser over other tensors.
+        ConfigurationError: steps < 0, a limit ≤ 0, or an optimiser over other tensors or that needs
+            a closure.
     """
     expect(CountFrom0 | Infinite, steps=steps)
     expect(Positive | Infinite, limit=limit)
     expect(torch.optim.Optimizer, optimizer=optimizer)
     expect(Callable | None, project=project, evaluate=evaluate)
     expect(tuple[Callback, ...], callbacks=callbacks)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} evaluates a loss by itself as often as it likes, and an "
+            f"outer step has one gradient: take an optimizer that steps without a closure, such as "
+            f"torch.optim.Adam"
+        )
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, m in meta_params.items() if id(m) not in stepped]
     if missing:

@@ -22,8 +22,9 @@ from equigrad.randomness import Stream
 from equigrad.solvers import Phase, Solver
 from equigrad.solvers.phase import resting
 from equigrad.solvers.solver import Objective
-from equigrad.training.directions import Contrasts, Direction, Place, State
+from equigrad.training.directions import Contrasts, Direction
 from equigrad.training.loop import Callback, OuterState, descend
+from equigrad.training.place import Place, State
 from equigrad.vectors import tracked
 
 STREAMS: tuple[Stream, ...] = ("inner", "outer")
@@ -147,7 +148,7 @@ def learn_jointly(
         )
     direction = direction or Contrasts()
     with checkpoints_named(), Evaluation(problem, params, meta_params, solver=solver) as seen:
-        direction.estimator.check(seen, solver)
+        direction.check(seen, solver)
         first_look(seen, resting(seen.params, seen.stage.first_buffers), direction.estimator)
         problem, reaches, notes = seen.problem, seen.reaches, seen.tally.notes
         buffers = seen.stage.first_buffers
@@ -217,7 +218,7 @@ def _move(direction: Direction, solver: Solver, place: Place, steps: range) -> l
     """
     starts = []
     for step in steps:
-        place.step = step
+        place.step, place.last = step, step == steps[-1]
         for index, state in enumerate(place.states):
             place.stand_at(state)
             velocity = direction.velocity(place, index)
