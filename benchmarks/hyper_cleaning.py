@@ -69,7 +69,9 @@ class Cleaning:
 
     def losses(self, params: Params) -> Tensor:
         """The loss of every training image."""
-        return cross_entropy(functional_call(self.net, params, (self.x,)), self.y, reduction="none")
+        return cross_entropy(
+            functional_call(self.net, dict(params), (self.x,)), self.y, reduction="none"
+        )
 
     def inner_loss(self, params: Params, meta: Params) -> Tensor:
         """Weighted training loss and weight decay."""
@@ -78,7 +80,7 @@ class Cleaning:
 
     def outer_loss(self, params: Params, meta: Params) -> Tensor:
         """Validation loss."""
-        return cross_entropy(functional_call(self.net, params, (self.v,)), self.w)
+        return cross_entropy(functional_call(self.net, dict(params), (self.v,)), self.w)
 
     def trained(self, a: Tensor, steps: int = FINAL_STEPS) -> dict[str, Tensor]:
         """The learner with these weights."""

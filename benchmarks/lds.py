@@ -55,12 +55,11 @@ def model(kind: str, attention: str) -> torch.nn.Module:
     common = {"vocab_size": WORDS, "bos_token_id": None, "eos_token_id": None}
     if kind == "bert":
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        settings: dict[str, Any] = {**SIZES, **dropout, "num_labels": 2}
         config: Any = transformers.BertConfig(
-            **SIZES,
-            **dropout,
+            **settings,
             vocab_size=WORDS,
             intermediate_size=64,
-            num_labels=2,
             max_position_embeddings=LENGTH,
         )
         make = transformers.BertForSequenceClassification
@@ -177,8 +176,8 @@ def small_loss(kind: str) -> tuple[Tensor, float]:
     weights = torch.ones(TRAIN, requires_grad=True)
     settled = eg.settle(problem, params, {"weight": weights.detach()}, solver=solver)
     batches: Any = problem.inner_batches
-    total = sum(problem.inner_loss(settled.params, {"weight": weights}, rows) for rows in batches)
-    return -torch.autograd.grad(total, weights)[0], 1 + len(batches) / STEPS
+    losses = [problem.inner_loss(settled.params, {"weight": weights}, rows) for rows in batches]
+    return -torch.autograd.grad(torch.stack(losses).sum(), weights)[0], 1 + len(batches) / STEPS
 
 
 def contrastive(**settings: Any) -> eg.Contrastive:

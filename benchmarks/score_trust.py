@@ -23,7 +23,12 @@ from torch.nn.functional import cross_entropy
 import equigrad as eg
 from equigrad.training.scores import TRUSTED, example_scores, spearman
 
-SIZES = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_labels": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 12,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_labels": 2,
+}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 8}
 
 

@@ -100,7 +100,7 @@ def of_sklearn(split: Any, learner: Any) -> dict[str, float]:
 
 
 def one_split(config: Tabular, seed: int) -> dict[str, dict[str, float]]:
-    trainer = config.trainer(seed)
+    trainer: Any = config.trainer(seed)
     split = trainer.split
     classes = isinstance(split.target, Classes)
     network = MLPClassifier if classes else MLPRegressor
@@ -188,7 +188,8 @@ def large(rows: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.csv"
-        x, y = make_regression(rows, 49, n_informative=20, noise=10.0, random_state=0)
+        made: Any = make_regression(rows, 49, n_informative=20, noise=10.0, random_state=0)
+        x, y = made
         frame = pd.DataFrame(x, columns=pd.Index([f"x{i}" for i in range(49)]))
         frame.assign(y=y).to_csv(path, index=False)
         config = replace(Tabular(csv=path, target="y"), device="cpu", hidden=(16,))

@@ -43,10 +43,12 @@ def work(rank: int, size: int, meet: str, batch: int, steps: int, found: Any) ->
 
     def inner(params: Params, meta: Params) -> Tensor:
         decay = sum(p.square().sum() for p in params.values())
-        return cross_entropy(functional_call(net, params, (x,)), y) + meta["decay"].exp() * decay
+        return (
+            cross_entropy(functional_call(net, dict(params), (x,)), y) + meta["decay"].exp() * decay
+        )
 
     def outer(params: Params, meta: Params) -> Tensor:
-        return cross_entropy(functional_call(net, params, (x,)), y)
+        return cross_entropy(functional_call(net, dict(params), (x,)), y)
 
     problem = eg.Bilevel(inner, outer, group=dist.group.WORLD)
     params = {name: p.detach() for name, p in net.named_parameters()}

@@ -111,7 +111,7 @@ def sgd(params: list[Tensor], grads: Any, memory: list[list[Tensor]], t: int) ->
 def ways(task: Task) -> dict[str, dict[str, Loop]]:
     """Who takes part, by optimiser; the bare loop first."""
     by_torch = partial(eg.TorchOptimizer, max_steps=task.steps)
-    momentum = {"lr": LR, "momentum": MOMENTUM}
+    momentum: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM}
     adams = by_torch(optimizer=torch.optim.Adam, options={"lr": LR})
     sgds = by_torch(optimizer=torch.optim.SGD, options=momentum)
     descent = eg.GradientDescent(**momentum, max_steps=task.steps)

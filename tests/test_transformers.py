@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -195,7 +195,9 @@ def test_adapters(kind):
 def test_unrolled_by_contrast_with_fused_attention(kind):
     """Against autograd through the same steps of AdamW, by eager attention."""
     found = []
-    for attention, products in (("eager", "autograd"), ("sdpa", "contrast")):
+    ways: tuple[tuple[str, Literal["autograd", "contrast"]], ...]
+    ways = (("eager", "autograd"), ("sdpa", "contrast"))
+    for attention, products in ways:
         net = eg.nn.Functional(model(kind, attention))
         train, valid = texts(0), texts(1)
         problem = eg.Bilevel(

@@ -190,12 +190,13 @@ class Contrasts(Direction):
                 f"beta(0.5): {error}"
             ) from error
         number = isinstance(beta, Real) or (isinstance(beta, Tensor) and beta.numel() == 1)
+        value = float(beta) if number and not isinstance(beta, bool) else math.nan
         require(
-            number and not isinstance(beta, bool) and math.isfinite(beta) and beta > 0,
+            0 < value < math.inf,
             f"beta must stay a number above 0, and its schedule gave {beta!r} when {share:.0%} of "
             f"the loop was done: states that are all free have nothing to contrast",
         )
-        return float(beta)
+        return value
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
         """The free state; of symmetric ones, half-way between the first two."""

@@ -61,7 +61,7 @@ class FoldedLearner(StrengthLearner):
     def start(self) -> dict[str, Tensor]:
         """The network's own parameters for the first fold, drawn anew for each other one."""
         network = deepcopy(self.network)
-        starts = [dict(self.network.named_parameters())]
+        starts: list[dict[str, Tensor]] = [dict(self.network.named_parameters())]
         with self._seeded():
             for _ in self.folds.train[1:]:
                 for part in network.modules():

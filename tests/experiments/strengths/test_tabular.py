@@ -181,7 +181,7 @@ def test_numbers_are_read_with_the_models_decimal_mark(tmp_path, capsys):
     path.write_text("a;y\n" + "".join(f"{i}.{i}34,5;{1000 * i},5\n" for i in range(1, 10)))
     config = Tabular(csv=path, target="y", task="regression", decimal=",", hidden=(2,))
     split = config.load(torch.device("cpu"), torch.float32)
-    own = {n: torch.stack([p] * 4) for n, p in config.network(split).named_parameters()}
+    own = {n: p.expand(4, *p.shape) for n, p in config.network(split).named_parameters()}
     config.model(split, own).save(tmp_path)
 
     def said_of(text, *words):

@@ -43,7 +43,7 @@ def score(
         ConfigurationError: unknown or missing arguments.
         RunError: the folder is not empty, and `resume` is False.
     """
-    function = example_scores if learn is None else learn_weights
+    function: Any = example_scores if learn is None else learn_weights
     _check_described(described, function)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise RunError(
