@@ -539,3 +539,22 @@ def test_the_outer_loss_is_asked_only_where_it_moves_something(direct, calls):
         learn_jointly(problem, {"w": torch.zeros(3)}, meta, steps=steps, **options)
         counts.append(len(asked))
     assert counts[2] - counts[1] == 3 * calls
+
+
+@pytest.mark.parametrize("direction", [Contrasts(together=True), LinearSystem()])
+def test_a_batch_on_which_a_loss_is_constant_moves_nothing(direction):
+    def outer(p, m, batch):
+        return (p["w"] - 1).square().sum() if batch else torch.tensor(2.0)
+
+    meta = {"t": torch.zeros(3, requires_grad=True)}
+    problem = eg.Bilevel(lambda p, m: (p["w"] - m["t"]).square().sum(), outer, outer_batches=[1, 0])
+    state = learn_jointly(
+        problem,
+        {"w": torch.zeros(3)},
+        meta,
+        solver=eg.GradientDescent(lr=0.1),
+        direction=direction,
+        optimizer=torch.optim.SGD(meta.values(), lr=0.1),
+        steps=2,
+    )
+    assert [row["outer_loss"] for row in state.history] == [pytest.approx(3.0), 2.0]

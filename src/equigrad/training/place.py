@@ -85,7 +85,8 @@ class Place:
         asked = params if by_params else {}
         leaves = [*asked.values(), *meta.values()]
         if not leaves or not loss.requires_grad:
-            return Slopes({}, {}, loss.detach())
+            loss = loss.detach()
+            return Slopes({n: torch.zeros_like(p.detach()) for n, p in asked.items()}, {}, loss)
         self.tally.spend(1)
         grads = slope(loss, leaves)
         return Slopes(
