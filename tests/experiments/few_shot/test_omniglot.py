@@ -240,7 +240,9 @@ def test_a_part_with_too_few_classes_is_named(own_images):
 
 @pytest.mark.usefixtures("strokes")
 def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monkeypatch):
-    table = Table2(scale="smoke", methods=("contrastive-modulation", "reptile"), seeds=2, threads=1)
+    table = Table2.preset(scale="smoke")
+    methods = ("contrastive-modulation", "reptile")
+    table = replace(table, methods=methods, seeds=2, threads=1)
     began: list[str] = []
     learned = MetaTrainer.learned
 
@@ -255,12 +257,14 @@ def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         reproduce(table, tmp_path, resume=False, console=Console(quiet=True))
     rows = reproduce(table, tmp_path, resume=True, console=Console(quiet=True))
-    cells = [f"5way1shot-{m}-{seed}" for seed in (0, 1) for m in table.methods]
+    cells = [
+        f"background-evaluation-5way1shot-{m}-{seed}" for seed in (0, 1) for m in table.methods
+    ]
     assert began == [cells[0], cells[1], cells[2], cells[2], cells[3]]
     assert rows == from_csv(FewShotResult, (tmp_path / "table2.csv").read_text())
     measured, quoted = (tmp_path / "table2.md").read_text().split("Quoted by the paper")
     mean = sum(row.test for row in rows if row.method == "reptile") / 2
-    (line,) = (line for line in measured.splitlines() if line.startswith("| 5way1shot | Reptile"))
+    (line,) = (line for line in measured.splitlines() if "| 5way1shot | Reptile" in line)
     assert f"| {mean:.2f} ± " in line
     assert "98.05 ± 0.06" in measured
     for name, numbers in QUOTED.items():
@@ -269,11 +273,23 @@ def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monk
         assert f"{numbers[0][0]:g} ±" not in measured
 
 
+def test_table_2_nudges_by_force_at_scale_paper_and_says_so():
+    table = Table2.preset(scale="paper")
+    assert len(table.places()) == 48
+    config = table.experiment("1100-100-423", "20way5shot", "contrastive-synaptic", 0)
+    assert (config.split, config.setting) == ("1100-100-423", "20way5shot")
+    (note,) = config.notes()
+    assert "estimator.nudge force (loss)" in note
+    published = replace(table, nudge="loss", splits=("background-evaluation",))
+    assert published.experiment(*published.cells()[0]).notes() == ()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"methods": ("maml", "maml")}, "methods must be .*at least one and none twice, got"),
         ({"only": ()}, "only must be .*at least one and none twice, got"),
+        ({"splits": ()}, "splits must be .*at least one and none twice, got"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
         ({"minutes": -1.0}, "minutes must be a finite number above 0, or None, got -1"),
     ],
