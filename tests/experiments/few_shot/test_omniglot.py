@@ -238,6 +238,34 @@ def test_a_part_with_too_few_classes_is_named(own_images):
         MetaTrainer(config)
 
 
+def test_smoothed_labels_judge_queries_and_teach_no_task(strokes):
+    """Of 5 classes, a label that is smoothed by s has a share of s/5 of every class."""
+    trainer = MetaTrainer(smoke(label_smoothing=0.3))
+    theta = trainer.learner.model.meta_params()
+    batch = trainer.tasks.train.sample(2, 0)
+    found = trainer.learner.meta_gradient(theta, batch)
+    plain = MetaTrainer(smoke()).learner.meta_gradient(theta, batch)
+    assert all(torch.equal(p, found.params[n]) for n, p in plain.params.items())
+    said = trainer.learner.predict(found.params, theta, batch).log_softmax(-1)
+    sharp = -said.gather(-1, batch.query[1][..., None]).mean()
+    expected = 0.7 * sharp - 0.3 * said.mean()
+    assert found.outer_loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert plain.outer_loss.item() == pytest.approx(sharp.item(), rel=1e-4)
+    with pytest.raises(ConfigurationError, match=r"label_smoothing must be .*in \[0, 1\), got 1"):
+        smoke(label_smoothing=1.0)
+
+
+def test_weight_decay_shrinks_what_tasks_share_by_its_share_of_a_step(strokes):
+    """θ ← (1 - η w) θ before Adam's own step, which does not see it (AdamW)."""
+    start = MetaTrainer(smoke()).learner.model.meta_params()
+    plain, decayed = (
+        MetaTrainer(smoke(weight_decay=w, outer_lr=0.1, outer_steps=1)).learn().meta_params
+        for w in (0.0, 0.5)
+    )
+    for name, there in plain.items():
+        torch.testing.assert_close(decayed[name], there - 0.1 * 0.5 * start[name])
+
+
 @pytest.mark.usefixtures("strokes")
 def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monkeypatch):
     table = Table2.preset(scale="smoke")
