@@ -1,5 +1,6 @@
 """The page of results: what was run beside the paper's number, what was not with its command."""
 
+import json
 import shlex
 from dataclasses import replace
 
@@ -29,6 +30,10 @@ def page(tmp_path):
     RunDirectory(tmp_path / "table1", PART)
     rows = [Accuracies("mnist-1", "t1t2", s, 90.0, 80.0 + s, 100, 7, 60.0) for s in (0, 1)]
     (tmp_path / "table1" / "table1.csv").write_text(as_csv(rows))
+    own = tmp_path / "table1" / "trials" / "mnist-1-contrastive-0"
+    RunDirectory(own, PART.experiment("mnist-1", "contrastive", 0))
+    step = {"outer_step": 11, "test_accuracy": 41.239, "validation_accuracy": 50.0}
+    (own / "metrics.jsonl").write_text(json.dumps(step))
     RunDirectory(tmp_path / "fig3", Fig3(only=("B",), cifar_steps=(50,), betas=(30.0,)))
     lost = PhaseResult("B", "contrastive", 50, 30.0, 0, *(float("nan"),) * 2, 0, float("nan"))
     (tmp_path / "fig3" / "fig3.csv").write_text(as_csv([lost]))
@@ -48,6 +53,20 @@ def test_a_line_has_the_papers_number_ours_seeds_hardware_minutes_and_command(pa
     assert lost[2] == "diverged"
 
 
+def test_a_cell_that_has_begun_says_how_far_it_is(page):
+    (line,) = rows_of(page, "mnist-1, contrastive")
+    assert line[2:5] == ["41.24, unfinished, 12 of 100 outer steps", "0 of 3", "paper"]
+
+
+def test_a_table_with_settings_of_another_version_is_named(tmp_path):
+    RunDirectory(tmp_path / "old", PART)
+    there = json.loads((tmp_path / "old" / "config.json").read_text())
+    there["config"]["colour"] = "blue"
+    (tmp_path / "old" / "config.json").write_text(json.dumps(there))
+    page = report([tmp_path], tmp_path / "results.md", paper_tables()).read_text()
+    assert f"- {tmp_path}/old: config.json cannot be read: " in page.partition("## Left out")[2]
+
+
 def test_what_was_not_run_says_so_with_the_command_that_remains(page):
     (line,) = rows_of(page, "cifar-50, contrastive, force")
     remains = (
@@ -56,7 +75,7 @@ def test_what_was_not_run_says_so_with_the_command_that_remains(page):
     assert line[1:] == ["31.68 ± 0.26", "not run", "0 of 12", "paper", "", "", remains]
     assert rows_of(page, "1100-100-423, 20way1shot, MAML")[0][1] == "95.8 ± 0.3"
     places = sum(len(kind.preset(scale="paper").places()) for kind in paper_tables())
-    assert page.count("| not run |") == places - 1
+    assert page.count("| not run |") == places - 2
 
 
 @pytest.mark.parametrize("kind", paper_tables())

@@ -46,23 +46,28 @@ def results(folders: Sequence[RunFolder], kinds: Sequence[type[ByExperiments]]) 
         folders: of runs; those of other runs than such tables are passed over.
         kinds: the papers' tables, a section each.
     """
-    measured = [found for folder in folders if (found := read(folder, kinds)) is not None]
-    sections = (
-        section(kind, [each for each in measured if type(each.table) is kind]) for kind in kinds
-    )
-    return "\n".join([PREFACE, *sections])
+    sections, left_out = [], []
+    for kind in kinds:
+        measured = []
+        for folder in (f for f in folders if f.experiment == kind.__name__.lower()):
+            try:
+                measured.append(read(folder, kind))
+            except EquigradError as error:  # settings of another version
+                folder.damage.append(f"config.json cannot be read: {error}")
+            left_out += [f"- {folder}: {sentence}\n" for sentence in folder.damage]
+        sections.append(section(kind, measured))
+    said = ["## Left out\n\n" + "".join(left_out)] if left_out else []
+    return "\n".join([PREFACE, *sections, *said])
 
 
-def read(folder: RunFolder, kinds: Sequence[type[ByExperiments]]) -> Measured | None:
-    """The table in a folder; None where there is none of these, or none that can be read."""
-    kind = next((k for k in kinds if k.__name__.lower() == folder.experiment), None)
-    if kind is None:
-        return None
-    try:
-        table = restored(kind, folder.settings)
-        rows = folder.read(f"{kind.name}.csv", lambda content: from_csv(kind.row, content.decode()))
-    except EquigradError:  # settings of another version
-        return None
+def read(folder: RunFolder, kind: type[ByExperiments]) -> Measured:
+    """The table in a folder.
+
+    Raises:
+        EquigradError: it has settings that are not those of such a table.
+    """
+    table = restored(kind, folder.settings)
+    rows = folder.read(f"{kind.name}.csv", lambda content: from_csv(kind.row, content.decode()))
     return Measured(folder, table, rows or [])
 
 
@@ -72,7 +77,7 @@ def section(kind: type[ByExperiments], measured: Sequence[Measured]) -> str:
     places = dict.fromkeys([*paper.places(), *(p for m in measured for p in m.table.places())])
     lines = [line for place in places for line in lines_of(place, paper, measured)]
     title = (kind.__doc__ or kind.name).splitlines()[0].rstrip(".")
-    begun = [
+    unfinished = [
         f"\n`{command(each.table)} --out {each.folder} --resume` goes on with what is missing.\n"
         for each in measured
         if len(each.rows) < len(each.table.cells())
@@ -80,7 +85,7 @@ def section(kind: type[ByExperiments], measured: Sequence[Measured]) -> str:
     return (
         f"## {title}\n\n{kind.score.capitalize()} accuracy.\n\n"
         + as_table(HEADS, lines)
-        + "".join(begun)
+        + "".join(unfinished)
     )
 
 
@@ -88,10 +93,10 @@ def lines_of(
     place: Cell, paper: ByExperiments, measured: Sequence[Measured]
 ) -> Iterator[list[str]]:
     """What was reached of a place, and what remains to be run."""
-    there = [each for each in measured if each.table.of(each.rows, *place)]
-    for each in there:
-        yield line(place, each)
-    at_paper_scale = any(each.table.scale == "paper" for each in there)
+    there = [each for each in measured if place in each.table.places()]
+    lines = [line(place, each) for each in there]
+    yield from (said for said in lines if said[2] != NOT_RUN)
+    at_paper_scale = any(said[2] != NOT_RUN and said[4] == "paper" for said in lines)
     if place in paper.places() and not at_paper_scale:
         seeds = paper.counted([], *place)
         remains = f"`{command(paper.alone(*place))}`"
@@ -105,17 +110,29 @@ def line(place: Cell, measured: Measured) -> list[str]:
     """What was reached of a place in a folder, and what it took."""
     table, rows = measured.table, measured.table.of(measured.rows, *place)
     scores = [getattr(row, table.score) for row in rows]
-    finite = all(map(math.isfinite, scores))
+    reached = spread(scores, ".2f") if all(map(math.isfinite, scores)) else "diverged"
     return [
         table.label(*place),
         published(table, place),
-        spread(scores, ".2f") if finite else "diverged",
+        reached if rows else begun(place, measured),
         table.counted(measured.rows, *place),
         table.scale,
         hardware(measured, rows),
         average([row.seconds / 60 for row in rows], ".1f"),
         f"`{command(table.alone(*place))}`",
     ]
+
+
+def begun(place: Cell, measured: Measured) -> str:
+    """How far the run of the first seed has come, where none has ended."""
+    table = measured.table
+    first = next(cell for cell in table.cells() if cell[:-1] == place)
+    run = RunFolder(cell_folder(measured.folder.path, *first))
+    if not run.history:
+        return NOT_RUN
+    score = run.logged.get(f"{table.score}_accuracy")
+    reached = "" if score is None else f"{score:.2f}, "
+    return f"{reached}{run.progress}"
 
 
 def published(table: ByExperiments, place: Cell) -> str:
@@ -132,8 +149,8 @@ def hardware(measured: Measured, rows: Sequence[Any]) -> str:
     said = [run.result for run in runs if run.result] or [measured.folder.about]
     kind = "gpu" if any(str(s.get("device", "")).startswith("cuda") for s in said) else "processor"
     names = dict.fromkeys(str(mapping(s.get("versions")).get(kind, "not known")) for s in said)
-    threads = "" if kind == "gpu" else f", {measured.table.threads} threads"
-    return "; ".join(names) + threads.replace(" 1 threads", " 1 thread")
+    threads = measured.table.threads
+    return "; ".join(names) + ("" if kind == "gpu" else f", {threads} thread{'s' * (threads > 1)}")
 
 
 def command(table: ByExperiments) -> str:
