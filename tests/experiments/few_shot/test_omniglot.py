@@ -308,8 +308,14 @@ def test_table_2_nudges_by_force_at_scale_paper_and_says_so():
     assert (config.split, config.setting) == ("1100-100-423", "20way5shot")
     (note,) = config.notes()
     assert "estimator.nudge force (loss)" in note
+    assert config.published() is None  # the paper's characters are others
     published = replace(table, nudge="loss", splits=("background-evaluation",))
-    assert published.experiment(*published.cells()[0]).notes() == ()
+    first = published.experiment(*published.cells()[0])
+    assert first.notes() == ()
+    assert first.published() == {
+        "test_accuracy": 98.05,
+        "test_accuracy_standard_deviation": 0.06,
+    }
 
 
 @pytest.mark.parametrize(
