@@ -98,9 +98,12 @@ def dispatch(arguments: Sequence[str], *, ours: bool) -> None:
     elif words.verb == "scores":
         score(words, arguments)
     elif words.verb == "report":
+        from equigrad.experiments.registry import paper_tables
         from equigrad.experiments.runs.report import report as write_report
 
-        print(f"written to {write_report(words.folders, words.out)}")
+        as_markdown = words.out is not None and words.out.suffix == ".md"
+        tables = paper_tables() if as_markdown else ()
+        print(f"written to {write_report(words.folders, words.out, tables)}")
     elif words.verb == "predict":
         ask(words)
     else:
@@ -178,7 +181,11 @@ def parsers(
         "folders", metavar="DIR", nargs="+", type=Path, help="folder of a run, or one above runs"
     )
     report.add_argument(
-        "--out", metavar="FILE.html", type=Path, help="the page; report.html in the first DIR"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the page; report.html in the first DIR. FILE.md is a page of the papers' tables, "
+        "cell by cell, beside what the runs reached",
     )
     return parser, verbs.choices
 

@@ -177,3 +177,24 @@ def test_it_costs_four_evaluations_once(estimator):
     assert counted == counted_again
     problem = eg.Bilevel(loss, problem.outer_loss)
     assert spent() == (second, counted)
+
+
+@pytest.mark.parametrize("estimator", [ESTIMATORS[0], ESTIMATORS[2]])
+@pytest.mark.parametrize(("margin", "size", "seed"), [(11, 64, 2), (13, 64, 0), (14, 512, 1)])
+def test_a_softmax_that_is_nearly_sure_is_smooth(margin, size, seed, estimator):
+    """In float32 `softmax - 1` moves by whole rounding errors there, or not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(size, generator=generator), torch.randn(10, size, generator=generator)
+    w = 0.01 * w
+    w[3] += margin * x / x.square().sum()
+
+    def loss(p, m):
+        return cross_entropy((p["w"] @ x)[None], torch.tensor([3])) + 0.0 * m["bonus"].sum()
+
+    eg.meta_gradient(
+        eg.Bilevel(loss, lambda p, m: p["w"].square().sum()),
+        {"w": w},
+        {"bonus": torch.zeros(2)},
+        solver=eg.GradientDescent(lr=1e-6, max_steps=1),
+        estimator=estimator,
+    )

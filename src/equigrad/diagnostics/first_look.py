@@ -32,6 +32,13 @@ WRONG = 1e-2
 ALIKE = 0.1
 """Relative change of an asymmetry between two distances above which it comes from a kink."""
 
+AWAY = 8.0, 16.0, 32.0, 64.0
+"""How much further away what differs is looked at again: a softmax that is nearly sure moves by
+whole rounding errors, or not at all, which looks alike at two small distances."""
+
+ROUNDED = 0.7
+"""What is left there of a difference that rounding makes; a real one stays as it is."""
+
 ROUNDING = 1e4
 """Number of rounding errors by which two evaluations may differ."""
 
@@ -265,7 +272,14 @@ class _Look:
         if mismatch(near.params, far.params) > SUSPICIOUS:
             return 0.0
         smooth = mismatch(near.meta, far.meta) < SUSPICIOUS
-        return max(mismatch(seen.params, far.params), smooth * mismatch(seen.meta, far.meta))
+
+        def apart(found: Slope) -> float:
+            return max(
+                mismatch(seen.params, found.params), smooth * mismatch(seen.meta, found.meta)
+            )
+
+        further = (apart(self._change(u, scale)) for scale in AWAY)
+        return 0.0 if any(off < ROUNDED * apart(far) for off in further) else apart(far)
 
     def _asymmetry(self, u: "Move", v: "Move", ahead: Slope) -> float:
         """The asymmetry of the gradient's derivative along two directions, relative to its size."""
@@ -280,8 +294,12 @@ class _Look:
             found.append(dot(u, aside) - dot(v, ahead))
         size = max(expected(u, aside), expected(v, ahead))
         near, far = found
-        if abs(near - far) > ALIKE * abs(far) or not size:
+        if abs(near - far) > ALIKE * abs(far) or not (size and far):
             return 0.0
+        for scale in AWAY:
+            ahead, aside = self._change(u, scale), self._change(v, scale)
+            if (dot(u, aside) - dot(v, ahead)) / far < ROUNDED:
+                return 0.0
         return min(abs(near), abs(far)) / size
 
     def _change(self, move: "Move", scale: float) -> Slope:

@@ -58,6 +58,13 @@ def found(place: str) -> Any:
     return getattr(import_module(f"{__package__}.{module}"), name)
 
 
+def paper_tables() -> list[type[Any]]:
+    """The reproductions that are tables by seed, which a page of results has."""
+    base = found("runs.reproduction:ByExperiments")
+    kinds = (command.kind for command in COMMANDS if command.verb == "reproduce")
+    return [kind for kind in kinds if issubclass(kind, base)]
+
+
 def reproduced(name: str, place: str) -> Command:
     """The command of a figure or table."""
     return Command("reproduce", name, place, "runs.reproduction:reproduce")

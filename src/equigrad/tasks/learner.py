@@ -67,6 +67,7 @@ class FewShotLearner(Checked):
         model: the division into φ and θ: `ComplexSynapse(…, learn=("center",))`, `Modulation`,
             `LearnedStart` or `LearnedRates`.
         loss: `(outputs, targets) -> scalar` of one task, the mean over examples.
+        outer_loss: another loss of the query set, such as one of smoothed labels; None for `loss`.
         solver: the solver of a task.
         estimator: the estimator of the meta-gradient.
         chunk_size: number of tasks that settle at once; None for all. Memory grows with it.
@@ -99,6 +100,7 @@ class FewShotLearner(Checked):
     estimator: Estimator
     chunk_size: Count | None = None
     statistics: Statistics = "query"
+    outer_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     batching: Batching = "auto"
     network: SideBySide = field(init=False, repr=False)
     _reaches: dict[Stream, list[str]] | None = field(default=None, init=False, repr=False)
@@ -116,8 +118,10 @@ class FewShotLearner(Checked):
     def problem(self, tasks: TaskBatch) -> Bilevel:
         """All tasks as one problem, with losses summed over tasks."""
         return Bilevel(
-            inner_loss=_SummedLoss(self, second_order=self.estimator.traits.double_backward),
-            outer_loss=_SummedLoss(self, second_order=False),
+            inner_loss=_SummedLoss(
+                self, self.loss, second_order=self.estimator.traits.double_backward
+            ),
+            outer_loss=_SummedLoss(self, self.outer_loss or self.loss, second_order=False),
             regularizer=self.model.regularizer,
             inner_batches=[(*tasks.support, None)],
             outer_batches=[self._judged(tasks, self.statistics)],
@@ -271,10 +275,12 @@ class _SummedLoss:
 
     Attributes:
         made_by: the learner. Its losses are checked once, although each batch makes new ones.
+        loss: the loss of one task.
         second_order: whether its gradient will be differentiated.
     """
 
     made_by: FewShotLearner
+    loss: Callable[[Tensor, Tensor], Tensor]
     second_order: bool
 
     def __call__(
@@ -283,7 +289,7 @@ class _SummedLoss:
         learner, (x, y, reference) = self.made_by, batch
         weights = learner.model.weights(params, meta_params)
         outputs = learner.network(weights, x, reference=reference, second_order=self.second_order)
-        losses = vmap(learner.loss)(outputs[:, reference:], y)
+        losses = vmap(self.loss)(outputs[:, reference:], y)
         if losses.ndim != 1:
             raise ProblemError(
                 f"loss must return a scalar for each task, its mean over examples, got shape "

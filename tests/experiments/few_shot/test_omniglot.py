@@ -238,9 +238,39 @@ def test_a_part_with_too_few_classes_is_named(own_images):
         MetaTrainer(config)
 
 
+def test_smoothed_labels_judge_queries_and_teach_no_task(strokes):
+    """Of 5 classes, a label that is smoothed by s has a share of s/5 of every class."""
+    trainer = MetaTrainer(smoke(label_smoothing=0.3))
+    theta = trainer.learner.model.meta_params()
+    batch = trainer.tasks.train.sample(2, 0)
+    found = trainer.learner.meta_gradient(theta, batch)
+    plain = MetaTrainer(smoke()).learner.meta_gradient(theta, batch)
+    assert all(torch.equal(p, found.params[n]) for n, p in plain.params.items())
+    said = trainer.learner.predict(found.params, theta, batch).log_softmax(-1)
+    sharp = -said.gather(-1, batch.query[1][..., None]).mean()
+    expected = 0.7 * sharp - 0.3 * said.mean()
+    assert found.outer_loss == pytest.approx(expected.item(), rel=1e-4)
+    assert plain.outer_loss == pytest.approx(sharp.item(), rel=1e-4)
+    with pytest.raises(ConfigurationError, match=r"label_smoothing must be .*in \[0, 1\), got 1"):
+        smoke(label_smoothing=1.0)
+
+
+def test_weight_decay_shrinks_what_tasks_share_by_its_share_of_a_step(strokes):
+    """θ ← (1 - η w) θ before Adam's own step, which does not see it (AdamW)."""
+    start = MetaTrainer(smoke()).learner.model.meta_params()
+    plain, decayed = (
+        MetaTrainer(smoke(weight_decay=w, outer_lr=0.1, outer_steps=1)).learn().meta_params
+        for w in (0.0, 0.5)
+    )
+    for name, there in plain.items():
+        torch.testing.assert_close(decayed[name], there - 0.1 * 0.5 * start[name])
+
+
 @pytest.mark.usefixtures("strokes")
 def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monkeypatch):
-    table = Table2(scale="smoke", methods=("contrastive-modulation", "reptile"), seeds=2, threads=1)
+    table = Table2.preset(scale="smoke")
+    methods = ("contrastive-modulation", "reptile")
+    table = replace(table, methods=methods, seeds=2, threads=1)
     began: list[str] = []
     learned = MetaTrainer.learned
 
@@ -255,12 +285,14 @@ def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         reproduce(table, tmp_path, resume=False, console=Console(quiet=True))
     rows = reproduce(table, tmp_path, resume=True, console=Console(quiet=True))
-    cells = [f"5way1shot-{m}-{seed}" for seed in (0, 1) for m in table.methods]
+    cells = [
+        f"background-evaluation-5way1shot-{m}-{seed}" for seed in (0, 1) for m in table.methods
+    ]
     assert began == [cells[0], cells[1], cells[2], cells[2], cells[3]]
     assert rows == from_csv(FewShotResult, (tmp_path / "table2.csv").read_text())
     measured, quoted = (tmp_path / "table2.md").read_text().split("Quoted by the paper")
     mean = sum(row.test for row in rows if row.method == "reptile") / 2
-    (line,) = (line for line in measured.splitlines() if line.startswith("| 5way1shot | Reptile"))
+    (line,) = (line for line in measured.splitlines() if "| 5way1shot | Reptile" in line)
     assert f"| {mean:.2f} ± " in line
     assert "98.05 ± 0.06" in measured
     for name, numbers in QUOTED.items():
@@ -269,11 +301,29 @@ def test_table_2_keeps_what_was_measured_and_what_is_quoted_apart(tmp_path, monk
         assert f"{numbers[0][0]:g} ±" not in measured
 
 
+def test_table_2_nudges_by_force_at_scale_paper_and_says_so():
+    table = Table2.preset(scale="paper")
+    assert len(table.places()) == 48
+    config = table.experiment("1100-100-423", "20way5shot", "contrastive-synaptic", 0)
+    assert (config.split, config.setting) == ("1100-100-423", "20way5shot")
+    (note,) = config.notes()
+    assert "estimator.nudge force (loss)" in note
+    assert config.published() is None  # the paper's characters are others
+    published = replace(table, nudge="loss", splits=("background-evaluation",))
+    first = published.experiment(*published.cells()[0])
+    assert first.notes() == ()
+    assert first.published() == {
+        "test_accuracy": 98.05,
+        "test_accuracy_standard_deviation": 0.06,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"methods": ("maml", "maml")}, "methods must be .*at least one and none twice, got"),
         ({"only": ()}, "only must be .*at least one and none twice, got"),
+        ({"splits": ()}, "splits must be .*at least one and none twice, got"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
         ({"minutes": -1.0}, "minutes must be a finite number above 0, or None, got -1"),
     ],

@@ -228,3 +228,12 @@ def test_images_held_out_are_those_of_the_data_set():
 def test_tables_that_cannot_be(options, message):
     with pytest.raises(ConfigurationError, match=message):
         EquilibriumTable(**options)
+
+
+def test_a_part_of_the_table_says_what_was_not_run():
+    table = EquilibriumTable(scale="smoke", only=("hopfield",), seeds=3)
+    setting, method, _ = table.cells()[0]
+    rows = [NetworkResult(setting, method, s, 90.0, 80.0 + 2 * s, 1, 7, 60.0) for s in (0, 1)]
+    there, missing, *_ = table.text(rows).splitlines()[2:]
+    assert "| 90.00 ± 0.00 | 81.00 ± 1.00 | 2 of 3 | 1 | 7 | 1.0 |" in there
+    assert "| not run | not run | 0 of 3 |" in missing

@@ -95,6 +95,13 @@ def test_where_all_diverged_nothing_is_best():
     FIGURE.draw(lost)
 
 
+def test_a_part_of_the_figure_says_what_was_not_run():
+    part = [row for row in made_rows(FIGURE) if (row.panel, row.steps) != ("B", 450)]
+    text = FIGURE.text(part)
+    assert "| 50 | 30.00 | 25.23 | 20.00 | 10 |" in text
+    assert "| 450 | not run | not run | not run | – |" in text
+
+
 @pytest.mark.usefixtures("made_up_images")
 @pytest.mark.parametrize("cell", [("A", "t1t2", 5, NO_NUDGE, 0), ("B", "contrastive", 10, 3.0, 0)])
 def test_cell_is_the_run_that_it_stands_for(cell):

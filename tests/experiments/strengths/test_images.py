@@ -6,13 +6,14 @@ from typing import get_args
 
 import pytest
 import torch
+from rich.console import Console
 
 from equigrad import IMAML, T1T2, ConjugateGradient, Contrastive, GradientDescent, meta_gradient
 from equigrad.errors import ConfigurationError
 from equigrad.estimators import ESTIMATORS
 from equigrad.experiments.data import mnist
 from equigrad.experiments.runs.methods import OTHERS, EstimatorName, other
-from equigrad.experiments.runs.reproduction import fill, from_csv
+from equigrad.experiments.runs.reproduction import fill, from_csv, reproduce
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
 from equigrad.experiments.strengths.table1 import Accuracies, Table1
@@ -161,31 +162,35 @@ def test_wrong_words_end_with_code_2(tmp_path, monkeypatch, capsys, words, messa
 
 
 TABLE = Table1(scale="smoke", seeds=2, only=("mnist-1", "cifar-50"), threads=1)
+QUIET = Console(quiet=True)
 
 
 def test_table_is_gone_on_with_where_it_was_stopped(tmp_path, monkeypatch):
-    from rich.console import Console
-
     measured = []
 
-    def measure(self, setting, estimator, seed):
+    def measured_in(self, folder, setting, method, seed):
         if len(measured) == 5:
             raise KeyboardInterrupt
-        measured.append((setting, estimator, seed))
-        return Accuracies(setting, estimator, seed, 90.0 + seed, 80.0 + 2 * seed, 7, 0.5)
+        measured.append((setting, method, seed))
+        return Accuracies(setting, method, seed, 90.0 + seed, 80.0 + 2 * seed, 2, 7, 0.5)
 
-    monkeypatch.setattr(Table1, "measure", measure)
-    path, console = tmp_path / "table1.csv", Console(quiet=True)
+    monkeypatch.setattr(Table1, "_measured", measured_in)
+    path, partial = tmp_path / "table1.csv", tmp_path / "table1-partial.md"
     with pytest.raises(KeyboardInterrupt):
-        fill(TABLE, path, console)
+        fill(TABLE, path, QUIET)
     assert len(from_csv(Accuracies, path.read_text())) == 5
+    said = partial.read_text()
+    assert said.startswith("**Partial: 5 of 8 cells were measured.**")
+    assert "| 90.50 ± 0.50 | 81.00 ± 1.00 | 93.50 ± 0.63 | 89.49 ± 0.55 | 2 | 2 |" in said
+    assert "| 90.00 | 80.00 | 62.97 ± 3.73 | 28.69 ± 0.85 | 1 of 2 | 2 |" in said
     first, measured[:] = list(measured), []
-    rows = fill(TABLE, path, console)
+    rows = fill(TABLE, path, QUIET)
+    assert not partial.exists()
     assert first + measured == TABLE.cells()
     assert len(measured) == 3
     # mean 90.5 and standard error ½ of 90 and 91; 81 ± 1
     line = next(line for line in TABLE.text(rows).splitlines() if "cifar-50 | T1–T2" in line)
-    assert "90.50 ± 0.50 | 81.00 ± 1.00 | 62.97 ± 3.73 | 28.69 ± 0.85 | 2 |" in line
+    assert "90.50 ± 0.50 | 81.00 ± 1.00 | 62.97 ± 3.73 | 28.69 ± 0.85 | 2 | 2 |" in line
     TABLE.draw(rows)
 
 
@@ -193,6 +198,33 @@ def test_cell_of_the_table_is_the_run_of_its_seed():
     row = TABLE.measure("cifar-50", "t1t2", 1)
     _, again = StrengthTrainer(replace(Cifar10.preset(scale="smoke"), threads=1), 1).learn("t1t2")
     assert (row.validation, row.test) == (again.validation, again.test)
+
+
+def test_the_force_of_the_table_is_the_run_with_that_nudge(tmp_path):
+    table = Table1(scale="smoke", only=("mnist-1",), methods=("contrastive-force",), threads=1)
+    config = table.experiment(*table.cells()[0])
+    assert config.contrastive.rule.nudge == "force"
+    plain = replace(table, methods=("contrastive",))
+    assert plain.experiment(*plain.cells()[0]).contrastive.rule.nudge == "loss"
+    rows = reproduce(replace(table, seeds=1), tmp_path, resume=False, console=QUIET)
+    metrics = tmp_path / "trials" / "mnist-1-contrastive-force-0" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == rows[0].outer_steps == 2
+    curves = table.draw_curves(tmp_path)
+    thin, mean = curves.axes[0].lines
+    assert list(thin.get_ydata()) == list(mean.get_ydata())
+    assert (tmp_path / "table1-curves.png").exists()
+
+
+def test_paper_scale_has_the_seeds_of_the_paper():
+    table = Table1.preset(scale="paper")
+    seeds = {
+        line: {seed for there, _, seed in table.cells() if there == line} for line in table.only
+    }
+    assert {line: len(found) for line, found in seeds.items()} == {
+        **dict.fromkeys(("mnist-1", "mnist-10", "cifar-50"), 12),
+        "mnist-30000": 5,
+    }
+    assert len(table.places()) == 12
 
 
 def test_constant_statistics_change_the_gradient():

@@ -117,6 +117,9 @@ class FewShot(Training):
     statistics: Statistics = "query"
     """Batch normalisation's: of a task's queries together (transductive), or its support set."""
 
+    weight_decay: NotNegative = 0.0
+    """By which an outer step shrinks what tasks share, times its size (AdamW)."""
+
     average_from: CountFrom0 | None = None
     """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
 
@@ -169,6 +172,11 @@ class FewShot(Training):
     def name(self) -> str:
         """What is learned, in a few words."""
 
+    @property
+    def outer_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What judges queries in meta-training, where it is another than the task's own loss."""
+        return None
+
     @abstractmethod
     def network(self) -> Module:
         """The network, with a start that torch's generator draws."""
@@ -197,6 +205,7 @@ class FewShot(Training):
         return FewShotLearner(
             model=model,
             loss=self.loss,
+            outer_loss=self.outer_loss,
             solver=replace(self.solver, lr=model.rates) if learned else self.solver,
             estimator=with_nudged(self.estimator, self.solver, self.nudged_steps),
             chunk_size=self.chunk_size,

@@ -60,7 +60,9 @@ class MetaTrainer(Trainer[FewShot]):
                 meta_params,
                 self.tasks.train,
                 tasks=config.tasks,
-                optimizer=torch.optim.Adam(meta_params.values(), lr=config.outer_lr),
+                optimizer=torch.optim.AdamW(
+                    meta_params.values(), lr=config.outer_lr, weight_decay=config.weight_decay
+                ),
                 steps=0 if config.method == "scratch" else config.unless_timed(config.outer_steps),
                 limit=config.limit,
                 average_from=config.average_from,

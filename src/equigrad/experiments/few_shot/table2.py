@@ -1,20 +1,23 @@
-"""Table 2: few-shot accuracy on Omniglot, by method, way, shot and seed."""
+"""Table 2: few-shot accuracy on Omniglot, by division, way, shot, method and seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from equigrad.estimators import Contrastive
 from equigrad.experiments.few_shot.meta_training import MetaTrainer
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.few_shot.omniglot import PUBLISHED, EpisodeSettingName, Omniglot
+from equigrad.experiments.few_shot.omniglot_classes import SplitName
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.figures import COLORS
-from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
+from equigrad.experiments.runs.formats import NOT_RUN, average
+from equigrad.experiments.runs.reproduction import ByRuns, Cell
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.fields import DIFFERENT, Count, Positive
 
@@ -29,6 +32,14 @@ QUOTED: dict[str, tuple[Spread, Spread, Spread, Spread]] = {
 }
 """What the paper's Table 2 quotes from other papers, measured elsewhere on other terms."""
 
+QUOTED_OF: dict[str, str] = {
+    "maml": "MAML [10]",
+    "first-order-maml": "First-order MAML [10]",
+    "reptile": "Reptile [28]",
+    "imaml": "iMAML (GD) [26]",
+}
+"""Which of these are of our learners; their authors divided all characters at random."""
+
 COLUMNS: tuple[EpisodeSettingName, ...] = ("5way1shot", "5way5shot", "20way1shot", "20way5shot")
 
 
@@ -36,6 +47,7 @@ COLUMNS: tuple[EpisodeSettingName, ...] = ("5way1shot", "5way5shot", "20way1shot
 class FewShotResult:
     """What one method reached with one seed, in percent."""
 
+    split: str
     setting: str
     method: str
     seed: int
@@ -54,19 +66,25 @@ class Table2(ByRuns):
     The same network, characters, tasks of the test and solver of a task for all methods; Reptile,
     which makes no use of queries, meta-trains on more images of a class. Mean ± standard deviation
     over seeds, beside the paper's own numbers; those that it quotes from other papers stand in a
-    table of their own. A cell that is stopped goes on where it was.
+    table of their own. A cell that is stopped goes on where it was, and ends after its own minutes:
+    at scale `small`, those of a column are 72 minutes of meta-training, and the tests.
     """
 
     name: ClassVar[str] = "table2"
     row: ClassVar[type] = FewShotResult
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "smoke": {"seeds": 1},
+        "smoke": {"minutes": None},
         "paper": {
+            "splits": get_args(SplitName),
             "only": COLUMNS,
-            "methods": ("contrastive-synaptic", "contrastive-modulation"),
-            "seeds": 5,
+            "seeds": 3,
+            "minutes": None,
+            "nudge": "force",
         },
     }
+
+    splits: Annotated[tuple[SplitName, ...], DIFFERENT] = ("background-evaluation",)
+    """How characters are divided: as in the paper, and as the authors of the others did."""
 
     only: Annotated[tuple[EpisodeSettingName, ...], DIFFERENT] = ("5way1shot",)
     """Which columns of the table."""
@@ -74,41 +92,76 @@ class Table2(ByRuns):
     methods: Annotated[tuple[FewShotMethodName, ...], DIFFERENT] = (
         "contrastive-modulation",
         "contrastive-synaptic",
+        "maml",
         "first-order-maml",
         "reptile",
+        "imaml",
     )
     """Which learners."""
 
-    seeds: Count = 3
+    seeds: Count = 1
     """Seeds 0, 1 … N-1 draw starts and tasks."""
 
-    minutes: Positive | None = None
-    """Minutes of meta-training of each cell, the same for all methods; by default their steps."""
+    minutes: Positive | None = 12.0
+    """Minutes of meta-training of each cell, the same for all methods; None for their steps."""
+
+    nudge: Literal["loss", "force"] | None = None
+    """Of the contrastive rule; None for that of the scale. The paper's is `loss`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.experiment(self.only[0], self.methods[0], 0)
+        self.experiment(*self.cells()[0])
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""
-        seeds = range(self.seeds)
         return [
-            (line, method, seed) for seed in seeds for line in self.only for method in self.methods
+            (split, column, method, seed)
+            for seed in range(self.seeds)
+            for split in self.splits
+            for column in self.only
+            for method in self.methods
         ]
 
-    def experiment(self, setting: str, method: str, seed: int) -> Omniglot:
+    def alone(
+        self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
+    ) -> Self:
+        """One column of one division by one learner."""
+        return replace(self, splits=(split,), only=(setting,), methods=(method,))
+
+    def label(
+        self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
+    ) -> str:
+        """The division, the column, and the learner in words."""
+        return f"{split}, {setting}, {FEW_SHOT_METHODS[method].label}"
+
+    def paper(
+        self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
+    ) -> Spread | None:
+        """The paper's own, or what it quotes, each beside the division it was measured on."""
+        if split == "background-evaluation":
+            return self._own(split, setting, method)
+        quoted = QUOTED.get(QUOTED_OF.get(method, ""))
+        return None if quoted is None else quoted[COLUMNS.index(setting)]
+
+    def experiment(self, split: SplitName, setting: str, method: str, seed: int) -> Omniglot:
         """The settings of a cell."""
         preset = Omniglot.preset(scale=self.scale, setting=setting, method=method)
-        return self.placed(preset, seed=seed, minutes=self.minutes)
+        rule = preset.estimator
+        if self.nudge is not None and isinstance(rule, Contrastive):
+            preset = replace(preset, estimator=replace(rule, nudge=self.nudge))
+        return self.placed(preset, seed=seed, split=split, minutes=self.minutes)
 
     def run(self, config: Omniglot, directory: RunDirectory, console: Console) -> None:
         """Meta-train and test."""
         MetaTrainer(config).learned(directory, resume=True, console=console)
 
-    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> FewShotResult:
+    def read(
+        self, result: dict[str, Any], split: str, setting: str, method: str, seed: int
+    ) -> FewShotResult:
         """What it reached in the test, and what it took."""
         metrics = result["metrics"]
         return FewShotResult(
+            split,
             setting,
             method,
             seed,
@@ -121,28 +174,30 @@ class Table2(ByRuns):
         )
 
     def text(self, rows: Sequence[FewShotResult]) -> str:
-        """Ours, a line a column and method; then what is quoted."""
+        """Ours, a line a division, column and method; then what is quoted."""
         lines = []
-        for setting, method in self._places():
-            own = [row for row in rows if (row.setting, row.method) == (setting, method)]
-            paper = PUBLISHED.get(method, {}).get(setting)
+        for split, setting, method in self.places():
+            own = self.of(rows, split, setting, method)
+            paper = self._own(split, setting, method)
             lines.append(
                 [
+                    split,
                     setting,
                     FEW_SHOT_METHODS[method].label,
                     _with_deviation([row.test for row in own]),
                     _with_deviation([row.support_statistics for row in own]),
                     "" if paper is None else f"{paper[0]:.2f} ± {paper[1]:.2f}",
-                    f"{fmean(row.outer_steps for row in own):,.0f}",
-                    f"{fmean(row.seconds for row in own) / 60:.1f}",
+                    self.counted(rows, split, setting, method),
+                    average([row.outer_steps for row in own], ",.0f"),
+                    average([row.seconds / 60 for row in own], ".1f"),
                 ]
             )
         heads = (
-            *("tasks", "learner", "test, %", "with support statistics, %"),
-            *("the paper's own, %", "meta-steps", "minutes"),
+            *("characters", "tasks", "learner", "test, %", "with support statistics, %"),
+            *("the paper's own, %", "seeds", "meta-steps", "minutes"),
         )
-        config = self.experiment(self.only[0], self.methods[0], 0)
-        seeds = over_seeds(self.seeds, "standard deviation")
+        config = self.experiment(*self.cells()[0])
+        ends = "" if self.minutes is None else f", {self.minutes:g} minutes of meta-training each"
         widest = max(row.interval for row in rows)
         quoted = [
             [name, *(f"{mean:g} ± {spread:g}" for mean, spread in numbers)]
@@ -150,9 +205,10 @@ class Table2(ByRuns):
         ]
         return (
             as_table(heads, lines)
-            + f"\n{seeds[0].upper()}{seeds[1:]}; {config.test_tasks} tasks of the test each, 95 % "
-            f"intervals ± {widest:.2g} at most. The first column of numbers is transductive, "
-            f"statistics of the queries, as in the paper.\n"
+            + f"\nScale {self.scale}{ends}; mean ± standard deviation over seeds; "
+            f"{config.test_tasks} tasks of the test each, 95 % intervals ± {widest:.2g} at most. "
+            f"The first column of numbers is transductive, statistics of the queries, as in the "
+            f"paper.\n"
             + "".join(f"\n{note}\n" for note in self._notes())
             + "\nQuoted by the paper from other papers, on terms of their own, not measured here "
             "(mean ± what they report):\n\n" + as_table(["learner", *COLUMNS], quoted)
@@ -161,20 +217,23 @@ class Table2(ByRuns):
     def _notes(self) -> list[str]:
         """In what each cell differs from the paper, where it does."""
         return [
-            f"{setting}, {FEW_SHOT_METHODS[method].label}: {note}"
-            for setting, method in self._places()
-            for note in self.experiment(setting, method, 0).notes()
+            f"{self.label(*place)}: {note}"
+            for place in self.places()
+            for note in self.experiment(*place, seed=0).notes()
         ]
 
-    def _places(self) -> list[tuple[EpisodeSettingName, FewShotMethodName]]:
-        return [(setting, method) for setting in self.only for method in self.methods]
+    @staticmethod
+    def _own(split: str, setting: EpisodeSettingName, method: FewShotMethodName) -> Spread | None:
+        """What the paper measured itself, on the background and evaluation alphabets."""
+        return PUBLISHED.get(method, {}).get(setting) if split == "background-evaluation" else None
 
     def draw(self, rows: Sequence[FewShotResult]) -> Figure:
         """Every seed, with the interval of its tasks; the paper's own means."""
-        figure = Figure(figsize=(1.5 + 2.2 * len(self._places()) ** 0.9, 3.8), layout="constrained")
+        places = self.places()
+        figure = Figure(figsize=(1.5 + 2.2 * len(places) ** 0.9, 3.8), layout="constrained")
         axes = figure.subplots()
-        for place, (setting, method) in enumerate(self._places()):
-            own = [row for row in rows if (row.setting, row.method) == (setting, method)]
+        for place, (split, setting, method) in enumerate(places):
+            own = self.of(rows, split, setting, method)
             at = [place + 0.12 * (i - (len(own) - 1) / 2) for i in range(len(own))]
             axes.errorbar(
                 at,
@@ -185,12 +244,13 @@ class Table2(ByRuns):
                 capsize=2,
                 label="a seed, with its 95 % interval",
             )
-            if (paper := PUBLISHED.get(method, {}).get(setting)) is not None:
+            if (paper := self._own(split, setting, method)) is not None:
                 axes.hlines(
                     paper[0], place - 0.3, place + 0.3, color=COLORS[1], label="the paper's mean"
                 )
         names = [
-            f"{FEW_SHOT_METHODS[method].label}\n{setting}" for setting, method in self._places()
+            f"{FEW_SHOT_METHODS[method].label}\n{setting}\n{split}"
+            for split, setting, method in places
         ]
         axes.set_xticks(range(len(names)), names, fontsize=8)
         axes.set(ylabel="test accuracy (%)", xlim=(-0.6, len(names) - 0.4))
@@ -207,6 +267,6 @@ def _once(axes: Axes) -> tuple[list[Any], list[str]]:
 
 def _with_deviation(values: Sequence[float]) -> str:
     """Mean ± standard deviation, as the paper has it; one number where there is one seed."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else NOT_RUN
     return f"{fmean(values):.2f} ± {stdev(values):.2f}"

@@ -3,10 +3,14 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+
+NOT_RUN = "not run"
+"""Stands for a number that was not measured."""
 
 UNITS = {"_accuracy": ", %", "_psnr": ", dB"}
 """Units of metrics, by the ends of their names."""
@@ -82,8 +86,23 @@ def with_error(mean: float, error: float | None, form: str | None = None) -> str
 
 
 def spread(values: Sequence[float], form: str | None = None) -> str:
-    """Mean ± standard error of some values; a single value has no error."""
-    return with_error(*mean_and_error(values), form)
+    """Mean ± standard error of some values; the mean alone where there is one value.
+
+    Example:
+        >>> spread([1.0, 2.0], ".1f"), spread([1.0], ".1f"), spread([])
+        ('1.5 ± 0.5', '1.0', 'not run')
+    """
+    return with_error(*mean_and_error(values), form) if values else NOT_RUN
+
+
+def average(values: Sequence[float], form: str) -> str:
+    """The mean of some values; nothing where there are none.
+
+    Example:
+        >>> average([1.0, 2.0], ".1f"), average([], ".1f")
+        ('1.5', '')
+    """
+    return format(fmean(values), form) if values else ""
 
 
 def as_rich(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""`equigrad report`: an HTML page about the runs in some folders."""
+"""`equigrad report`: one page about the runs in some folders, or about the papers' tables."""
 
 import base64
 import csv
@@ -30,6 +30,8 @@ from equigrad.experiments.runs.formats import (
     words,
 )
 from equigrad.experiments.runs.methods import LABELS
+from equigrad.experiments.runs.reproduction import ByExperiments
+from equigrad.experiments.runs.results import results
 from equigrad.experiments.runs.run_folders import (
     RunFolder,
     find_runs,
@@ -44,6 +46,9 @@ from equigrad.training.files import write_whole
 
 GENERATOR = '<meta name="generator" content="equigrad report">'
 """The mark of a page that may be overwritten."""
+
+WRITTEN = "<!-- written by equigrad report -->"
+"""That of a page of Markdown."""
 
 MOST_ROWS = 200
 """The most rows of a table to show."""
@@ -104,12 +109,16 @@ class Section:
     runs: Sequence[Run]
 
 
-def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def report(
+    folders: Sequence[Path], out: Path | None = None, tables: Sequence[type[ByExperiments]] = ()
+) -> Path:
     """Write a page about all runs in some folders and below them.
 
     Args:
         folders: folders of runs, or folders above them.
-        out: the page; `report.html` in the first folder by default.
+        out: the page; `report.html` in the first folder by default. If its name ends in `.md`, the
+            page shows the papers' tables cell by cell, beside the results of the runs.
+        tables: the papers' tables, for such a page.
 
     Returns:
         The path of the page.
@@ -118,10 +127,12 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
         RunError: there is no run, or the page cannot be written, or would replace another file.
     """
     out = folders[0] / "report.html" if out is None else out
-    page = render(find_runs(folders))
+    runs = find_runs(folders)
+    page = f"{WRITTEN}\n{results(runs, tables)}" if out.suffix == ".md" else render(runs)
     if not out.parent.is_dir():
         raise RunError(f"cannot write {out}: {out.parent} is not a folder; give another --out")
-    if out.exists() and not (out.is_file() and GENERATOR.encode() in out.read_bytes()[:2000]):
+    mark = (WRITTEN if out.suffix == ".md" else GENERATOR).encode()
+    if out.exists() and not (out.is_file() and mark in out.read_bytes()[:2000]):
         raise RunError(f"{out} is not a report, and nothing is written over; give another --out")
     write_whole(out, page.encode("utf-8", "replace"))
     return out

@@ -69,10 +69,22 @@ class Reproduction(Checked):
     def draw(self, rows: Sequence[Any]) -> Figure:
         """The figure."""
 
+    def figures(self, rows: Sequence[Any], folder: Path) -> dict[str, Figure]:
+        """All that is drawn, by name of the file; the folder is that of the table."""
+        return {self.name: self.draw(rows)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ByExperiments(Reproduction):
-    """A table or figure whose cells are runs of an experiment with some settings changed."""
+    """A table or figure whose cells are runs of an experiment with some settings changed.
+
+    The last part of a cell is the seed; the other parts are its *place*, a line of the table.
+
+    Attributes:
+        score: the column of a row that is compared with the paper's number on a page of results.
+    """
+
+    score: ClassVar[str] = "test"
 
     scale: ScaleName = "small"
     """Preset of the hyperparameters; `paper` is the paper's own."""
@@ -95,6 +107,31 @@ class ByExperiments(Reproduction):
     @abstractmethod
     def measure(self, *cell: Any, **named: Any) -> Any:
         """Measure the row of a cell."""
+
+    @abstractmethod
+    def alone(self, *place: Any, **named: Any) -> Self:
+        """This table with no other place."""
+
+    @abstractmethod
+    def label(self, *place: Any, **named: Any) -> str:
+        """A place in words."""
+
+    def paper(self, *place: Any, **named: Any) -> tuple[float, float] | None:
+        """The paper's score of a place: mean, and standard error or deviation."""
+        return None
+
+    def places(self) -> list[Cell]:
+        """What the table has, each with some seeds."""
+        return list(dict.fromkeys(cell[:-1] for cell in self.cells()))
+
+    def of(self, rows: Sequence[Any], *place: Any) -> list[Any]:
+        """The rows of a place: those of the seeds that were measured."""
+        return [row for row in rows if tuple(vars(row).values())[: len(place)] == place]
+
+    def counted(self, rows: Sequence[Any], *place: Any) -> str:
+        """How many seeds of a place were measured, and of how many where some are missing."""
+        there, all_ = len(self.of(rows, *place)), sum(c[:-1] == place for c in self.cells())
+        return str(there) if there == all_ else f"{there} of {all_}"
 
     def prepare(self) -> Callable[..., Any]:
         """Set the number of threads."""
@@ -125,7 +162,7 @@ class ByRuns(ByExperiments):
     def prepare_in(self, folder: Path) -> Callable[..., Any]:
         """Measure each cell in a folder inside this one."""
         self.prepare()
-        return functools.partial(self._measured, folder / IN_TABLE)
+        return functools.partial(self._measured, folder)
 
     def measure(self, *cell: Any) -> Any:
         """Run in a temporary folder."""
@@ -135,13 +172,17 @@ class ByRuns(ByExperiments):
     def _measured(self, folder: Path, *cell: Any) -> Any:
         """Run in a folder, or resume there."""
         config = self.experiment(*cell)
-        own = folder / "-".join(map(str, cell))
-        directory = RunDirectory(own, config, resume=True)
+        directory = RunDirectory(cell_folder(folder, *cell), config, resume=True)
         if directory.result is None:
             # plain lines, since the terminal's only bar is that of the table
             console = Console(force_terminal=False, markup=False)
             self.run(config, directory, console)
         return self.read(directory.result or {}, *cell)
+
+
+def cell_folder(folder: Path, *cell: Any) -> Path:
+    """Where the run of a cell lies, in the folder of its table."""
+    return folder / IN_TABLE / "-".join(map(str, cell))
 
 
 def over_seeds(seeds: int, spread: str = "standard error") -> str:
@@ -156,7 +197,8 @@ def reproduce(figure: Reproduction, out: Path, *, resume: bool, console: Console
     text = figure.text(rows)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     write_whole(directory.path / f"{figure.name}.md", text)
-    figures.save(figure.draw(rows), directory.path / f"{figure.name}.png")
+    for name, drawn in figure.figures(rows, directory.path).items():
+        figures.save(drawn, directory.path / f"{name}.png")
     return rows
 
 
@@ -172,13 +214,30 @@ def fill(figure: Reproduction, table: Path, console: Console) -> list[Any]:
             for cell in track(missing, "measuring", console=console, transient=True):
                 rows[cell] = measure(*cell)
                 if time.monotonic() - saved > SAVE_EVERY:
-                    write_whole(table, as_csv(list(rows.values())))
+                    save(figure, table, rows, cells)
                     saved = time.monotonic()
         finally:
-            if rows:
-                write_whole(table, as_csv(list(rows.values())))
-    ordered = [rows[cell] for cell in cells]
-    write_whole(table, as_csv(ordered))
+            save(figure, table, rows, cells)
+    return save(figure, table, rows, cells)
+
+
+def save(
+    figure: Reproduction, table: Path, rows: Mapping[Cell, Any], cells: Sequence[Cell]
+) -> list[Any]:
+    """Write what was measured, in the order of the cells; where some are missing, say so.
+
+    A table by experiments, which may take days, has its text in `NAME-partial.md` until it is
+    whole.
+    """
+    ordered = [rows[cell] for cell in cells if cell in rows]
+    partial = table.with_name(f"{figure.name}-partial.md")
+    if ordered:
+        write_whole(table, as_csv(ordered))
+    if len(ordered) == len(cells):
+        partial.unlink(missing_ok=True)
+    elif ordered and isinstance(figure, ByExperiments):
+        said = f"**Partial: {len(ordered)} of {len(cells)} cells were measured.** "
+        write_whole(partial, f"{said}`--resume` goes on.\n\n{figure.text(ordered)}")
     return ordered
 
 

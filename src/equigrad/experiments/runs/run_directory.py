@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from equigrad.errors import RunError
 from equigrad.experiments.runs.experiment import Experiment
@@ -127,14 +130,29 @@ def describe(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of all software that a run's numbers depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """The versions of software that a run's numbers depend on, and its hardware."""
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for package in ("equigrad", "torch", "numpy", "scikit-learn"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def processor() -> str:
+    """The processor's model, where the system says it, and its cores."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    model = next(names, "") or platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def default_directory(name: str) -> Path:

@@ -1,16 +1,15 @@
 """Table of networks that settle: test accuracy by network, estimator and seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.figures import color
-from equigrad.experiments.runs.formats import spread
+from equigrad.experiments.runs.formats import average, spread
 from equigrad.experiments.runs.reproduction import ByRuns, Cell, over_seeds
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.experiments.settling.equilibrium import (
@@ -50,7 +49,7 @@ class EquilibriumTable(ByRuns):
 
     name: ClassVar[str] = "equilibrium"
     row: ClassVar[type] = NetworkResult
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 5}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "paper": {"seeds": 3}}
 
     only: Annotated[tuple[NetworkSettingName, ...], DIFFERENT] = tuple(IMAGE_NETWORKS)
     """Networks to train."""
@@ -76,6 +75,15 @@ class EquilibriumTable(ByRuns):
         """Seed by seed, so that a table that was stopped has some results of every network."""
         seeds = range(self.seeds)
         return [(line, method, seed) for seed in seeds for line, method in self._places()]
+
+    def alone(self, setting: NetworkSettingName, method: NetworkMethodName) -> Self:
+        """One network by one method."""
+        return replace(self, only=(setting,), methods=(method,))
+
+    def label(self, setting: NetworkSettingName, method: NetworkMethodName) -> str:
+        """The network, its images and the method in words."""
+        network = IMAGE_NETWORKS[setting]
+        return f"{network.label}, {network.source.name}, {network.methods[method].label}"
 
     def _places(self) -> list[tuple[NetworkSettingName, NetworkMethodName]]:
         return [
@@ -115,7 +123,7 @@ class EquilibriumTable(ByRuns):
         """A line for each network and method."""
         lines = []
         for setting, method in self._places():
-            own = [row for row in rows if (row.setting, row.method) == (setting, method)]
+            own = self.of(rows, setting, method)
             lines.append(
                 [
                     IMAGE_NETWORKS[setting].label,
@@ -123,14 +131,15 @@ class EquilibriumTable(ByRuns):
                     IMAGE_NETWORKS[setting].methods[method].label,
                     spread([row.validation for row in own], ".2f"),
                     spread([row.test for row in own], ".2f"),
-                    f"{fmean(row.epochs for row in own):.3g}",
-                    f"{fmean(row.gradient_evaluations for row in own):,.0f}",
-                    f"{fmean(row.seconds for row in own) / 60:.1f}",
+                    self.counted(rows, setting, method),
+                    average([row.epochs for row in own], ".3g"),
+                    average([row.gradient_evaluations for row in own], ",.0f"),
+                    average([row.seconds / 60 for row in own], ".1f"),
                 ]
             )
         heads = (
             *("network", "images", "gradient by", "validation, %", "test, %"),
-            *("epochs", "gradients of batches", "minutes"),
+            *("seeds", "epochs", "gradients of batches", "minutes"),
         )
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         seeds = over_seeds(self.seeds).capitalize()
@@ -153,7 +162,7 @@ class EquilibriumTable(ByRuns):
         for axes, name, panel in zip(every, sources, panels, strict=True):
             reached: list[float] = []
             for at, (setting, method) in enumerate(panel):
-                own = [row.test for row in rows if (row.setting, row.method) == (setting, method)]
+                own = [row.test for row in self.of(rows, setting, method)]
                 axes.plot(own, [at] * len(own), "o", color=color(self.only.index(setting)))
                 reached += own
             names = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,10 +16,10 @@ from equigrad.experiments.runs.methods import EstimatorName
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages, contrast, t1t2
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
-from equigrad.experiments.strengths.table1 import METHOD_LABELS
 from equigrad.fields import DIFFERENT, Count, Counts, Positive, Positives
 
 PanelName = Literal["A", "B"]
+METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
 NO_NUDGE = 0.0
 """Stands for β where there is none: T1–T2."""
 
@@ -54,6 +54,7 @@ class Fig3(ByExperiments):
 
     name: ClassVar[str] = "fig3"
     row: ClassVar[type] = PhaseResult
+    score: ClassVar[str] = "validation"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {
             "seeds": 1,
@@ -122,6 +123,17 @@ class Fig3(ByExperiments):
             for beta in self.betas
         ]
         return [cell for cell in (*left, *right) if cell[0] in self.only]
+
+    def alone(self, panel: PanelName, estimator: str, steps: int, beta: float) -> Self:
+        """One number of steps, and in B one β."""
+        if panel == "A":
+            return replace(self, only=("A",), steps=(steps,))
+        return replace(self, only=("B",), cifar_steps=(steps,), betas=(beta,))
+
+    def label(self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float) -> str:
+        """The method in A, β in B."""
+        what = METHOD_LABELS[estimator] if panel == "A" else f"β = {beta:g}"
+        return f"{panel}, {what}, {steps:,} steps"
 
     def measure(
         self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float, seed: int
@@ -271,7 +283,7 @@ def _least(curve: Mapping[Key, Sequence[float]], sign: int = 1) -> Key | None:
 
     A seed that diverged has no number, and so its mean: what fails for one seed is not the best.
     """
-    means = {key: sign * float(np.mean(values)) for key, values in curve.items()}
+    means = {key: sign * float(np.mean(values)) for key, values in curve.items() if values}
     finite = {key: mean for key, mean in means.items() if np.isfinite(mean)}
     return min(finite, key=lambda key: finite[key]) if finite else None
 

@@ -1,23 +1,52 @@
 """Table 1: accuracy with learned strengths on MNIST and CIFAR-10, by method and seed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Annotated, ClassVar, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
+import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.figures import COLORS, MARKERS
-from equigrad.experiments.runs.formats import spread, with_error
+from equigrad.experiments.runs.formats import average, spread, with_error
 from equigrad.experiments.runs.methods import EstimatorName
-from equigrad.experiments.runs.reproduction import ByExperiments, Cell, over_seeds
+from equigrad.experiments.runs.reproduction import ByRuns, Cell, cell_folder
+from equigrad.experiments.runs.run_directory import RunDirectory
+from equigrad.experiments.runs.run_folders import RunFolder
 from equigrad.experiments.strengths.images import SETTINGS, Cifar10, Mnist, OnImages
-from equigrad.experiments.strengths.strength_learning import StrengthTrainer
+from equigrad.experiments.strengths.strength_learning import Published, StrengthTrainer
 from equigrad.fields import DIFFERENT, Count
 
 StrengthSettingName = Literal["mnist-30000", "mnist-1", "mnist-10", "cifar-50"]
-METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
+StrengthMethodName = Literal["contrastive", "contrastive-force", "t1t2"]
+
+
+@dataclass(frozen=True)
+class StrengthMethod:
+    """A column of the table.
+
+    Attributes:
+        label: its name in words.
+        estimator: of the hypergradient.
+        color: of its points and curves.
+        force: whether nudged phases feel the constant force of the validation loss instead of the
+            loss itself: one gradient of the validation images an outer step.
+    """
+
+    label: str
+    estimator: EstimatorName
+    color: str
+    force: bool = False
+
+
+METHODS: dict[StrengthMethodName, StrengthMethod] = {
+    "contrastive": StrengthMethod("contrastive", "contrastive", COLORS[0]),
+    "contrastive-force": StrengthMethod("contrastive, force", "contrastive", COLORS[2], force=True),
+    "t1t2": StrengthMethod("T1–T2", "t1t2", COLORS[1]),
+}
 
 
 @dataclass(frozen=True)
@@ -25,103 +54,193 @@ class Accuracies:
     """What one method reached with one seed, in percent."""
 
     setting: str
-    estimator: str
+    method: str
     seed: int
     validation: float
     test: float
+    outer_steps: int
     gradient_evaluations: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table1(ByExperiments):
+class Table1(ByRuns):
     """Table 1: accuracy after strengths were learned, on MNIST and CIFAR-10 with few images.
 
-    Contrastive rule and T1–T2, each with its own hyperparameters, on the same splits and starts;
-    mean ± standard error over seeds beside the paper's numbers, which are over 12.
+    The contrastive rule as published, the same by force, and T1–T2, each with its own
+    hyperparameters, on the same splits and starts; mean ± standard error over seeds beside the
+    paper's numbers, which are over 12. The force takes one gradient of the validation images an
+    outer step, where the published rule takes one a nudged step. A cell that is stopped goes on
+    where it was.
     """
 
     name: ClassVar[str] = "table1"
     row: ClassVar[type] = Accuracies
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {},
+        "paper": {"methods": get_args(StrengthMethodName), "seeds": 12, "seeds_of_many": 5},
+    }
 
     seeds: Count = 3
     """Seeds 0, 1 … N-1 draw splits and starts."""
 
+    seeds_of_many: Count = 3
+    """And those of mnist-30000, whose runs are the longest."""
+
     only: Annotated[tuple[StrengthSettingName, ...], DIFFERENT] = get_args(StrengthSettingName)
     """Which lines of the table."""
 
+    methods: Annotated[tuple[StrengthMethodName, ...], DIFFERENT] = ("contrastive", "t1t2")
+    """Which columns; contrastive-force nudges by a constant force."""
+
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a table that was stopped has some of everything."""
-        seeds = range(self.seeds)
         return [
-            (line, method, seed) for seed in seeds for line in self.only for method in METHOD_LABELS
+            (line, method, seed)
+            for seed in range(max(map(self.seeds_in, self.only)))
+            for line in self.only
+            for method in self.methods
+            if seed < self.seeds_in(line)
         ]
 
-    def measure(self, setting: str, estimator: EstimatorName, seed: int) -> Accuracies:
-        """Learn strengths, and then with them."""
-        _, row = StrengthTrainer(self.experiment(setting), seed).learn(estimator)
-        return Accuracies(setting, estimator, seed, **vars(row))
+    def seeds_in(self, setting: str) -> int:
+        """How many seeds a line has."""
+        return self.seeds_of_many if setting == "mnist-30000" else self.seeds
 
-    def experiment(self, setting: str) -> OnImages:
-        """The settings of a line."""
-        kind = Mnist if setting in Mnist.settings else Cifar10
-        return self.placed(kind.preset(setting=setting, scale=self.scale))
+    def alone(self, setting: StrengthSettingName, method: StrengthMethodName) -> Self:
+        """One line by one method."""
+        return replace(self, only=(setting,), methods=(method,))
+
+    def label(self, setting: str, method: StrengthMethodName) -> str:
+        """The line, and the method in words."""
+        return f"{setting}, {METHODS[method].label}"
+
+    def paper(self, setting: str, method: StrengthMethodName) -> tuple[float, float]:
+        """Test accuracy, and its standard error."""
+        return self._published(setting, method).test
+
+    def _published(self, setting: str, method: StrengthMethodName) -> Published:
+        return SETTINGS[setting].published[METHODS[method].estimator]
+
+    def experiment(self, setting: str, method: StrengthMethodName, seed: int) -> OnImages:
+        """The settings of a cell."""
+        kind, how = Mnist if setting in Mnist.settings else Cifar10, METHODS[method]
+        preset = kind.preset(setting=setting, scale=self.scale)
+        if how.force:
+            rule = replace(preset.contrastive.rule, nudge="force")
+            preset = replace(preset, contrastive=replace(preset.contrastive, rule=rule))
+        return self.placed(preset, seed=seed, estimator=how.estimator, compare=False)
+
+    def run(self, config: OnImages, directory: RunDirectory, console: Console) -> None:
+        """Learn strengths, and then with them."""
+        trainer = StrengthTrainer(config, config.seed)
+        trainer.learned(config.estimator, directory, resume=True, console=console)
+
+    def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Accuracies:
+        """What it reached, and what it took."""
+        metrics = result["metrics"]
+        return Accuracies(
+            setting,
+            method,
+            seed,
+            metrics["validation_accuracy"],
+            metrics["test_accuracy"],
+            result["outer_steps"],
+            result["gradient_evaluations"],
+            result["seconds"],
+        )
 
     def text(self, rows: Sequence[Accuracies]) -> str:
         """A line a setting and method, the paper's numbers beside."""
         lines = []
-        for setting in self.only:
-            experiment = self.experiment(setting)
-            for method, label in METHOD_LABELS.items():
-                each = [r for r in rows if (r.setting, r.estimator) == (setting, method)]
-                paper = SETTINGS[setting].published[method]
-                lines.append(
-                    [
-                        setting,
-                        label,
-                        spread([row.validation for row in each], ".2f"),
-                        spread([row.test for row in each], ".2f"),
-                        with_error(*paper.validation, ".2f"),
-                        with_error(*paper.test, ".2f"),
-                        str(experiment.outer_steps),
-                        f"{fmean(row.seconds for row in each):.0f}",
-                    ]
-                )
+        for setting, method in self.places():
+            own, paper = self.of(rows, setting, method), self._published(setting, method)
+            lines.append(
+                [
+                    setting,
+                    METHODS[method].label,
+                    spread([row.validation for row in own], ".2f"),
+                    spread([row.test for row in own], ".2f"),
+                    with_error(*paper.validation, ".2f"),
+                    with_error(*paper.test, ".2f"),
+                    self.counted(rows, setting, method),
+                    average([row.outer_steps for row in own], ".0f"),
+                    average([row.seconds for row in own], ".0f"),
+                ]
+            )
         heads = (
             *("setting", "strengths by", "validation, %", "test, %"),
-            *("paper: validation, %", "test, %", "outer steps", "seconds"),
+            *("paper: validation, %", "test, %", "seeds", "outer steps", "seconds"),
         )
         return (
             as_table(heads, lines)
-            + f"\nScale {self.scale}; {over_seeds(self.seeds)}. The strengths are fitted to "
-            f"the validation images, so the test column is the verdict.\n"
+            + f"\nScale {self.scale}; mean ± standard error over seeds; the paper's, over 12, are "
+            f"of the contrastive rule as published and of T1–T2. The strengths are fitted to the "
+            f"validation images, so the test column is the verdict.\n"
         )
 
     def draw(self, rows: Sequence[Accuracies]) -> Figure:
         """Validation and test accuracy of every seed, and the paper's means."""
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         place: dict[str, int] = {line: i for i, line in enumerate(self.only)}
-        methods: tuple[EstimatorName, ...] = ("contrastive", "t1t2")
         for axes, part in zip(figure.subplots(1, 2), ("validation", "test"), strict=True):
-            for i, method in enumerate(methods):
-                shift, color = 0.3 * i - 0.15, COLORS[i]
-                own = [row for row in rows if row.estimator == method]
-                places = [place[row.setting] + shift for row in own]
-                values = [getattr(row, part) for row in own]
-                axes.plot(places, values, MARKERS[i], color=color, label=METHOD_LABELS[method])
-                paper = [getattr(SETTINGS[line].published[method], part)[0] for line in self.only]
+            for i, method in enumerate(self.methods):
+                how, shift = METHODS[method], 0.2 * (i - (len(self.methods) - 1) / 2)
+                own = [row for row in rows if row.method == method]
                 axes.plot(
-                    [at + shift for at in place.values()],
-                    paper,
+                    [place[row.setting] + shift for row in own],
+                    [getattr(row, part) for row in own],
+                    MARKERS[i],
+                    color=how.color,
+                    label=how.label,
+                )
+                axes.plot(
+                    [i + shift for i in place.values()],
+                    [getattr(self._published(line, method), part)[0] for line in self.only],
                     "_",
-                    color=color,
+                    color=how.color,
                     markersize=16,
-                    label=f"{METHOD_LABELS[method]}, paper",
+                    label=f"{how.label}, paper",
                 )
             axes.set(ylabel=f"{part} accuracy (%)", xticks=range(len(self.only)))
             axes.set_xticklabels(self.only)
             axes.grid(alpha=0.3)
-        figure.legend(
-            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
-        )
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=len(self.methods))
         return figure
+
+    def figures(self, rows: Sequence[Accuracies], folder: Path) -> dict[str, Figure]:
+        """Accuracies, and how they were reached."""
+        return {**super().figures(rows, folder), "table1-curves": self.draw_curves(folder)}
+
+    def draw_curves(self, folder: Path) -> Figure:
+        """Accuracy against outer steps: every seed thin, their mean thick."""
+        figure = Figure(figsize=(3 * len(self.only) + 0.5, 5), layout="constrained")
+        parts = ("validation", "test")
+        panels = figure.subplots(2, len(self.only), squeeze=False, sharey="row")
+        for part, row in zip(parts, panels, strict=True):
+            for setting, axes in zip(self.only, row, strict=True):
+                for method in self.methods:
+                    how = METHODS[method]
+                    curves = self._curves(folder, setting, method, f"{part}_accuracy")
+                    for curve in curves:
+                        axes.plot(curve, color=how.color, alpha=0.25, linewidth=0.8)
+                    shortest = min(map(len, curves), default=0)
+                    mean = np.mean([curve[:shortest] for curve in curves], 0) if curves else []
+                    axes.plot(mean, color=how.color, label=how.label)
+                axes.set(title=setting if part == "validation" else None)
+                axes.grid(alpha=0.3)
+            row[0].set_ylabel(f"{part} accuracy (%)")
+        for axes in panels[1]:
+            axes.set_xlabel("outer step")
+        handles = panels[0][0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=len(self.methods))
+        return figure
+
+    def _curves(
+        self, folder: Path, setting: str, method: StrengthMethodName, metric: str
+    ) -> list[list[float]]:
+        """A curve a seed, of the cells that have begun."""
+        cells = [cell for cell in self.cells() if cell[:2] == (setting, method)]
+        runs = [RunFolder(cell_folder(folder, *cell)) for cell in cells]
+        return [[row[metric] for row in run.history] for run in runs if run.history]
