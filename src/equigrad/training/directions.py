@@ -190,12 +190,13 @@ class Contrasts(Direction):
                 f"beta(0.5): {error}"
             ) from error
         number = isinstance(beta, Real) or (isinstance(beta, Tensor) and beta.numel() == 1)
+        said = math.nan if isinstance(beta, bool) or not number else float(beta)
         require(
-            number and not isinstance(beta, bool) and math.isfinite(beta) and beta > 0,
+            math.isfinite(said) and said > 0,
             f"beta must stay a number above 0, and its schedule gave {beta!r} when {share:.0%} of "
             f"the loop was done: states that are all free have nothing to contrast",
         )
-        return float(beta)
+        return said
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
         """The free state; of symmetric ones, half-way between the first two."""
