@@ -114,7 +114,7 @@ def ways(task: Task) -> dict[str, dict[str, Loop]]:
     momentum: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM}
     adams = by_torch(optimizer=torch.optim.Adam, options={"lr": LR})
     sgds = by_torch(optimizer=torch.optim.SGD, options=momentum)
-    descent = eg.GradientDescent(**momentum, max_steps=task.steps)
+    descent = eg.GradientDescent(lr=LR, momentum=MOMENTUM, max_steps=task.steps)
     found = {
         "Adam": {
             "bare loop": lambda: task.bare(adam),

@@ -41,7 +41,8 @@ def sgd(
     if is_zero(o["momentum"]):
         return p + o["lr"] * v, [*buffers]
     (m,) = buffers
-    m = v if t == 1 else o["momentum"] * m + (1 - o["dampening"]) * v
+    new = v if t == 1 or is_zero(o["dampening"]) else (1 - o["dampening"]) * v
+    m = new if t == 1 else o["momentum"] * m + new
     move = v + o["momentum"] * m if o["nesterov"] else m
     return p + o["lr"] * move, [m]
 
