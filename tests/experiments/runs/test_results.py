@@ -1,6 +1,7 @@
 """The page of results: what was run beside the paper's number, what was not with its command."""
 
 import json
+import math
 import shlex
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def page(tmp_path):
     step = {"outer_step": 11, "test_accuracy": 41.239, "validation_accuracy": 50.0}
     (own / "metrics.jsonl").write_text(json.dumps(step))
     RunDirectory(tmp_path / "fig3", Fig3(only=("B",), cifar_steps=(50,), betas=(30.0,)))
-    lost = PhaseResult("B", "contrastive", 50, 30.0, 0, *(float("nan"),) * 2, 0, float("nan"))
+    lost = PhaseResult("B", "contrastive", 50, 30.0, 0, math.nan, math.nan, 0, math.nan)
     (tmp_path / "fig3" / "fig3.csv").write_text(as_csv([lost]))
     return report([tmp_path], tmp_path / "results.md", paper_tables()).read_text()
 

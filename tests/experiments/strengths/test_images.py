@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -211,7 +212,8 @@ def test_the_force_of_the_table_is_the_run_with_that_nudge(tmp_path):
     assert len(metrics.read_text().splitlines()) == rows[0].outer_steps == 2
     curves = table.draw_curves(tmp_path)
     thin, mean = curves.axes[0].lines
-    assert list(thin.get_ydata()) == list(mean.get_ydata())
+    np.testing.assert_array_equal(thin.get_ydata(), mean.get_ydata())
+    assert np.shape(mean.get_ydata()) == (2,)
     assert (tmp_path / "table1-curves.png").exists()
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from equigrad.errors import EquigradError
+from equigrad.experiments.runs.config_file import overlay
 from equigrad.experiments.runs.error_curves import as_table
 from equigrad.experiments.runs.formats import NOT_RUN, average, spread, with_error
-from equigrad.experiments.runs.model import restored
 from equigrad.experiments.runs.reproduction import ByExperiments, Cell, cell_folder, from_csv
 from equigrad.experiments.runs.run_folders import RunFolder, mapping
 
@@ -66,7 +66,7 @@ def read(folder: RunFolder, kind: type[ByExperiments]) -> Measured:
     Raises:
         EquigradError: it has settings that are not those of such a table.
     """
-    table = restored(kind, folder.settings)
+    table = overlay(kind.preset(scale=str(folder.settings.get("scale"))), folder.settings)
     rows = folder.read(f"{kind.name}.csv", lambda content: from_csv(kind.row, content.decode()))
     return Measured(folder, table, rows or [])
 
