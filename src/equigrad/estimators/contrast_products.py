@@ -69,6 +69,7 @@ class ContrastProducts:
     Args:
         evaluation: evaluates, and counts two gradient evaluations a product and batch.
         at: where the phase ended.
+        distance: h, where it is not to be found.
 
     Attributes:
         distance: h; None before the first product.
@@ -79,13 +80,13 @@ class ContrastProducts:
     samples = False
     symmetric = True
 
-    def __init__(self, evaluation: Evaluation, at: Settled) -> None:
+    def __init__(self, evaluation: Evaluation, at: Settled, distance: float | None = None) -> None:
         self._evaluation, self._at = evaluation.holding(at), at
         self._velocity = self._evaluation.velocity()
         self.leaves = [p.detach() for p in at.params.values()]
         self.params = list(at.params)
         self.size = sum(p.numel() for p in self.leaves)
-        self.distance: float | None = None
+        self.distance = distance
         self.accuracy = 0.0
         self.largest = 0.0
 

@@ -6,10 +6,14 @@ from typing import ClassVar
 
 import torch
 
+from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.implicit import POOR
+from equigrad.estimators.solve_error import scale_error
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive
 from equigrad.solvers import Solver
+from equigrad.vectors import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,9 @@ class FiniteDifferenceT1T2(Estimator):
         ∇̂_θ = ∂L_out/∂θ - [ ∂L_in/∂θ(φ + εg) - ∂L_in/∂θ(φ - εg) ] / 2ε,    g = ∂L_out/∂φ
 
     First-order gradients only, at T1-T2's error. Equal to the symmetric contrastive rule whose
-    phases take a single gradient step of size η, divided by η, with `ε = ηβ`.
+    phases take a single gradient step of size η, divided by η, with `ε = ηβ`. Its error is
+    estimated as that of `T1T2` is, by one product with the Hessian: two more first-order gradients,
+    at the same two points.
 
     Attributes:
         distance: `ε ‖g‖`, from φ to either point.
@@ -48,4 +54,17 @@ class FiniteDifferenceT1T2(Estimator):
             moved = {n: p + sign * epsilon * pressure[n] for n, p in free.params.items()}
             sides.append(dataclasses.replace(free, params=moved))
         mixed = evaluation.contrast(sides, [1 / (2 * epsilon), -1 / (2 * epsilon)])
-        return Estimate(grads={name: grads[name] - mixed[name] for name in grads}, phases=(free,))
+        grads = {name: grads[name] - mixed[name] for name in grads}
+
+        def judge() -> float:
+            linear = ContrastProducts(evaluation, free, self.distance)
+            found = scale_error(linear, flatten(list(pressure.values())), mixed, grads)
+            if found.relative > POOR:
+                remedy = (
+                    "that is what the identity for the inverse Hessian costs; use Contrastive()"
+                )
+                said = found.sentence(type(self).__name__, found.relative, remedy)
+                evaluation.tally.note(said)
+            return found.relative
+
+        return Estimate(grads=grads, phases=(free,), judge=judge)
