@@ -167,3 +167,8 @@ class KeptBuffers:
             snapshot.attributes.restore()
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
             setattr(part, name, buffer.copy_(value))
+
+    def use_copies(self) -> None:
+        """Have modules write into copies until the next `restore`, for a graph that needs them."""
+        for part, name, _ in self._places:
+            setattr(part, name, part.get_buffer(name).detach().clone())

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from equigrad.buffers import find_generators
 from equigrad.diagnostics.own_weights import OwnWeights
 from equigrad.diagnostics.slopes import STRETCH, Move, Slope, balanced, dot, expected, flat
+from equigrad.diagnostics.unseen import ALIKE, SUSPICIOUS, judged_slope, nothing_is_hidden
 from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.problems import pull_back
+from equigrad.problems import Params, pull_back
 from equigrad.problems.pullback import dense
 from equigrad.problems.refused import given
 from equigrad.randomness import Stream
@@ -23,14 +24,8 @@ from equigrad.solvers import Settled
 from equigrad.vectors import flatten, mismatch
 from equigrad.wording import listed
 
-SUSPICIOUS = 3e-3
-"""Relative error of a derivative that is worth a closer look, and a word."""
-
 WRONG = 1e-2
 """Relative error of a derivative that makes a gradient wrong."""
-
-ALIKE = 0.1
-"""How much an asymmetry may differ between two distances: that of a kink grows as they shrink."""
 
 ROUNDING = 1e4
 """Rounding errors that two evaluations may differ by."""
@@ -48,11 +43,12 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     - A module that is handed weights computes with them alone, also in the backward.
     - What settles is the gradient of the inner loss: its derivative is symmetric, and that of
       autograd where the estimator takes it.
+    - A map and an outer loss change along a direction by what autograd says.
 
-    Takes four gradient evaluations, more only where something is wrong, and none where the
-    function that settles has been seen before, or another that the same object has made (the losses
-    of a few-shot learner). They are not counted: what a meta-gradient takes does not depend on what
-    has been called before it.
+    Takes four gradient evaluations at most and four values, more only where something is wrong, and
+    none where the function that settles has been seen before, or another that the same object has
+    made (the losses of a few-shot learner). They are not counted: what a meta-gradient takes does
+    not depend on what has been called before it.
 
     Args:
         evaluation: of the problem.
@@ -91,9 +87,10 @@ def look(
     around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
     if not around.outer_repeats() or not around.inner_repeats():
         return False
-    if evaluation.problem.symmetric and _precise(evaluation, free):
-        return around.derivative_holds(estimator)
-    return True
+    if not _precise(evaluation, free):
+        return True
+    held = around.derivative_holds(estimator) if evaluation.problem.symmetric else True
+    return around.nothing_is_hidden(estimator) and held
 
 
 def _twice(evaluation: Evaluation, free: Settled, estimator: Estimator) -> bool:
@@ -239,6 +236,32 @@ class _Look:
         self._evaluation.tally.note(said)
         return False
 
+    def nothing_is_hidden(self, estimator: Estimator) -> bool:
+        """Whether a map and the outer loss change as autograd says; says so where not."""
+        slopes = {"outer": judged_slope(self._evaluation, self._free)}
+        if self._is_map:
+            slopes["inner"] = self._first
+        looked = [
+            nothing_is_hidden(self._evaluation, self._free, stream, slope, self._probed, estimator)
+            for stream, slope in slopes.items()
+            if slope is not None
+        ]
+        return all(looked)
+
+    @property
+    def _is_map(self) -> bool:
+        """Whether what settles is a map, and no loss or energy."""
+        return not self._evaluation.problem.energy
+
+    def _probed(self, params: Params, meta: Params) -> Tensor:
+        """The inner loss; of a map, its residual along a random direction."""
+        if not self._is_map:
+            return self._evaluation.probe("inner", params, meta)
+        residual = self._evaluation.residual(params, meta, 0)
+        generator = torch.Generator().manual_seed(2)
+        signs = [torch.randn(r.shape, generator=generator).sign().to(r) for r in residual]
+        return torch.stack([(s * r).sum() for s, r in zip(signs, residual, strict=True)]).sum()
+
     def _hidden(self, u: "Move", ahead: Slope) -> float | None:
         """How far second derivatives by autograd are from differences of the gradient, along u.
 
@@ -321,7 +344,7 @@ class _Look:
         meta = {n: m.detach().clone().requires_grad_() for n, m in meta.items()}
         leaves = [*params.values(), *meta.values()]
         with own.shifted_in_calls() if shift else nullcontext():
-            value = evaluation.probe("inner", params, meta)
+            value = self._probed(params, meta)
         with own.shifted() if shift and self._caller.moves else nullcontext():
             grads = torch.autograd.grad(
                 value, leaves, create_graph=graph, allow_unused=True, materialize_grads=True

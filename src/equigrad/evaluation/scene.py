@@ -23,10 +23,17 @@ from equigrad.solvers import Lost, Moment, Settled
 
 @dataclass
 class Judged:
-    """The outer loss where its gradients were last taken, which gave it on the way."""
+    """The outer loss where its gradients were last taken, which gave it on the way.
+
+    Attributes:
+        at: where.
+        loss: its value.
+        pressure: `∂L_out/∂φ` and `∂L_out/∂θ`, by name.
+    """
 
     at: Settled | None = None
     loss: Tensor | None = None
+    pressure: tuple[Params, Params] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +52,7 @@ class Scene:
         reaches: what the problem depends on.
         stage: the buffers, flags and random numbers that its functions find.
         tally: is told what was spent, and what is to be noted.
-        judged: by `outer_gradients`, for `outer_loss`.
+        judged: by `outer_gradients`, for `outer_loss` and a first look.
         streams: what draws from loaders.
         settled: where the free phase has ended already, if it has.
         before: where an earlier one ended, whose solver state and step it goes on from, if any.

@@ -84,6 +84,11 @@ class Stage:
         """Put the modules' buffers and training flags as they were at a moment of a phase."""
         self._stand(at.buffers)
 
+    def stand_on_copies(self, at: Moment) -> None:
+        """The same, with buffers that nothing writes into later, for a graph that keeps them."""
+        self.stand_at(at)
+        self._buffers.use_copies()
+
     def stand_at_start(self) -> None:
         """Put them as the user left them."""
         self._stand(self.first_buffers)

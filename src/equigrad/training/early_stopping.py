@@ -32,8 +32,6 @@ class EarlyStopping(Callback):
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
         """Compare."""
-        if result.error_estimate is not None:
-            state.history[-1]["error_estimate"] = result.error_estimate
         seen = [float(row[self.metric]) for row in state.history]
         waited = len(seen) - 1 - seen.index(min(seen))
         if waited == 0:
