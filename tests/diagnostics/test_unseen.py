@@ -67,11 +67,9 @@ def test_what_a_map_hides_is_named(cell, estimator):
     assert f"map {NAMED}" in found(cell, estimator=estimator).status
 
 
-@pytest.mark.parametrize("name", ["all of φ", "half of φ", "numpy", "one of θ"])
+@pytest.mark.parametrize("name", ["all of φ", "half of φ", "numpy", "half of θ"])
 def test_in_single_precision_too(name):
     cell = HIDDEN[name]
-    if name == "numpy":
-        cell = lambda h, m: relax(torch.from_numpy(h.detach().numpy().copy()), m)  # noqa: E731
     assert f"map {NAMED}" in found(cell, dtype=torch.float32).status
 
 
@@ -79,6 +77,19 @@ def test_in_single_precision_too(name):
 @pytest.mark.parametrize("cell", SOUND.values(), ids=SOUND)
 def test_sound_maps_are_not_accused(cell, dtype):
     assert NAMED not in found(cell, dtype=dtype).status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(10))
+def test_two_thousand_units_with_kinks_are_not_accused(seed, dtype):
+    """Some of the kinks lie within the distance of a difference, in single precision many."""
+    torch.manual_seed(seed)
+    linear, x = nn.Linear(20, 20, dtype=dtype), torch.randn(100, 20, dtype=dtype)
+    layer = eg.nn.EquilibriumLayer(
+        lambda h, x: 0.25 * linear(h).relu() + x, solver=eg.Anderson(tol=1e-3, max_steps=200)
+    )
+    layer(x).square().sum().backward()
+    assert NAMED not in layer.status
 
 
 @pytest.mark.parametrize("build", [affine_map_case, tanh_map_case])
@@ -157,11 +168,11 @@ class Semi(nn.Module):
 
 @pytest.mark.parametrize(("unsettled", "times"), [("warn", 1), ("ignore", 0)])
 def test_a_layer_warns_of_it_once(unsettled, times):
-    layer = eg.nn.EquilibriumLayer(Semi(), unsettled=unsettled)
+    layer = eg.nn.EquilibriumLayer(Semi().double(), unsettled=unsettled)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            layer(torch.randn(4, 3)).square().sum().backward()
+            layer(torch.linspace(-1, 1, 12).view(4, 3).double()).square().sum().backward()
     assert sum(f"map {NAMED}" in str(w.message) for w in caught) == times
 
 

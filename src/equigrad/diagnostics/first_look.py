@@ -254,13 +254,14 @@ class _Look:
         return not self._evaluation.problem.energy
 
     def _probed(self, params: Params, meta: Params) -> Tensor:
-        """The inner loss; of a map, its residual along a random direction."""
+        """The inner loss; of a map, a weighted sum of its residual."""
         if not self._is_map:
             return self._evaluation.probe("inner", params, meta)
         residual = self._evaluation.residual(params, meta, 0)
         generator = torch.Generator().manual_seed(2)
-        signs = [torch.randn(r.shape, generator=generator).sign().to(r) for r in residual]
-        return torch.stack([(s * r).sum() for s, r in zip(signs, residual, strict=True)]).sum()
+        # positive, to see what is added to all, and uneven, to see through entries that add up to 1
+        weights = [(0.5 + torch.rand(r.shape, generator=generator)).to(r) for r in residual]
+        return torch.stack([(w * r).sum() for w, r in zip(weights, residual, strict=True)]).sum()
 
     def _hidden(self, u: "Move", ahead: Slope) -> float | None:
         """How far second derivatives by autograd are from differences of the gradient, along u.

@@ -18,10 +18,19 @@ SUSPICIOUS = 3e-3
 ALIKE = 0.1
 """How much a mismatch may differ between two distances: that of a kink grows as they shrink."""
 
+SLIGHT = 2e-4
+"""Relative mismatch along one direction that is worth four further values.
+
+Along most directions what is hidden shows by more, along some by far less.
+"""
+
+COARSE = 2e-2
+"""The same in single precision, where many kinks lie within the shortest distance."""
+
 GROWS = 2.0
 """By how much a mismatch may differ between two distances of which one is eight times the other."""
 
-ROUNDING = 100.0
+ROUNDING = 30.0
 """Rounding errors of a value below which a difference says nothing."""
 
 
@@ -80,10 +89,10 @@ def nothing_is_hidden(
     if share > 0:
         evaluation.tally.note(
             f"{name} changes by other than autograd says: along a random direction the two differ "
-            f"by {share:.1%}. Something in {name} is hidden from autograd (.detach(), .item(), "
-            f"torch.no_grad(), .data, numpy, a custom backward), and {type(estimator).__name__} "
-            f"gives the gradient of what is seen alone. Where that is meant, as of a "
-            f"straight-through estimator, it is no error"
+            f"by {share:.1g} of their size. Something in {name} is hidden from autograd "
+            f"(.detach(), .item(), torch.no_grad(), .data, numpy, a custom backward), and "
+            f"{type(estimator).__name__} gives the gradient of what is seen alone. Where that is "
+            f"meant, as of a straight-through estimator, it is no error"
         )
     return not share > 0
 
@@ -91,7 +100,7 @@ def nothing_is_hidden(
 def unseen(value: Callable[[Move], float], slope: Slope, move: Move, size: float) -> float:
     """The share of a slope along a direction that autograd does not see, 0 where there is none.
 
-    Two values, and two more where they differ from the slope. What differs by another share at
+    Two values, and four more where they differ from the slope. What differs by another share at
     another distance is a kink that lies on the way, and what bends as much as it differs is one
     where it starts: neither is hidden.
 
@@ -102,19 +111,26 @@ def unseen(value: Callable[[Move], float], slope: Slope, move: Move, size: float
         size: of the numbers that a value is the sum of, for its rounding.
     """
     noise = ROUNDING * torch.finfo(slope.params.dtype).eps * size
-    center, found = slope.value.item(), []
-    for scale in (1.0, STRETCH):
+    center, coarse = slope.value.item(), torch.finfo(slope.params.dtype).bits < 64
+    found, bends, strays = [], [], []
+    for scale in (1.0, STRETCH, 1 / STRETCH):
         along = move.times(scale)
         ahead, behind = value(along), value(along.times(-1.0))
         change, seen = (ahead - behind) / 2, dot(along, slope)
         whole = max(expected(along, slope), abs(change))
         apart = abs(change - seen)
-        if not apart > max(SUSPICIOUS * whole, noise):  # also where NaN
-            return 0.0
-        if not found and abs(ahead + behind - 2 * center) / 2 > ALIKE * apart:
+        if not apart > max(SLIGHT * whole, noise):  # also where NaN
+            if coarse and scale < 1:  # too near for this number format
+                break
             return 0.0
         found.append(apart / whole)
-    return min(found) if max(found) < GROWS * min(found) else 0.0
+        bends.append(abs(ahead + behind - 2 * center) / 2)
+        strays.append(apart)
+    # a kink bends in proportion to the distance, and whatever is smooth to its square
+    if bends[0] > ALIKE * strays[0] and bends[1] < STRETCH**1.5 * bends[0]:
+        return 0.0
+    least = COARSE if coarse else 0.0
+    return min(found) if least < max(found) < GROWS * min(found) else 0.0
 
 
 def _spread(params: Params, like: Params, seed: int) -> dict[str, Tensor]:
