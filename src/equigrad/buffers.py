@@ -166,15 +166,9 @@ class KeptBuffers:
         if isinstance(snapshot, Snapshot) and snapshot.attributes is not None:
             snapshot.attributes.restore()
         for (part, name, buffer), value in zip(self._places, snapshot, strict=True):
-            if not _there(buffer, value):
-                buffer.copy_(value)
-            setattr(part, name, buffer)
+            setattr(part, name, buffer.copy_(value))
 
-
-def _there(buffer: Tensor, value: Tensor) -> bool:
-    """Whether a buffer holds a value already: a graph that holds it, too, is not to be broken.
-
-    Of numbers on a GPU, which change at every step where they change, this is not asked.
-    """
-    cheap = buffer.device.type == "cpu" or not (buffer.is_floating_point() or buffer.is_meta)
-    return cheap and torch.equal(buffer, value)
+    def use_copies(self) -> None:
+        """Let modules write into copies until the next `restore`: a graph keeps the buffers."""
+        for part, name, _ in self._places:
+            setattr(part, name, part.get_buffer(name).detach().clone())

@@ -17,7 +17,7 @@ def test_closed_form(quadratic):
     pressure = quadratic._hessian * (result.params["phi"] - quadratic._validation)
     expected = quadratic.strength * pressure
     torch.testing.assert_close(result.grads["theta"], expected, rtol=1e-12, atol=0)
-    assert result.gradient_evaluations == 2 + 20 + 1 + 2
+    assert result.gradient_evaluations == 2 + 20 + 1 + 2 + 2
 
 
 def test_one_nudged_step_is_lr_times_t1t2():

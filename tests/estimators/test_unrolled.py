@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 
 import equigrad as eg
 from equigrad.evaluation import Evaluation
@@ -394,3 +395,31 @@ def test_products_by_contrast_need_one_hessian(learner):
         eg.meta_gradient(
             still, start, meta, solver=solver, estimator=eg.Unrolled(products="contrast")
         )
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+def test_batch_normalisation_in_training_mode(segment):
+    """Its running statistics are written after every step, and the graph keeps them."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)]
+    net = eg.nn.Functional(nn.Sequential(*layers).double())
+    x, y = torch.randn(10, 3).double(), torch.randn(10, 1).double()
+    before = {n: b.clone() for n, b in layers[1].named_buffers()}
+
+    def inner(p, m):
+        return mse_loss(net(p, x), y) + m["l"].exp() * sum(q.square().sum() for q in p.values())
+
+    problem = eg.Bilevel(inner, lambda p, m: mse_loss(net(p, x + 0.1), y))
+    meta, solver = torch.tensor(-3.0).double(), eg.GradientDescent(lr=0.1, max_steps=5)
+
+    def value(by):
+        moved = {"l": meta + by}
+        end = eg.settle(problem, net.params(), moved, solver=solver).params
+        return problem.outer_loss(end, moved).item()
+
+    found = eg.meta_gradient(
+        problem, net.params(), {"l": meta}, solver=solver, estimator=eg.Unrolled(segment=segment)
+    )
+    central = (value(1e-4) - value(-1e-4)) / 2e-4
+    assert found.grads["l"].item() == pytest.approx(central, rel=1e-6)
+    assert all(torch.equal(b, before[n]) for n, b in layers[1].named_buffers())

@@ -181,9 +181,25 @@ def test_such_a_tensor_may_be_detached_or_be_an_input():
 
 def test_a_copy_that_would_not_learn_is_refused():
     module = linear()
-    other = copy.deepcopy(layer_of(lambda h, x: torch.tanh(module(h) + x)))
-    with pytest.raises(eg.ProblemError, match="requires a gradient and would get none"):
-        other(inputs())
+    for function in (lambda h, x: torch.tanh(module(h) + x), of_the_file):
+        with pytest.raises(eg.ConfigurationError, match="cannot be copied: Python copies no func"):
+            copy.deepcopy(nn.Sequential(layer_of(function)))
+
+
+def test_what_python_copies_with_its_weights_is_copied():
+    x = inputs()
+    for function in (
+        Plain({"a": [linear()]}),
+        partial(through, linear()),
+        lambda h, x: torch.tanh(x),
+    ):
+        layer = layer_of(function)
+        other = copy.deepcopy(layer)
+        with torch.no_grad():
+            for weight in layer.parameters():
+                weight.mul_(2)
+        changed = bool(list(layer.parameters()))
+        assert torch.allclose(other(x), layer(x)) != changed
 
 
 @pytest.mark.parametrize("cell", [1.0, "tanh", None, nn.GRUCell])

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from equigrad.buffers import find_generators
 from equigrad.diagnostics.own_weights import OwnWeights
 from equigrad.diagnostics.slopes import STRETCH, Move, Slope, balanced, dot, expected, flat
+from equigrad.diagnostics.unseen import ALIKE, SUSPICIOUS, judged_slope, nothing_is_hidden
 from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.problems import pull_back
+from equigrad.problems import Params, pull_back
 from equigrad.problems.pullback import dense
 from equigrad.problems.refused import given
 from equigrad.randomness import Stream
@@ -23,14 +24,8 @@ from equigrad.solvers import Settled
 from equigrad.vectors import flatten, mismatch
 from equigrad.wording import listed
 
-SUSPICIOUS = 3e-3
-"""A relative error of a derivative above this is examined further, and reported."""
-
 WRONG = 1e-2
 """A relative error of a derivative above this makes the gradient wrong."""
-
-ALIKE = 0.1
-"""Relative change of an asymmetry between two distances above which it comes from a kink."""
 
 AWAY = 8.0, 16.0, 32.0, 64.0
 """How much further away what differs is looked at again: a softmax that is nearly sure moves by
@@ -55,11 +50,12 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     - A module that is called with given weights computes with them alone, also in the backward.
     - The residual is the gradient of the inner loss: its derivative is symmetric, and equal to that
       of autograd if the estimator uses it.
+    - A map and an outer loss change along a direction as autograd says.
 
-    This takes four gradient evaluations, and more only if something is wrong. It takes none if the
-    inner function has passed before, or another one made by the same object (such as the losses of
-    a few-shot learner). They are not counted, so that the count of a meta-gradient does not depend
-    on earlier calls.
+    This takes at most four gradient evaluations and four values, and more only if something is
+    wrong. It takes none if the inner function has passed before, or another one made by the same
+    object (such as the losses of a few-shot learner). They are not counted, so that the count of a
+    meta-gradient does not depend on earlier calls.
 
     Args:
         evaluation: the evaluation of the problem.
@@ -98,9 +94,10 @@ def look(
     around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
     if not around.outer_repeats() or not around.inner_repeats():
         return False
-    if evaluation.problem.symmetric and _precise(evaluation, free):
-        return around.derivative_holds(estimator)
-    return True
+    if not _precise(evaluation, free):
+        return True
+    held = around.derivative_holds(estimator) if evaluation.problem.symmetric else True
+    return around.nothing_is_hidden(estimator) and held
 
 
 def _twice(evaluation: Evaluation, free: Settled, estimator: Estimator) -> bool:
@@ -246,6 +243,33 @@ class _Look:
         self._evaluation.tally.note(said)
         return False
 
+    def nothing_is_hidden(self, estimator: Estimator) -> bool:
+        """Whether a map and the outer loss change as autograd says; says so where not."""
+        slopes = {"outer": judged_slope(self._evaluation, self._free)}
+        if self._is_map:
+            slopes["inner"] = self._first
+        looked = [
+            nothing_is_hidden(self._evaluation, self._free, stream, slope, self._probed, estimator)
+            for stream, slope in slopes.items()
+            if slope is not None
+        ]
+        return all(looked)
+
+    @property
+    def _is_map(self) -> bool:
+        """Whether what settles is a map, and no loss or energy."""
+        return not self._evaluation.problem.energy
+
+    def _probed(self, params: Params, meta: Params) -> Tensor:
+        """The inner loss; of a map, a weighted sum of its residual."""
+        if not self._is_map:
+            return self._evaluation.probe("inner", params, meta)
+        residual = self._evaluation.residual(params, meta, 0)
+        generator = torch.Generator().manual_seed(2)
+        # positive, to see what is added to all, and uneven, to see through entries that add up to 1
+        weights = [(0.5 + torch.rand(r.shape, generator=generator)).to(r) for r in residual]
+        return torch.stack([(w * r).sum() for w, r in zip(weights, residual, strict=True)]).sum()
+
     def _hidden(self, u: "Move", ahead: Slope) -> float | None:
         """The error of autograd's second derivatives along u, by differences of the gradient.
 
@@ -339,7 +363,7 @@ class _Look:
         meta = {n: m.detach().clone().requires_grad_() for n, m in meta.items()}
         leaves = [*params.values(), *meta.values()]
         with own.shifted_in_calls() if shift else nullcontext():
-            value = evaluation.probe("inner", params, meta)
+            value = self._probed(params, meta)
         with own.shifted() if shift and self._caller.moves else nullcontext():
             grads = torch.autograd.grad(
                 value, leaves, create_graph=graph, allow_unused=True, materialize_grads=True

@@ -85,6 +85,7 @@ class ContrastProducts:
     Args:
         evaluation: evaluates the inner loss, and counts two gradients for each product and batch.
         at: the end of a phase.
+        distance: h; None to find it.
 
     Attributes:
         distance: h; None before the first product.
@@ -95,13 +96,13 @@ class ContrastProducts:
     samples = False
     symmetric = True
 
-    def __init__(self, evaluation: Evaluation, at: Settled) -> None:
+    def __init__(self, evaluation: Evaluation, at: Settled, distance: float | None = None) -> None:
         self._evaluation, self._at = evaluation.holding(at), at
         self._velocity = self._evaluation.velocity()
         self.leaves = [p.detach() for p in at.params.values()]
         self.params = list(at.params)
         self.size = sum(p.numel() for p in self.leaves)
-        self.distance: float | None = None
+        self.distance = distance
         self.accuracy = 0.0
         self.largest = 0.0
 

@@ -6,10 +6,14 @@ from typing import ClassVar
 
 import torch
 
+from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.implicit import POOR
+from equigrad.estimators.solve_error import scale_error
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive
 from equigrad.solvers import Solver
+from equigrad.vectors import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,8 @@ class FiniteDifferenceT1T2(Estimator):
 
     It takes first-order gradients only, and has the error of T1-T2. It equals the symmetric
     contrastive rule with phases of a single gradient step of size η, divided by η, for `ε = ηβ`.
+    The error is estimated as for `T1T2`, by one Hessian product: two more first-order gradients at
+    the same two points.
 
     Attributes:
         distance: `ε ‖g‖`, the distance from φ to either point.
@@ -48,4 +54,17 @@ class FiniteDifferenceT1T2(Estimator):
             moved = {n: p + sign * epsilon * pressure[n] for n, p in free.params.items()}
             sides.append(dataclasses.replace(free, params=moved))
         mixed = evaluation.contrast(sides, [1 / (2 * epsilon), -1 / (2 * epsilon)])
-        return Estimate(grads={name: grads[name] - mixed[name] for name in grads}, phases=(free,))
+        grads = {name: grads[name] - mixed[name] for name in grads}
+
+        def judge() -> float:
+            linear = ContrastProducts(evaluation, free, self.distance)
+            found = scale_error(linear, flatten(list(pressure.values())), mixed, grads)
+            if found.relative > POOR:
+                remedy = (
+                    "that is what the identity for the inverse Hessian costs; use Contrastive()"
+                )
+                said = found.sentence(type(self).__name__, found.relative, remedy)
+                evaluation.tally.note(said)
+            return found.relative
+
+        return Estimate(grads=grads, phases=(free,), judge=judge)

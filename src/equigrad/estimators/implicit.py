@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,33 +11,15 @@ from equigrad.errors import ConfigurationError, DoubleBackwardError
 from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator
 from equigrad.estimators.linearisation import Linearisation
+from equigrad.estimators.solve_error import Linear, Solution, SolveError, solve_error
 from equigrad.evaluation import Evaluation
 from equigrad.fields import require
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver, TorchOptimizer
 from equigrad.vectors import flatten
 
-Linear = Linearisation | ContrastProducts
-"""Products with the derivatives of the residual, by autograd or by differences."""
-
 POOR = 1e-2
 """An estimated relative error above this is reported in the status."""
-
-LOOKED_INTO = 1e-4
-"""A residual above this share of the right-hand side justifies a product to estimate its effect."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The solution of a linear system `A x = g`.
-
-    Attributes:
-        x: a flat vector.
-        residual: `g - A x`; None if it takes a further product to compute.
-    """
-
-    x: Tensor
-    residual: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +33,9 @@ class Implicit(Estimator):
     for x.
 
     The residual of the linear system gives an `error_estimate` of the gradient, which the status
-    reports above 1e-2: the error of x is taken to be the residual divided by the curvature along
-    it. The error of a free phase that has not settled is not included.
+    reports above 1e-2 (`equigrad.estimators.solve_error`). This takes one product if the residual
+    is small, and up to eight otherwise. The error of a free phase that has not settled is not
+    included.
 
     Attributes:
         products: how to compute products with H and with the mixed derivative. `autograd`
@@ -63,9 +45,6 @@ class Implicit(Estimator):
             `contrast` if the model has no second derivative. Products of a map always take a single
             backward pass through it.
     """
-
-    solves: ClassVar[bool] = True
-    """Whether the linear system is solved, so that its residual is informative."""
 
     remedy: ClassVar[str] = "use GMRES() with more iterations"
     """Advice for a poor solution, as part of a sentence."""
@@ -132,12 +111,39 @@ class Implicit(Estimator):
         flat = flat if torch.finfo(flat.dtype).bits >= 32 else flat.float()
         solved, mixed = self._mixed(evaluation, free, flat)
         grads = {name: direct[name] - mixed[name].to(direct[name].dtype) for name in direct}
-        if solved is None or not self.solves:
+        if solved is None:
             return Estimate(grads=grads, phases=(free,))
-        judge = partial(
-            self._error, *solved, flat, _norm(mixed), _norm(grads), evaluation.tally.notes
-        )
+        linear, solution = solved
+        notes = evaluation.tally.notes
+
+        def judge() -> float:
+            try:
+                found = self.judge(linear, solution, flat, mixed, grads)
+            except DoubleBackwardError:  # only one that a regulariser spared so far
+                contrast = ContrastProducts(evaluation, free)
+                found = self.judge(contrast, solution, flat, mixed, grads)
+            return self._error(linear, found, notes)
+
         return Estimate(grads=grads, phases=(free,), judge=judge)
+
+    def judge(
+        self,
+        linear: Linear,
+        solution: Solution,
+        pressure: Tensor,
+        mixed: Params,
+        grads: Params,
+    ) -> SolveError:
+        """The error of the gradient, estimated from the residual of the system.
+
+        Args:
+            linear: products with the matrix.
+            solution: the solution of the system.
+            pressure: its right-hand side.
+            mixed: the mixed derivative along the solution.
+            grads: the gradient.
+        """
+        return solve_error(linear, solution, pressure, mixed, grads)
 
     def _mixed(
         self, evaluation: Evaluation, free: Settled, pressure: Tensor
@@ -167,36 +173,9 @@ class Implicit(Estimator):
         )
         return (contrast, solution), mixed
 
-    def _error(
-        self,
-        linear: Linear,
-        solution: Solution,
-        pressure: Tensor,
-        through: float,
-        whole: float,
-        notes: list[str],
-    ) -> float:
-        """The gradient's relative error, estimated from the residual of the linear system.
-
-        Args:
-            linear: products with the matrix.
-            solution: the solution of the system.
-            pressure: its right-hand side.
-            through: norm of the solution's contribution to the gradient.
-            whole: norm of the gradient.
-            notes: list to which a remark on a poor solution is added.
-        """
-        x, size = solution.x, pressure.norm().item()
-        if size == 0:
-            return 0.0
-        left = solution.residual
-        left = pressure - linear.product(x) if left is None else left
-        apart = share = left.norm().item() / size
-        if share > LOOKED_INTO:
-            missing = left * _compliance(linear, left)
-            apart = max(share, (missing.norm() / (x + missing).norm()).item())
-        weight = through / whole if whole else 1.0
-        error = linear.accuracy + apart * (weight if apart < POOR else max(weight, 1.0))
+    def _error(self, linear: Linear, found: SolveError, notes: list[str]) -> float:
+        """The relative error of the gradient, with a note if it is large."""
+        error = linear.accuracy + found.relative
         if (precision := torch.finfo(linear.leaves[0].dtype)).bits < 32:
             error = max(error, precision.eps)
             notes.append(
@@ -205,20 +184,5 @@ class Implicit(Estimator):
                 f"number; settle in float32 for more precision"
             )
         if error > POOR:
-            notes.append(
-                f"{type(self).__name__} leaves {share:.2g} of ∂L_out/∂φ unsolved, and the gradient "
-                f"is wrong by about {min(error, 1):.1g} of its size: {self.remedy}"
-            )
+            notes.append(found.sentence(type(self).__name__, error, self.remedy))
         return error
-
-
-def _compliance(linear: Linear, left: Tensor) -> float:
-    """The change of x along a residual that would remove it: the inverse of the curvature there."""
-    image = linear.product(left)
-    along = left.dot(image).item() if linear.symmetric else 0.0
-    stiff = along / left.dot(left).item() if along > 0 else (image.norm() / left.norm()).item()
-    return 1 / stiff if stiff else torch.finfo(left.dtype).max ** 0.5
-
-
-def _norm(tensors: Params) -> float:
-    return torch.stack([t.double().norm() for t in tensors.values()]).norm().item()

@@ -11,7 +11,7 @@ from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.linearisation import Linearisation, second_derivatives
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive, Rule, require
-from equigrad.solvers import Solver
+from equigrad.solvers import Anderson, Solver
 from equigrad.vectors import flatten
 
 
@@ -132,10 +132,11 @@ class LeastControl(Estimator):
         grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
         grads |= controller.lessons(evaluation, solver, free or settled)
         if settled.phase.failed:
+            used = controller.solver or solver
+            other = "" if isinstance(used, Anderson) else "solver=Anderson(), "
             evaluation.tally.note(
                 "learner and controller have not settled together, and the gradient may be far "
-                "off: give the controller solver=Anderson(), more steps, or less strength (gain, "
-                "proportional)"
+                f"off: give the controller {other}more steps, or less strength (gain, proportional)"
             )
         if free is None:
             evaluation.tally.note("params and outer_loss are those of the controlled phase")

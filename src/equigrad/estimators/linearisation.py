@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.errors import CurvatureError, DoubleBackwardError
+from equigrad.errors import CurvatureError, DoubleBackwardError, ProblemError
 from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
@@ -186,6 +186,13 @@ def second_derivatives(evaluation: Evaluation, who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise ProblemError(
+                f"{who} differentiates what was computed before, and something has been written in "
+                f"place into a tensor that this needs ({str(error).splitlines()[0][:160]}). Write "
+                f"nothing in place in the losses, or use "
+                f"{serving(evaluation, lambda traits: not traits.double_backward)}"
+            ) from error
         if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
             raise
         without = serving(evaluation, lambda traits: not traits.double_backward)

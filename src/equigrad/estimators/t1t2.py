@@ -7,6 +7,8 @@ from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear, Solution
+from equigrad.estimators.solve_error import SolveError, scale_error
+from equigrad.problems import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,11 @@ class T1T2(Implicit):
         ∇̂_θ = ∂L_out/∂θ - (∂r/∂θ)ᵀ ∂L_out/∂φ,    r = ∂L_in/∂φ   or   φ - F(φ, θ)
 
     The identity replaces the inverse Hessian of implicit differentiation. The error of this does
-    not shrink with compute, and is not estimated. For a `FixedPoint` it is Jacobian-free
-    backpropagation (Fung et al. 2022), a single backward pass through the map. It is cheap, but
-    needs a double backward if θ acts through the model of a loss; `FiniteDifferenceT1T2` does not.
+    not shrink with compute; one Hessian product along `∂L_out/∂φ` estimates it
+    (`equigrad.estimators.solve_error.scale_error`), by contrast if the model has no second
+    derivative. For a `FixedPoint` it is Jacobian-free backpropagation (Fung et al. 2022), a single
+    backward pass through the map. It is cheap, but needs a double backward if θ acts through the
+    model of a loss; `FiniteDifferenceT1T2` does not.
 
     Raises:
         DoubleBackwardError: from `meta_gradient`, if an operation on the path from θ to the
@@ -33,8 +37,19 @@ class T1T2(Implicit):
         energy=False,
     )
 
-    solves: ClassVar[bool] = False
+    remedy: ClassVar[str] = "that is what the identity for the inverse Hessian costs; use GMRES()"
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """The right-hand side itself."""
         return Solution(pressure)
+
+    def judge(
+        self,
+        linear: Linear,
+        solution: Solution,
+        pressure: Tensor,
+        mixed: Params,
+        grads: Params,
+    ) -> SolveError:
+        """By one product along the pressure."""
+        return scale_error(linear, pressure, mixed, grads)

@@ -174,7 +174,7 @@ class _Segment:
         state = [s.clone().requires_grad_() for s in begin.solver_state]
         self._before = [*params.values(), *state]
         self._meta = {n: m.clone().requires_grad_() for n, m in evaluation.meta_params.items()}
-        evaluation.stage.stand_at(begin)
+        evaluation.stage.stand_on_copies(begin)
         self._end = replay(evaluation, solver, params, state, self._meta, steps, contrast)
         self._buffers = evaluation.stage.snapshot()
 

@@ -42,11 +42,13 @@ def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[
         torch._foreach_add_(total, grads, alpha=1 / len(steps))
         mean = mean + loss.detach() / len(steps)
         scene.tally.spend(1)
-    if at.phase.beta == 0 or scene.judged.at is None:  # the loss is needed at free ends only
-        scene.judged.at, scene.judged.loss = at, mean
     direct = {name: torch.zeros_like(m) for name, m in scene.meta_params.items()}
     direct.update(zip(names, total[len(params) :], strict=True))
-    return dict(zip(params, total, strict=False)), direct
+    pressure = dict(zip(params, total, strict=False))
+    if at.phase.beta == 0 or scene.judged.at is None:  # the loss is needed at free ends only
+        scene.judged.at, scene.judged.loss = at, mean
+        scene.judged.pressure = pressure, direct
+    return pressure, direct
 
 
 def meta_partial(scene: Scene, stream: Stream, at: Settled) -> dict[str, Tensor]:

@@ -23,10 +23,17 @@ from equigrad.solvers import Lost, Moment, Settled
 
 @dataclass
 class Judged:
-    """The outer loss where its gradients were last taken, kept so that it is not computed twice."""
+    """The outer loss where its gradients were last taken, kept so that it is not computed twice.
+
+    Attributes:
+        at: the end of the phase.
+        loss: its value.
+        pressure: `∂L_out/∂φ` and `∂L_out/∂θ`, by name.
+    """
 
     at: Settled | None = None
     loss: Tensor | None = None
+    pressure: tuple[Params, Params] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

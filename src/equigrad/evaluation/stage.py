@@ -92,6 +92,11 @@ class Stage:
         """Restore the modules' buffers of a moment of a phase, and their training flags."""
         self._stand(at.buffers)
 
+    def stand_on_copies(self, at: Moment) -> None:
+        """Restore a moment in copies of the buffers, which a graph can keep unchanged."""
+        self.stand_at(at)
+        self._buffers.use_copies()
+
     def stand_at_start(self) -> None:
         """Restore the modules' buffers and training flags from before the meta-gradient."""
         self._stand(self.first_buffers)

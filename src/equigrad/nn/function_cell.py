@@ -1,5 +1,6 @@
 """A function as a cell: a module that finds and registers the modules which the function uses."""
 
+import copy
 import functools
 import inspect
 import types
@@ -76,6 +77,19 @@ class FunctionCell(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copied function may still refer to the original weights, so the copy is checked again
         return {**self.__dict__, "_examined": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FunctionCell":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        used = {id(module) for module in _modules(twin.function, {})}
+        if not used.issuperset(id(module) for module, _ in twin._lenders):
+            raise ConfigurationError(
+                f"{self.extra_repr()} cannot be copied: Python copies no function, and the copy "
+                f"would go on with the weights of the original. Write the cell as an nn.Module, or "
+                f"as a method of one"
+            )
+        return twin
 
     def _borrow(self, module: nn.Module, prefix: str) -> None:
         self._lenders.append((module, prefix))

@@ -35,8 +35,6 @@ class EarlyStopping(Callback):
 
     def on_step(self, state: OuterState, result: MetaGradient) -> None:
         """Compare."""
-        if result.error_estimate is not None:
-            state.history[-1]["error_estimate"] = result.error_estimate
         seen = [float(row[self.metric]) for row in state.history]
         if seen.index(min(seen)) == len(seen) - 1:
             state.copies |= {BEST: state.copies[NEXT], BEST_PARAMS: _copied(state.params)}

@@ -354,6 +354,7 @@ def _row(state: OuterState, result: MetaGradient, metrics: Mapping[str, float]) 
         **metrics,
         "residual": result.phases[0].residual,
         "gradient_norm": torch.stack([g.norm() for g in result.grads.values()]).norm().item(),
+        **({} if result.error_estimate is None else {"error_estimate": result.error_estimate}),
         "gradient_evaluations": state.gradient_evaluations,
         "seconds": round(state.seconds, 3),
         "status": result.status,
