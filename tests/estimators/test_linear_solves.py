@@ -232,7 +232,7 @@ def test_the_error_of_the_identity_without_second_derivatives_is_had_by_contrast
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, *grads):
+        def backward(ctx, *grads):  # pyright: ignore
             return 2 * ctx.saved_tensors[0] * grads[0]
 
     net = torch.nn.Linear(3, 1, bias=False).double()
