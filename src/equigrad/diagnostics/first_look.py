@@ -245,7 +245,7 @@ class _Look:
 
     def nothing_is_hidden(self, estimator: Estimator) -> bool:
         """Whether a map and the outer loss change as autograd says; says so where not."""
-        slopes = {"outer": judged_slope(self._evaluation, self._free)}
+        slopes: dict[Stream, Slope | None] = {"outer": judged_slope(self._evaluation, self._free)}
         if self._is_map:
             slopes["inner"] = self._first
         looked = [
