@@ -54,7 +54,7 @@ class Errors:
 
 
 class ContrastProducts:
-    r"""Products with the derivatives of `∂L_in/∂φ` where a phase ended, by central differences.
+    r"""Products with the derivatives of `∂L_in/∂φ` where a phase ended, by differences.
 
         H v ≈ ‖v‖ [ ∂L_in/∂φ(φ + h v/‖v‖) - ∂L_in/∂φ(φ - h v/‖v‖) ] / 2h,    H = ∂²L_in/∂φ²
 
@@ -67,27 +67,47 @@ class ContrastProducts:
     conjugate gradients end the nearest on a deep network in float32 (`benchmarks/krylov.py`).
 
     Args:
-        evaluation: evaluates, and counts two gradient evaluations a product and batch.
+        evaluation: evaluates, and counts two gradient evaluations a product and batch, or one.
         at: where the phase ended.
+        distance: h in units of `scale`, where it is not to be found.
+        forward: take differences to the gradient at φ, which is taken once or known from settling:
+            half the cost, and an error of order h.
 
     Attributes:
         distance: h; None before the first product.
         accuracy: of a product along the first vector, relative to its size.
         largest: the largest curvature `‖H v‖ / ‖v‖` that was met.
+        scale: the norm of φ or, where that is larger, of its way from the start.
     """
 
     samples = False
     symmetric = True
 
-    def __init__(self, evaluation: Evaluation, at: Settled) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        at: Settled,
+        *,
+        distance: float | None = None,
+        forward: bool = False,
+    ) -> None:
         self._evaluation, self._at = evaluation.holding(at), at
         self._velocity = self._evaluation.velocity()
         self.leaves = [p.detach() for p in at.params.values()]
         self.params = list(at.params)
         self.size = sum(p.numel() for p in self.leaves)
-        self.distance: float | None = None
+        moved = torch._foreach_sub(self.leaves, list(self._evaluation.params.values()))
+        self.scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
+        self.distance = None if distance is None else distance * self.scale
         self.accuracy = 0.0
         self.largest = 0.0
+        self._here = self._gradient_here() if forward else None
+
+    @property
+    def error(self) -> float:
+        """What a product may be wrong by at a distance that was given, relative to its size."""
+        share = abs(self.distance or 0.0) / self.scale
+        return share if self._here is not None else share**2
 
     def product(self, vector: Tensor) -> Tensor:
         """`H vector`, a flat vector."""
@@ -129,9 +149,7 @@ class ContrastProducts:
 
     def _compared(self, unit: Tensor) -> Errors:
         """The products' errors along a direction, from those of a few distances."""
-        moved = torch._foreach_sub(self.leaves, self._start())
-        scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
-        first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
+        first = self.scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
         tried = {h: self._difference(unit, h) for h in (first, first / FACTOR)}
         apart = {first: mismatch(tried[first], tried[first / FACTOR])}
         for _ in range(MOST):
@@ -145,14 +163,31 @@ class ContrastProducts:
             apart[beside[0]] = mismatch(tried[beside[0]], tried[beside[0] / FACTOR])
         return Errors.of(apart)
 
-    def _start(self) -> list[Tensor]:
-        return list(self._evaluation.params.values())
+    def uneven(self, vector: Tensor, distance: float) -> float:
+        """By what the curvature along a vector differs on both sides, relative to its mean."""
+        assert self.distance is not None
+        distance = max(distance, abs(self.distance))
+        ahead, behind = self._sides(vector / vector.norm(), distance)
+        here = self._gradient_here() if self._here is None else self._here
+        return ((ahead - here + behind - here).norm() / (ahead - behind).norm()).item()
 
     def _difference(self, unit: Tensor, distance: float) -> Tensor:
-        """`[g(φ + h u) - g(φ - h u)] / 2h`."""
-        there = self._gradient(self._moved(distance * unit))
-        back = self._gradient(self._moved(-distance * unit))
+        """`[g(φ + h u) - g(φ - h u)] / 2h`, or `[g(φ + h u) - g(φ)] / h`."""
+        if self._here is not None:
+            return (self._gradient(self._moved(distance * unit)) - self._here) / distance
+        there, back = self._sides(unit, distance)
         return (there - back) / (2 * distance)
+
+    def _sides(self, unit: Tensor, distance: float) -> tuple[Tensor, Tensor]:
+        """The gradients at `φ ± h u`."""
+        there = self._gradient(self._moved(distance * unit))
+        return there, self._gradient(self._moved(-distance * unit))
+
+    def _gradient_here(self) -> Tensor:
+        """`g(φ)`, which the phase that came to rest there knows."""
+        if self._at.velocity is not None and self._at.phase.beta == 0:
+            return -flatten(list(self._at.velocity))
+        return self._gradient(self._moved(torch.zeros_like(flatten(self.leaves))))
 
     def _moved(self, vector: Tensor) -> dict[str, Tensor]:
         moves = unflatten(vector, self.leaves)

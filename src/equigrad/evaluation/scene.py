@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -23,10 +23,11 @@ from equigrad.solvers import Lost, Moment, Settled
 
 @dataclass
 class Judged:
-    """The outer loss where its gradients were last taken, which gave it on the way."""
+    """The outer loss where its gradients were last taken, and the last two `∂L_in/∂θ`."""
 
     at: Settled | None = None
     loss: Tensor | None = None
+    partials: list[tuple[Settled, dict[str, Tensor]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +71,9 @@ class Scene:
 
     def at(self, params: Params, meta_params: Params) -> Self:
         """With other params to settle from, at other meta-parameters."""
-        return self._view(params=dict(params), meta_params=dict(meta_params), settled=None)
+        return self._view(
+            params=dict(params), meta_params=dict(meta_params), settled=None, judged=Judged()
+        )
 
     def holding(self, at: Moment) -> Self:
         """With those samples held that a phase has lost until then: what follows has the others."""
