@@ -123,12 +123,12 @@ def test_a_symmetry_that_turns_the_answer_to_a_force(monkeypatch):
 
 
 CONJUGATE = {"quadratic-0.01": 50, "stretched-10000": 144, "ridge": 35, "softmax": 55}
-"""Gradients of the cheapest settings that reach 1e-2, found by looking at the true error."""
+"""Gradients of the cheapest settings for an error of 1e-2, chosen by the true error."""
 
 
 @pytest.mark.parametrize("name", CONJUGATE)
 def test_an_error_costs_about_what_conjugate_gradients_at_their_best_do(name):
-    """`python benchmarks/rtol.py --costs`; the error is found out, and no second derivative used."""
+    """`python benchmarks/rtol.py --costs`; the error is found out, by first order alone."""
     _, result = measured(name, 1e-2)
     assert result.gradient_evaluations <= 1.3 * CONJUGATE[name]
 
