@@ -241,10 +241,10 @@ def test_more_points_reach_what_two_do_not_in_float32():
 
 def test_the_budget():
     case = made("tanh")
-    result = asked(case, 1e-3, budget=300)
-    assert "the budget of 300 gradient evaluations is spent" in result.status
+    result = asked(case, 1e-3, budget=120)
+    assert "the budget of 120 gradient evaluations is spent" in result.status
     assert stated(result) > 1e-3
-    assert result.gradient_evaluations < 400
+    assert result.gradient_evaluations < 160
     assert case.relative_error(result.grads) <= stated(result)
     enough = asked(case, 1e-3, budget=10_000)
     assert "budget" not in enough.status
@@ -487,8 +487,11 @@ def test_knobs_that_cannot_work(options, message):
         eg.Contrastive(**options)
 
 
-def test_two_sides_that_do_not_come_together_are_named():
-    """A normalised layer under weight decay: at ±β the phases settle on two sides of a ridge."""
+def test_two_sides_that_do_not_come_together_are_named(monkeypatch):
+    """A normalised layer under weight decay: at ±β the phases settle on two sides of a ridge.
+
+    The response at rest is far from it, and right.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
     generator = torch.Generator().manual_seed(1)
@@ -510,9 +513,13 @@ def test_two_sides_that_do_not_come_together_are_named():
         ),
         lambda p, m: misfit(p, v, w),
     )
-    result = eg.meta_gradient(
-        problem, params, meta, solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2)
-    )
-    # a unit is dead there, and its curvature zero: an implicit gradient does not exist
+    solve = functools.partial(eg.meta_gradient, problem, params, meta)
+    exact = solve(solver=eg.LBFGS(tol=1e-11, max_steps=20_000), estimator=eg.ExactSolve())
+    result = solve(solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2))
+    found, true = (torch.stack([r.grads[n] for n in meta]) for r in (result, exact))
+    assert (found - true).norm() / true.norm() < stated(result) <= 1e-2
+
+    monkeypatch.setattr(KrylovLevels, "_pair", lambda levels, level: None)
+    result = solve(solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2))
     assert "rtol=0.01 not reached" in result.status
     assert stated(result) > 0.05

@@ -77,10 +77,13 @@ class KrylovLevels:
                 seen = Comparison(apart, gain=gain, rounding=pair.rounding + pair.left)
                 answer = dataclasses.replace(answer, error=seen.error)
                 if answer.error <= phases.rtol:
-                    error = max(answer.error, self._kink()) + phases.cancelled(pair)
+                    cancelled = phases.cancelled(pair)
+                    error = max(answer.error, self._kink()) + cancelled
                     answer = dataclasses.replace(answer, error=error)
+                    if cancelled > phases.rtol:
+                        phases.cancels()
                 best = min(best, answer, key=Answer.by_error)
-                if best.error <= phases.rtol:
+                if best.error <= phases.rtol or phases.obstacle:
                     break
             answer, level = better, level + 1
         return best, seen.apart

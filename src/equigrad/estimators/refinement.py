@@ -48,7 +48,7 @@ def _best(phases: RefinedPhases, beta: float) -> tuple[Answer, float]:
     best, apart = Answer(math.inf, phases.direct, ()), math.inf
     if not (phases.obstacle or phases.solver.jumps):
         best, apart = KrylovLevels(phases).refined()
-        if best.error <= phases.rtol or phases.obstacle == "budget":
+        if best.error <= phases.rtol or phases.obstacle in ("budget", "cancelled"):
             return best, apart
         phases.obstacle = None
     other, apart = StepLevels(phases, beta).refined()
@@ -60,6 +60,6 @@ def _best(phases: RefinedPhases, beta: float) -> tuple[Answer, float]:
     if best.error <= phases.rtol:
         cancelled = phases.cancelled(best.pairs[-1])
         if cancelled > phases.rtol:
-            phases.rounds("the contrast to no digit")
+            phases.cancels()
         best = dataclasses.replace(best, error=best.error + cancelled)
     return best, apart

@@ -21,7 +21,7 @@ TINY = torch.finfo(torch.float64).tiny
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
 
-Obstacle = Literal["budget", "rounding", "restless", "lopsided", "apart"]
+Obstacle = Literal["budget", "rounding", "restless", "lopsided", "apart", "cancelled"]
 
 
 class RefinedPhases:
@@ -131,6 +131,11 @@ class RefinedPhases:
         self.reason = f"{self.dtype} resolves {what} here"
         if self.dtype != torch.float64:
             self.reason += "; use torch.float64"
+
+    def cancels(self) -> None:
+        """Note that the parts of the contrast cancel, so that rounding is all that is left."""
+        self.rounds("the contrast to no digit")
+        self.obstacle = "cancelled"
 
     @property
     def spent(self) -> bool:
