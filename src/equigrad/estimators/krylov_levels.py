@@ -78,12 +78,13 @@ class KrylovLevels:
                 answer = dataclasses.replace(answer, error=seen.error)
                 if answer.error <= phases.rtol:
                     cancelled = phases.cancelled(pair)
+                    if cancelled > phases.rtol:  # differences of answers have no digit, either
+                        phases.cancels()
+                        return dataclasses.replace(answer, error=math.inf), apart
                     error = max(answer.error, self._kink()) + cancelled
                     answer = dataclasses.replace(answer, error=error)
-                    if cancelled > phases.rtol:
-                        phases.cancels()
                 best = min(best, answer, key=Answer.by_error)
-                if best.error <= phases.rtol or phases.obstacle:
+                if best.error <= phases.rtol:
                     break
             answer, level = better, level + 1
         return best, seen.apart
