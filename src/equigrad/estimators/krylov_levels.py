@@ -42,9 +42,9 @@ class KrylovLevels:
         H x = -∂L_out/∂φ,    ∇̂_θ = ∂L_out/∂θ + [∂L_in/∂θ(φ + βx) - ∂L_in/∂θ(φ - βx)] / 2β,
 
     and a difference of two gradients near φ is a product with H: conjugate gradients need no second
-    derivative. In float64 a product takes one gradient, since that at φ is known; in narrower
-    formats it takes one on each side. What an `LBFGS` has learned of the curvature preconditions
-    them, and what they meet on the way is handed back to it.
+    derivative. A product takes one gradient, since that at φ is known; where that is not accurate
+    enough, in narrow formats and at late levels, one on each side. What an `LBFGS` has learned of
+    the curvature preconditions them, and what they meet on the way is handed back to it.
 
     **Levels.** Each settles the free phase and the response six times as far as the one before, and
     takes its differences on the other side of φ and half as near, so that the error of a difference
@@ -77,12 +77,10 @@ class KrylovLevels:
                 seen = Comparison(apart, gain=gain, rounding=pair.rounding + pair.left)
                 answer = dataclasses.replace(answer, error=seen.error)
                 if answer.error <= phases.rtol:
-                    cancelled = phases.cancelled(pair)
-                    if cancelled > phases.rtol:  # differences of answers have no digit, either
-                        phases.cancels()
-                        return dataclasses.replace(answer, error=math.inf), apart
-                    error = max(answer.error, self._kink()) + cancelled
-                    answer = dataclasses.replace(answer, error=error)
+                    answer = phases.doubted(answer, pair)
+                    if phases.obstacle:
+                        return answer, apart
+                    answer = dataclasses.replace(answer, error=max(answer.error, self._kink()))
                 best = min(best, answer, key=Answer.by_error)
                 if best.error <= phases.rtol:
                     break
@@ -90,8 +88,13 @@ class KrylovLevels:
         return best, seen.apart
 
     def _settled(self, level: int) -> bool:
-        """Settle the free phase for a level; whether it is now much nearer to rest than before."""
+        """Settle the free phase for a level; whether it is now much nearer to rest than before.
+
+        There is none beyond what the best of differences resolve.
+        """
         phases, share = self.phases, FIRST_SHARE / GAIN**level / AHEAD
+        if share * AHEAD < phases.eps ** (2 / 3):
+            return False
         most = phases.free.phase.residual / NEARER if level else math.inf
         phases.settle_free(min(share, most / phases.force_size))
         return phases.free.phase.residual <= max(most, phases.floor) and not phases.obstacle
@@ -125,8 +128,10 @@ class KrylovLevels:
 
     def _begin_products(self, level: int) -> ContrastProducts:
         """Products where the free phase is now, on the other side and half as near as before."""
-        eps, forward = self.phases.eps, self.phases.eps < 1e-12
-        distance = (-0.5) ** level * (64 * eps**0.5 if forward else 2 * eps ** (1 / 3))
+        eps = self.phases.eps
+        near = 64 * eps**0.5
+        forward = near < FIRST_SHARE / GAIN**level
+        distance = (-0.5) ** level * (near if forward else 2 * eps ** (1 / 3))
         return ContrastProducts(
             self.phases.evaluation, self.phases.free, distance=distance, forward=forward
         )

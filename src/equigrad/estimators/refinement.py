@@ -32,6 +32,8 @@ def refine(phases: RefinedPhases, beta: float) -> Estimate:
         error = math.inf if phases.obstacle else 0.0
         return Estimate(grads=phases.direct, phases=(phases.free,), error_estimate=error)
     best, apart = _best(phases, beta)
+    if phases.rtol < best.error < 1 and phases.obstacle != "cancelled":
+        best = phases.doubted(best, best.pairs[-1])
     if best.error > phases.rtol:
         phases.evaluation.tally.note(
             f"rtol={phases.rtol:g} not reached, the estimated error is {best.error:.1e}: "
@@ -58,8 +60,5 @@ def _best(phases: RefinedPhases, beta: float) -> tuple[Answer, float]:
         other, apart = StepLevels(phases, beta).refined()
         best = min(best, other, key=Answer.by_error)
     if best.error <= phases.rtol:
-        cancelled = phases.cancelled(best.pairs[-1])
-        if cancelled > phases.rtol:
-            phases.cancels()
-        best = dataclasses.replace(best, error=best.error + cancelled)
+        best = phases.doubted(best, best.pairs[-1])
     return best, apart

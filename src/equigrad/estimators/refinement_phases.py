@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from equigrad.estimators.refinement_pairs import Pair
+from equigrad.estimators.refinement_pairs import Answer, Pair
 from equigrad.evaluation import Evaluation
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.phase import resting
@@ -17,6 +17,9 @@ ROUNDING = 100
 """A residual of so many rounding errors of the largest one is at the floor of the dtype."""
 
 TINY = torch.finfo(torch.float64).tiny
+
+DIGIT = 0.1
+"""A contrast of which rounding is worth more has no digit."""
 
 FIRST_LOOK = 20
 """Steps until a phase is first asked whether it gets on; then twice as many, and so on."""
@@ -125,17 +128,22 @@ class RefinedPhases:
         least = max(ROUNDING * self.eps, pair.rounding)
         return (least * usual / grads.norm()).item() if usual else 0.0
 
+    def doubted(self, answer: Answer, pair: Pair) -> Answer:
+        """The answer, with what rounding is worth as the parts of a contrast cancel."""
+        cancelled = self.cancelled(pair)
+        if cancelled > self.rtol:
+            self.rounds("the contrast to no digit" if cancelled > DIGIT else "no more digits")
+            self.obstacle = "cancelled"
+        # without a digit, the differences that errors are estimated by have none, either
+        error = math.inf if cancelled > DIGIT else answer.error + cancelled
+        return dataclasses.replace(answer, error=error)
+
     def rounds(self, what: str) -> None:
         """Note that rounding stands in the way."""
         self.obstacle = "rounding"
         self.reason = f"{self.dtype} resolves {what} here"
         if self.dtype != torch.float64:
             self.reason += "; use torch.float64"
-
-    def cancels(self) -> None:
-        """Note that the parts of the contrast cancel, so that rounding is all that is left."""
-        self.rounds("the contrast to no digit")
-        self.obstacle = "cancelled"
 
     @property
     def spent(self) -> bool:
