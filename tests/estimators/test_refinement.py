@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import equigrad as eg
+from equigrad.estimators.krylov_levels import KrylovLevels
 from equigrad.testing import CASES, quadratic_case
 from equigrad.testing.hard_zoo import HARD_ZOO
 from equigrad.testing.zoo import ZOO
@@ -102,19 +103,34 @@ def test_hard_problems_are_met(name):
 @pytest.mark.parametrize("name", ["mixed-units", "lasso"])
 def test_hard_problems_are_named(name):
     """Of parameters from 1e-6 to 1e6 rounding leaves no digit; at a kink L-BFGS does not settle."""
-    for rtol in (1e-1, 1e-3):
+    for rtol in (1e-2, 1e-3):
         error, result = measured(name, rtol)
         assert error > rtol
         assert "not reached" in result.status
         assert stated(result) > 0.3 * error
 
 
-def test_a_symmetry_that_turns_the_answer_to_a_force():
-    """Nudged by the force at one β after another, then by the loss, which keeps the symmetry."""
-    error, result = measured("factors", 1e-3)
-    assert error < 1e-3
+def test_a_symmetry_that_turns_the_answer_to_a_force(monkeypatch):
+    """The learner's own steps: by the force at one β after another, then by the loss."""
+    krylov = asked(made("factors"), 1e-3).gradient_evaluations
+    monkeypatch.setattr(KrylovLevels, "_pair", lambda levels, level: None)
+    case = made("factors")
+    result = asked(case, 1e-3)
+    assert case.relative_error(result.grads) < 1e-3
     straight = asked(made("saddle"), 1e-3).gradient_evaluations
     assert result.gradient_evaluations > 3 * straight
+    assert result.gradient_evaluations > 10 * krylov  # a response has no part along the symmetry
+
+
+CONJUGATE = {"quadratic-0.01": 50, "stretched-10000": 144, "ridge": 35, "softmax": 55}
+"""Gradients of the cheapest settings for an error of 1e-2, chosen by the true error."""
+
+
+@pytest.mark.parametrize("name", CONJUGATE)
+def test_an_error_costs_about_what_conjugate_gradients_at_their_best_do(name):
+    """`python benchmarks/rtol.py --costs`; the error is found out, by first order alone."""
+    _, result = measured(name, 1e-2)
+    assert result.gradient_evaluations <= 1.3 * CONJUGATE[name]
 
 
 def test_a_start_on_a_saddle_is_named():
@@ -225,10 +241,10 @@ def test_more_points_reach_what_two_do_not_in_float32():
 
 def test_the_budget():
     case = made("tanh")
-    result = asked(case, 1e-3, budget=300)
-    assert "the budget of 300 gradient evaluations is spent" in result.status
+    result = asked(case, 1e-3, budget=120)
+    assert "the budget of 120 gradient evaluations is spent" in result.status
     assert stated(result) > 1e-3
-    assert result.gradient_evaluations < 400
+    assert result.gradient_evaluations < 160
     assert case.relative_error(result.grads) <= stated(result)
     enough = asked(case, 1e-3, budget=10_000)
     assert "budget" not in enough.status
@@ -471,8 +487,11 @@ def test_knobs_that_cannot_work(options, message):
         eg.Contrastive(**options)
 
 
-def test_two_sides_that_do_not_come_together_are_named():
-    """A normalised layer under weight decay: at ±β the phases settle on two sides of a ridge."""
+def test_two_sides_that_do_not_come_together_are_named(monkeypatch):
+    """A normalised layer under weight decay: at ±β the phases settle on two sides of a ridge.
+
+    The response at rest is far from it, and right.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
     generator = torch.Generator().manual_seed(1)
@@ -494,9 +513,13 @@ def test_two_sides_that_do_not_come_together_are_named():
         ),
         lambda p, m: misfit(p, v, w),
     )
-    result = eg.meta_gradient(
-        problem, params, meta, solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2)
-    )
-    # a unit is dead there, and its curvature zero: an implicit gradient does not exist
+    solve = functools.partial(eg.meta_gradient, problem, params, meta)
+    exact = solve(solver=eg.LBFGS(tol=1e-11, max_steps=20_000), estimator=eg.ExactSolve())
+    result = solve(solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2))
+    found, true = (torch.stack([r.grads[n] for n in meta]) for r in (result, exact))
+    assert (found - true).norm() / true.norm() < stated(result) <= 1e-2
+
+    monkeypatch.setattr(KrylovLevels, "_pair", lambda levels, level: None)
+    result = solve(solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2))
     assert "rtol=0.01 not reached" in result.status
     assert stated(result) > 0.05

@@ -70,7 +70,7 @@ class Errors:
 
 
 class ContrastProducts:
-    r"""Products with the derivatives of `∂L_in/∂φ` where a phase ended, by central differences.
+    r"""Products with the derivatives of `∂L_in/∂φ` where a phase ended, by differences.
 
         H v ≈ ‖v‖ [ ∂L_in/∂φ(φ + h v/‖v‖) - ∂L_in/∂φ(φ - h v/‖v‖) ] / 2h,    H = ∂²L_in/∂φ²
 
@@ -83,28 +83,50 @@ class ContrastProducts:
     choice conjugate gradients end nearest on a deep network in float32 (`benchmarks/krylov.py`).
 
     Args:
-        evaluation: evaluates the inner loss, and counts two gradients for each product and batch.
+        evaluation: evaluates the inner loss, and counts the gradients, two for each product and
+            batch, or one.
         at: the end of a phase.
         distance: h; None to find it.
+        share: h in units of `scale`; None to find it.
+        forward: whether to take differences to the gradient at φ, which is computed once or known
+            from settling: this halves the cost, and has an error of order h.
 
     Attributes:
         distance: h; None before the first product.
         accuracy: relative error of a product along the first vector.
         largest: the largest curvature `‖H v‖ / ‖v‖` so far.
+        scale: the norm of φ, or of its distance from the start if that is larger.
     """
 
     samples = False
     symmetric = True
 
-    def __init__(self, evaluation: Evaluation, at: Settled, distance: float | None = None) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        at: Settled,
+        *,
+        distance: float | None = None,
+        share: float | None = None,
+        forward: bool = False,
+    ) -> None:
         self._evaluation, self._at = evaluation.holding(at), at
         self._velocity = self._evaluation.velocity()
         self.leaves = [p.detach() for p in at.params.values()]
         self.params = list(at.params)
         self.size = sum(p.numel() for p in self.leaves)
-        self.distance = distance
+        moved = torch._foreach_sub(self.leaves, list(self._evaluation.params.values()))
+        self.scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
+        self.distance = distance if share is None else share * self.scale
         self.accuracy = 0.0
         self.largest = 0.0
+        self._here = self._gradient_here() if forward else None
+
+    @property
+    def error(self) -> float:
+        """The order of a product's relative error, if the distance was given."""
+        share = abs(self.distance or 0.0) / self.scale
+        return share if self._here is not None else share**2
 
     def product(self, vector: Tensor) -> Tensor:
         """`H vector`, as a flat vector."""
@@ -146,19 +168,34 @@ class ContrastProducts:
 
     def _compared(self, unit: Tensor) -> Errors:
         """The errors of products along a direction, from the products at a few distances."""
-        moved = torch._foreach_sub(self.leaves, self._start())
-        scale = max(_norm(self.leaves), _norm(list(moved))) or 1.0
-        first = scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
+        first = self.scale * torch.finfo(self.leaves[0].dtype).eps ** (1 / 3)
         return Errors.compared(lambda h: self._difference(unit, h), first)
 
-    def _start(self) -> list[Tensor]:
-        return list(self._evaluation.params.values())
+    def uneven(self, vector: Tensor, distance: float) -> float:
+        """Relative difference of the curvatures along a vector on the two sides of φ."""
+        assert self.distance is not None
+        distance = max(distance, abs(self.distance))
+        ahead, behind = self._sides(vector / vector.norm(), distance)
+        here = self._gradient_here() if self._here is None else self._here
+        return ((ahead - here + behind - here).norm() / (ahead - behind).norm()).item()
 
     def _difference(self, unit: Tensor, distance: float) -> Tensor:
-        """`[g(φ + h u) - g(φ - h u)] / 2h`."""
-        there = self._gradient(self._moved(distance * unit))
-        back = self._gradient(self._moved(-distance * unit))
+        """`[g(φ + h u) - g(φ - h u)] / 2h`, or `[g(φ + h u) - g(φ)] / h`."""
+        if self._here is not None:
+            return (self._gradient(self._moved(distance * unit)) - self._here) / distance
+        there, back = self._sides(unit, distance)
         return (there - back) / (2 * distance)
+
+    def _sides(self, unit: Tensor, distance: float) -> tuple[Tensor, Tensor]:
+        """The gradients at `φ ± h u`."""
+        there = self._gradient(self._moved(distance * unit))
+        return there, self._gradient(self._moved(-distance * unit))
+
+    def _gradient_here(self) -> Tensor:
+        """`g(φ)`; the phase that settled there has computed it."""
+        if self._at.velocity is not None and self._at.phase.beta == 0:
+            return -flatten(list(self._at.velocity))
+        return self._gradient(self._moved(torch.zeros_like(flatten(self.leaves))))
 
     def _moved(self, vector: Tensor) -> dict[str, Tensor]:
         moves = unflatten(vector, self.leaves)

@@ -146,16 +146,18 @@ class Contrastive(Estimator):
                 f"one has {batches} mini-batches, on which a learner never quite rests: average "
                 f"them in inner_loss, or give beta without rtol",
             )
-            from equigrad.estimators.refinement import Refinement
+            from equigrad.estimators.refinement import refine
+            from equigrad.estimators.refinement_phases import RefinedPhases
 
-            return Refinement(
+            phases = RefinedPhases(
                 evaluation,
                 solver,
                 rtol=self.rtol,
-                beta=10 * self.beta,  # large enough to measure the error of finite β
                 budget=self.budget,
                 keep_momentum=self.momentum == "keep",
-            ).run()
+            )
+            # ten times: large enough to measure the error of finite β
+            return refine(phases, 10 * abs(self.beta))
         nudged_solver, beta = self.nudged_solver or solver, self.beta
         if self.sign == "random":
             beta *= evaluation.stage.sign()

@@ -57,7 +57,7 @@ class FiniteDifferenceT1T2(Estimator):
         grads = {name: grads[name] - mixed[name] for name in grads}
 
         def judge() -> float:
-            linear = ContrastProducts(evaluation, free, self.distance)
+            linear = ContrastProducts(evaluation, free, distance=self.distance)
             found = scale_error(linear, flatten(list(pressure.values())), mixed, grads)
             if found.relative > POOR:
                 remedy = (

@@ -113,14 +113,25 @@ def _terms(
     scene: Scene, states: Sequence[Settled], weights: Sequence[complex], nudged_by_loss: bool
 ) -> Iterator[tuple[str, Tensor, complex]]:
     """The terms of a contrast of the data losses: a name, its derivative, and its weight."""
-    reference = meta_partial(scene, "inner", states[0])
+    reference = _inner_partial(scene, states[0])
     for state, weight in zip(states, weights, strict=True):
         if reference and state is not states[0]:
-            for name, grad in meta_partial(scene, "inner", state).items():
+            for name, grad in _inner_partial(scene, state).items():
                 yield name, grad - reference[name], weight
         if state.phase.beta != 0 and nudged_by_loss:
             for name, grad in meta_partial(scene, "outer", state).items():
                 yield name, grad, weight * state.phase.beta
+
+
+def _inner_partial(scene: Scene, at: Settled) -> dict[str, Tensor]:
+    """`∂L_in/∂θ` at the end of a phase, kept for the next contrast with the same state."""
+    known = scene.judged.partials
+    for state, partial in known:
+        if state is at:
+            return partial
+    partial = meta_partial(scene, "inner", at)
+    known[:] = [*known[-1:], (at, partial)]
+    return partial
 
 
 def _add(total: Tensor, grad: Tensor, weight: complex) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -23,17 +23,19 @@ from equigrad.solvers import Lost, Moment, Settled
 
 @dataclass
 class Judged:
-    """The outer loss where its gradients were last taken, kept so that it is not computed twice.
+    """The outer loss where its gradients were last taken, and the last two `∂L_in/∂θ`.
 
     Attributes:
         at: the end of the phase.
         loss: its value.
         pressure: `∂L_out/∂φ` and `∂L_out/∂θ`, by name.
+        partials: the ends of two phases, with `∂L_in/∂θ` there.
     """
 
     at: Settled | None = None
     loss: Tensor | None = None
     pressure: tuple[Params, Params] | None = None
+    partials: list[tuple[Settled, dict[str, Tensor]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +79,9 @@ class Scene:
 
     def at(self, params: Params, meta_params: Params) -> Self:
         """A view with another start φ and other meta-parameters."""
-        return self._view(params=dict(params), meta_params=dict(meta_params), settled=None)
+        return self._view(
+            params=dict(params), meta_params=dict(meta_params), settled=None, judged=Judged()
+        )
 
     def holding(self, at: Moment) -> Self:
         """A view that holds the samples which were lost by the end of a phase."""

@@ -110,7 +110,7 @@ class Memory:
         self.loss: float | None = None
         self._at: tuple[Tensor, Tensor] | None = None
         self._least, self.idle = [math.inf] * 3, 0
-        if previous is not None and previous._pairs.shape[1] == history:
+        if previous is not None and previous.history == history:
             self._pairs, self._order = previous._pairs.clone(), previous._order
             self._products = previous._products
         else:
@@ -140,6 +140,11 @@ class Memory:
         self._products = self._pairs.new_zeros(2, 0, 0)
 
     @property
+    def history(self) -> int:
+        """How many pairs it holds."""
+        return self._pairs.shape[1]
+
+    @property
     def empty(self) -> bool:
         """Whether there is no pair."""
         return len(self._order) == 0
@@ -147,17 +152,24 @@ class Memory:
     def learn(self, position: Tensor, gradient: Tensor) -> None:
         """Remember the last move, if the loss curved upward along it."""
         if self._at is not None:
-            move, change = position - self._at[0], gradient - self._at[1]
-            curvature = move.dot(change).item()
-            # only pairs of positive curvature keep B positive definite
-            if curvature > torch.finfo(move.dtype).eps * change.dot(change).item():
-                self._remember(move, change, 1 / math.sqrt(curvature))
+            self.remember(position - self._at[0], gradient - self._at[1])
         self._at = position, gradient
 
-    def _remember(self, move: Tensor, change: Tensor, scale: float) -> None:
-        """Add a pair, in the place of the oldest if all places are taken."""
-        known, history = self._products, self._pairs.shape[1]
-        if len(self._order) == history:
+    def remember(self, move: Tensor, change: Tensor) -> None:
+        """Add a pair of positive curvature, which keeps B positive definite.
+
+        It takes the place of the oldest pair if all places are taken.
+
+        Args:
+            move: a change of φ.
+            change: the change of the gradient that it causes.
+        """
+        curvature = move.dot(change).item()
+        if not curvature > torch.finfo(move.dtype).eps * change.dot(change).item():
+            return
+        scale = 1 / math.sqrt(curvature)
+        known = self._products
+        if len(self._order) == self.history:
             self._order, known = self._order.roll(-1), known[:, 1:, 1:]
         else:
             self._order = torch.arange(len(self._order) + 1, device=move.device)

@@ -115,9 +115,11 @@ class Settled(Moment):
 
     Attributes:
         phase: the report.
+        velocity: where it came to rest, from solvers of a fixed loss; else None.
     """
 
     phase: Phase
+    velocity: tuple[Tensor, ...] | None = None
 
 
 def resting(params: Params, buffers: tuple[Tensor, ...] = ()) -> Settled:

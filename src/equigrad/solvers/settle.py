@@ -129,6 +129,7 @@ def settle(
         params=walk.ended(),
         solver_state=walk.state,
         end_step=position.step,
+        velocity=v if rests and solver.fixed_loss else None,
         phase=Phase(
             beta,
             walk.taken,
