@@ -11,8 +11,19 @@ from torch import Tensor, nn
 
 from equigrad.buffers import find_generators
 from equigrad.diagnostics.own_weights import OwnWeights
-from equigrad.diagnostics.slopes import STRETCH, Move, Slope, balanced, dot, expected, flat
-from equigrad.diagnostics.unseen import ALIKE, SUSPICIOUS, judged_slope, nothing_is_hidden
+from equigrad.diagnostics.slopes import (
+    ALIKE,
+    STRETCH,
+    SUSPICIOUS,
+    Move,
+    Slope,
+    balanced,
+    dot,
+    expected,
+    flat,
+    judged_slope,
+    nothing_is_hidden,
+)
 from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
