@@ -205,6 +205,7 @@ def test_the_force_of_the_table_is_the_run_with_that_nudge(tmp_path):
     table = Table1(scale="smoke", only=("mnist-1",), methods=("contrastive-force",), threads=1)
     config = table.experiment(*table.cells()[0])
     assert config.contrastive.rule.nudge == "force"
+    assert config.contrastive.rule.beta == 0.03  # the paper's 3 is for the loss
     plain = replace(table, methods=("contrastive",))
     assert plain.experiment(*plain.cells()[0]).contrastive.rule.nudge == "loss"
     rows = reproduce(replace(table, seeds=1), tmp_path, resume=False, console=QUIET)
