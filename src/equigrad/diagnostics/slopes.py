@@ -195,9 +195,7 @@ def unseen(value: Callable[[Move], float], slope: Slope, move: Move, size: float
         change, seen = (ahead - behind) / 2, dot(along, slope)
         whole = max(expected(along, slope), abs(change))
         apart = abs(change - seen)
-        if not apart > max(SLIGHT * whole, noise):  # also where NaN
-            if coarse and scale < 1:  # too near for this number format
-                break
+        if not apart > max(SLIGHT * whole, noise * min(scale, 1.0)):  # also where NaN
             return 0.0
         found.append(apart / whole)
         bends.append(abs(ahead + behind - 2 * center) / 2)
