@@ -1,16 +1,16 @@
 """Checks of a problem's functions when it is first settled."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equigrad.buffers import find_generators
-from equigrad.diagnostics.own_weights import OwnWeights
+from equigrad.diagnostics.own_weights import OwnWeights, padding_rows
 from equigrad.diagnostics.slopes import (
     ALIKE,
     STRETCH,
@@ -385,7 +385,7 @@ class _Look:
 
     def _hold(self, tensors: list[Tensor]) -> None:
         """Set entries to zero that get no gradient by design."""
-        for name, row in _padding(self._evaluation.problem.modules or ()):
+        for name, row in padding_rows(self._evaluation.problem.modules or ()):
             if name in self._free.params and self._free.params[name].ndim == 2:
                 tensors[list(self._free.params).index(name)][row] = 0
 
@@ -394,14 +394,6 @@ class _Look:
         self._hold(grads)
         params, meta = (flatten(part) for part in (grads[:count], grads[count:]))
         return Slope(value.detach(), params, meta)
-
-
-def _padding(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
-    """Padding rows of embeddings, which get no gradient."""
-    for module in modules:
-        for path, part in module.named_modules():
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
-                yield f"{path}.weight".lstrip("."), part.padding_idx
 
 
 def problem_batches(problem: Any) -> list[Any]:

@@ -129,3 +129,11 @@ def _places(path: str, part: nn.Module) -> Iterator[tuple[str, dict[str, Any], s
     for local, own in slots.items():
         if isinstance(own, nn.Parameter) and own.requires_grad:
             yield f"{path}.{local}".lstrip("."), slots, local, own
+
+
+def padding_rows(modules: Iterable[nn.Module]) -> Iterator[tuple[str, int]]:
+    """Padding rows of embeddings, which get no gradient."""
+    for module in modules:
+        for path, part in module.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
+                yield f"{path}.weight".lstrip("."), part.padding_idx
