@@ -39,11 +39,10 @@ WRONG = 1e-2
 """A relative error of a derivative above this makes the gradient wrong."""
 
 AWAY = 8.0, 16.0, 32.0, 64.0
-"""How much further away what differs is looked at again: a softmax that is nearly sure moves by
-whole rounding errors, or not at all, which looks alike at two small distances."""
+"""Further distances for a second look: nearly sure softmaxes move by whole rounding errors."""
 
 ROUNDED = 0.7
-"""What is left there of a difference that rounding makes; a real one stays as it is."""
+"""The share that may remain there of a difference due to rounding; a real one stays."""
 
 ROUNDING = 1e4
 """Number of rounding errors by which two evaluations may differ."""

@@ -12,13 +12,11 @@ from equigrad.evaluation.tally import Tally
 from equigrad.evaluation.tensors import check_samples, check_tensors
 from equigrad.parallel import (
     Layout,
-    Likeness,
     OnShards,
     Ranks,
     is_fully_sharded,
     mesh_of,
     meshes,
-    require_alike,
     whole,
 )
 from equigrad.problems import Params, Problem
@@ -141,6 +139,8 @@ def agreed_seed(
     Raises:
         ProblemError: they differ.
     """
+    from equigrad.parallel.likeness import Likeness, require_alike
+
     streams: tuple[Stream, ...] = ("inner", "outer")
     given = [*params.values(), *meta_params.values()]
     mine = Likeness(

@@ -1,7 +1,6 @@
 """All communication between processes, which share the data and have the same φ and θ."""
 
 from equigrad.parallel.fully_sharded import is_fully_sharded
-from equigrad.parallel.likeness import Likeness, require_alike
 from equigrad.parallel.ranks import ALONE, Ranks
 from equigrad.parallel.shards import Layout, OnShards, mesh_of, meshes, whole
 from equigrad.parallel.wrappers import (
@@ -15,7 +14,6 @@ from equigrad.parallel.wrappers import (
 __all__ = [
     "ALONE",
     "Layout",
-    "Likeness",
     "OnShards",
     "Ranks",
     "data_parallel",
@@ -26,6 +24,5 @@ __all__ = [
     "mesh_of",
     "meshes",
     "processes",
-    "require_alike",
     "whole",
 ]
