@@ -12,7 +12,7 @@ from equigrad.testing import affine_map_case, tanh_map_case
 DRAW = torch.Generator().manual_seed(0)
 W = 0.3 * torch.randn(5, 5, generator=DRAW).double()
 U = torch.randn(5, 3, generator=DRAW).double()
-NAMED = "changes by other than autograd says"
+NAMED = "does not change as autograd says"
 
 
 def relax(h, m):

@@ -164,7 +164,7 @@ def nothing_is_hidden(
     share, name = unseen(value, slope, move, size), evaluation.problem.name(stream)
     if share > 0:
         evaluation.tally.note(
-            f"{name} changes by other than autograd says: along a random direction the two differ "
+            f"{name} does not change as autograd says: along a random direction the two differ "
             f"by {share:.1g} of their size. Something in {name} is hidden from autograd "
             f"(.detach(), .item(), torch.no_grad(), .data, numpy, a custom backward), and "
             f"{type(estimator).__name__} gives the gradient of what is seen alone. Where that is "

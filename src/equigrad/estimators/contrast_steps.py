@@ -1,5 +1,6 @@
 """The inner gradient of a step, differentiated by contrast instead of a double backward."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import unlowered
 from equigrad.solvers import Moment
 from equigrad.vectors import flatten
+
+JUMPS = 0.3
+"""A mean unevenness above this comes from kinks, or from distances that are far too long."""
+
+POOR = 0.1
+"""An estimated relative error above this is reported in the status."""
 
 REACH = 4
 """The distance h may move by at most this many factors of 8 from its first estimate."""
@@ -42,6 +49,7 @@ class ContrastedGradient:
         self._problem, self._full = evaluation.problem, unlowered(evaluation.problem)
         self.distance: float | None = None
         self.accuracy = 0.0
+        self._sizes = self._uneven = self._squares = 0.0
         self._share = self._best = 0.0
         self._shortest, self._longest = 0.0, torch.inf
 
@@ -81,9 +89,14 @@ class ContrastedGradient:
         return dense
 
     def products(
-        self, params: Params, meta_params: Params, at: Moment, vector: Sequence[Tensor]
+        self,
+        params: Params,
+        meta_params: Params,
+        at: Moment,
+        vector: Sequence[Tensor],
+        here: Sequence[Tensor],
     ) -> list[Tensor]:
-        """`(∂²L_in/∂φ²) b`, then `(∂²L_in/∂θ∂φ) b`."""
+        """`(∂²L_in/∂φ²) b`, then `(∂²L_in/∂θ∂φ) b`, where the gradient is `here`."""
         size = flatten(vector).norm().item()
         if not size > 0:  # also of NaN, which the gradient then is
             lost = 0.0 if size == 0 else torch.nan
@@ -96,8 +109,49 @@ class ContrastedGradient:
             self._follow()
             self._evaluation.tally.spend(2)
             found = self._difference(params, meta_params, at, unit)
+        self._weigh(size * flatten(found).norm().item(), here)
         self._follow()
         return [size * d for d in found]
+
+    def _weigh(self, size: float, here: Sequence[Tensor]) -> None:
+        """Add the unevenness of a product of some size, where the gradient at φ is `here`."""
+        there, back = self._sides
+        uneven = (there + back - 2 * flatten(here)).norm() / (there - back).norm()
+        share = uneven.item() if torch.isfinite(uneven) else 0.0
+        self._sizes += size
+        self._uneven += size * share
+        self._squares += size * share**2
+
+    @property
+    def uneven(self) -> float:
+        """The gradient's second difference relative to its first, a mean over products."""
+        return self._uneven / self._sizes if self._sizes else 0.0
+
+    @property
+    def error(self) -> float:
+        """The estimated relative error of the gradient.
+
+        In a smooth function a difference is wrong by about the square of the unevenness. A kink
+        makes it uneven at any distance, and the products are then not those of autograd.
+        """
+        if self.uneven > JUMPS:
+            return math.inf
+        return self.accuracy + (self._squares / self._sizes if self._sizes else 0.0)
+
+    def notes(self) -> list[str]:
+        """What the user should know about the products."""
+        said = [
+            f"products by contrast, the first accurate to {self.accuracy:.1g}, the last at a "
+            f"distance of {self.distance or 0:.1g}"
+        ]
+        if self.error > POOR:
+            size = "its own size or more" if self.error >= 1 else f"about {self.error:.1g} of it"
+            said.append(
+                f"the inner gradient changes unevenly over that distance (by {self.uneven:.2g} of "
+                f"its change), as at kinks (ReLU, max-pooling): the gradient may be wrong by "
+                f"{size}. Use products='autograd', torch.float64 or a smooth activation"
+            )
+        return said
 
     @property
     def _off(self) -> float:
@@ -152,6 +206,7 @@ class ContrastedGradient:
             grads.append(self._gradients(self._full, sides[-1], meta_params, at.end_step))
         there, back = (flatten(g[: len(unit)]) for g in grads)
         self._share = ((there - back).norm() / (there + back).norm()).item()
+        self._sides = there, back
         found = [(a - b) / (2 * distance) for a, b in zip(*grads, strict=True)]
         regularizer = self._problem.regularizer
         if regularizer is not None:
@@ -176,15 +231,18 @@ class _Contrasted(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.gradient, ctx.names, ctx.meta_names = gradient, names, meta_names
         ctx.at = gradient.moment(step)
-        ctx.save_for_backward(*tensors)
         params, meta = _named(ctx, tensors)
-        return gradient.at(params, meta, step)
+        found = gradient.at(params, meta, step)
+        ctx.save_for_backward(*tensors, *found)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *vector: Tensor) -> Any:  # pyright: ignore
-        params, meta = _named(ctx, ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        params, meta = _named(ctx, saved)
+        here = saved[len(params) + len(meta) :]
         with torch.no_grad():
-            found = ctx.gradient.products(params, meta, ctx.at, vector)
+            found = ctx.gradient.products(params, meta, ctx.at, vector, here)
         return None, None, None, None, *found
 
 
@@ -193,5 +251,5 @@ def _named(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Params, Params]:
     cut = len(ctx.names)
     return (
         dict(zip(ctx.names, held[:cut], strict=True)),
-        dict(zip(ctx.meta_names, held[cut:], strict=True)),
+        dict(zip(ctx.meta_names, held[cut:], strict=False)),
     )

@@ -35,9 +35,10 @@ class Unrolled(Estimator):
 
     `products="contrast"` takes the derivatives of a step's inner gradient as differences of two
     inner gradients, with first-order gradients alone: fused attention, autocast (differences are
-    taken in full precision) and compiled models serve, in about three times the evaluations of the
-    steps themselves. The gradient is exact but for the accuracy of the differences, which the
-    status names. φ and the solver's state of every step are kept, and no activations.
+    taken in full precision) and compiled models work, in about three times the evaluations of the
+    steps themselves. φ and the solver's state of every step are kept, and no activations. The
+    `error_estimate` is that of the differences. In float32 the kinks of a ReLU network or of
+    max-pooling lie within their distance, and spoil them: the status says so.
 
     Attributes:
         products: how products with `∂²L_in/∂φ²` and `∂²L_in/∂θ∂φ` are computed: by `autograd`, or
@@ -135,11 +136,9 @@ class Unrolled(Estimator):
                 f"truncation={self.truncation}: the path through it is not in the gradient"
             )
         if contrast is not None:
-            evaluation.tally.note(
-                f"products by contrast, the first accurate to {contrast.accuracy:.1g} at a "
-                f"distance of {contrast.distance or 0:.1g}"
-            )
-        return Estimate(grads=grads, phases=(free,))
+            evaluation.tally.note(*contrast.notes())
+        error = None if contrast is None else contrast.error
+        return Estimate(grads=grads, phases=(free,), error_estimate=error)
 
     def _settle(
         self, evaluation: Evaluation, solver: Solver, contrast: ContrastedGradient | None
