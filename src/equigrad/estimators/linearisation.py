@@ -196,6 +196,8 @@ def second_derivatives(evaluation: Evaluation, who: str) -> Iterator[None]:
         if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
             raise
         without = serving(evaluation, lambda traits: not traits.double_backward)
+        if who == "Unrolled" and evaluation.problem.symmetric:
+            without = f"Unrolled(products='contrast') or {without}"
         raise DoubleBackwardError(
             f"{who} differentiates the inner gradient once more, and an operation of this model "
             f"has no second derivative ({str(error).splitlines()[0]}). Use {without}, which need "
