@@ -108,7 +108,7 @@ def test_the_page_on_equilibrium_layers_settles():
 def test_the_page_on_own_data_learns_from_python():
     (scope,) = run_examples("own-data.md", "from equigrad.sklearn import")
     assert scope["scores"].mean() > 0.9
-    assert scope["model"].strengths_["0.weight"].shape == (16, 13)
+    assert scope["model"].strengths_["0.weight"].shape == (1, 13)
 
 
 def test_the_page_on_least_control_has_a_gradient_of_shared_weights():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equigrad.diagnostics.own_weights import padding_rows
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
@@ -147,7 +148,11 @@ def nothing_is_hidden(
     across = {
         n: t if n in names else torch.zeros_like(t) for n, t in _spread(meta, meta, 1).items()
     }
-    move = balanced(Move(_spread(params, evaluation.params, 0), across), slope)
+    along = _spread(params, evaluation.params, 0)
+    for name, row in padding_rows(evaluation.problem.modules or ()):
+        if name in along and along[name].ndim == 2:
+            along[name][row] = 0  # gets no gradient by design
+    move = balanced(Move(along, across), slope)
     size = flat(params).norm().item() if stream == "inner" else slope.value.abs().item()
 
     def value(by: Move) -> float:

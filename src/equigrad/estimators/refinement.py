@@ -48,7 +48,9 @@ def refine(phases: RefinedPhases, beta: float) -> Estimate:
 def _best(phases: RefinedPhases, beta: float) -> tuple[Answer, float]:
     """The first answer that is near enough, or the best, and how far the last two are apart."""
     best, apart = Answer(math.inf, phases.direct, ()), math.inf
-    if not (phases.obstacle or phases.solver.jumps):
+    # neurons rest at a map of their energy's gradient, whose Jacobian is no Hessian
+    hessian = phases.evaluation.problem.symmetric
+    if hessian and not (phases.obstacle or phases.solver.jumps):
         best, apart = KrylovLevels(phases).refined()
         if best.error <= phases.rtol or phases.obstacle in ("budget", "cancelled"):
             return best, apart

@@ -24,6 +24,7 @@ BY_LOOP = (
     "outer_step",
     "outer_loss",
     "residual",
+    "error_estimate",
     "gradient_norm",
     "gradient_evaluations",
     "seconds",

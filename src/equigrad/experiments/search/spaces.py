@@ -172,7 +172,7 @@ SPACES: dict[tuple[str, str], Space] = {
         {
             "contrastive.beta": among(0.03, 0.1, 0.3),
             "outer_lr": among(0.2, 0.5, 1.0),
-            "nudged_steps": among(10, 20, 50),
+            "nudged_steps": among(5, 10, 20, 50),
             "folds": among(2, 3, 5),
         },
         trials=20,
