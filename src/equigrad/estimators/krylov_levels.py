@@ -18,7 +18,7 @@ from equigrad.vectors import flatten, unflatten
 FIRST_SHARE = 2e-3
 """The share of the outer force that the response of the first level may leave."""
 
-GAIN = 6
+GAIN = 10
 """How much further a level goes than the one before."""
 
 AHEAD = 8
@@ -46,7 +46,7 @@ class KrylovLevels:
     enough, in narrow formats and at late levels, one on each side. What an `LBFGS` has learned of
     the curvature preconditions them, and what they meet on the way is handed back to it.
 
-    **Levels.** Each settles the free phase and the response six times as far as the one before, and
+    **Levels.** Each settles the free phase and the response ten times as far as the one before, and
     takes its differences on the other side of φ and half as near, so that the error of a difference
     shows as well. The error of an answer is measured by the next, which is not returned: its own is
     not known. Nothing but the end depends on the error asked for, so that a stricter one is no
