@@ -88,7 +88,7 @@ def test_memory_and_gradients_are_those_of_single_backward_passes():
     result = eg.meta_gradient(problem, params, meta, solver=solver, estimator=RULE)
     look = 4  # at a problem that is seen for the first time
     assert Once.backwards == result.gradient_evaluations + look
-    with pytest.raises(eg.DoubleBackwardError, match="Use .*Contrastive"):
+    with pytest.raises(eg.DoubleBackwardError, match=r"Use .*Contrastive"):
         eg.meta_gradient(problem, params, meta, solver=solver, estimator=eg.Unrolled())
 
 
