@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 
 import equigrad as eg
 from equigrad.estimators.krylov_levels import KrylovLevels
+from equigrad.estimators.refinement_pairs import Answer
 from equigrad.testing import CASES, quadratic_case
 from equigrad.testing.hard_zoo import HARD_ZOO
 from equigrad.testing.zoo import ZOO
@@ -523,3 +525,12 @@ def test_two_sides_that_do_not_come_together_are_named(monkeypatch):
     result = solve(solver=eg.LBFGS(), estimator=eg.Contrastive(rtol=1e-2))
     assert "rtol=0.01 not reached" in result.status
     assert stated(result) > 0.05
+
+
+def test_an_answer_of_unknown_error_is_that_of_phases_where_there_are_any():
+    """Both are named; but the direct term alone, here zero, says nothing of the response."""
+    grads = {"l": torch.zeros(())}
+    pair: Any = object()
+    direct, tried = Answer(math.inf, grads, ()), Answer(math.inf, grads, (pair,))
+    assert min(direct, tried, key=Answer.by_error) is tried
+    assert min(dataclasses.replace(direct, error=0.1), tried, key=Answer.by_error).error == 0.1

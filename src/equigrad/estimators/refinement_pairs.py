@@ -87,9 +87,9 @@ class Answer:
         grads = {n: g + (g - coarse.grads[n]) / gain for n, g in fine.grads.items()}
         return cls(math.inf, grads, (coarse, fine))
 
-    def by_error(self) -> float:
-        """The key to compare answers by."""
-        return self.error
+    def by_error(self) -> tuple[float, bool]:
+        """The key to compare answers by; of two unknown errors, one without phases is the worse."""
+        return self.error, not self.pairs
 
 
 @dataclass(frozen=True)
