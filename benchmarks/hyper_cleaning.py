@@ -3,20 +3,21 @@
 A weight σ(a_i) for every training image, learned such that a softmax classifier, or a network of
 two layers, does well on the validation set (Franceschi et al. 2017, with half of the labels
 flipped). At every outer step the learner goes on from where it was, for 20 steps, and Adam moves a.
-Each method has the same number of gradient evaluations; seconds stand beside it. In the end the
-learner is trained anew with the weights; F1 is that of the flipped labels, found where σ(a_i) < ½.
+Each method has the same time, in seconds of the processor, one thread. In the end the learner is
+trained anew with the weights; F1 is that of the flipped labels, found where σ(a_i) < ½.
 Small loss: the learner is trained once, and the half of the images with the highest loss is left
 out; `none` is training on all of them.
 
     EQUIGRAD_DATA=… python benchmarks/hyper_cleaning.py --out hyper-cleaning.jsonl
 
-goes on where it was stopped, and prints the table. One method at a time, one thread.
+goes on where it was stopped, and prints the table, mean ± standard error over seeds.
 """
 
 import argparse
 import json
+import statistics
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from equigrad.problems import Params
 
 PART, DECAY, INNER_STEPS, FINAL_STEPS = 5000, 1e-4, 20, 300
 NETWORKS = {"linear": (784, 10), "two layers": (784, 100, 10)}
-BUDGETS = {"linear": 2000, "two layers": 2000}
+SECONDS = {"linear": 15.0, "two layers": 45.0}
 LEARNER: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "nesterov": True}
 OUTER_LR = 0.2
 ESTIMATORS: dict[str, eg.Estimator] = {
@@ -42,6 +43,7 @@ ESTIMATORS: dict[str, eg.Estimator] = {
     "ConjugateGradient": eg.ConjugateGradient(max_iterations=10, damping=1e-2, indefinite="stop"),
     "T1T2": eg.T1T2(),
 }
+METHODS = ("none", "small loss", *ESTIMATORS)
 
 
 class Cleaning:
@@ -87,13 +89,14 @@ class Cleaning:
         solver = eg.GradientDescent(**LEARNER, max_steps=steps)
         return dict(eg.settle(self.problem, self.start, {"a": a}, solver=solver).params)
 
-    def learned(self, estimator: eg.Estimator, budget: int) -> tuple[Tensor, int, int]:
+    def learned(self, estimator: eg.Estimator, seconds: float) -> tuple[Tensor, int, int]:
         """a, outer steps, and gradient evaluations spent."""
+        end = time.process_time() + seconds
         a = torch.zeros(PART, requires_grad=True)
         optimizer = torch.optim.Adam([a], lr=OUTER_LR)
         solver = eg.GradientDescent(**LEARNER, max_steps=INNER_STEPS)
         params, spent, steps = self.start, 0, 0
-        while spent < budget:
+        while time.process_time() < end:
             result = eg.meta_gradient(
                 self.problem, params, {"a": a}, solver=solver, estimator=estimator
             )
@@ -123,31 +126,41 @@ def _flat(pixels: Tensor) -> Tensor:
     return pixels.flatten(1).float() / 255
 
 
-def measured(network: str, method: str, seed: int, budget: int) -> dict[str, Any]:
-    """One row."""
+def measured(network: str, method: str, seed: int) -> dict[str, Any]:
+    """One method and seed."""
     job = Cleaning(network, seed)
-    began, steps, spent = time.perf_counter(), 0, FINAL_STEPS
+    steps, spent = 0, FINAL_STEPS
     if method == "none":
         a = torch.full((PART,), 20.0)
     elif method == "small loss":
         a = job.small_loss()
     else:
-        a, steps, spent = job.learned(ESTIMATORS[method], budget)
-    seconds = time.perf_counter() - began
-    row = {"network": network, "method": method, "seed": seed, "budget": budget}
-    return row | job.judged(a) | {"outer_steps": steps, "evaluations": spent, "seconds": seconds}
+        a, steps, spent = job.learned(ESTIMATORS[method], SECONDS[network])
+    row = {"network": network, "method": method, "seed": seed, "seconds": SECONDS[network]}
+    return row | job.judged(a) | {"outer_steps": steps, "evaluations": spent}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """By network and method."""
-    head = "| network | method | seed | test accuracy | F1 | outer steps | evaluations | seconds |"
-    lines = [head, "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for r in rows:
-        lines.append(
-            f"| {r['network']} | {r['method']} | {r['seed']} | {r['accuracy']:.1%} | {r['f1']:.3f} "
-            f"| {r['outer_steps']} | {r['evaluations']} | {r['seconds']:.0f} |"
-        )
+    head = "| network | method | seeds | test accuracy | F1 | outer steps | gradient evaluations |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for network in NETWORKS:
+        for method in METHODS:
+            own = [r for r in rows if (r["network"], r["method"]) == (network, method)]
+            if own:
+                accuracy, f1 = (_mean([r[key] for r in own]) for key in ("accuracy", "f1"))
+                counts = (_mean([r[key] for r in own])[0] for key in ("outer_steps", "evaluations"))
+                lines.append(
+                    f"| {network} | {method} | {len(own)} | {accuracy[0]:.1%} ± {accuracy[1]:.1%} "
+                    f"| {f1[0]:.3f} ± {f1[1]:.3f} | {' | '.join(f'{c:.0f}' for c in counts)} |"
+                )
     return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
 
 
 def main() -> None:
@@ -155,20 +168,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("hyper-cleaning.jsonl"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--budget", type=int, help="gradient evaluations a method")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     lines = given.out.read_text().splitlines() if given.out.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    done = {(r["network"], r["method"], r["seed"], r["budget"]) for r in rows}
-    for network in given.networks:
-        budget = given.budget or BUDGETS[network]
-        for method in ("none", "small loss", *ESTIMATORS):
-            if (network, method, given.seed, budget) not in done:
-                rows.append(measured(network, method, given.seed, budget))
-                with given.out.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+    done = {(r["network"], r["method"], r["seed"], r["seconds"]) for r in rows}
+    for seed, network, method in product(range(given.seeds), given.networks, METHODS):
+        if (network, method, seed, SECONDS[network]) not in done:
+            rows.append(measured(network, method, seed))
+            with given.out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
 
 

@@ -1,5 +1,7 @@
 """Autocast around a call: the losses compute in the lower precision, of weights as they are."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,24 @@ def test_what_rounding_keeps_from_settling_is_named():
     assert "under autocast the losses compute in bfloat16, to 0.8 %" in found.status
     plain = eg.meta_gradient(problem, params, meta, solver=eg.LBFGS(tol=1e-6, max_steps=1))
     assert "autocast" not in plain.status
+
+
+def test_mini_batches_of_a_fixed_number_of_steps_are_not_taken_for_rounding():
+    """The residual of the last batch may be twice that of the first for reasons of their own."""
+    problem, params, meta = regression()
+    scales = [torch.tensor(s) for s in (0.01, 1.0)]
+
+    def scaled(p, m, scale):
+        return scale * problem.inner_loss(p, m)
+
+    batched = eg.Bilevel(scaled, problem.outer_loss, inner_batches=scales)
+    adam = eg.TorchOptimizer(optimizer=torch.optim.Adam, options={"lr": 1e-3}, max_steps=4)
+    rule = eg.Contrastive(
+        beta=0.01, nudge="force", nudged_solver=dataclasses.replace(adam, max_steps=3)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = eg.meta_gradient(batched, params, meta, solver=adam, estimator=rule)
+    nudged = found.phases[1]
+    assert nudged.failed  # it grew, in this setting
+    assert nudged.tol is None
+    assert "bfloat16" not in found.status

@@ -247,7 +247,9 @@ def _look(
     """Check a problem at its settled state; note or raise what is wrong."""
     free = phases[0]
     _judge(free, evaluation, solver)
-    if evaluation.lower and any(s.phase.failed for s in phases):
+    batches = evaluation.problem.inner_batches  # residuals of two mini-batches differ anyway
+    judged = [s.phase for s in phases if batches is None or s.phase.tol is not None]
+    if evaluation.lower and any(phase.failed for phase in judged):
         said = _rounding(evaluation.lower, evaluation.problem.symmetric)
         _refuse_unanswered(phases[1:], said)
         evaluation.tally.note(said)
