@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from equigrad.experiments.runs.figures import MARKERS
+
 EQUILIBRIUM = math.inf
 """The number of steps that means a phase at exact equilibrium."""
 
@@ -88,6 +90,9 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else math.nan
 
 
+MOST_MARKERS = 10
+"""On one curve."""
+
 AXES = {
     "beta": ("nudging strength β", "log", "β"),
     "free_steps": ("steps in each phase", "linear", "steps"),
@@ -151,9 +156,18 @@ def draw_curves(
     curves: dict[float, list[Any]] = {}
     for row in rows:
         curves.setdefault(getattr(row, by), []).append(row)
-    for value, color in zip(sorted(curves), colors or shades(len(curves)), strict=True):
+    for i, (value, color) in enumerate(
+        zip(sorted(curves), colors or shades(len(curves)), strict=True)
+    ):
         points = sorted((getattr(row, x), getattr(row, y)) for row in curves[value])
-        axes.plot(*zip(*points, strict=True), color=color, label=label.format(value))
+        axes.plot(
+            *zip(*points, strict=True),
+            color=color,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            markevery=-(-len(points) // MOST_MARKERS),
+            label=label.format(value),
+        )
 
 
 def shades(count: int) -> list[tuple[float, ...]]:

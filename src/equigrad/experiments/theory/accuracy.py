@@ -28,8 +28,9 @@ from equigrad.estimators import (
 from equigrad.estimators.linearisation import Linearisation
 from equigrad.estimators.neumann_series import largest_curvature
 from equigrad.evaluation import Evaluation
-from equigrad.experiments.runs.error_curves import as_table, finish, shades
+from equigrad.experiments.runs.error_curves import as_table, finish
 from equigrad.experiments.runs.experiment import one_of
+from equigrad.experiments.runs.figures import COLORS, MARKERS, color
 from equigrad.experiments.runs.methods import PAPERS_RULE
 from equigrad.experiments.runs.reproduction import Cell, Reproduction
 from equigrad.fields import SOME, Count, Share
@@ -221,15 +222,13 @@ class Accuracy(Reproduction):
         """The true error against the requested one, and against the estimate."""
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        colors = dict(zip(self.problems, shades(len(self.problems)), strict=True))
-        for problem in self.problems:
+        for i, problem in enumerate(self.problems):
             own = {row.method: row for row in rows if row.problem == problem}
             found = [own[asked(r)] for r in self.rtols]
-            color = colors[problem]
-            left.loglog(self.rtols, [row.error for row in found], "o-", color=color, label=problem)
-            right.loglog(
-                [row.error for row in found], [row.estimate for row in found], "o", color=color
-            )
+            errors, estimates = [row.error for row in found], [row.estimate for row in found]
+            look = {"color": color(i), "marker": MARKERS[i // len(COLORS)], "markersize": 5}
+            left.loglog(self.rtols, errors, label=problem, **look)
+            right.loglog(errors, estimates, linestyle="none", **look)
         ends = [min(self.rtols), max(self.rtols)]
         left.loglog(ends, ends, "k--", linewidth=1)
         left.set(xlabel="relative error asked for", ylabel="true relative error")
