@@ -1,6 +1,7 @@
 """Scores of training examples: right, or named as not to be trusted."""
 
 import csv
+import dataclasses
 import json
 import math
 from typing import Any
@@ -64,6 +65,40 @@ def test_scores_are_derivatives_by_implicit_differentiation():
     assert "take runs=2" in found.status
 
 
+@pytest.mark.parametrize("products", ["autograd", "contrast"])
+def test_scores_of_the_optimisers_own_steps(products):
+    """At the minimum the gradient through the steps is that of implicit differentiation."""
+    nudged = scores(estimator=eg.Contrastive(beta=0.01), nudged_steps=200, runs=1)
+    found = scores(estimator=eg.Unrolled(products=products))
+    torch.testing.assert_close(found.scores, nudged.scores, rtol=1e-3, atol=1e-5)
+    assert math.isnan(found.steadiness)
+    assert found.trusted
+    assert found.status.startswith("runs agree on the ranks by 1.00;")
+
+
+def test_scores_that_depend_on_the_nudge_are_not_trusted():
+    """A strong nudge leaves one of many minima, and a tenth of it does not."""
+
+    def ripples(model, batch):
+        off = (model(batch[0]) - batch[1]).mean(1)
+        return (3 * off).sin().square() + off.square() / 10
+
+    gentle, strong = (
+        scores(
+            loss=ripples,
+            solver=dataclasses.replace(SOLVER, options={"lr": 0.02}, max_steps=300),
+            estimator=eg.Contrastive(beta=beta),
+        )
+        for beta in (0.1, 3.0)
+    )
+    assert gentle.linearity > 0.99
+    assert gentle.trusted
+    assert strong.linearity < 0.5
+    assert strong.steadiness > 0.8  # which alone would have passed
+    assert not strong.trusted
+    assert "the ranks change with beta" in strong.status
+
+
 def test_wrong_examples_rank_first_and_runs_agree():
     found = scores(batch_size=8)
     assert set(found.ranking()[:4]) <= set(range(6))
@@ -100,8 +135,14 @@ def test_sources():
         (
             {"estimator": eg.Contrastive(nudged_solver=SOLVER), "nudged_steps": 3},
             eg.ConfigurationError,
-            "one or the other",
+            "leave nudged_steps out",
         ),
+        (
+            {"estimator": eg.Unrolled(), "nudged_steps": 3},
+            eg.ConfigurationError,
+            "the estimator is Unrolled",
+        ),
+        ({"estimator": "unrolled"}, eg.ConfigurationError, "estimator must be"),
     ],
 )
 def test_bad_input(wrong, error, words):

@@ -1,20 +1,105 @@
-"""The problem that learns weights of training examples, or of their sources."""
+"""What scores and learned weights of training examples, or of their sources, are computed from."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from equigrad.errors import DataError
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.fields import Count, expect, require
 from equigrad.nn import Functional
 from equigrad.problems import Bilevel, Params
+from equigrad.solvers import Solver, TorchOptimizer
 
 ExampleLoss = Callable[[Callable[..., Any], Any], Tensor]
 """`(model, batch) -> losses`, one loss for each example; `model` is called like the module."""
+
+
+@dataclass(frozen=True)
+class WeightedTraining:
+    """A model that trains on weighted examples, and is judged by trusted ones.
+
+    Attributes:
+        names: of the weights.
+        problem: trains on the weighted examples; its θ is `weight`.
+        params: where training starts.
+        rule: estimates the gradient of the validation loss.
+    """
+
+    names: tuple[str, ...]
+    problem: Bilevel
+    params: dict[str, Tensor]
+    rule: Estimator
+
+    def meta(self, weights: Tensor) -> dict[str, Tensor]:
+        """θ, where the model is."""
+        return {"weight": weights.to(next(iter(self.params.values())).device)}
+
+
+def weighted_training(
+    model: nn.Module,
+    train: Any,
+    valid: Any,
+    loss: ExampleLoss | None,
+    *,
+    solver: Solver,
+    batch_size: int,
+    collate: Callable[[list[Any]], Any],
+    sources: Sequence[Any] | None,
+    estimator: Estimator | None,
+    nudged_steps: int | None,
+) -> WeightedTraining:
+    """Check what `example_scores` and `learn_weights` are both given, and make a problem of it."""
+    expect(nn.Module, model=model)
+    expect(Solver, solver=solver)
+    expect(Count, batch_size=batch_size)
+    expect(Count | None, nudged_steps=nudged_steps)
+    expect(Callable | None, loss=loss)
+    names, groups = named_weights(train, sources)
+    check_data("valid", valid)
+    net = Functional(model)
+    problem = weighted_problem(
+        net, train, valid, loss or labelled_loss, groups, batch_size, collate
+    )
+    return WeightedTraining(
+        names, problem, net.params(), chosen_rule(estimator, solver, nudged_steps)
+    )
+
+
+def chosen_rule(estimator: Estimator | None, solver: Solver, nudged_steps: int | None) -> Estimator:
+    """The estimator; a contrastive one has nudged phases of a constant rate, and β = 0.3."""
+    estimator = Contrastive(beta=0.3) if estimator is None else estimator
+    expect(Estimator, estimator=estimator)
+    nudged = getattr(estimator, "nudged_solver", None)
+    require(
+        nudged_steps is None or (isinstance(estimator, Contrastive) and nudged is None),
+        f"nudged_steps says how long the nudged phases of a Contrastive without a nudged_solver "
+        f"are, and the estimator is {estimator}; leave nudged_steps out",
+    )
+    if not isinstance(estimator, Contrastive) or nudged is not None:
+        return estimator
+    require(
+        solver.max_steps is not None or nudged_steps is not None,
+        "a solver without max_steps does not say how long nudged phases are; give nudged_steps",
+    )
+    least = 2 * getattr(solver, "accumulate", 1)  # half of them make a step
+    require(
+        nudged_steps is None or nudged_steps >= least,
+        f"nudged_steps must be at least {least}, so that half of them move the model, got "
+        f"{nudged_steps}",
+    )
+    steps = nudged_steps or max((solver.max_steps or 0) // 5, least)
+    changed: dict[str, Any] = {"max_steps": steps, "tol": None}
+    if isinstance(solver, TorchOptimizer):
+        changed["scheduler"] = None
+    return dataclasses.replace(estimator, nudged_solver=dataclasses.replace(solver, **changed))
 
 
 def weighted_problem(

@@ -10,21 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from equigrad.estimators import Contrastive
+from equigrad.estimators import Estimator
 from equigrad.fields import Count, Positive, expect
 from equigrad.gradient import meta_gradient
-from equigrad.nn import Functional
 from equigrad.solvers import Solver
-from equigrad.training.example_weights import (
-    ExampleLoss,
-    check_data,
-    labelled_loss,
-    named_weights,
-    weighted_problem,
-)
+from equigrad.training.example_weights import ExampleLoss, weighted_training
 from equigrad.training.files import load_tensors, save_tensors
 from equigrad.training.ranked import Ranked
-from equigrad.training.scores import constant_rate, require_same
+from equigrad.training.scores import require_same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +57,7 @@ def learn_weights(
     batch_size: int = 32,
     collate: Callable[[list[Any]], Any] = default_collate,
     sources: Sequence[Any] | None = None,
-    estimator: Contrastive | None = None,
+    estimator: Estimator | None = None,
     nudged_steps: int | None = None,
     seed: int = 0,
     folder: Path | None = None,
@@ -74,8 +67,8 @@ def learn_weights(
 
         min_a L_val(φ*(w)),   w_i = 2 σ(a_i),   φ*(w) = train on (1/n) Σ_i w_i loss_i(φ)
 
-    by Adam on a. For every outer step the model trains anew, with the weights as they are, and then
-    goes on a little, nudged towards and away from the validation loss, as for `example_scores`.
+    by Adam on a. For every outer step the model trains anew, with the weights as they are, and the
+    gradient of the validation loss is estimated as for `example_scores`.
 
     Args:
         model: any module; its parameters that require a gradient are trained, from where they are.
@@ -88,7 +81,7 @@ def learn_weights(
         batch_size: examples a batch.
         collate: makes a batch of a list of examples.
         sources: of each training example, a name; they then share a weight.
-        estimator: the contrastive rule; β = 0.3 by default.
+        estimator: as for `example_scores`.
         nudged_steps: as for `example_scores`.
         seed: of the first training run; the next one has the next.
         folder: where the weights are kept after every step, to go on from; None keeps nothing.
@@ -120,41 +113,38 @@ def learn_weights(
         >>> found.ranking()[0], bool(found.weights[3] < 0.6)
         (3, True)
     """
-    expect(nn.Module, model=model)
-    expect(Solver, solver=solver)
-    expect(Count, batch_size=batch_size, outer_steps=outer_steps)
+    expect(Count, outer_steps=outer_steps)
     expect(Positive, lr=lr)
-    expect(Count | None, nudged_steps=nudged_steps)
-    expect(Callable | None, loss=loss)
-    names, groups = named_weights(train, sources)
-    check_data("valid", valid)
-    net = Functional(model)
-    problem = weighted_problem(
-        net, train, valid, loss or labelled_loss, groups, batch_size, collate
+    job = weighted_training(
+        *(model, train, valid, loss),
+        solver=solver,
+        batch_size=batch_size,
+        collate=collate,
+        sources=sources,
+        estimator=estimator,
+        nudged_steps=nudged_steps,
     )
-    rule = constant_rate(estimator, solver, nudged_steps)
-    place = _Place.new(len(names), lr)
+    place = _Place.new(len(job.names), lr)
     if folder is not None:
         sizes = {"train": len(train), "valid": len(valid), "batch_size": batch_size, "lr": lr}
-        require_same(folder, solver, rule, sizes)
+        require_same(folder, solver, job.rule, sizes)
         place.go_on(folder / "weights.pt")
-    device = next(model.parameters()).device
     while place.steps < outer_steps:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + place.steps)
             result = meta_gradient(
-                problem,
-                net.params(),
-                {"weight": place.weights().to(device)},
+                job.problem,
+                job.params,
+                job.meta(place.weights()),
                 solver=solver,
-                estimator=rule,
+                estimator=job.rule,
             )
         place.step(result.grads["weight"].cpu(), result.outer_loss, result.gradient_evaluations)
         progress(f"step {place.steps} of {outer_steps}: validation loss {result.outer_loss:.4g}")
         if folder is not None:
             place.keep(folder / "weights.pt")
     return LearnedWeights(
-        names=names,
+        names=job.names,
         weights=place.weights(),
         validation_losses=tuple(place.losses),
         status=verdict(place.losses),

@@ -14,24 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from equigrad.errors import RunError
-from equigrad.estimators import Contrastive
-from equigrad.fields import Count, expect, require
+from equigrad.estimators import Contrastive, Estimator
+from equigrad.fields import Count, expect
 from equigrad.gradient import meta_gradient, settle
-from equigrad.nn import Functional
-from equigrad.problems import Bilevel, Params
-from equigrad.solvers import Solver, TorchOptimizer
-from equigrad.training.example_weights import (
-    ExampleLoss,
-    check_data,
-    labelled_loss,
-    named_weights,
-    weighted_problem,
-)
+from equigrad.solvers import Solver
+from equigrad.training.example_weights import ExampleLoss, WeightedTraining, weighted_training
 from equigrad.training.files import load_tensors, save_tensors, write_whole
 from equigrad.training.ranked import Ranked
 
 TRUSTED = 0.6
-"""Scores whose ranks agree less than this, between runs or as nudged phases go on, are named."""
+"""Scores whose ranks agree less than this, between runs, phases or nudges, are named."""
+
+GENTLER = 10.0
+"""By what β is divided to see whether the ranks depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,9 @@ class ExampleScores(Ranked):
         scores: `-dL_val/dw_i` at `w = 1`, one an example or a source; below zero is harmful.
         agreement: Spearman's correlation of the scores of two training runs with other batches and
             random numbers, whose mean the scores are, averaged over pairs; NaN of one run.
-        steadiness: that of scores after half of the nudged phases with those after all of them.
+        steadiness: that of scores after half of the nudged phases with those after all of them; NaN
+            of an estimator without nudged phases.
+        linearity: that of scores at a tenth of β with those at β; NaN likewise.
         validation_loss: after training, averaged over runs.
         status: in words: what was reached, and whether the scores can be trusted.
         gradient_evaluations: that it took.
@@ -54,6 +51,7 @@ class ExampleScores(Ranked):
     scores: Tensor = field(repr=False)
     agreement: float
     steadiness: float
+    linearity: float
     validation_loss: float
     status: str
     gradient_evaluations: int
@@ -65,9 +63,9 @@ class ExampleScores(Ranked):
 
     @property
     def trusted(self) -> bool:
-        """Whether runs agree on the ranks, and phases as they go on; one run cannot disagree."""
-        known = [a for a in (self.agreement, self.steadiness) if not math.isnan(a)]
-        return min(known) >= TRUSTED
+        """Whether runs, phases as they go on, and nudges agree; what is unknown cannot disagree."""
+        known = (self.agreement, self.steadiness, self.linearity)
+        return all(math.isnan(value) or value >= TRUSTED for value in known)
 
 
 def example_scores(
@@ -80,7 +78,7 @@ def example_scores(
     batch_size: int = 32,
     collate: Callable[[list[Any]], Any] = default_collate,
     sources: Sequence[Any] | None = None,
-    estimator: Contrastive | None = None,
+    estimator: Estimator | None = None,
     nudged_steps: int | None = None,
     runs: int = 2,
     seed: int = 0,
@@ -91,9 +89,9 @@ def example_scores(
 
         score_i = -dL_val(φ*(w))/dw_i  at  w = 1,    φ*(w) = train on (1/n) Σ_i w_i loss_i(φ)
 
-    estimated by the contrastive rule: the model trains, then goes on training a little, nudged
-    towards and away from the validation loss. First-order gradients alone; fused attention,
-    autocast and whatever `TorchOptimizer` is told are served.
+    By the contrastive rule the model trains, then goes on training a little, nudged towards and
+    away from the validation loss. First-order gradients alone; fused attention, autocast and
+    whatever `TorchOptimizer` is told are served.
 
     The model trains `runs` times, with other batches and random numbers. Where the runs do not
     agree on the ranks, the scores are those of chance, and `status` says what to change.
@@ -108,7 +106,8 @@ def example_scores(
         batch_size: examples a batch.
         collate: makes a batch of a list of examples.
         sources: of each training example, a name; their weights are then scored.
-        estimator: the contrastive rule; β = 0.3 by default.
+        estimator: `Contrastive(beta=0.3)` by default; `Unrolled(products="contrast")` costs twice
+            as much and follows the optimiser's own steps.
         nudged_steps: batches of a nudged phase, without a learning-rate schedule; a fifth of the
             free phase's by default. Not beside an estimator with its own `nudged_solver`.
         runs: how many times the model trains; one gives no `agreement`.
@@ -141,23 +140,19 @@ def example_scores(
         >>> found.ranking()[0], found.trusted
         (3, True)
     """
-    expect(nn.Module, model=model)
-    expect(Solver, solver=solver)
-    expect(Count, batch_size=batch_size, runs=runs)
-    expect(Count | None, nudged_steps=nudged_steps)
-    expect(Callable | None, loss=loss)
-    names, groups = named_weights(train, sources)
-    check_data("valid", valid)
-    net = Functional(model)
-    problem = weighted_problem(
-        net, train, valid, loss or labelled_loss, groups, batch_size, collate
+    expect(Count, runs=runs)
+    job = weighted_training(
+        *(model, train, valid, loss),
+        solver=solver,
+        batch_size=batch_size,
+        collate=collate,
+        sources=sources,
+        estimator=estimator,
+        nudged_steps=nudged_steps,
     )
-    rule = constant_rate(estimator, solver, nudged_steps)
-    device = next(model.parameters()).device
-    meta = {"weight": torch.ones(len(names), device=device)}
     if folder is not None:
         sizes = {"train": len(train), "valid": len(valid), "batch_size": batch_size}
-        require_same(folder, solver, rule, sizes)
+        require_same(folder, solver, job.rule, sizes)
     trained = []
     for run in range(runs):
         kept = None if folder is None else folder / f"run-{seed + run}.pt"
@@ -166,20 +161,22 @@ def example_scores(
             trained.append(_Trained(**load_tensors(kept)))
             continue
         progress(f"run {run + 1} of {runs}")
-        trained.append(_trained(problem, net.params(), meta, solver, rule, seed + run))
+        trained.append(_trained(job, solver, seed + run))
         if kept is not None:
             save_tensors(kept, vars(trained[-1]))
     scores = torch.stack([t.scores for t in trained])
     agreement = _mean([spearman(a, b) for a, b in combinations(scores, 2)])
     steadiness = _mean([spearman(t.half, t.scores) for t in trained])
+    linearity = _mean([spearman(t.gentle, t.scores) for t in trained])
     return ExampleScores(
         scores=scores.mean(0),
         agreement=agreement,
         steadiness=steadiness,
-        names=names,
+        linearity=linearity,
+        names=job.names,
         validation_loss=_mean([t.validation_loss for t in trained]),
         status="; ".join(
-            [_verdict(agreement, steadiness), *dict.fromkeys(t.status for t in trained)]
+            [_verdict(agreement, steadiness, linearity), *dict.fromkeys(t.status for t in trained)]
         ),
         gradient_evaluations=sum(t.gradient_evaluations for t in trained),
     )
@@ -187,83 +184,58 @@ def example_scores(
 
 @dataclass(frozen=True)
 class _Trained:
-    """What one training run says."""
+    """What one training run says; `half` and `gentle` are empty without nudged phases."""
 
     scores: Tensor
     half: Tensor
+    gentle: Tensor
     validation_loss: float
     status: str
     gradient_evaluations: int
 
 
-def _trained(
-    problem: Bilevel,
-    params: Params,
-    meta: Params,
-    solver: Solver,
-    rule: Contrastive,
-    seed: int,
-) -> _Trained:
-    """Train once, and nudge for half as long and for as long as asked."""
-    nudged = rule.nudged_solver
-    assert nudged is not None
-    shorter = dataclasses.replace(nudged, max_steps=max((nudged.max_steps or 2) // 2, 1))
+def _trained(job: WeightedTraining, solver: Solver, seed: int) -> _Trained:
+    """Train once; nudge as long as asked, half as long, and less."""
+    settled: dict[str, Any] = {}
+    further: list[Estimator] = []
+    steps, rule = 0, job.rule
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settled = settle(problem, params, meta, solver=solver)
-    half, full = (
-        meta_gradient(problem, params, meta, solver=solver, settled=settled, estimator=estimator)
-        for estimator in (dataclasses.replace(rule, nudged_solver=shorter), rule)
-    )
-    free = (settled.phase.steps, *(r.gradient_evaluations for r in (half, full)))
+        meta = job.meta(torch.ones(len(job.names)))
+        if isinstance(rule, Contrastive) and rule.nudged_solver is not None:
+            settled["settled"] = settle(job.problem, job.params, meta, solver=solver)
+            steps, nudged = settled["settled"].phase.steps, rule.nudged_solver
+            shorter = dataclasses.replace(nudged, max_steps=max((nudged.max_steps or 2) // 2, 1))
+            further = [
+                dataclasses.replace(rule, nudged_solver=shorter, error=False),
+                dataclasses.replace(rule, beta=rule.beta / GENTLER, error=False),
+            ]
+        found = [
+            meta_gradient(
+                job.problem, job.params, meta, solver=solver, estimator=estimator, **settled
+            )
+            for estimator in (rule, *further)
+        ]
+    scores = [-result.grads["weight"].cpu() for result in found]
+    half, gentle = scores[1:] or [torch.empty(0)] * 2
     return _Trained(
-        -full.grads["weight"].cpu(),
-        -half.grads["weight"].cpu(),
-        full.outer_loss,
-        full.status,
-        sum(free),
+        scores[0],
+        half,
+        gentle,
+        found[0].outer_loss,
+        found[0].status,
+        steps + sum(result.gradient_evaluations for result in found),
     )
 
 
-def constant_rate(
-    estimator: Contrastive | None, solver: Solver, nudged_steps: int | None
-) -> Contrastive:
-    """The contrastive rule with nudged phases of a constant rate; β = 0.3 if none is given."""
-    estimator = Contrastive(beta=0.3) if estimator is None else estimator
-    expect(Contrastive, estimator=estimator)
-    require(
-        nudged_steps is None or estimator.nudged_solver is None,
-        "nudged_steps says how long nudged phases are, and so does estimator.nudged_solver; give "
-        "one or the other",
-    )
-    if estimator.nudged_solver is not None:
-        return estimator
-    require(
-        solver.max_steps is not None or nudged_steps is not None,
-        "a solver without max_steps does not say how long nudged phases are; give nudged_steps",
-    )
-    least = 2 * getattr(solver, "accumulate", 1)  # half of them make a step
-    require(
-        nudged_steps is None or nudged_steps >= least,
-        f"nudged_steps must be at least {least}, so that half of them move the model, got "
-        f"{nudged_steps}",
-    )
-    steps = nudged_steps or max((solver.max_steps or 0) // 5, least)
-    changed: dict[str, Any] = {"max_steps": steps, "tol": None}
-    if isinstance(solver, TorchOptimizer):
-        changed["scheduler"] = None
-    return dataclasses.replace(estimator, nudged_solver=dataclasses.replace(solver, **changed))
-
-
-def require_same(
-    folder: Path, solver: Solver, rule: Contrastive, further: Mapping[str, Any]
-) -> None:
+def require_same(folder: Path, solver: Solver, rule: Estimator, further: Mapping[str, Any]) -> None:
     """Refuse a folder that keeps runs of other arguments, as far as they can be told apart."""
-    nudged = rule.nudged_solver
+    nudged = getattr(rule, "nudged_solver", None)
     arguments = {
         "solver": f"{type(solver).__name__}, {solver.max_steps} steps",
         "options": str(dict(getattr(solver, "options", {}))),
-        "beta": rule.beta,
+        "estimator": type(rule).__name__,
+        "beta": getattr(rule, "beta", None),
         "nudged_steps": None if nudged is None else nudged.max_steps,
         **further,
     }
@@ -282,7 +254,7 @@ def require_same(
         write_whole(path, json.dumps(arguments, indent=2))
 
 
-def _verdict(agreement: float, steadiness: float) -> str:
+def _verdict(agreement: float, steadiness: float, linearity: float) -> str:
     """Whether scores can be trusted, and what to change where not."""
     said = []
     if agreement < TRUSTED:
@@ -294,13 +266,21 @@ def _verdict(agreement: float, steadiness: float) -> str:
     if steadiness < TRUSTED:
         said.append(
             f"the ranks change as nudged phases go on (agreement {steadiness:.2f}): take fewer "
-            f"nudged_steps, a smaller learning rate, or another beta"
+            f"nudged_steps, or a smaller learning rate"
+        )
+    if linearity < TRUSTED:
+        said.append(
+            f"the ranks change with beta (agreement {linearity:.2f} with a tenth of it): take "
+            f"another beta, or estimator=Unrolled(products='contrast'), which has none"
         )
     if said:
         return "not to be trusted: " + "; ".join(said)
     if math.isnan(agreement):
         return "one run cannot tell whether its scores are chance; take runs=2"
-    return f"runs agree on the ranks by {agreement:.2f}, nudged phases by {steadiness:.2f}"
+    said = [f"runs agree on the ranks by {agreement:.2f}"]
+    if not math.isnan(steadiness):
+        said.append(f"nudged phases by {steadiness:.2f}, two beta by {linearity:.2f}")
+    return ", ".join(said)
 
 
 def spearman(one: Tensor, other: Tensor) -> float:

@@ -86,6 +86,7 @@ def _summary(found: ExampleScores | LearnedWeights) -> dict[str, Any]:
     return summary | {
         "agreement": found.agreement,
         "steadiness": found.steadiness,
+        "linearity": found.linearity,
         "trusted": found.trusted,
         "validation_loss": found.validation_loss,
     }
@@ -106,7 +107,7 @@ def draw(found: ExampleScores | LearnedWeights, path: Path) -> None:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("lowers the validation loss by, per weight")
         trust = "" if found.trusted else "not to be trusted: "
-        axes.set_title(
-            f"{trust}agreement of runs {found.agreement:.2f}, of halves {found.steadiness:.2f}"
-        )
+        signs = {"runs": found.agreement, "halves": found.steadiness, "two β": found.linearity}
+        known = [f"{name} {value:.2f}" for name, value in signs.items() if value == value]
+        axes.set_title(f"{trust}agreement of {', '.join(known)}" if known else "one run alone")
     save(figure, path)
