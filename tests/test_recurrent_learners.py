@@ -92,7 +92,7 @@ def test_memory_and_gradients_are_those_of_single_backward_passes():
         eg.meta_gradient(problem, params, meta, solver=solver, estimator=eg.Unrolled())
 
 
-@pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="cuDNN needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a CUDA device")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_cudnn_serves(kind):
     """In float32 on the GPU, against float64 on the CPU."""

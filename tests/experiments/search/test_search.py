@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("ray", reason="searches need the extra 'search'")
+
 from equigrad.experiments.search import ray_trials, search
 from equigrad.experiments.search.trials import Trial, preset
 from equigrad.experiments.strengths.digits import Digits
