@@ -162,7 +162,7 @@ def learn(
     meta_params: dict[str, Tensor],
     *,
     solver: Solver,
-    estimator: Estimator,
+    estimator: Estimator | None = None,
     optimizer: torch.optim.Optimizer,
     steps: int,
     start: Literal["cold", "warm"] = "cold",
@@ -178,7 +178,7 @@ def learn(
             the same dictionary as `meta_params`.
         meta_params: θ, leaves that require a gradient; updated in place.
         solver: settles the phases.
-        estimator: estimates the meta-gradients.
+        estimator: estimates the meta-gradients; `Contrastive()` by default.
         optimizer: any `torch.optim` optimiser over the values of `meta_params`.
         steps: total number of outer steps, including those before a resume.
         start: `cold` starts every free phase at `params`, `warm` at the end of the last one.
@@ -206,7 +206,6 @@ def learn(
         ...     {"w": torch.zeros(1)},
         ...     meta,
         ...     solver=eg.GradientDescent(lr=0.5, max_steps=30),
-        ...     estimator=eg.Contrastive(beta=0.01),
         ...     optimizer=torch.optim.SGD(meta.values(), lr=0.5),
         ...     steps=20,
         ... )
