@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,13 +84,9 @@ def _summary(found: ExampleScores | LearnedWeights) -> dict[str, Any]:
     summary = {"status": found.status, "gradient_evaluations": found.gradient_evaluations}
     if isinstance(found, LearnedWeights):
         return summary | {"validation_losses": list(found.validation_losses)}
-    return summary | {
-        "agreement": found.agreement,
-        "steadiness": found.steadiness,
-        "linearity": found.linearity,
-        "trusted": found.trusted,
-        "validation_loss": found.validation_loss,
-    }
+    signs = {name: getattr(found, name) for name in ("agreement", "steadiness", "linearity")}
+    known = {name: None if math.isnan(value) else value for name, value in signs.items()}
+    return summary | known | {"trusted": found.trusted, "validation_loss": found.validation_loss}
 
 
 def draw(found: ExampleScores | LearnedWeights, path: Path) -> None:
@@ -108,6 +105,6 @@ def draw(found: ExampleScores | LearnedWeights, path: Path) -> None:
         axes.set_ylabel("lowers the validation loss by, per weight")
         trust = "" if found.trusted else "not to be trusted: "
         signs = {"runs": found.agreement, "halves": found.steadiness, "two β": found.linearity}
-        known = [f"{name} {value:.2f}" for name, value in signs.items() if value == value]
+        known = [f"{name} {value:.2f}" for name, value in signs.items() if not math.isnan(value)]
         axes.set_title(f"{trust}agreement of {', '.join(known)}" if known else "one run alone")
     save(figure, path)
