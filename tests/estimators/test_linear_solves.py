@@ -67,13 +67,20 @@ def test_params_of_several_shapes_and_precisions_are_one_vector(estimator):
         "unused": torch.ones(2).double(),
         "single": torch.zeros(4),
     }
-    problem = eg.Bilevel(
-        lambda p, m: sum(
-            0.5 * k * (p[n].double() - m["t"]).square().sum() + 0.1 * p[n].double().sum()
+
+    def inner(params, meta):
+        pulls = [
+            0.5 * k * (params[n].double() - meta["t"]).square().sum()
+            + 0.1 * params[n].double().sum()
             for n, k in curvatures.items()
-        ),
-        lambda p, m: sum((p[n].double() ** 2).sum() for n in p if n != "unused"),
-    )
+        ]
+        return torch.stack(pulls).sum()
+
+    def outer(params, meta):
+        squares = [p.double().square().sum() for n, p in params.items() if n != "unused"]
+        return torch.stack(squares).sum()
+
+    problem = eg.Bilevel(inner, outer)
     meta = {"t": torch.tensor(0.7).double()}
     solver = eg.GradientDescent(lr=0.3, tol=1e-7, max_steps=500)
     found = eg.meta_gradient(problem, start, meta, solver=solver, estimator=estimator)
