@@ -202,7 +202,7 @@ def _rounding_of_partials(evaluation: Evaluation, full: Params, weight: float) -
         return 0.0
     _, partial = evaluation.judged.partials[-1]
     ulps = [
-        0.5 * torch.finfo(p.dtype).eps * p.double().abs().norm().item() for p in partial.values()
+        0.5 * torch.finfo(p.dtype).eps * p.abs().double().norm().item() for p in partial.values()
     ]
     return weight * math.hypot(*ulps) / whole
 
