@@ -18,6 +18,7 @@ from equigrad.fields import expect, require
 from equigrad.problems import Params, Problem
 from equigrad.results import MetaGradient, Settled
 from equigrad.solvers import Phase, Solver
+from equigrad.vectors import finite
 
 UNANSWERED = 0.5
 """Nudged phases with more than this share of their first residual left have not settled."""
@@ -292,9 +293,10 @@ def check_settings(solver: Solver, problem: Problem | None = None) -> None:
     )
     options = getattr(solver, "options", None)
     settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
-    numbers = {f.name for f in fields(solver) if "float" in str(f.type)}
-    for name, value in settings.items():
-        if isinstance(value, Tensor) and (value.requires_grad or name in numbers):
+    tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        numbers = {f.name for f in fields(solver) if "float" in str(f.type)}
+        if value.requires_grad or name in numbers:
             raise ConfigurationError(
                 f"{name} of {type(solver).__name__} must be a number, got a tensor (call .item() "
                 f"on it). It has no meta-gradient: {NO_STEP_SIZE}; or learn it, by {name}=lambda "
@@ -322,7 +324,7 @@ def _refuse_unanswered(nudged: tuple[solvers.Settled, ...], why: str) -> None:
 
 
 def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> None:
-    bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    bad = [name for name, grad in grads.items() if not finite(grad)]
     if bad or not math.isfinite(outer_loss):
         what = f"the meta-gradient of {bad[0]!r} is not finite" if bad else "the outer loss is"
         raise SettlingError(

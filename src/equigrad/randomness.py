@@ -74,9 +74,11 @@ class CommonRandomness:
             with getattr(module, "device", nullcontext)(device):
                 module.manual_seed(seed)
         first = stream not in self._met
-        self._met.add(stream)
         for other in self._others:
-            other.seed(seed % 2**32, first)
+            if other.drawn_from() or first:
+                other.seed(seed)
+        if first:
+            self._met.add(stream)
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def seeded(seed: int, generators: Iterable[torch.Generator] = ()) -> Iterator[No
         torch.default_generator.manual_seed(seed)
         for other in _others():
             stack.callback(other.put_back)
-            other.begin(seed)
+            other.seed(seed)
         for generator in generators:
             generator.manual_seed(seed)
         yield
@@ -112,22 +114,21 @@ class _Other:
 
     def __init__(self, generator: Any, twin: Any, put_back: Any) -> None:
         self._generator, self._twin, self.put_back = generator, twin, put_back
+        self._number, self._same = generator.random, twin.random
         self._drawn_from = self._seeded = False
 
-    def begin(self, seed: int) -> None:
-        """Seed the generator."""
-        self._generator.seed(seed % 2**32)
-
-    def seed(self, seed: int, first: bool) -> None:
-        """Seed the generator if a loss has drawn from it, or at a loss's first evaluation."""
+    def drawn_from(self) -> bool:
+        """Whether a loss has drawn from the generator, now or at an earlier question."""
         if self._seeded and not self._drawn_from:
-            self._drawn_from = self._generator.random() != self._twin.random()
-        if self._drawn_from:
-            self._generator.seed(seed)
-        elif first:
-            self._generator.seed(seed)
+            self._drawn_from = self._number() != self._same()
+        return self._drawn_from
+
+    def seed(self, seed: int) -> None:
+        """Seed the generator, and its twin while both agree."""
+        seed, self._seeded = seed % 2**32, True
+        self._generator.seed(seed)
+        if not self._drawn_from:
             self._twin.seed(seed)
-            self._seeded = True
 
 
 def _others() -> list[_Other]:

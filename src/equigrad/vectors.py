@@ -1,5 +1,6 @@
 """Conversion of tensors to one flat vector, and relative distances."""
 
+import cmath
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,11 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `flatten`."""
     parts = vector.split([t.numel() for t in like])
     return [part.view_as(t).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite; where their sum is, which one pass tells, they are."""
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def relative(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

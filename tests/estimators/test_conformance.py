@@ -233,6 +233,10 @@ def saddle():
     ("estimator", "message"),
     [
         (eg.ConjugateGradient(), r"curvature -?0\.\d+ at iteration \d.*no minimum.*Unrolled"),
+        (
+            eg.ConjugateGradient(products="contrast"),
+            r"curvature -?0\.\d+ at iteration \d.*no minimum.*Unrolled",
+        ),
         (eg.NeumannSeries(), "does not contract.*settle longer"),
         (eg.NeumannSeries(alpha=5.0), "does not contract.*alpha=5.*Lower alpha"),
     ],

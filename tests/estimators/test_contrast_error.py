@@ -242,3 +242,21 @@ def test_the_outer_loss_is_not_evaluated_for_its_value_alone():
     assert len(calls) == 1 + 1 + 2  # the check, the force, and how it bends on both sides
     exact = case.problem.outer_loss(result.params, case.meta_params).item()
     assert result.outer_loss == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, 1e5])
+def test_the_rounding_of_what_theta_is_told_by_is_in_the_estimate(offset):
+    """`∂L_in/∂θ = φ + π offset` in float32, of which the contrast needs a change by β."""
+    center, goal = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
+    problem = eg.Bilevel(
+        lambda p, m: (
+            0.5 * (p["w"] - center).square().sum() + (m["t"] * (offset * torch.pi + p["w"])).sum()
+        ),
+        lambda p, m: 0.5 * (p["w"] - goal).square().sum(),
+    )
+    start, meta = {"w": torch.zeros(20)}, {"t": torch.zeros(20)}
+    found = eg.meta_gradient(problem, start, meta, solver=eg.GradientDescent(lr=0.5, tol=1e-6))
+    true = ((found.grads["t"] - (goal - center)).norm() / (goal - center).norm()).item()
+    assert found.error_estimate is not None
+    assert true < found.error_estimate < 20 * true
+    assert (found.error_estimate > 0.1) == ("beta is too small for this number" in found.status)

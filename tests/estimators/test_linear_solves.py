@@ -57,6 +57,39 @@ def test_gmres_names_what_is_singular():
         eg.meta_gradient(problem, start, meta, solver=STILL, estimator=eg.GMRES())
 
 
+@pytest.mark.parametrize("estimator", [eg.ConjugateGradient(tol=1e-12), eg.GMRES(tol=1e-12)])
+def test_params_of_several_shapes_and_precisions_are_one_vector(estimator):
+    """The least of `Σ k_i ‖φ_i - θ‖² / 2 + Σφ_i / 10` is at `φ_i = θ - 1 / (10 k_i)`."""
+    curvatures = {"wide": 0.5, "point": 2.0, "unused": 1.0, "single": 3.0}
+    start = {
+        "wide": torch.zeros(2, 3).double().mT,  # not contiguous
+        "point": torch.zeros(()).double(),
+        "unused": torch.ones(2).double(),
+        "single": torch.zeros(4),
+    }
+
+    def inner(params, meta):
+        pulls = [
+            0.5 * k * (params[n].double() - meta["t"]).square().sum()
+            + 0.1 * params[n].double().sum()
+            for n, k in curvatures.items()
+        ]
+        return torch.stack(pulls).sum()
+
+    def outer(params, meta):
+        squares = [p.double().square().sum() for n, p in params.items() if n != "unused"]
+        return torch.stack(squares).sum()
+
+    problem = eg.Bilevel(inner, outer)
+    meta = {"t": torch.tensor(0.7).double()}
+    solver = eg.GradientDescent(lr=0.3, tol=1e-7, max_steps=500)
+    found = eg.meta_gradient(problem, start, meta, solver=solver, estimator=estimator)
+    exact = sum(
+        2 * start[n].numel() * (0.7 - 0.1 / k) for n, k in curvatures.items() if n != "unused"
+    )
+    assert found.grads["t"].item() == pytest.approx(exact, rel=2e-6)
+
+
 ESTIMATORS = [
     eg.ConjugateGradient(),
     eg.ConjugateGradient(max_iterations=3),

@@ -28,7 +28,7 @@ def compilations(monkeypatch):
         counted.append(args)
         return original(*args)
 
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(compiled, "_compiled", {})
     monkeypatch.setattr(compiled, "_compile", counting)
     return counted
@@ -129,6 +129,48 @@ def test_the_default_back_end(monkeypatch):
     )
     solver = dataclasses.replace(SOLVER, check_every=2, max_steps=5)
     assert_the_same((quadratic, params(), meta_params()), solver, eg.T1T2())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++")
+def test_the_loop_of_the_compiler_stops_where_single_steps_do(monkeypatch):
+    """Under a tolerance; with data that share memory, and params that are not contiguous."""
+    monkeypatch.setattr(compiled, "_compiled", {})
+    first = X[:2]
+
+    def inner(params, meta):
+        fits = mse_loss(X @ params["w"], X) + mse_loss(first @ params["w"], -first)
+        return fits + meta["strength"] * params["w"].square().sum()
+
+    bilevel = eg.Bilevel(inner, lambda params, meta: params["w"].square().sum())
+    start = {"w": torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64).mT}
+    solver = dataclasses.replace(SOLVER, max_steps=2000, tol=1e-7, check_every=4)
+    assert_the_same((bilevel, start, meta_params()), solver, eg.T1T2())
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 13, 30, 31])
+def test_a_phase_takes_exactly_its_steps(compilations, limit, monkeypatch):
+    monkeypatch.setattr(compiled, "LONGEST", 10)
+    solver = dataclasses.replace(SOLVER, max_steps=limit)
+    assert_the_same((problem(), params(), meta_params()), solver, eg.T1T2())
+
+
+def test_samples_settle_each_by_its_own_norm_in_compiled_steps(compilations):
+    """Three samples of curvatures 1, 1/2 and 1/20, of which the last decides."""
+    rates = torch.tensor([1.0, 0.5, 0.05], dtype=torch.float64)
+
+    def inner(params, meta):
+        return ((params["w"] - meta["strength"]).square().sum(1) * rates).sum()
+
+    bilevel = eg.Bilevel(inner, lambda p, m: p["w"].square().sum(), samples=True)
+    start = {"w": torch.ones(3, 2, dtype=torch.float64)}
+    solver = eg.GradientDescent(lr=0.3, tol=1e-6, max_steps=2000, check_every=4)
+    settled = [
+        eg.settle(bilevel, start, meta_params(), solver=dataclasses.replace(solver, compile=way))
+        for way in (False, True)
+    ]
+    assert settled[0].phase.steps == settled[1].phase.steps
+    torch.testing.assert_close(settled[0].params["w"], settled[1].params["w"])
 
 
 def test_compiles_once_for_all_of_an_outer_loop(compilations):

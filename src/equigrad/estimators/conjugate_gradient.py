@@ -51,20 +51,22 @@ class ConjugateGradient(Implicit):
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Conjugate gradients, starting at zero."""
         x, residual = torch.zeros_like(pressure), pressure.clone()
-        direction, power = residual.clone(), residual.dot(residual)
-        target = self.tol * power.sqrt().item()
+        direction, power = residual.clone(), residual.dot(residual).item()
+        size, target = power**0.5, self.tol * power**0.5
         for iteration in range(self.max_iterations):
-            if power.sqrt().item() <= target:
+            if power**0.5 <= target:
                 break
-            image = linear.product(direction) + self.damping * direction
-            curvature = direction.dot(image)
+            image = linear.product(direction)
+            if self.damping:
+                image = image + self.damping * direction
+            curvature = direction.dot(image).item()
             if not curvature > 0:
-                rate = (curvature / direction.dot(direction)).item()
+                rate = curvature / direction.dot(direction).item()
                 if iteration and linear.accuracy and abs(rate) <= linear.accuracy * linear.largest:
                     notes.append(
                         f"conjugate gradients stopped at iteration {iteration}: the curvature is "
                         f"below what products by contrast can tell; residual "
-                        f"{(power.sqrt() / pressure.norm()).item():.2g} of ∂L_out/∂φ"
+                        f"{power**0.5 / size:.2g} of ∂L_out/∂φ"
                     )
                     return self._solution(x, residual)
                 met = (
@@ -80,10 +82,11 @@ class ConjugateGradient(Implicit):
                     f"early, use Unrolled()"
                 )
             stride = power / curvature
-            x, residual = x + stride * direction, residual - stride * image
-            power, before = residual.dot(residual), power
-            direction = residual + (power / before) * direction
-        share = (power.sqrt() / pressure.norm()).item() if target else 0.0
+            x.add_(direction, alpha=stride)
+            residual.sub_(image, alpha=stride)
+            power, before = residual.dot(residual).item(), power
+            direction = residual.add(direction, alpha=power / before)
+        share = power**0.5 / size if target else 0.0
         if share > self.tol:
             notes.append(
                 f"conjugate gradients not converged: residual {share:.2g} of ∂L_out/∂φ after "

@@ -29,7 +29,7 @@ class ContrastError:
     Attributes:
         finite: error from finite β.
         unsettled: error from nudged phases that ended before they had settled.
-        rounding: error from rounding in the dtype of φ.
+        rounding: error from rounding of φ and of `∂L_in/∂θ`.
         drift: the free phase's residual in units of the nudge `β ‖∂L_out/∂φ‖`; not an error in
             itself if phases are matched, but a sign that the learner has not settled.
         adaptive: whether the solver scales its steps by past gradients, as Adam does.
@@ -81,6 +81,7 @@ def contrast_error(
     full: Params,
     half: Params | None,
     force: Params,
+    weight: float,
     order: int,
     symmetric: bool,
     adaptive: bool,
@@ -99,6 +100,9 @@ def contrast_error(
     both are exact. A linear outer loss, as in `argmin`, has no bend, and the bend of the inner
     velocity is used instead.
 
+    *Rounding.* The nudge moves φ and `∂L_in/∂θ` by small shares of their sizes, and a rounding
+    error of each is divided by its share: the smaller β, the larger.
+
     Args:
         evaluation: evaluates the losses, and counts a gradient of the outer loss for up to two
             phases, and five gradients of the inner loss if the outer one is linear.
@@ -108,6 +112,7 @@ def contrast_error(
         full: the contrast.
         half: the contrast half-way, if it is known.
         force: `∂L_out/∂φ` at the free solution.
+        weight: the largest weight of a phase in the contrast.
         order: order of the error in β.
         symmetric: whether the phases are pairs at ±β.
         adaptive: whether the solver scales its steps by past gradients.
@@ -132,7 +137,8 @@ def contrast_error(
         before = max(_left(state.phase) for state in halves if state.phase.beta != 0)
         changed = relative([*half.values()], [*full.values()])
         unsettled = changed * left / (before - left) if before > left else max(changed, left)
-    return ContrastError(finite, unsettled, _rounding(free, nudged), drift, adaptive)
+    rounding = max(_rounding(free, nudged), _rounding_of_partials(evaluation, full, weight))
+    return ContrastError(finite, unsettled, rounding, drift, adaptive)
 
 
 def _bend(evaluation: Evaluation, at: Settled, force: Params) -> float:
@@ -187,6 +193,18 @@ def _rounding(free: Settled, nudged: Sequence[Settled]) -> float:
     )
     eps = max(torch.finfo(p.dtype).eps for p in start)
     return eps * size / moved if moved else 0.0
+
+
+def _rounding_of_partials(evaluation: Evaluation, full: Params, weight: float) -> float:
+    """Half a unit in the last place of `∂L_in/∂θ`, as the contrast weighs it, relative to this."""
+    whole = flatten([*full.values()]).double().norm().item()
+    if not (evaluation.judged.partials and whole > 0):
+        return 0.0
+    _, partial = evaluation.judged.partials[-1]
+    ulps = [
+        0.5 * torch.finfo(p.dtype).eps * p.abs().double().norm().item() for p in partial.values()
+    ]
+    return weight * math.hypot(*ulps) / whole
 
 
 def _left(phase: Phase) -> float:

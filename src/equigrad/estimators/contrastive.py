@@ -197,6 +197,7 @@ class Contrastive(Estimator):
                 full=grads,
                 half=half,
                 force=force or evaluation.outer_gradients(free)[0],
+                weight=max(map(abs, weights)),
                 order=self.order,
                 symmetric=self.scheme == "symmetric",
                 adaptive=solver.adaptive,

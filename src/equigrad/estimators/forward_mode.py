@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from equigrad.errors import ConfigurationError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.linearisation import second_derivatives
+from equigrad.estimators.linearisation import SecondDerivatives
 from equigrad.estimators.replay import recorded, replay
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Count
@@ -89,7 +89,7 @@ class ForwardMode(Estimator):
             unit = flatten(meta).new_zeros(sum(m.numel() for m in meta))
             unit[i] = 1
             direction = dict(zip(evaluation.meta_params, unflatten(unit, meta), strict=True))
-            with second_derivatives(evaluation, type(self).__name__):
+            with SecondDerivatives(evaluation, type(self).__name__):
                 tangents = _push_forward(evaluation, solver, start, free.end_step, direction)
             derivatives.append(sum((pressure[n] * tangents[n]).sum() for n in pressure))
         through = unflatten(torch.stack([torch.as_tensor(d) for d in derivatives]), meta)

@@ -16,7 +16,7 @@ from equigrad.evaluation import Evaluation
 from equigrad.fields import require
 from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver, TorchOptimizer
-from equigrad.vectors import flatten
+from equigrad.vectors import finite, flatten
 
 POOR = 1e-2
 """An estimated relative error above this is reported in the status."""
@@ -150,7 +150,7 @@ class Implicit(Estimator):
     ) -> tuple[tuple[Linear, Solution] | None, dict[str, Tensor]]:
         """The solution, and `(∂r/∂θ)ᵀ x`, by autograd or by contrast."""
         linear = Linearisation(evaluation, free, type(self).__name__)
-        if not torch.isfinite(pressure).all():  # no solution: let NaN show
+        if not finite(pressure):  # no solution: let NaN show
             return None, linear.mixed(torch.full_like(pressure, torch.nan))
         if self.products != "contrast":
             notes: list[str] = []

@@ -8,7 +8,7 @@ from torch import Tensor
 from equigrad.controllers import Controlled, Controller, DynamicInversion
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.linearisation import Linearisation, second_derivatives
+from equigrad.estimators.linearisation import Linearisation, SecondDerivatives
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive, Rule, require
 from equigrad.solvers import Anderson, Solver
@@ -118,7 +118,7 @@ class LeastControl(Estimator):
         who = f"LeastControl(controller={type(controller).__name__})"
         free = evaluation.settle(solver) if self.start == "free" else None
         try:
-            with second_derivatives(evaluation, who):
+            with SecondDerivatives(evaluation, who):
                 after = free or evaluation.beginning(controller.solver or solver)
                 controlled = controller.control(evaluation, solver, after)
         except SettlingError as error:

@@ -1,7 +1,6 @@
 """The linearised residual at a settled state, for products with its derivatives."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from equigrad.estimators.estimator import serving
 from equigrad.evaluation import Evaluation
 from equigrad.problems import pull_back
 from equigrad.solvers import Settled
-from equigrad.vectors import flatten, unflatten
+from equigrad.vectors import finite, flatten, unflatten
 
 DONATED = "donated buffer"
 """Torch's message if the backward of a compiled function freed what a second one would need."""
@@ -32,15 +31,19 @@ class Linearisation:
     """Products with the derivatives of the residual at the end of a phase.
 
     The residual r is `∂L_in/∂φ` for a `Bilevel` and `φ - F(φ, θ)` for a `FixedPoint`. Vectors over
-    φ are flat tensors of `size` entries, one parameter after another. With one batch, the graph of
-    the residual is kept. It is rebuilt for each product if there are several batches, so that
-    memory does not grow with their number, or if compiled functions free what a second backward
-    would need.
+    φ are flat tensors of `size` entries, one parameter after another. The parameters are views of
+    one such vector, so that a product is a single derivative however many there are. With one
+    batch, the graph of the residual is kept. It is rebuilt for each product if there are several
+    batches, so that memory does not grow with their number, or if compiled functions free what a
+    second backward would need.
 
     Args:
         evaluation: evaluates the residual, and counts two gradients for each product and batch.
         at: the end of the phase.
         who: the estimator's name, for error messages.
+
+    Attributes:
+        leaves: the inner parameters at the end of the phase.
 
     Raises:
         DoubleBackwardError: from any product, if an operation of the model has no second
@@ -53,23 +56,22 @@ class Linearisation:
     largest: ClassVar[float] = 0.0
 
     def __init__(self, evaluation: Evaluation, at: Settled, who: str) -> None:
-        self._evaluation, self._at, self._who = evaluation.holding(at), at, who
-        self._params = {name: p.detach().requires_grad_() for name, p in at.params.items()}
+        self._evaluation, self._at = evaluation.holding(at), at
+        self._explaining = SecondDerivatives(self._evaluation, who)
+        self.leaves = [p.detach() for p in at.params.values()]
+        self._flat = flatten(self.leaves).requires_grad_()
+        self._params = dict(zip(at.params, unflatten(self._flat, self.leaves), strict=True))
         self._meta = {
             name: m.detach().requires_grad_() for name, m in evaluation.meta_params.items()
         }
-        self._kept: tuple[Tensor, ...] | None = None
-        self._keeps = len(evaluation.batch_steps("inner")) == 1
+        self._kept: Tensor | None = None
+        self._steps = evaluation.batch_steps("inner")
+        self._keeps = len(self._steps) == 1
 
     @property
     def params(self) -> list[str]:
         """Names of the inner parameters."""
         return list(self._params)
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The inner parameters at the end of the phase."""
-        return list(self._params.values())
 
     @property
     def samples(self) -> bool:
@@ -79,7 +81,7 @@ class Linearisation:
     @property
     def size(self) -> int:
         """Number of inner parameters."""
-        return sum(p.numel() for p in self._params.values())
+        return self._flat.numel()
 
     @property
     def symmetric(self) -> bool:
@@ -88,7 +90,7 @@ class Linearisation:
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which for an inner loss is `(∂²L_in/∂φ²) vector`."""
-        return checked(flatten(self._product(vector, list(self._params.values()))), vector)
+        return checked(self._product(vector, [self._flat])[0], vector)
 
     def mixed(self, vector: Tensor) -> dict[str, Tensor]:
         """`(∂r/∂θ)ᵀ vector`, by name of the meta-parameter.
@@ -116,28 +118,27 @@ class Linearisation:
 
     def _product(self, vector: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """`∂(r · vector)/∂leaves`, averaged over batches."""
-        leading = next(iter(self._params.values())).dtype
+        leading = self._flat.dtype
         if vector.dtype != leading and torch.finfo(leading).bits < 32:
             return self._narrow_product(vector, leading, leaves)
-        direction = unflatten(vector, list(self._params.values()))
+        direction = [vector.to(leading)]
         total: list[Tensor] = []
-        steps = self._evaluation.batch_steps("inner")
-        with second_derivatives(self._evaluation, self._who):
-            for residual in self._residuals(steps):
+        with self._explaining:
+            for residual in self._residuals():
                 self._evaluation.tally.spend(2)
                 try:
-                    product = pull_back(residual, direction, leaves, retain_graph=self._keeps)
+                    product = pull_back([residual], direction, leaves, retain_graph=self._keeps)
                 except RuntimeError as error:
                     if not (self._keeps and DONATED in str(error)):
                         raise
                     self._keeps, self._kept = False, None
-                    (residual,) = self._residuals(steps)
-                    product = pull_back(residual, direction, leaves)
+                    (residual,) = self._residuals()
+                    product = pull_back([residual], direction, leaves)
                 if total:
                     torch._foreach_add_(total, product)
                 else:
                     total = list(product)
-        return [t / len(steps) for t in total] if len(steps) > 1 else total
+        return [t / len(self._steps) for t in total] if len(self._steps) > 1 else total
 
     def _narrow_product(
         self, vector: Tensor, dtype: torch.dtype, leaves: list[Tensor]
@@ -149,14 +150,14 @@ class Linearisation:
             p.to(vector.dtype) * scale for p in self._product((vector / scale).to(dtype), leaves)
         ]
 
-    def _residuals(self, steps: range) -> Iterator[tuple[Tensor, ...]]:
-        """The residual with its graph, for each batch in turn."""
+    def _residuals(self) -> Iterator[Tensor]:
+        """The residual as a flat vector with its graph, for each batch in turn."""
         if self._kept is not None:
             yield self._kept
             return
         self._evaluation.stage.stand_at(self._at)
-        for step in steps:
-            residual = self._evaluation.residual(self._params, self._meta, step)
+        for step in self._steps:
+            residual = flatten(self._evaluation.residual(self._params, self._meta, step))
             if self._keeps:
                 self._kept = residual
             yield residual
@@ -168,7 +169,7 @@ def checked(product: Tensor, vector: Tensor) -> Tensor:
     Raises:
         CurvatureError: it is not finite.
     """
-    if not torch.isfinite(product).all():
+    if not finite(product):
         largest = vector.abs().max().item()
         if largest < torch.finfo(product.dtype).max ** 0.5:
             raise CurvatureError(
@@ -180,27 +181,43 @@ def checked(product: Tensor, vector: Tensor) -> Tensor:
     return product
 
 
-@contextmanager
-def second_derivatives(evaluation: Evaluation, who: str) -> Iterator[None]:
-    """Explain the error of a model without second derivative, and name what works without."""
-    try:
-        yield
-    except RuntimeError as error:
+class SecondDerivatives:
+    """A context that explains the error of a model without second derivative.
+
+    Args:
+        evaluation: the evaluation of the problem.
+        who: the estimator's name, for error messages.
+
+    Raises:
+        DoubleBackwardError: in place of torch's own error, with what works without.
+        ProblemError: something that a second derivative needs was written in place.
+    """
+
+    def __init__(self, evaluation: Evaluation, who: str) -> None:
+        self._evaluation, self._who = evaluation, who
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError):
+            self._explain(error)
+
+    def _explain(self, error: RuntimeError) -> None:
+        said, evaluation, who = str(error).splitlines(), self._evaluation, self._who
         if "modified by an inplace operation" in str(error):
             raise ProblemError(
                 f"{who} differentiates what was computed before, and something has been written in "
-                f"place into a tensor that this needs ({str(error).splitlines()[0][:160]}). Write "
-                f"nothing in place in the losses, or use "
+                f"place into a tensor that this needs ({said[0][:160]}). Write nothing in place in "
+                f"the losses, or use "
                 f"{serving(evaluation, lambda traits: not traits.double_backward)}"
             ) from error
         if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):
-            raise
+            return
         without = serving(evaluation, lambda traits: not traits.double_backward)
         if who == "Unrolled" and evaluation.problem.symmetric:
             without = f"Unrolled(products='contrast') or {without}"
         raise DoubleBackwardError(
             f"{who} differentiates the inner gradient once more, and an operation of this model "
-            f"has no second derivative ({str(error).splitlines()[0]}). Use {without}, which need "
-            f"no second derivatives, or a model without that operation (math attention, no "
-            f"torch.compile)"
+            f"has no second derivative ({said[0]}). Use {without}, which need no second "
+            f"derivatives, or a model without that operation (math attention, no torch.compile)"
         ) from error

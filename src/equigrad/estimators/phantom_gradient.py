@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.linearisation import second_derivatives
+from equigrad.estimators.linearisation import SecondDerivatives
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Count, Damping
 from equigrad.solvers import Solver
@@ -55,7 +55,7 @@ class PhantomGradient(Estimator):
         params = {name: p.detach().requires_grad_() for name, p in free.params.items()}
         meta = {name: m.detach().requires_grad_() for name, m in evaluation.meta_params.items()}
         evaluation.stage.stand_at(free)
-        with second_derivatives(evaluation, type(self).__name__):
+        with SecondDerivatives(evaluation, type(self).__name__):
             for step in range(self.steps):
                 residual = evaluation.residual(params, meta, step)
                 moved = zip(params.items(), residual, strict=True)

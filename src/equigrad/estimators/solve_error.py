@@ -87,11 +87,12 @@ def solve_error(
         return SolveError(0.0, 0.0)
     left = pressure - linear.product(x) if solution.residual is None else solution.residual
     unsolved = left.norm().item() / size
-    weight = _ratio(_norm(mixed), _norm(grads))
+    length = _norm(grads)
+    weight = _ratio(_norm(mixed), length)
     if unsolved <= EXACT * torch.finfo(left.dtype).eps:
         return SolveError(unsolved, unsolved * weight)
     rough = linear.mixed(left * (x.norm() / size))
-    found = max(_ratio(_norm(rough), _norm(grads)), unsolved * min(weight, 1.0))
+    found = max(_ratio(_norm(rough), length), unsolved * min(weight, 1.0))
     if found <= LOOKED_INTO:
         return SolveError(unsolved, found)
     missing, short = _correction(linear, left)
@@ -161,4 +162,5 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
-    return torch.stack([t.double().norm() for t in tensors.values()]).norm().item()
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values()]
+    return torch.linalg.vector_norm(torch.stack(norms)).item()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equigrad.estimators.contrast_steps import ContrastedGradient
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
-from equigrad.estimators.linearisation import second_derivatives
+from equigrad.estimators.linearisation import SecondDerivatives
 from equigrad.estimators.replay import recorded, replay
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Count, require
@@ -121,7 +121,7 @@ class Unrolled(Estimator):
                 moment = evaluation.settle_nudged(
                     moment, solver, 0.0, keep_momentum=True, steps=ahead
                 )
-            with second_derivatives(evaluation, type(self).__name__):
+            with SecondDerivatives(evaluation, type(self).__name__):
                 segment = last or _Segment(evaluation, solver, moment, range(stop, end), contrast)
                 adjoint, by_meta = segment.pull_back(adjoint)
             for name, grad in by_meta.items():
@@ -147,7 +147,7 @@ class Unrolled(Estimator):
         every = self.segment or self.truncation
         if every is None and solver.tol is None and solver.max_steps is not None:
             start = evaluation.beginning(solver)
-            with second_derivatives(evaluation, type(self).__name__):
+            with SecondDerivatives(evaluation, type(self).__name__):
                 whole = _Segment(evaluation, solver, start, range(solver.max_steps), contrast)
             return whole.settled(), [start], whole
         keep = None

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from equigrad.errors import ProblemError
 from equigrad.parallel import whole
 from equigrad.problems import Params
 from equigrad.problems.refused import refuse_tensor
+from equigrad.vectors import finite
 from equigrad.wording import listed
 
 
@@ -33,7 +33,7 @@ def check_tensors(what: str, tensors: object) -> None:
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"{what}[{name!r}] must be a tensor, got {type(tensor).__name__}")
         refuse_tensor(f"{what}[{name!r}]", tensor)
-        if not torch.isfinite(whole(tensor.detach())).all():
+        if not finite(whole(tensor.detach())):
             raise ProblemError(f"{what}[{name!r}] holds NaN or infinite values")
 
 

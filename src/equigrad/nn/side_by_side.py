@@ -105,7 +105,7 @@ class SideBySide:
         """
         stacked = {name: self._stacked(name, params, len(x)) for name in self._shapes}
         for norm in self._norms:
-            norm.reference = reference
+            norm.reference, norm.twice = reference, second_order
         if self._one.model.training != training:
             self._one.model.train(training)
         return self._compute(stacked, x, second_order)(stacked, x)
@@ -259,7 +259,12 @@ def _as_is(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -
 
 def _norm(layer: BatchStatistics, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
     wide = {name: p.reshape(-1) for name, p in own.items()}
-    return layer.normalise(x, wide.get("weight"), wide.get("bias"))
+    last = _channels_last(x)
+    return layer.normalise(x, wide.get("weight"), wide.get("bias"), channels_last=last)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
@@ -280,7 +285,7 @@ def _convolution(
 ) -> Callable[[nn.Module, Mapping[str, Tensor], Tensor, int], Tensor]:
     def beside(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        last = _channels_last(x)
         shared = tasks > 1 and all(p.stride(0) == 0 for p in own.values())
         if shared:  # an ordinary convolution of tasks · n images is faster than one in groups
             convolved = [p[0] for p in own.values()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from equigrad.fields import Rule
 from equigrad.parallel import ALONE, is_group
 from equigrad.problems.problem import Batches, Loss, Problem, Regularizer
-from equigrad.problems.pullback import Params, Velocity, dense, pushed, scalar
+from equigrad.problems.pullback import Params, Velocity, dense, filled, pushed, scalar
 from equigrad.randomness import Stream
 
 
@@ -153,12 +153,7 @@ class Bilevel(Problem):
                     loss = loss + scalar(beta, outer) * outer
             leaves = tuple(params.values())
             grads = torch.autograd.grad(loss, leaves, scalar(-1.0, loss), allow_unused=True)
-            if any(g is None for g in grads):
-                grads = tuple(
-                    torch.zeros_like(p, requires_grad=False) if g is None else g
-                    for g, p in zip(grads, leaves, strict=True)
-                )
-            grads = dense(grads)
+            grads = filled(grads, leaves)
             if loss.is_complex():  # autograd conjugates the holomorphic derivative
                 grads = tuple(g.conj().resolve_conj() for g in grads)
             if self.regularizer is None or pull is None:

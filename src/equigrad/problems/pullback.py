@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,8 +21,17 @@ returns the loss there, at no cost but that of the regulariser.
 def slope(loss: Tensor, leaves: Sequence[Tensor], scale: complex = 1.0) -> tuple[Tensor, ...]:
     """`scale ∂loss/∂leaf` for every leaf; the holomorphic derivative for complex numbers."""
     seed = scalar(scale, loss)
-    grads = torch.autograd.grad(loss, leaves, seed, allow_unused=True, materialize_grads=True)
-    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else dense(grads)
+    grads = filled(torch.autograd.grad(loss, leaves, seed, allow_unused=True), leaves)
+    return tuple(g.conj().resolve_conj() for g in grads) if loss.is_complex() else grads
+
+
+def filled(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients as dense tensors, zero where autograd found no path to a leaf."""
+    if any(g is None or g.is_sparse for g in grads):
+        pairs = zip(grads, leaves, strict=True)
+        grads = [torch.zeros_like(p, requires_grad=False) if g is None else g for g, p in pairs]
+        return dense(tuple(grads))
+    return cast(tuple[Tensor, ...], grads)
 
 
 def dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -42,15 +52,10 @@ def pull_back(
     varying = [(o, a) for o, a in zip(outputs, adjoints, strict=True) if o.requires_grad]
     if not varying:
         return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
-    return dense(
-        torch.autograd.grad(
-            [o for o, _ in varying],
-            inputs,
-            [a for _, a in varying],
-            retain_graph=retain_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+    outs, along = zip(*varying, strict=True)
+    return filled(
+        torch.autograd.grad(outs, inputs, along, retain_graph=retain_graph, allow_unused=True),
+        inputs,
     )
 
 

@@ -5,8 +5,8 @@ the recording is the key of a cache of compiled functions. A loss may therefore 
 every call, and whatever it reads (a batch, a flag, a module's mode) may change between phases:
 tensors are inputs of the function, and everything else is part of its key.
 
-On a CUDA device the steps are CUDA graphs (`equigrad.solvers.graphs`); on other devices they are
-one function made by torch's compiler.
+On a CUDA device the steps are CUDA graphs (`equigrad.solvers.graphs`); on other devices they are a
+loop made by torch's compiler (`equigrad.solvers.looped`).
 """
 
 import dataclasses
@@ -21,11 +21,15 @@ from torch import Tensor
 from equigrad.errors import ConfigurationError
 from equigrad.problems import Params, Velocity
 from equigrad.solvers.graphs import GraphedSteps
+from equigrad.solvers.looped import LoopedSteps
 from equigrad.solvers.recording import EAGER, Recording, record, refused
 from equigrad.solvers.solver import Solver
 
 BACKEND = "inductor"
 """The compiler, one of `torch._dynamo.list_backends()`."""
+
+LONGEST = 1000
+"""About as many steps are taken by one call at most; Python's signals wait for its end."""
 
 KEPT = 64
 """The largest number of compiled functions that are kept."""
@@ -33,7 +37,7 @@ KEPT = 64
 GRAPHS_KEPT = 16
 """The largest number of sets of CUDA graphs that are kept."""
 
-_compiled: dict[tuple[Any, ...], "InductorSteps"] = {}
+_compiled: dict[tuple[Any, ...], LoopedSteps] = {}
 _graphs: dict[tuple[Any, ...], GraphedSteps] = {}
 
 _NO_OBJECTIVE: Any = None
@@ -41,7 +45,7 @@ _NO_OBJECTIVE: Any = None
 
 
 class CompiledSteps:
-    """Takes `solver.check_every` steps at once, on the tensors of one phase.
+    """Takes many steps at once, on the tensors of one phase.
 
     Args:
         velocity: velocity of the phase, the same function at every step.
@@ -51,10 +55,7 @@ class CompiledSteps:
         step: number of the first step.
         count: called with the number of velocities that the phase takes, without those taken to
             record and check the function.
-
-    Attributes:
-        steps: number of steps in one call.
-        singly: whether it can also take a single step.
+        samples: whether samples settle independently.
 
     Raises:
         ConfigurationError: the velocity draws random numbers, changes a tensor that it did not
@@ -69,9 +70,9 @@ class CompiledSteps:
         solver: Solver,
         step: int,
         count: Callable[[int], None],
+        samples: bool,
     ) -> None:
-        self.steps = solver.check_every
-        self._leaves, self._counted = len(params), count
+        self._every, self._counted, self._samples = solver.check_every, count, samples
         moving = [*params.values(), *state]
         # solvers that differ only in when to stop share one function
         rule = dataclasses.replace(solver, max_steps=1, tol=None)
@@ -83,41 +84,59 @@ class CompiledSteps:
             return recording, tensors, (BACKEND, rule, len(params), recording.key(), layouts)
 
         on_cuda = all(p.device.type == "cuda" for p in params.values())
-        self.singly = solver.compile == "graph" or on_cuda
-        known: dict[tuple[Any, ...], Any] = _graphs if self.singly else _compiled
+        self._graphed = solver.compile == "graph" or on_cuda
+        known: dict[tuple[Any, ...], Any] = _graphs if self._graphed else _compiled
         recording, tensors, key = recorded()
         if key not in known:  # a first evaluation may fill caches and so differ from later ones
             recording, tensors, key = recorded()
         if (function := known.get(key)) is None:
-            _make_room(known, GRAPHS_KEPT if self.singly else KEPT, solver)
-            make = _graphed if self.singly else InductorSteps
-            function = make(recording, tensors, len(params), solver)
-            if _check(function.run(tensors), velocity, params, state, solver, step):
+            _make_room(known, GRAPHS_KEPT if self._graphed else KEPT, solver)
+            if self._graphed:
+                compiler = _compile if solver.compile == "inductor" else None
+                function = GraphedSteps(recording, tensors, len(params), solver, compiler)
+            else:
+                function = LoopedSteps(recording, tensors, len(params), solver, _compile)
+            ours = function.run(tensors, solver.check_every)[2][: len(params)]
+            if _check(ours, velocity, params, state, solver, step):
                 known[key] = function
-        self._function, self._tensors = function, tensors
+        self._function: Any = function
+        self._tensors = tensors
         self._moved: list[Tensor] = []
         function.begin(tensors)
+        self._velocity: tuple[Tensor, ...] = ()
+        if not self._graphed:
+            _, self._velocity, _ = function.run(tensors, 0)
 
-    def look(self, *, one: bool = False) -> tuple[Tensor, ...]:
-        """The velocity at the current position. The steps are computed, but φ is not yet moved.
-
-        The loop can thus stop on this velocity, before any of the steps.
+    def look(self, left: float) -> tuple[Tensor, ...]:
+        """The velocity at the current position.
 
         Args:
-            one: whether to take a single step.
+            left: number of steps that the phase may still take. The last one is taken alone, so
+                that the residual is measured before it.
         """
-        self._taken = 1 if one else self.steps
         self._counted(1)
-        results = self._function.run(self._tensors, one=one)
-        self._moved = list(results[self._leaves :])
-        return tuple(results[: self._leaves])
+        if not self._graphed:
+            longest = self._every * (1 if self._samples else max(LONGEST // self._every, 1))
+            self._taken = int(max(min(left - 1, longest), 1))
+            return self._velocity
+        # the graph takes the steps, but φ is not yet moved: the loop can stop on this velocity
+        self._taken = self._every if left > self._every else 1
+        _, velocity, self._moved = self._function.run(self._tensors, self._taken)
+        return velocity
 
-    def take(self) -> int:
-        """Move φ and the state to the end of the steps.
+    def take(self, rest: float) -> int:
+        """Move φ and the state.
+
+        Args:
+            rest: the norm of the velocity at which to stop.
 
         Returns:
             The number of steps.
         """
+        if not self._graphed:
+            self._taken, self._velocity, self._moved = self._function.run(
+                self._tensors, self._taken, rest
+            )
         self._counted(self._taken - 1)
         torch._foreach_copy_(self._tensors[: len(self._moved)], self._moved)
         return self._taken
@@ -135,66 +154,28 @@ def _make_room(known: dict[tuple[Any, ...], Any], limit: int, solver: Solver) ->
     )
 
 
-class InductorSteps:
-    """`solver.check_every` steps as a function of the leaves, the solver's state and all constants.
-
-    Args:
-        recording: one evaluation of the velocity.
-        tensors: the leaves, the state and the constants of a phase.
-        count: number of leaves.
-        solver: a differentiable solver.
-    """
-
-    def __init__(
-        self, recording: Recording, tensors: list[Tensor], count: int, solver: Solver
-    ) -> None:
-        moving = len(tensors) - len(recording.constants)
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            leaves, state = list(inputs[:count]), list(inputs[count:moving])
-            velocities = []
-            for _ in range(solver.check_every):
-                velocities.append(recording.replay(leaves, inputs[moving:]))
-                # the update works in place, and the inputs have to keep their values
-                leaves, state = [p.clone() for p in leaves], [s.clone() for s in state]
-                solver.update(leaves, velocities[-1], state, _NO_OBJECTIVE)
-            return *velocities[0], *leaves, *state
-
-        self._function = _compile(run, tensors)
-
-    def begin(self, tensors: Sequence[Tensor]) -> None:
-        """Begin a phase; this function keeps nothing of a phase."""
-
-    def run(self, tensors: Sequence[Tensor], *, one: bool = False) -> Sequence[Tensor]:
-        """The velocity before the first step, then leaves and state after the last."""
-        return self._function(*tensors)
-
-
-def _graphed(
-    recording: Recording, tensors: list[Tensor], count: int, solver: Solver
-) -> GraphedSteps:
-    compiler = _compile if solver.compile == "inductor" else None
-    return GraphedSteps(recording, tensors, count, solver, compiler)
-
-
 def _compile(
     run: Callable[..., Sequence[Tensor]], tensors: list[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """A function of tensors, compiled by torch."""
+    """A function of tensors, compiled by torch; on a CPU without Python between its kernels."""
     from torch._dynamo import lookup_backend  # slow to import
+    from torch._inductor import config
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    on_cpu = tensors[0].device.type == "cpu"
     try:
-        return lookup_backend(BACKEND)(make_fx(run)(*tensors), list(tensors))
+        graph = make_fx(run, tracing_mode="fake" if on_cpu else "real")(*tensors)
+        with config.patch(cpp_wrapper=on_cpu):
+            return lookup_backend(BACKEND)(graph, list(tensors))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        needs = "; on a CPU it needs a C++ compiler" if tensors[0].device.type == "cpu" else ""
+        needs = "; on a CPU it needs a C++ compiler" if on_cpu else ""
         raise refused(f"failed in torch's compiler{needs}", error) from error
 
 
 def _check(
-    compiled: Sequence[Tensor],
+    ours: list[Tensor],
     velocity: Velocity,
     params: Params,
     state: list[Tensor],
@@ -203,6 +184,14 @@ def _check(
 ) -> bool:
     """Compare compiled steps with eager ones, to find computations that torch cannot record.
 
+    Args:
+        ours: the leaves after `solver.check_every` compiled steps.
+        velocity: velocity of the phase.
+        params: the leaves before.
+        state: the solver's state before.
+        solver: the update rule.
+        step: number of the first step.
+
     Returns:
         Whether the comparison is conclusive, which it is not if the steps diverge.
     """
@@ -210,7 +199,6 @@ def _check(
     values, own = list(leaves.values()), [s.clone() for s in state]
     for i in range(solver.check_every):
         solver.update(values, velocity(leaves, step + i)[0], own, _NO_OBJECTIVE)
-    ours = list(compiled[len(params) : 2 * len(params)])
     start = [p.detach() for p in params.values()]
     off, moved, size = (
         torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm().item()

@@ -43,7 +43,7 @@ class GraphedSteps:
         compiler: Compiler | None,
     ) -> None:
         moving = len(tensors) - len(recording.constants)
-        own = [_with_layout_of(t) for t in tensors]
+        own = [with_layout_of(t) for t in tensors]
         self._moving, self._constants = own[:moving], own[moving:]
         leaves, state = self._moving[:count], self._moving[count:]
         once, each = recording.split()
@@ -74,11 +74,12 @@ class GraphedSteps:
         self._load(tensors)
         self._prepare()
 
-    def run(self, tensors: Sequence[Tensor], *, one: bool = False) -> tuple[Tensor, ...]:
-        """The velocity before the first step, then leaves and state after the last."""
+    def run(
+        self, tensors: Sequence[Tensor], steps: int
+    ) -> tuple[int, tuple[Tensor, ...], list[Tensor]]:
+        """The steps, one or `check_every`; the velocity before them; leaves and state after."""
         torch._foreach_copy_(self._moving, list(tensors[: len(self._moving)]))
-        velocity = self._one() if one else self._several()
-        return *velocity, *self._moving
+        return steps, self._one() if steps == 1 else self._several(), self._moving
 
     def _load(self, tensors: Sequence[Tensor]) -> None:
         given = [_span(t) for t in tensors]
@@ -126,6 +127,6 @@ def _span(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((1 + reach,), (1,), tensor.storage_offset())
 
 
-def _with_layout_of(tensor: Tensor) -> Tensor:
+def with_layout_of(tensor: Tensor) -> Tensor:
     """An uninitialised tensor with the same shape and strides, which may overlap."""
     return torch.empty_like(_span(tensor)).as_strided(tensor.shape, tensor.stride())

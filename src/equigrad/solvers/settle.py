@@ -103,7 +103,7 @@ def settle(
     # one step may settle a phase of a solver that jumps, so its residual is also measured after the
     # last step; other solvers measure it one step before the end, and save an evaluation
     ahead = 0 if solver.jumps else 1
-    rests = stalled = False
+    rests, stalled, rest = False, False, -1.0
 
     while True:
         if watch is not None:
@@ -114,12 +114,13 @@ def settle(
             if not math.isfinite(residual.norm):
                 raise _diverged(residual, walk.taken, solver, beta, remedy)
             if tol is not None:
-                rests = residual.norm <= min(tol, share * residual.first)
+                rest = min(tol, share * residual.first)
+                rests = residual.norm <= rest
                 slow = residual.norm > residual.before / 2
                 stalled = solver.jumps and slow and not (last or rests)
         if rests or stalled or (last and solver.jumps):
             break
-        stalled = walk.take()
+        stalled = walk.take(rest)
         if residual.lost is not None:
             residual.put_back()
         if last or stalled:

@@ -57,12 +57,12 @@ class Solver(Checked):
             samples settle independently. None to run all `max_steps`. A nudged phase must also
             reduce the norm to a hundredth of its first value.
         check_every: number of steps between two measurements of that norm.
-        compile: whether to take the `check_every` steps between two measurements in one function,
-            which is several times faster for a small network (docs/speed.md). `"graph"` captures a
-            CUDA graph, in less than a second; `"inductor"` uses torch's compiler, in tens of
-            seconds, and captures the result on a CUDA device; True is the graph on a CUDA device
-            and the compiler elsewhere. Works without mini-batches and random numbers, for
-            `differentiable` solvers only.
+        compile: whether to take many steps in one function, which is several times faster for a
+            small network (docs/speed.md). `"inductor"` has torch's compiler make a loop of steps,
+            which stops where single steps do; on a CUDA device, it compiles the `check_every` steps
+            between two measurements and captures them. `"graph"` captures them alone, in less than
+            a second; True is the graph on a CUDA device and the compiler elsewhere. Works without
+            mini-batches and random numbers, for `differentiable` solvers only.
         fixed_loss: class attribute; whether the loss has to be the same at every evaluation.
         jumps: class attribute; whether one step may settle a phase. The norm is then also measured
             after the last step, and under a tolerance a further step is taken only if the last one

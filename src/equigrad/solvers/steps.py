@@ -102,8 +102,11 @@ class EagerSteps:
         self._velocity = self.position.evaluate()[0]
         return self._velocity
 
-    def take(self) -> bool:
+    def take(self, rest: float) -> bool:
         """Move along the last velocity.
+
+        Args:
+            rest: the norm of the velocity at which the phase has settled, for compiled steps.
 
         Returns:
             Whether the solver found no step that helps.
@@ -132,7 +135,7 @@ class RecordedSteps(EagerSteps):
     ) -> None:
         super().__init__(position, solver, objective, previous)
 
-    def take(self) -> bool:
+    def take(self, rest: float) -> bool:
         """Move copies, since the parameters before the step are part of the graph."""
         with torch.enable_grad():
             kept = self.solver.functional
@@ -149,10 +152,7 @@ class RecordedSteps(EagerSteps):
 
 
 class StretchedSteps(EagerSteps):
-    """Several steps at once by a compiled function, and single steps at the end of the phase.
-
-    The last steps are single so that the phase does not exceed its limit, and so that the residual
-    is measured before its last step.
+    """Many steps at once, by a compiled function.
 
     Args:
         position: the start of the phase.
@@ -176,22 +176,23 @@ class StretchedSteps(EagerSteps):
 
         super().__init__(position, solver, objective, previous)
         self._limit = limit
-        self._eager = False
         self._compiled = CompiledSteps(
-            position.velocity, position.params, self.state, solver, position.step, position.count
+            position.velocity,
+            position.params,
+            self.state,
+            solver,
+            position.step,
+            position.count,
+            objective.samples,
         )
 
     def look(self) -> tuple[Tensor, ...]:
         """The velocity at the current position."""
-        one = self._limit - self.taken <= self._compiled.steps
-        self._eager = one and not self._compiled.singly
-        return super().look() if self._eager else self._compiled.look(one=one)
+        return self._compiled.look(self._limit - self.taken)
 
-    def take(self) -> bool:
-        """Move to the end of the compiled steps, or by a single step."""
-        if self._eager:
-            return super().take()
-        self._advance(self._compiled.take())
+    def take(self, rest: float) -> bool:
+        """Move until the norm of the velocity is at most `rest`, or by a call's most steps."""
+        self._advance(self._compiled.take(rest))
         return False
 
 
