@@ -184,6 +184,7 @@ def test_implicit_estimators_take_products_by_contrast(make, estimator):
 @pytest.mark.parametrize("make", [MODELS[0], MODELS[2], MODELS[3]])
 def test_steps_are_unrolled_by_contrast(make):
     """The gradient of ten steps of Adam, by differences of first-order gradients."""
+    torch.manual_seed(0)
     problem, params, meta = problem_of(make())
     solver = eg.TorchOptimizer(
         optimizer=torch.optim.Adam, options={"lr": 0.02}, max_steps=10, tol=None
