@@ -49,7 +49,7 @@ class ContrastedGradient:
         self._problem, self._full = evaluation.problem, unlowered(evaluation.problem)
         self.distance: float | None = None
         self.accuracy = 0.0
-        self._sizes = self._uneven = self._squares = 0.0
+        self._sizes = self._uneven = self._squares = self._rounding = 0.0
         self._share = self._best = 0.0
         self._shortest, self._longest = 0.0, torch.inf
 
@@ -110,6 +110,7 @@ class ContrastedGradient:
             self._evaluation.tally.spend(2)
             found = self._difference(params, meta_params, at, unit)
         self._weigh(size * flatten(found).norm().item(), here)
+        self._round(size, self._grads)
         self._follow()
         return [size * d for d in found]
 
@@ -122,30 +123,49 @@ class ContrastedGradient:
         self._uneven += size * share
         self._squares += size * share**2
 
+    def _round(self, size: float, grads: Sequence[Sequence[Tensor]]) -> None:
+        """Add what the rounding of two gradients makes of a product with a vector of some size."""
+        assert self.distance is not None
+        eps = torch.finfo(grads[0][0].dtype).eps
+        norms = [flatten(g).norm().item() for g in grads]
+        self._rounding += size * eps * max(norms) / self.distance
+
     @property
     def uneven(self) -> float:
         """The gradient's second difference relative to its first, a mean over products."""
         return self._uneven / self._sizes if self._sizes else 0.0
 
-    @property
-    def error(self) -> float:
-        """The estimated relative error of the gradient.
+    def error(self, grads: Params) -> float:
+        """The estimated relative error of the gradient of θ.
 
         In a smooth function a difference is wrong by about the square of the unevenness. A kink
         makes it uneven at any distance, and the products are then not those of autograd.
         """
         if self.uneven > JUMPS:
             return math.inf
-        return self.accuracy + (self._squares / self._sizes if self._sizes else 0.0)
+        uneven = self._squares / self._sizes if self._sizes else 0.0
+        return self.accuracy + uneven + self._rounded(grads)
 
-    def notes(self) -> list[str]:
-        """What the user should know about the products."""
+    def _rounded(self, grads: Params) -> float:
+        size = flatten(list(grads.values())).norm().item()
+        return self._rounding / size if size > 0 else 0.0
+
+    def notes(self, grads: Params) -> list[str]:
+        """What the user should know about the products that went into the gradient of θ."""
         said = [
             f"products by contrast, the first accurate to {self.accuracy:.1g}, the last at a "
             f"distance of {self.distance or 0:.1g}"
         ]
-        if self.error > POOR:
-            size = "its own size or more" if self.error >= 1 else f"about {self.error:.1g} of it"
+        error, rounded = self.error(grads), self._rounded(grads)
+        if error > POOR:
+            size = "its own size or more" if error >= 1 else f"about {error:.1g} of it"
+        if rounded > POOR:
+            said.append(
+                f"the optimiser divides by gradients that are nearly zero, so that products are "
+                f"with long vectors, which magnify rounding: the gradient may be wrong by {size}. "
+                f"Use products='autograd', torch.float64 or a larger eps of the optimiser"
+            )
+        elif error > POOR:
             said.append(
                 f"the inner gradient changes unevenly over that distance (by {self.uneven:.2g} of "
                 f"its change), as at kinks (ReLU, max-pooling): the gradient may be wrong by "
@@ -206,7 +226,7 @@ class ContrastedGradient:
             grads.append(self._gradients(self._full, sides[-1], meta_params, at.end_step))
         there, back = (flatten(g[: len(unit)]) for g in grads)
         self._share = ((there - back).norm() / (there + back).norm()).item()
-        self._sides = there, back
+        self._sides, self._grads = (there, back), grads
         found = [(a - b) / (2 * distance) for a, b in zip(*grads, strict=True)]
         regularizer = self._problem.regularizer
         if regularizer is not None:

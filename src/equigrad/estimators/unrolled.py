@@ -136,8 +136,8 @@ class Unrolled(Estimator):
                 f"truncation={self.truncation}: the path through it is not in the gradient"
             )
         if contrast is not None:
-            evaluation.tally.note(*contrast.notes())
-        error = None if contrast is None else contrast.error
+            evaluation.tally.note(*contrast.notes(grads))
+        error = None if contrast is None else contrast.error(grads)
         return Estimate(grads=grads, phases=(free,), error_estimate=error)
 
     def _settle(
