@@ -1,7 +1,8 @@
-"""Estimators of scikit-learn: networks that learn how strongly each input is held back."""
+"""Estimators of scikit-learn: networks that learn a regularisation strength for every input."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from equigrad.training.targets import Classes, Numbers, Target
 
 try:
     from scipy.sparse import issparse
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
     from sklearn.utils import check_random_state
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.multiclass import check_classification_targets
@@ -37,122 +38,131 @@ except ImportError as error:
         f"pip install 'equigrad[experiments]'"
     ) from error
 
-Rows = tuple[np.ndarray, np.ndarray]
-"""Inputs and targets."""
 
-
+@dataclass(eq=False, repr=False)
 class StrengthLearning(BaseEstimator):
     """Networks that learn how strongly the weights of each input are pulled to zero.
 
-    Networks learn side by side, one a fold, each without the rows that judge it. The strengths λ of
-    the pull, one an input and one a later layer, which the folds share, follow the gradient of half
-    of those rows' loss; the other half say when to stop. In the end each network learns on from all
-    rows. A prediction is the mean of theirs, and of those that learned with the best single
-    strength. Inputs are standardised within. All is computed in float64, and torch's generator is
-    left as it was.
+    Networks are trained side by side, one a fold, each on the rows of the other folds. The
+    strengths λ of the pull, one an input and one a later layer, are shared by the folds. They
+    follow the gradient of the loss on half of the held-out rows; the other half decide when to
+    stop. Then each network is trained further on all rows. A prediction is the mean of these
+    networks and of those trained with the best single strength. Inputs are standardised, and all
+    is computed in float64. Torch's random generator is left as it was.
 
     Args:
         hidden: widths of the hidden tanh layers, or that of a single one.
-        folds: how many; where `fit` is given rows to validate with, these judge a single one.
+        folds: how many; not used where `fit` is given a validation set.
         outer_steps: steps on the logarithms of the strengths, at most.
         outer_lr: root mean square of such a step.
         initial_strength: where every strength starts; None for the best single one.
-        inner_steps: of L-BFGS in which a network learns in one go; it goes on for as long as the
-            rows that judge and stop gain from it.
-        tol: it has learned where the gradient's norm is at most this.
+        inner_steps: steps of L-BFGS between two looks at the held-out rows, for as long as the loss
+            on these falls.
+        tol: a network has converged where the gradient's norm is at most this.
         beta: nudging strength of the contrastive rule.
         nudged_steps: steps of its nudged phase.
         estimator: of the meta-gradient, `equigrad.T1T2()` for example; None for the contrastive
-            rule, of which alone the two above speak.
-        random_state: draws the folds and the networks' start.
+            rule, which alone uses `beta` and `nudged_steps`.
+        random_state: draws the folds and the networks' initial weights.
 
     Attributes:
         strengths_: λ by name of the weight, with ones in their shapes where weights share a
             strength; `0.weight` is 1 × inputs.
-        validation_score_: of the rows that judge and stop, by networks that have not seen them.
-        history_: what each outer step saw, a dictionary each; accuracies in percent.
-        network_: those that learned with the strengths, for standardised inputs.
+        validation_score_: on the held-out rows, each scored by networks that have not seen it.
+        history_: a dictionary for each outer step; accuracies in percent.
+        network_: the trained networks, for standardised inputs.
         n_features_in_: number of inputs.
         feature_names_in_: their names, where they have any.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[int] | int = (64, 64),
-        *,
-        folds: int = 2,
-        outer_steps: int = 15,
-        outer_lr: float = 0.5,
-        initial_strength: float | None = None,
-        inner_steps: int = 40,
-        tol: float = 1e-3,
-        beta: float = 0.1,
-        nudged_steps: int = 5,
-        estimator: Estimator | None = None,
-        random_state: Any = None,
-    ) -> None:
-        self.hidden = hidden
-        self.folds = folds
-        self.outer_steps = outer_steps
-        self.outer_lr = outer_lr
-        self.initial_strength = initial_strength
-        self.inner_steps = inner_steps
-        self.tol = tol
-        self.beta = beta
-        self.nudged_steps = nudged_steps
-        self.estimator = estimator
-        self.random_state = random_state
+    hidden: Sequence[int] | int = (64, 64)
+    _: KW_ONLY
+    folds: int = 2
+    outer_steps: int = 15
+    outer_lr: float = 0.5
+    initial_strength: float | None = None
+    inner_steps: int = 40
+    tol: float = 1e-3
+    beta: float = 0.1
+    nudged_steps: int = 5
+    estimator: Estimator | None = None
+    random_state: Any = None
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
 
-    def _read(self, x: Any, y: Any, **options: Any) -> Rows:
-        """Inputs and targets as arrays; sparse inputs are made dense."""
-        options = {"dtype": np.float64, "accept_sparse": "csr", **options}
-        x, y = validate_data(self, x, y, **options)
-        return _dense(x), y
+    @abstractmethod
+    def _target(self, y: np.ndarray) -> tuple[Target, np.ndarray | float]:
+        """What kind of target y is, and factors of the rows' weights."""
 
-    def _learn(
-        self, rows: Rows, judges: Rows | None, weights: np.ndarray, target: Target, groups: Any
+    @abstractmethod
+    def _encoded(self, y: np.ndarray) -> np.ndarray:
+        """Targets as the networks learn them."""
+
+    def fit(
+        self,
+        X: Any,  # noqa: N803 (scikit-learn's name)
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        validation: tuple[Any, Any] | None = None,
     ) -> Self:
-        """Learn the strengths, and keep the networks that learned with them.
+        """Learn the strengths, and keep the networks that were trained with them.
 
         Args:
-            rows: that are learned from.
-            judges: rows that judge and stop; None where folds of the others do.
-            weights: of the rows.
-            target: what is learned.
-            groups: a number for every row; each fold has its share of every group.
+            X: rows × inputs, sparse or not.
+            y: a class or a number for every row.
+            sample_weight: weights of the rows.
+            validation: inputs and targets of a validation set, which takes the place of the folds.
+
+        Raises:
+            ValueError: X is no table of finite numbers, a weight is negative, an argument of the
+                estimator is out of range, there is one class only, or the validation set has a
+                class that y does not have.
         """
-        hidden = [self.hidden] if isinstance(self.hidden, int | np.integer) else list(self.hidden)
         expect(CountFrom0, outer_steps=self.outer_steps)
         expect(CountFrom2, folds=self.folds)
         expect(Positive, outer_lr=self.outer_lr)
         expect(Positive | None, initial_strength=self.initial_strength)
+        x, y = self._read(X, y, ensure_min_samples=2)
+        weights = _check_sample_weight(sample_weight, x, dtype=np.float64)
+        target, factors = self._target(y)
+        weights, y = torch.tensor(weights * factors), self._encoded(y)
         if (weights < 0).any() or not weights.any():
             raise ValueError("sample weights must be at least 0, and not all of them 0")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        mean, scale = _mean_and_scale(rows[0], "inputs")
+        mean, scale = _mean_and_scale(x, "inputs")
         self.mean_, self.scale_ = mean.numpy(), scale.numpy()
-        parts = [rows] if judges is None else [rows, judges]
-        x, y = (np.concatenate(each) for each in zip(*parts, strict=True))
-        both = self._inputs(x), torch.as_tensor(y)
-        if judges is None:
-            folds = Folds.draw(torch.as_tensor(groups), torch.tensor(weights), self.folds, seed)
+        if validation is None:
+            groups = torch.tensor(y if isinstance(target, Classes) else np.zeros(len(y)))
+            folds = Folds.draw(groups, weights, self.folds, seed)
         else:
-            learned_from = torch.arange(len(y)) < len(weights)
-            weights = np.concatenate([weights, np.ones(len(judges[1]))])
-            folds = Folds.of(torch.tensor(weights), ~learned_from[None], refit=learned_from)
+            x_held, y_held = self._read(*validation, reset=False)
+            learned_from = torch.arange(len(y) + len(y_held)) < len(y)
+            x, y = np.concatenate([x, x_held]), np.concatenate([y, self._encoded(y_held)])
+            weights = torch.cat([weights, weights.new_ones(len(y_held))])
+            folds = Folds.of(weights, ~learned_from[None], refit=learned_from)
+        return self._learn(self._inputs(x), torch.tensor(y), target, folds, seed)
+
+    def _read(self, x: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets as arrays; sparse inputs are made dense."""
+        options |= {"dtype": np.float64, "accept_sparse": "csr", "y_numeric": is_regressor(self)}
+        x, y = validate_data(self, x, y, **options)
+        return _dense(x), y
+
+    def _learn(self, x: Tensor, y: Tensor, target: Target, folds: Folds, seed: int) -> Self:
+        hidden = [self.hidden] if isinstance(self.hidden, int | np.integer) else list(self.hidden)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = tanh_network(x.shape[1], hidden, target.outputs).double()
             committee = tanh_committee(x.shape[1], hidden, target.outputs, 2 * len(folds.train))
         solver = replace(SOLVER, max_steps=self.inner_steps, tol=self.tol)
         rule = with_nudged(replace(RULE, beta=self.beta), solver, self.nudged_steps)
-        split = Split(both, both, None, target=target, folds=folds)
-        learned = FoldedLearner(network, split, seed=seed).learn_by(
+        learned = FoldedLearner(
+            network, Split((x, y), (x, y), None, target=target, folds=folds), seed=seed
+        ).learn_by(
             Recipe(self.estimator or rule, solver, self.outer_lr),
             outer_steps=self.outer_steps,
             initial_strength=self.initial_strength,
@@ -186,13 +196,15 @@ def _mean_and_scale(values: np.ndarray, what: str) -> tuple[Tensor, Tensor]:
         raise ValueError(str(error)) from error
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
     """Classes from numbers, by networks that learn a regularisation strength for every input.
 
     Its other arguments and attributes are those of `StrengthLearning`.
 
     Args:
-        class_weight: of the classes, by their names; `balanced` for as much to each of them.
+        class_weight: weights of the classes by name; `balanced` for the same weight in total for
+            each class.
 
     Attributes:
         classes_: in the order of the probabilities.
@@ -205,74 +217,23 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         (True, (1, 4))
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[int] | int = (64, 64),
-        *,
-        folds: int = 2,
-        outer_steps: int = 15,
-        outer_lr: float = 0.5,
-        initial_strength: float | None = None,
-        inner_steps: int = 40,
-        tol: float = 1e-3,
-        beta: float = 0.1,
-        nudged_steps: int = 5,
-        estimator: Estimator | None = None,
-        class_weight: Any = None,
-        random_state: Any = None,
-    ) -> None:
-        super().__init__(
-            hidden,
-            folds=folds,
-            outer_steps=outer_steps,
-            outer_lr=outer_lr,
-            initial_strength=initial_strength,
-            inner_steps=inner_steps,
-            tol=tol,
-            beta=beta,
-            nudged_steps=nudged_steps,
-            estimator=estimator,
-            random_state=random_state,
-        )
-        self.class_weight = class_weight
+    class_weight: Any = None
 
-    def fit(
-        self,
-        X: Any,  # noqa: N803 (scikit-learn's name)
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        validation: tuple[Any, Any] | None = None,
-    ) -> Self:
-        """Learn from rows × inputs and a class a row.
-
-        Args:
-            X: rows × inputs, sparse or not.
-            y: their classes.
-            sample_weight: of the rows.
-            validation: inputs and classes of rows that judge and stop, and are not learned from.
-
-        Raises:
-            ValueError: what is no table of finite numbers, one class, an unknown one to validate.
-        """
-        x, y = self._read(X, y, ensure_min_samples=2)
+    def _target(self, y: np.ndarray) -> tuple[Target, np.ndarray]:
         check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
+        self.classes_ = np.unique(y)
         if len(self.classes_) == 1:
             raise ValueError(
                 f"{type(self).__name__} needs two classes to tell apart, and y has one class: "
                 f"{self.classes_[0]}"
             )
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64)
-        weights = weights * compute_sample_weight(self.class_weight, y)
-        judges = None
-        if validation is not None:
-            x_judged, y_judged = self._read(*validation, reset=False)
-            if unknown := sorted(set(y_judged) - set(self.classes_)):
-                raise ValueError(f"rows to validate with have classes that y has not: {unknown}")
-            judges = x_judged, np.searchsorted(self.classes_, y_judged)
-        target = Classes(tuple(map(str, self.classes_)))
-        return self._learn((x, labels), judges, weights, target, labels)
+        names = tuple(map(str, self.classes_))
+        return Classes(names), compute_sample_weight(self.class_weight, y)
+
+    def _encoded(self, y: np.ndarray) -> np.ndarray:
+        if unknown := sorted(set(y) - set(self.classes_)):
+            raise ValueError(f"the validation set has classes that y has not: {unknown}")
+        return np.searchsorted(self.classes_, y)
 
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Probabilities, rows × classes."""
@@ -284,6 +245,7 @@ class StrengthLearningClassifier(ClassifierMixin, StrengthLearning):
         return self.classes_[chosen]
 
 
+@dataclass(eq=False, repr=False)
 class StrengthLearningRegressor(RegressorMixin, StrengthLearning):
     """A number from numbers, by networks that learn a regularisation strength for every input.
 
@@ -298,38 +260,12 @@ class StrengthLearningRegressor(RegressorMixin, StrengthLearning):
         True
     """
 
-    def fit(
-        self,
-        X: Any,  # noqa: N803 (scikit-learn's name)
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        validation: tuple[Any, Any] | None = None,
-    ) -> Self:
-        """Learn from rows × inputs and a number a row.
-
-        Args:
-            X: rows × inputs, sparse or not.
-            y: their numbers.
-            sample_weight: of the rows.
-            validation: inputs and numbers of rows that judge and stop, and are not learned from.
-
-        Raises:
-            ValueError: what is no table of finite numbers.
-        """
-        x, y = self._read(X, y, y_numeric=True, ensure_min_samples=2)
-        y = y.astype(np.float64)
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64)
-        mean, scale = _mean_and_scale(y, "targets")
+    def _target(self, y: np.ndarray) -> tuple[Target, float]:
+        mean, scale = _mean_and_scale(y.astype(np.float64), "targets")
         self.target_mean_, self.target_scale_ = mean.item(), scale.item()
-        judges = None
-        if validation is not None:
-            x_judged, y_judged = self._read(*validation, y_numeric=True, reset=False)
-            judges = x_judged, self._standardised(y_judged)
-        target = Numbers(self.target_mean_, self.target_scale_)
-        return self._learn((x, self._standardised(y)), judges, weights, target, np.zeros(len(y)))
+        return Numbers(self.target_mean_, self.target_scale_), 1.0
 
-    def _standardised(self, y: np.ndarray) -> np.ndarray:
+    def _encoded(self, y: np.ndarray) -> np.ndarray:
         return (y - self.target_mean_) / self.target_scale_
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803

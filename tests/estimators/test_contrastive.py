@@ -239,6 +239,30 @@ def test_gradient_evaluations_are_counted(quadratic, error):
     assert result.gradient_evaluations == 2 + 11 + 10 + 5 + 2 + (2 + 2) * error
 
 
+def test_a_phase_that_is_cut_short_of_its_tolerance_runs_once(quadratic):
+    """The error estimate looks at a phase half-way; one that gets no further is not run again."""
+    results = [
+        eg.meta_gradient(
+            quadratic.problem,
+            quadratic.params(),
+            quadratic.meta_params(),
+            solver=quadratic.solver(max_steps=11),
+            estimator=eg.Contrastive(
+                nudged_solver=replace(quadratic.solver(max_steps=5), tol=1e-9),
+                scheme="forward",
+                nudge="force",
+                error=error,
+            ),
+        )
+        for error in (False, True)
+    ]
+    plain, judged = results
+    assert torch.equal(plain.grads["theta"], judged.grads["theta"])
+    assert [phase.tol for phase in judged.phases] == [phase.tol for phase in plain.phases]
+    # the estimate takes the force at the nudged end, and no further step
+    assert judged.gradient_evaluations == plain.gradient_evaluations + 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

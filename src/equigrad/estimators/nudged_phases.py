@@ -51,7 +51,7 @@ class NudgedPhases:
         for beta in (beta for beta in betas if beta != 0):
             half = self._first_half(beta)
             ends[beta] = self._onward(beta, half)
-            if half is not None:
+            if half is not None and not _ended(half):
                 halves[beta] = half
         if matched:
             longest = max(end.phase.steps for end in ends.values())
@@ -76,10 +76,9 @@ class NudgedPhases:
             assert limit is not None
             return self._settle(beta, self.free, keep=self.keep_momentum, steps=limit // 2)
         wide = dataclasses.replace(self.solver, tol=HALF_WAY * tol)
-        half = self._settle(
+        return self._settle(
             beta, self.free, keep=self.keep_momentum, solver=wide, share=HALF_WAY * ANSWERED
         )
-        return half if half.phase.outcome == "converged" else None
 
     @property
     def _halved(self) -> bool:
@@ -96,6 +95,9 @@ class NudgedPhases:
         """Run a phase to its end, from half-way or from the free solution."""
         if half is None:
             return self._settle(beta, self.free, keep=self.keep_momentum)
+        if _ended(half):
+            phase = dataclasses.replace(half.phase, tol=self.solver.tol)
+            return dataclasses.replace(half, phase=phase)
         limit, done = self.solver.max_steps, half.phase.steps
         if self.solver.tol is None:
             assert limit is not None
@@ -137,6 +139,11 @@ class NudgedPhases:
             share=share,
             force=None if beta == 0 else self.force,
         )
+
+
+def _ended(half: Settled) -> bool:
+    """Whether a phase ended before it was half-way: a stricter tolerance leads no further."""
+    return half.phase.tol is not None and half.phase.outcome != "converged"
 
 
 def _joined(first: Settled, second: Settled) -> Settled:

@@ -1,11 +1,12 @@
 """Learn strengths by cross-validation: networks side by side, one a fold, and a refit."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from equigrad.estimators import Contrastive
 from equigrad.evaluation import Evaluation
 from equigrad.nn import ComplexSynapse, SideBySide
 from equigrad.problems import Bilevel, Params
-from equigrad.solvers import LBFGS, Phase, Solver, TorchOptimizer
+from equigrad.solvers import LBFGS, Solver, TorchOptimizer
 from equigrad.training.early_stopping import BEST, BEST_PARAMS, EarlyStopping
 from equigrad.training.folds import Folds
 from equigrad.training.loop import Callback, learn
 from equigrad.training.proportional import ProportionalDescent
-from equigrad.training.single_strength import Search, Trials
+from equigrad.training.single_strength import Single, part, search
 from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearner
 
 PATIENCE, GAIN = 2, 0.005
@@ -64,8 +65,8 @@ class FoldedLearner(StrengthLearner):
         starts: list[dict[str, Tensor]] = [dict(self.network.named_parameters())]
         with self._seeded():
             for _ in self.folds.train[1:]:
-                for part in network.modules():
-                    if isinstance(redraw := getattr(part, "reset_parameters", None), MethodType):
+                for module in network.modules():
+                    if isinstance(redraw := getattr(module, "reset_parameters", None), MethodType):
                         redraw()
                 starts.append({n: p.clone() for n, p in network.named_parameters()})
         return {name: torch.stack([p[name].detach() for p in starts]) for name in starts[0]}
@@ -136,19 +137,13 @@ class FoldedLearner(StrengthLearner):
             outer_batches=batches(outer),
         )
 
-    def settled(
-        self,
-        solver: Solver,
-        strengths: float | Mapping[str, Tensor],
-        start: Params,
-        weights: Tensor,
-    ) -> tuple[dict[str, Tensor], int, Phase]:
-        """Networks that learn at fixed strengths; the gradients that it took, and how it ended."""
+    def settled(self, solver: Solver, strengths: Params, start: Params, weights: Tensor) -> Network:
+        """Networks trained at fixed strengths, not yet scored."""
         synapse = ComplexSynapse(self.network, strength=strengths)
         problem = self.problem_of(synapse, weights, weights)
         with Evaluation(problem, start, synapse.meta_params()) as evaluation:
             settled = evaluation.settle(self.fitting(solver))
-        return settled.params, evaluation.tally.gradient_evaluations, settled.phase
+        return Network(settled.params, {}, evaluation.tally.gradient_evaluations, settled.phase)
 
     @torch.no_grad()
     def loss(self, params: Params, weights: Tensor) -> float:
@@ -182,58 +177,43 @@ class FoldedLearner(StrengthLearner):
         return {f"{part}_{name}": value for name, value in found.items()}
 
     def best_single(self, solver: Solver, strengths: Sequence[float] = ()) -> tuple[Network, float]:
-        """The best single strength by the rows that are held out, and what its refit is worth."""
-        found = self.search(solver, strengths)
-        network = replace(found.network, gradient_evaluations=found.gradient_evaluations)
-        return network, found.single.strength
+        """The best single strength by the held-out rows, and the scores of its refit."""
+        single, network, _ = self.searched(solver, *strengths)
+        spent = single.gradient_evaluations + network.gradient_evaluations
+        return replace(network, gradient_evaluations=spent), single.strength
 
-    def search(self, solver: Solver, strengths: Sequence[float] = ()) -> Search:
-        """The best single strength by the rows that are held out.
-
-        Few steps choose a decade. From there the networks learn on, under half a decade more and
-        less as well, for as long as these rows gain from it.
-
-        Args:
-            solver: settles the networks; its steps are how far they learn in one go.
-            strengths: to be tried in place of decades.
-        """
-        key = (solver, *strengths)
+    def searched(self, solver: Solver, *strengths: float) -> tuple[Single, Network, float]:
+        """The best single strength, its refit with scores, and the seconds that both took."""
+        key = solver, strengths
         if key not in self._searched:
             began = time.perf_counter()
-            trials = Trials(self.settled, self.loss, self.start, self.folds)
             with self._seeded():
-                best = trials.decades(of(2, solver), strengths)
-                best = trials.further(solver, best, () if strengths else (10**-0.5, 10**0.5))
-            network = self.refit(solver, best.strength, best.params)
-            spent = trials.gradient_evaluations + network.gradient_evaluations
-            network = self.judged(network, best.params)
-            seconds = time.perf_counter() - began
-            self._searched[key] = Search(best, network, spent, seconds)
+                single = search(self._trial, solver, self.start, strengths)
+            network = self.refit(solver, self.shared(single.strength), single.params)
+            network = self.judged(network, single.params)
+            self._searched[key] = single, network, time.perf_counter() - began
         return self._searched[key]
 
     @cached_property
-    def _searched(self) -> dict[tuple[Solver | float, ...], Search]:
-        """What a search has found, which several estimators start at."""
+    def _searched(self) -> dict[Any, tuple[Single, Network, float]]:
+        """Results of searches, where several estimators start."""
         return {}
 
-    def refit(
-        self, solver: Solver, strengths: float | Mapping[str, Tensor], params: Params
-    ) -> Network:
-        """The folds' networks after they have learned on from all rows; nobody has judged them."""
-        folds = self.folds
-        if isinstance(strengths, Mapping):
-            weaker = {name: folds.shrink * s for name, s in strengths.items()}
-        else:
-            weaker = folds.shrink * strengths
-        weights = folds.refit.expand(len(folds.train), -1)
+    def _trial(self, solver: Solver, strength: float, start: Params) -> Single:
+        found = self.settled(solver, self.shared(strength), start, self.folds.train)
+        loss = self.loss(found.params, self.folds.held)
+        return Single(strength, found.params, loss, found.gradient_evaluations)
+
+    def refit(self, solver: Solver, strengths: Params, params: Params) -> Network:
+        """The folds' networks after further training on all rows."""
+        weaker = {name: self.folds.shrink * s for name, s in strengths.items()}
+        weights = self.folds.refit.expand(len(self.folds.train), -1)
         with self._seeded():
-            params, cost, phase = self.settled(of(2, solver), weaker, params, weights)
-        return Network(params, {}, cost, phase)
+            return self.settled(part(2, solver), weaker, params, weights)
 
     def judged(self, network: Network, before: Params) -> Network:
-        """With the metrics of its test rows, and of rows held out before the refit."""
-        metrics = self.held_out(before) | self.tested(network.params)
-        return replace(network, metrics=metrics)
+        """With the scores of its test rows, and of rows held out before the refit."""
+        return replace(network, metrics=self.held_out(before) | self.tested(network.params))
 
     def learn_by(
         self,
@@ -254,12 +234,10 @@ class FoldedLearner(StrengthLearner):
             watched: whether the test rows are looked at after every outer step.
         """
         given = () if initial_strength is None else (initial_strength,)
-        found = self.search(recipe.solver, given)
-        single = found.single
+        single, beside, seconds = self.searched(recipe.solver, *given)
         strengths = self.shared(single.strength)
         synapse = ComplexSynapse(self.network, strength=strengths, positivity="log")
         meta_params = synapse.meta_params()
-        following = self.fitting(of(4, recipe.solver))
         rule = recipe.estimator
         if isinstance(rule, Contrastive) and rule.nudged_solver is not None:
             rule = replace(rule, nudged_solver=self.fitting(rule.nudged_solver))
@@ -273,7 +251,7 @@ class FoldedLearner(StrengthLearner):
                 self.problem_of(synapse, self.folds.train, self.folds.judge),
                 single.params,
                 meta_params,
-                solver=following,
+                solver=self.fitting(part(4, recipe.solver)),
                 estimator=rule,
                 optimizer=ProportionalDescent(meta_params.values(), recipe.outer_lr),
                 steps=outer_steps,
@@ -284,22 +262,18 @@ class FoldedLearner(StrengthLearner):
         began = time.perf_counter()
         best, params = synapse.strengths(state.copies[BEST]), state.copies[BEST_PARAMS]
         own = self.refit(recipe.solver, best, params)
-        network = replace(own, params=beside(found.network.params, own.params))
-        network = self.judged(network, beside(single.params, params))
-        evaluations = found.gradient_evaluations + state.gradient_evaluations
-        evaluations += own.gradient_evaluations
-        seconds = found.seconds + state.seconds + time.perf_counter() - began
-        alone = {"strength": single.strength, **found.network.metrics}
+        both = replace(own, params=_together(beside.params, own.params))
+        stages = single, beside, state, own
         return Learned(
-            state, network, best, evaluations, seconds, None if initial_strength else alone
+            state,
+            self.judged(both, _together(single.params, params)),
+            best,
+            sum(stage.gradient_evaluations for stage in stages),
+            seconds + state.seconds + time.perf_counter() - began,
+            None if given else {"strength": single.strength, **beside.metrics},
         )
 
 
-def of(part: int, solver: Solver) -> Solver:
-    """The solver with a part of its steps, half of them for two."""
-    return replace(solver, max_steps=max(1, (solver.max_steps or 1000) // part))
-
-
-def beside(one: Params, other: Params) -> dict[str, Tensor]:
+def _together(one: Params, other: Params) -> dict[str, Tensor]:
     """Networks of one set, and then those of another."""
     return {name: torch.cat([p, other[name]]) for name, p in one.items()}

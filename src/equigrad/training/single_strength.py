@@ -1,25 +1,26 @@
-"""The best single strength of networks side by side, by rows that they have not seen."""
+"""The best single strength of networks side by side, by the loss of held-out rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from torch import Tensor
 
 from equigrad.errors import SettlingError
 from equigrad.problems import Params
-from equigrad.solvers import Phase, Solver
-from equigrad.training.folds import Folds
-from equigrad.training.strengths import Network
+from equigrad.solvers import Solver
 
 DECADES = (0.1, 0.01, 0.001, 0.0001)
 """Single strengths that are tried first, for as long as each is better than the one before."""
 
+HALF = 10**0.5
+"""Factor of half a decade."""
+
 WORTHWHILE = 0.01
-"""Share by which the loss of rows that are held out has to fall for more of the same."""
+"""Share by which the held-out loss has to fall for the networks to be trained further."""
 
 MOST_GOES = 10
-"""Times that networks at the best single strength learn on."""
+"""Times that networks at the best single strength are trained further."""
 
 
 @dataclass(frozen=True)
@@ -27,103 +28,76 @@ class Single:
     """The folds' networks at a single strength for all weights.
 
     Attributes:
-        params: of shape folds × …, each.
         strength: that all weights have.
-        loss: of the rows that are held out.
+        params: of shape folds × …, each.
+        loss: of the held-out rows.
+        gradient_evaluations: that these networks took, or a search that ended with them.
     """
 
-    params: dict[str, Tensor]
     strength: float
+    params: dict[str, Tensor]
     loss: float
-
-
-@dataclass(frozen=True)
-class Search:
-    """The best single strength, and its networks after they have learned on from all rows.
-
-    Attributes:
-        single: the best of those that were tried.
-        network: its refit.
-        gradient_evaluations: that all of them took.
-        seconds: likewise.
-    """
-
-    single: Single
-    network: Network
     gradient_evaluations: int
-    seconds: float
 
 
-Settled = tuple[dict[str, Tensor], int, Phase]
-"""Parameters, the gradients that they took, and how they settled."""
+def search(
+    trial: Callable[[Solver, float, Params], Single],
+    solver: Solver,
+    start: dict[str, Tensor],
+    strengths: Sequence[float] = (),
+) -> Single:
+    """The best single strength by the held-out rows, and networks trained with it.
 
+    Few steps choose a decade, each from the start: a network whose weights a strong pull has
+    brought to zero does not recover. From the best one the networks are trained further, under half
+    a decade more and less as well, for as long as the held-out loss falls.
 
-@dataclass
-class Trials:
-    """Single strengths that are tried.
-
-    Attributes:
-        settled: settles networks by a solver, at a strength, from a start, on weighed rows.
-        loss: of weighed rows.
+    Args:
+        trial: trains networks by a solver, at a strength, from a start.
+        solver: its steps are those between two looks at the held-out rows.
         start: where networks begin.
-        folds: how the rows are shared.
-        gradient_evaluations: that all trials took.
+        strengths: to be tried in place of decades, all of them.
+
+    Raises:
+        SettlingError: networks diverge under each of the strengths.
     """
+    spent = 0
 
-    settled: Callable[[Solver, float, Params, Tensor], Settled]
-    loss: Callable[[Params, Tensor], float]
-    start: dict[str, Tensor]
-    folds: Folds
-    gradient_evaluations: int = 0
-
-    def at(self, solver: Solver, strength: float, start: Params) -> Single:
-        """The folds' networks at a strength; a loss of infinity where they diverge."""
+    def tried(solver: Solver, strength: float, start: dict[str, Tensor]) -> Single:
+        """A loss of infinity where the networks diverge."""
+        nonlocal spent, diverged
         try:
-            params, cost, _ = self.settled(solver, strength, start, self.folds.train)
+            found = trial(solver, strength, start)
         except SettlingError as error:
-            self._diverged = error
-            return Single(dict(start), strength, inf)
-        self.gradient_evaluations += cost
-        loss = self.loss(params, self.folds.held)
-        return Single(params, strength, loss if loss == loss else inf)
+            diverged = error
+            return Single(strength, start, inf, 0)
+        spent += found.gradient_evaluations
+        return found if found.loss < inf else replace(found, loss=inf)
 
-    def decades(self, solver: Solver, strengths: Sequence[float]) -> Single:
-        """The best of the strengths; by default of decades, until one is worse than that before.
-
-        Each begins at the start: a network that a strong one has silenced does not wake again.
-
-        Raises:
-            SettlingError: networks diverge under each of them.
-        """
-        first, *others = strengths or DECADES
-        best = self.at(solver, first, self.start)
-        for strength in others:
-            other = self.at(solver, strength, self.start)
-            if not strengths and best.loss < min(other.loss, inf):
-                break
-            best = min(best, other, key=by_loss)
-        if best.loss == inf:
-            raise self._diverged
-        return best
-
-    def further(self, solver: Solver, best: Single, factors: Sequence[float]) -> Single:
-        """Networks that learn on, for as long as the rows that are held out gain from it.
-
-        Args:
-            solver: how far in one go.
-            best: where from.
-            factors: of its strength, under which the first go is made as well.
-        """
-        for _ in range(MOST_GOES):
-            on = [self.at(solver, f * best.strength, best.params) for f in (1.0, *factors)]
-            other = min(on, key=by_loss)
-            gained, factors = other.loss < (1 - WORTHWHILE) * best.loss, ()
-            best = min(best, other, key=by_loss)
-            if not gained:
-                break
-        return best
+    diverged: SettlingError | None = None
+    best = Single(0.0, start, inf, 0)
+    for strength in strengths or DECADES:
+        found = tried(part(2, solver), strength, start)
+        if best.loss < found.loss and not strengths:
+            break
+        best = min(best, found, key=by_loss)
+    if best.loss == inf and diverged is not None:
+        raise diverged
+    factors = (1.0,) if strengths else (1.0, 1 / HALF, HALF)
+    for _ in range(MOST_GOES):
+        goes = [tried(solver, factor * best.strength, best.params) for factor in factors]
+        before, factors = best.loss, (1.0,)
+        best = min(best, *goes, key=by_loss)
+        if not best.loss < (1 - WORTHWHILE) * before:
+            break
+    return replace(best, gradient_evaluations=spent)
 
 
 def by_loss(single: Single) -> float:
     """What the better one has less of."""
     return single.loss
+
+
+def part(share: int, solver: Solver) -> Solver:
+    """The solver with a part of its steps, half of them for two."""
+    return replace(solver, max_steps=max(1, (solver.max_steps or 1000) // share))

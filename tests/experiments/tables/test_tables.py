@@ -12,8 +12,9 @@ import torch
 
 from equigrad.errors import ConfigurationError, DataError
 from equigrad.experiments.strengths.tabular import Tabular
-from equigrad.experiments.tables.encoding import Categorical, fit, read_target
+from equigrad.experiments.tables.encoding import Categorical, fit
 from equigrad.experiments.tables.reading import Table, as_numbers, read
+from equigrad.experiments.tables.target import read_target
 from equigrad.training.scale import mean_and_scale
 from equigrad.training.split import divide, held_back
 from equigrad.training.targets import Classes, Numbers

@@ -14,8 +14,9 @@ from equigrad.estimators import Contrastive
 from equigrad.experiments.runs.model import Architecture, Model
 from equigrad.experiments.strengths.own_data import OwnData
 from equigrad.experiments.strengths.strength_learning import StrengthTrainer
-from equigrad.experiments.tables.encoding import Missing, TaskName, fit, read_target
+from equigrad.experiments.tables.encoding import Missing, fit
 from equigrad.experiments.tables.reading import Decimal, Header, Table, read
+from equigrad.experiments.tables.target import TaskName, read_target
 from equigrad.fields import Count, CountFrom2, Positive
 from equigrad.nn.committee import named_by_member
 from equigrad.nn.networks import tanh_network

@@ -6,20 +6,12 @@ import pandas as pd
 
 from equigrad.experiments.tables.reading import Series, of_each
 
-DATES = (
-    "ISO8601",
-    *(
-        " ".join([day, *time])
-        for day, time in product(
-            ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%d/%m/%y", "%m/%d/%y"),
-            ([], ["%H:%M"], ["%H:%M:%S"]),
-        )
-    ),
-)
+DAYS = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%d/%m/%y", "%m/%d/%y")
+DATES = ("ISO8601", *("".join(form) for form in product(DAYS, ("", " %H:%M", " %H:%M:%S"))))
 """How a date may be written; where several ways fit all rows, the first."""
 
 PARTS = {"year": "year", "month": "month", "weekday": "day_of_week", "hour": "hour"}
-"""Of a date, and what pandas calls them."""
+"""Parts of a date, and what pandas calls them."""
 
 
 def date_form(values: Series) -> str:
@@ -27,8 +19,7 @@ def date_form(values: Series) -> str:
     there = values.dropna()
     if there.empty or not there.astype(str).str.contains(r"\d[-/.:]\d").all():
         return ""
-    fitting = (form for form in DATES if read_dates(there, form).notna().all())
-    return next(fitting, "")
+    return next((form for form in DATES if read_dates(there, form).notna().all()), "")
 
 
 def read_dates(values: Series, form: str) -> Series:
@@ -40,6 +31,7 @@ def read_dates(values: Series, form: str) -> Series:
     return of_each(values, parsed)
 
 
-def part_of(times: Series, part: str) -> Series:
-    """A part of times as numbers."""
-    return getattr(times.dt, PARTS[part]).astype("float64")
+def parts_of(values: Series, form: str, *parts: str) -> dict[str, Series]:
+    """Parts of dates as numbers, by name; all of them if none is named."""
+    times = read_dates(values, form)
+    return {part: getattr(times.dt, PARTS[part]).astype("float64") for part in parts or PARTS}

@@ -4,12 +4,14 @@ import codecs
 import csv
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
 
 from equigrad.errors import DataError
 from equigrad.wording import listed
@@ -82,8 +84,6 @@ def as_numbers(values: Series, decimal: Decimal = ".") -> Series:
         >>> as_numbers(pandas.Series(["1e3", "1,000.5", "1_0", "inf"])).tolist()
         [1000.0, 1000.5, nan, nan]
     """
-    import numpy as np
-    import pandas as pd
 
     def parsed(texts: Series) -> Series:
         other = "," if decimal == "." else "."
@@ -102,8 +102,6 @@ def as_numbers(values: Series, decimal: Decimal = ".") -> Series:
 
 def of_each(values: Series, function: Callable[[Series], Series]) -> Series:
     """What a function makes of values, called with each of them once; missing ones stay missing."""
-    import pandas as pd
-
     places, unique = pd.factorize(values)
     found = function(pd.Series(unique)).reindex(places)
     return found.set_axis(values.index)
@@ -138,10 +136,10 @@ def read(
     content, encoding, notes = _content(path, encoding)
     head = content[:HEAD].decode(encoding, errors="ignore")
     if delimiter is None:
-        delimiter = _delimiter(head)
+        delimiter = max(DELIMITERS, key=lambda d: len(_first_row(head, d)))
     elif len(delimiter) != 1:
         raise DataError(f"delimiter must be one character, got {delimiter!r}")
-    first = next((row for row in _rows(head, delimiter) if any(map(str.strip, row))), [])
+    first = _first_row(head, delimiter)
     if not first:
         raise DataError(f"{path} is empty; expected a header with the names of the columns")
     names = None if header != "no" else [f"column_{i + 1}" for i in range(len(first))]
@@ -153,31 +151,18 @@ def read(
         more.append("numbers are read with decimal commas")
     if frame.empty:
         raise DataError(f"{path} has a header ({listed(frame.columns)}) and no rows")
-    table = Table(str(path), frame, decimal or ".", (*notes, *more))
-    numeric = sum(_is_number(name) for name in first)
+    question, numeric = "", int(as_numbers(pd.Series(first, dtype=object)).notna().sum())
     if header == "auto" and 2 * numeric > len(first):
-        return replace(table, question=_about_header(path, first))
-    return table
-
-
-def _about_header(path: Path, first: Sequence[str]) -> str:
-    return (
-        f"the first row of {path} is mostly numbers ({listed(first, 5)}): --header no where it has "
-        f"no names of columns, which are then column_1 … column_{len(first)}; --header yes where "
-        f"these are the names"
-    )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        question = (
+            f"the first row of {path} is mostly numbers ({listed(first, 5)}): --header no where it "
+            f"has no names of columns, which are then column_1 … column_{len(first)}; --header yes "
+            f"where these are the names"
+        )
+    return Table(str(path), frame, decimal or ".", (*notes, *more), question)
 
 
 def _content(path: Path, encoding: str | None) -> tuple[bytes, str, list[str]]:
-    """What a file holds, how its text is encoded, and a word on that where it was guessed."""
+    """What a file holds, how its text is encoded, and a note where that was guessed."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -185,44 +170,30 @@ def _content(path: Path, encoding: str | None) -> tuple[bytes, str, list[str]]:
     for magic, reason in NOT_TEXT.items():
         if content.startswith(magic):
             raise DataError(f"{path} is not text: {reason}")
+    likely = encoding or ("utf-16" if content.startswith(WIDE) else "utf-8-sig")
+    if likely == "utf-8-sig" and b"\0" in content:
+        raise DataError(
+            f"{path} is not text: it has zero bytes; save the table as CSV, or say "
+            f"--encoding utf-16 where it is that"
+        )
     try:
-        if encoding is not None:
-            content.decode(encoding)
-            return content, encoding, []
-        if content.startswith(WIDE):
-            return content, "utf-16", []
-        if b"\0" in content:
-            raise DataError(
-                f"{path} is not text: it has zero bytes; save the table as CSV, or say "
-                f"--encoding utf-16 where it is that"
-            )
-        _ = content.isascii() or content.decode()
-    except UnicodeDecodeError as error:
-        if encoding is not None:
-            raise DataError(f"{path} cannot be read as {encoding}: {error}") from error
+        content.decode(likely)
+    except (UnicodeDecodeError, LookupError) as error:
+        if encoding is not None or likely == "utf-16":
+            raise DataError(f"{path} cannot be read as {likely}: {error}") from error
         said = "the file is not UTF-8 and was read as Latin-1; else say --encoding"
         return content, "latin-1", [said]
-    except LookupError as error:
-        raise DataError(f"{path} cannot be read as {encoding}: {error}") from error
-    return content, "utf-8-sig", []
+    return content, likely, []
 
 
-def _rows(head: str, delimiter: str) -> list[list[str]]:
-    """The first rows, as far as they can be read."""
-    found = []
+def _first_row(head: str, delimiter: str) -> list[str]:
+    """The first row that is not empty, as far as it can be read."""
     lines = head.splitlines(keepends=True)
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     try:
-        for row in islice(reader, 200):
-            found.append(row)
+        return next((row for row in rows if any(map(str.strip, row))), [])
     except csv.Error:
-        pass
-    return found
-
-
-def _delimiter(head: str) -> str:
-    """What divides the first row into most fields."""
-    return max(DELIMITERS, key=lambda d: len(next(filter(None, _rows(head, d)), [])))
+        return []
 
 
 def _frame(
@@ -234,8 +205,6 @@ def _frame(
     decimal: Decimal,
 ) -> tuple[DataFrame, list[str]]:
     """The columns, and what pandas and we have left out of them."""
-    import pandas as pd
-
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
