@@ -174,7 +174,7 @@ def main() -> None:
     lines = given.out.read_text().splitlines() if given.out.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     done = {(r["network"], r["method"], r["seed"], r["seconds"]) for r in rows}
-    for seed, network, method in product(range(given.seeds), given.networks, METHODS):
+    for seed, (network, method) in product(range(given.seeds), product(given.networks, METHODS)):
         if (network, method, seed, SECONDS[network]) not in done:
             rows.append(measured(network, method, seed))
             with given.out.open("a") as file:

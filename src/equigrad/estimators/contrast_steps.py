@@ -157,8 +157,7 @@ class ContrastedGradient:
             f"distance of {self.distance or 0:.1g}"
         ]
         error, rounded = self.error(grads), self._rounded(grads)
-        if error > POOR:
-            size = "its own size or more" if error >= 1 else f"about {error:.1g} of it"
+        size = "its own size or more" if error >= 1 else f"about {error:.1g} of it"
         if rounded > POOR:
             said.append(
                 f"the optimiser divides by gradients that are nearly zero, so that products are "
