@@ -53,6 +53,8 @@ class ConjugateGradient(Implicit):
         x, residual = torch.zeros_like(pressure), pressure.clone()
         direction, power = residual.clone(), residual.dot(residual)
         target = self.tol * power.sqrt().item()
+        rest = linear.residual()
+        unsettled = torch.zeros_like(rest)
         for iteration in range(self.max_iterations):
             if power.sqrt().item() <= target:
                 break
@@ -66,19 +68,26 @@ class ConjugateGradient(Implicit):
                         f"below what products by contrast can tell; residual "
                         f"{(power.sqrt() / pressure.norm()).item():.2g} of ∂L_out/∂φ"
                     )
-                    return self._solution(x, residual)
+                    return self._solution(x, residual, unsettled, rest)
                 met = (
                     f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
                     f"settled state is no minimum"
                 )
                 if self.indefinite == "stop":
                     notes.append(f"{met}, and the solution so far was taken")
-                    return self._solution(x, residual) if iteration else Solution(pressure)
+                    return (
+                        self._solution(x, residual, unsettled, rest)
+                        if iteration
+                        else Solution(pressure)
+                    )
                 raise CurvatureError(
                     f"{met}, and its implicit gradient means little. Settle longer, regularise the "
                     f"inner loss, or add damping; for the gradient of a learner that is to stop "
                     f"early, use Unrolled()"
                 )
+            # H⁻¹ r in the same space, since directions are conjugate
+            along = direction.dot(rest) / curvature
+            unsettled, rest = unsettled + along * direction, rest - along * image
             stride = power / curvature
             x, residual = x + stride * direction, residual - stride * image
             power, before = residual.dot(residual), power
@@ -89,8 +98,8 @@ class ConjugateGradient(Implicit):
                 f"conjugate gradients not converged: residual {share:.2g} of ∂L_out/∂φ after "
                 f"{self.max_iterations} iterations (tol {self.tol:.2g}); raise max_iterations"
             )
-        return self._solution(x, residual)
+        return self._solution(x, residual, unsettled, rest)
 
-    def _solution(self, x: Tensor, residual: Tensor) -> Solution:
+    def _solution(self, x: Tensor, residual: Tensor, unsettled: Tensor, rest: Tensor) -> Solution:
         """The solution x with its residual in the system without damping."""
-        return Solution(x, residual + self.damping * x)
+        return Solution(x, residual + self.damping * x, unsettled, rest)

@@ -128,6 +128,15 @@ class ContrastProducts:
         share = abs(self.distance or 0.0) / self.scale
         return share if self._here is not None else share**2
 
+    def residual(self) -> Tensor:
+        """`∂L_in/∂φ`, as a flat vector."""
+        found = self._gradient_here() if self._here is None else self._here
+        return found if torch.finfo(found.dtype).bits >= 32 else found.float()
+
+    def at(self, moved: Settled) -> Self:
+        """Products at other params, over the same distance."""
+        return type(self)(self._evaluation, moved, distance=self.distance)
+
     def product(self, vector: Tensor) -> Tensor:
         """`H vector`, as a flat vector."""
         size = vector.norm()

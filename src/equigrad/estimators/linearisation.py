@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -85,6 +85,22 @@ class Linearisation:
     def symmetric(self) -> bool:
         """Whether `∂r/∂φ` is a Hessian."""
         return self._evaluation.problem.symmetric
+
+    def residual(self) -> Tensor:
+        """r, as a flat vector; takes a gradient of each batch if there are several."""
+        steps = self._evaluation.batch_steps("inner")
+        total = torch.zeros_like(flatten(self.leaves))
+        total = total if torch.finfo(total.dtype).bits >= 32 else total.float()
+        with second_derivatives(self._evaluation, self._who):
+            for residual in self._residuals(steps):
+                self._evaluation.tally.spend(0 if self._keeps else 1)
+                total = total + flatten([part.detach() for part in residual])
+        return total / len(steps)
+
+    def at(self, moved: Settled) -> Self:
+        """The linearisation at other params; the graph of this one is freed."""
+        self._kept = None
+        return type(self)(self._evaluation, moved, self._who)
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which for an inner loss is `(∂²L_in/∂φ²) vector`."""
