@@ -198,3 +198,63 @@ def test_a_softmax_that_is_nearly_sure_is_smooth(margin, size, seed, estimator):
         solver=eg.GradientDescent(lr=1e-6, max_steps=1),
         estimator=estimator,
     )
+
+
+def test_a_new_outer_loss_is_looked_at_though_the_inner_one_is_known():
+    """The second has its scale hidden from autograd, the third draws random numbers of its own."""
+    start = {"w": torch.zeros(4).double()}
+    meta = {"l": torch.zeros(()).double()}
+    generator = torch.Generator()
+
+    def inner(p, m):
+        return (X @ p["w"] - Y).square().mean() + m["l"].exp() * p["w"].square().sum()
+
+    def sound(p, m):
+        return (V @ p["w"] - W).square().mean()
+
+    def hiding(p, m):
+        return sound(p, m) * p["w"].square().sum().detach()
+
+    def drawing(p, m):
+        return sound(p, m) + torch.randn((), generator=generator)
+
+    def said(outer, estimator=None):
+        found = eg.meta_gradient(
+            eg.Bilevel(inner, outer), start, meta, solver=eg.LBFGS(tol=1e-8), estimator=estimator
+        )
+        return found.status
+
+    for estimator in (None, eg.ConjugateGradient()):
+        assert "outer_loss" not in said(sound, estimator)
+        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+        assert "outer_loss is no function of params and step" in said(drawing, estimator)
+        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+
+
+def test_an_outer_loss_that_is_known_is_not_looked_at_again():
+    calls = []
+
+    def outer(p, m):
+        calls.append(1)
+        return (V @ p["w"] - W).square().mean()
+
+    def inner(strength):
+        return lambda p, m: (
+            (X @ p["w"] - Y).square().mean() + strength * m["l"].exp() * p["w"].square().sum()
+        )
+
+    def counted(loss):
+        calls.clear()
+        eg.meta_gradient(
+            eg.Bilevel(loss, outer),
+            {"w": torch.zeros(4).double()},
+            {"l": torch.zeros(()).double()},
+            solver=eg.LBFGS(tol=1e-8),
+            estimator=eg.ConjugateGradient(),
+        )
+        return len(calls)
+
+    known = inner(1.0)
+    first, again, other = counted(known), counted(known), counted(inner(1.0))
+    assert first == again + 4  # two equal calls, and two along a direction
+    assert other == again
