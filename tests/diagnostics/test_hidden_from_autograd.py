@@ -102,6 +102,43 @@ def test_maps_with_known_answers_are_not_accused(build, dtype):
     assert NAMED not in result.status
 
 
+PRIMITIVES = {
+    "coupling": lambda h, m: interact(h, m) + 0.5 * (h * h.detach().roll(1)).sum(),
+    "half of θ": lambda h, m: interact(h, {**m, "t": 0.5 * (m["t"] + m["t"].detach())}),
+    "gain": lambda h, m: interact(h, m) * (1 + h.norm().item()),
+    "no_grad": lambda h, m: interact(h, m) / without_graph(h),
+}
+
+
+def interact(h, m):
+    """A symmetric interaction, of which tanh is the activation."""
+    return 0.2 * (h @ (W + W.T).to(h.dtype) @ h) + h @ (U.to(h.dtype) @ m["t"] + m["b"])
+
+
+def of_primitive(primitive, estimator, dtype=torch.float64):
+    problem = eg.EnergyBased(
+        primitive=lambda p, m: primitive(p["h"], m), outer_loss=outer, activation=torch.tanh
+    )
+    return eg.meta_gradient(
+        problem,
+        {"h": torch.zeros(5, dtype=dtype)},
+        {"t": torch.full((3,), 0.5, dtype=dtype), "b": torch.full((5,), 0.3, dtype=dtype)},
+        solver=eg.Picard(tol=1e-5, max_steps=500),
+        estimator=estimator,
+    )
+
+
+@pytest.mark.parametrize("estimator", [eg.Contrastive(), eg.GMRES(), eg.Unrolled()], ids=repr)
+@pytest.mark.parametrize("primitive", PRIMITIVES.values(), ids=PRIMITIVES)
+def test_what_a_primitive_hides_is_named(primitive, estimator):
+    assert f"primitive {NAMED}" in of_primitive(primitive, estimator).status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sound_primitive_is_not_accused(dtype):
+    assert NAMED not in of_primitive(interact, eg.Contrastive(), dtype).status
+
+
 JUDGES = {
     "φ": lambda p, m: (p["h"] - 0.5 * p["h"].detach() - 1).square().sum(),
     "θ": lambda p, m: (p["h"] - 1).square().sum() + (m["b"] * m["b"].detach()).sum(),

@@ -251,11 +251,11 @@ class _Look:
         return False
 
     def nothing_is_hidden(self, estimator: Estimator, streams: Sequence[Stream]) -> bool:
-        """Whether a map and the outer loss change as autograd says; says so where not."""
+        """Whether maps, primitives and the outer loss change as autograd says; notes it if not."""
         slopes: dict[Stream, Slope | None] = {}
         if "outer" in streams:
             slopes["outer"] = judged_slope(self._evaluation, self._free)
-        if self._is_map and "inner" in streams:
+        if not self._evaluation.problem.symmetric and "inner" in streams:
             slopes["inner"] = self._first
         looked = [
             nothing_is_hidden(self._evaluation, self._free, stream, slope, self._probed, estimator)

@@ -153,7 +153,8 @@ def nothing_is_hidden(
         if name in along and along[name].ndim == 2:
             along[name][row] = 0  # gets no gradient by design
     move = balanced(Move(along, across), slope)
-    size = flat(params).norm().item() if stream == "inner" else slope.value.abs().item()
+    of_map = stream == "inner" and not evaluation.problem.energy
+    size = flat(params).norm().item() if of_map else slope.value.abs().item()
 
     def value(by: Move) -> float:
         evaluation.stage.stand_at(free)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from equigrad.errors import CurvatureError
 from equigrad.estimators.solve_error import (
-    EXACT,
     LOOKED_INTO,
     Linear,
     Solution,
@@ -22,6 +21,9 @@ from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
 from equigrad.solvers import Settled
 from equigrad.vectors import flatten, relative, unflatten
+
+AT_REST = 1e3
+"""A step of at most this many rounding errors of φ is none."""
 
 OWN = 0.5
 """The error is the solver's if its own residual is this share of the one at φ'."""
@@ -65,9 +67,9 @@ def rest_error(
     left = pressure - linear.product(solution.x) if left is None else left
     own = (left.norm() / pressure.norm()).item()
     try:
-        step = newton_step(linear, solution)
-        eps, size = torch.finfo(step.dtype).eps, flatten(linear.leaves).norm().item()
-        if not step.norm().item() > EXACT * eps * size:
+        least = AT_REST * torch.finfo(pressure.dtype).eps * flatten(linear.leaves).norm().item()
+        step = newton_step(linear, solution, least * (pressure.norm() / solution.x.norm()).item())
+        if not step.norm().item() > least:
             settled = dataclasses.replace(solution, residual=left)
             return solve_error(linear, settled, pressure, mixed, grads)
         shift = unflatten(step, linear.leaves)

@@ -148,11 +148,17 @@ def scale_error(
     return SolveError(unsolved, share * _ratio(scale * _norm(mixed), whole))
 
 
-def newton_step(linear: Linear, solution: Solution) -> Tensor:
-    """`(∂r/∂φ)⁻¹ r`: by what the solver knows of the matrix, and elsewhere by a few products."""
+def newton_step(linear: Linear, solution: Solution, least: float) -> Tensor:
+    """`(∂r/∂φ)⁻¹ r`: by what the solver knows of the matrix, and elsewhere by a few products.
+
+    Args:
+        linear: products with the transposed matrix.
+        solution: what the solver knows.
+        least: a residual below this, of which the solver knows nothing, is none.
+    """
     left = linear.residual() if solution.unsettled is None else solution.elsewhere
     step = solution.unsettled
-    if left is not None and left.norm() > 0:
+    if left is not None and left.norm().item() > least:
         most = PRODUCTS if step is None else FEW
         rest, short = correction(linear, left, most, transposed=True)
         rest = (1 + 2 * short) * rest
