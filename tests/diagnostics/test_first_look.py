@@ -157,7 +157,7 @@ def test_one_parameter_at_a_kink_is_not_accused():
 
 
 @pytest.mark.parametrize("estimator", [eg.Contrastive(), eg.GMRES()])
-def test_it_costs_four_evaluations_once(estimator):
+def test_it_costs_four_gradients_once(estimator):
     calls = []
 
     def loss(p, m):
@@ -172,8 +172,9 @@ def test_it_costs_four_evaluations_once(estimator):
         return len(calls), result.gradient_evaluations
 
     (first, counted), (second, counted_again) = spent(), spent()
-    # a product with the Hessian that the first gradient has left is a backward alone
-    assert first - second == (3 if estimator.traits.double_backward else 4)
+    # a product with the Hessian that the first gradient has left is a backward alone, and where
+    # there is one, two values along a direction are looked at
+    assert first - second == (3 + 2 if estimator.traits.double_backward else 4)
     assert counted == counted_again
     problem = eg.Bilevel(loss, problem.outer_loss)
     assert spent() == (second, counted)
@@ -258,3 +259,47 @@ def test_an_outer_loss_that_is_known_is_not_looked_at_again():
     first, again, other = counted(known), counted(known), counted(inner(1.0))
     assert first == again + 4  # two equal calls, and two along a direction
     assert other == again
+
+
+PENALTIES = {
+    "half": lambda s, c, w: (s.exp() + s.exp().detach()) / 2 * w.square().sum(),
+    "item": lambda s, c, w: (torch.tensor(s.item()).exp().to(w) + 0 * s) * w.square().sum(),
+    "one of two": lambda s, c, w: (
+        s.exp() * w.square().sum() + c.detach().exp() * w.pow(4).sum() + 0.01 * c * w.sum()
+    ),
+}
+
+
+def of_penalty(penalty, estimator):
+    return eg.meta_gradient(
+        eg.Bilevel(
+            lambda p, m: (X @ p["w"] - Y).square().mean() + penalty(m["l"], m["c"], p["w"]),
+            lambda p, m: (V @ p["w"] - W).square().mean() + 0 * m["c"],
+        ),
+        {"w": torch.zeros(4).double()},
+        {"l": torch.tensor(-1.0).double(), "c": torch.tensor(-1.0).double()},
+        solver=DESCENT,
+        estimator=estimator,
+    )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [eg.GMRES(), eg.ConjugateGradient(), eg.ExactSolve(), eg.T1T2(), eg.Unrolled()],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_theta_that_an_inner_loss_hides_is_named(penalty, estimator):
+    """Its derivative is hidden with it: second derivatives agree, and the gradient is wrong."""
+    said = of_penalty(penalty, estimator).status
+    assert "inner_loss does not change as autograd says" in said
+
+
+@pytest.mark.parametrize("estimator", [eg.GMRES(), eg.Unrolled(), eg.ForwardMode()], ids=repr)
+def test_and_no_theta_that_is_seen_by_either_loss(estimator):
+    """`Unrolled` adds to the outer loss's own gradient, which is looked at afterwards."""
+
+    def penalty(strength, center, w):
+        return strength.exp() * (w - center).square().sum()
+
+    assert "does not change" not in of_penalty(penalty, estimator).status

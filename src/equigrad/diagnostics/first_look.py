@@ -62,9 +62,10 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     - A module that is called with given weights computes with them alone, also in the backward.
     - The residual is the gradient of the inner loss: its derivative is symmetric, and equal to that
       of autograd if the estimator uses it.
-    - A map and an outer loss change along a direction as autograd says.
+    - A map, an outer loss, and an inner one if estimators differentiate twice, change along a
+      direction as autograd says: what hides θ as well as its derivative shows in values alone.
 
-    This takes at most four gradient evaluations and four values, and more only if something is
+    This takes at most four gradient evaluations and six values, and more only if something is
     wrong. It takes none of a function that has passed before, or of one made by the same object
     (such as the losses of a few-shot learner). They are not counted, so that the count of a
     meta-gradient does not depend on earlier calls.
@@ -255,7 +256,7 @@ class _Look:
         slopes: dict[Stream, Slope | None] = {}
         if "outer" in streams:
             slopes["outer"] = judged_slope(self._evaluation, self._free)
-        if not self._evaluation.problem.symmetric and "inner" in streams:
+        if "inner" in streams and (self._twice or not self._evaluation.problem.symmetric):
             slopes["inner"] = self._first
         looked = [
             nothing_is_hidden(self._evaluation, self._free, stream, slope, self._probed, estimator)

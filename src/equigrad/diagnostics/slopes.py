@@ -153,6 +153,8 @@ def nothing_is_hidden(
         drawn = _spread(meta, meta, 2 * draw + 1)
         across = {n: t if n in names else torch.zeros_like(t) for n, t in drawn.items()}
         along = _spread(params, evaluation.params, 2 * draw)
+        if stream == "inner" and evaluation.problem.symmetric:  # has no slope in φ at rest
+            along = {n: torch.zeros_like(p) for n, p in params.items()}
         for name, row in padding_rows(evaluation.problem.modules or ()):
             if name in along and along[name].ndim == 2:
                 along[name][row] = 0  # gets no gradient by design
