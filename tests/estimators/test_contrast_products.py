@@ -202,9 +202,11 @@ def kinked(size, draw, nearest, dtype):
 @pytest.mark.parametrize("draw", [0, 1, 2])
 def test_a_kink_between_the_two_points_is_named(nearest, size, draw):
     """In float32 the best distance by its neighbours may lie beyond all kinks."""
-    *given, exact = kinked(size, draw, nearest, torch.float32)
+    problem, start, meta, exact = kinked(size, draw, nearest, torch.float32)
     found = eg.meta_gradient(
-        *given,
+        problem,
+        start,
+        meta,
         solver=eg.LBFGS(tol=1e-5),
         estimator=eg.ConjugateGradient(products="contrast"),
     )

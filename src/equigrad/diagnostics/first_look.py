@@ -62,8 +62,8 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     - A module that is called with given weights computes with them alone, also in the backward.
     - The residual is the gradient of the inner loss: its derivative is symmetric, and equal to that
       of autograd if the estimator uses it.
-    - A map, an outer loss, and an inner one if estimators differentiate twice, change along a
-      direction as autograd says: what hides θ as well as its derivative shows in values alone.
+    - A map, an outer loss, and an inner one of which second derivatives are taken, change along a
+      direction as autograd says.
 
     This takes at most four gradient evaluations and six values, and more only if something is
     wrong. It takes none of a function that has passed before, or of one made by the same object
@@ -83,8 +83,8 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
         "inner": _twice(evaluation, free, estimator),
         "outer": judged_slope(evaluation, free) is not None,
     }
-    makers = {stream: _maker(evaluation.problem, stream) for stream in further}
-    known = {
+    makers: dict[Stream, Any] = {stream: _maker(evaluation.problem, stream) for stream in further}
+    known: dict[Stream, bool] = {
         stream: maker is None or _seen[stream, further[stream]].get(id(maker)) is maker
         for stream, maker in makers.items()
     }
@@ -117,13 +117,13 @@ def look(
         free: the end of the free phase.
         estimator: the estimator of the gradient.
         caller: the caller of the modules, if it is not a loss of the user.
-        streams: which of the functions to check.
+        streams: which of the functions to check; the last one first.
 
     Raises:
         ProblemError: as from `first_look`.
     """
     around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
-    if not all(around.repeats(stream) for stream in ("outer", "inner") if stream in streams):
+    if not all(around.repeats(stream) for stream in reversed(streams)):
         return False
     if not _precise(evaluation, free):
         return True
