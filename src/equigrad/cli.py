@@ -171,7 +171,8 @@ def parsers(
     check.add_argument(
         "target",
         metavar="FILE.py:NAME",
-        help="a dictionary of check_meta_gradient's arguments, or a function that returns one",
+        help="a dictionary of check_meta_gradient's arguments, a problem whose params, meta_params "
+        "and solver the file has under these names, or a function that returns one of them",
     )
     check.add_argument("--rtol", type=float, default=1e-2, help="relative error to pass")
     check.add_argument("--directions", type=int, default=3, help="directions to re-solve along")

@@ -11,6 +11,7 @@ from torch import Tensor
 from equigrad.buffers import find_modules
 from equigrad.diagnostics.first_look import first_look
 from equigrad.diagnostics.own_weights import checkpoints_named
+from equigrad.diagnostics.rest import not_at_rest
 from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium, LinearLoss
 from equigrad.errors import ConfigurationError, ProblemError, SettlingWarning
 from equigrad.estimators import Adjoint, Contrastive, Estimator, Reptile
@@ -329,6 +330,9 @@ class _Call:
             return
         said = len(evaluation.tally.notes)
         first_look(evaluation, settled, self.estimator)
+        if (why := not_at_rest(evaluation, settled)) is not None:
+            evaluation.tally.note(why)
+            self._say("forward", lambda: f"{self.who}: {why}")
         if len(evaluation.tally.notes) == said:
             _looked.add(key)
 

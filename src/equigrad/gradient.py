@@ -84,6 +84,8 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         with _explaining(evaluation):
             free = evaluation.settle(solver)
         _judge(free, evaluation, solver)
+        if (said := diagnostics.rest.not_at_rest(evaluation, free)) is not None:
+            evaluation.tally.note(said)
         return Settled(
             params=dict(evaluation.as_given(free.params, {})[0]),
             buffers=evaluation.buffers(free),
@@ -229,7 +231,7 @@ def estimated(
         params=dict(settled_params),
         buffers=evaluation.buffers(free),
         outer_loss=outer_loss,
-        status=_status(phases, estimate.grads, evaluation.tally.notes),
+        status=_status(phases, estimate.grads, evaluation.tally.sentences),
         phases=phases,
         gradient_evaluations=evaluation.tally.gradient_evaluations,
         error_estimate=error_estimate,

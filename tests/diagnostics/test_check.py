@@ -149,6 +149,56 @@ def wrong():
 number = 3
 odd = {**right, "speed": 1}
 less = {"problem": q.problem}
+
+problem, params, meta_params = q.problem, q.params(), q.meta_params()
+solver, estimator = right["solver"], right["estimator"]
+
+
+class Factory:
+    def __call__(self):
+        return right
+
+
+def factory():
+    return problem
+
+
+def needy(scale):
+    return right
+
+
+def broken():
+    raise ValueError("no data")
+
+
+def leaving():
+    raise SystemExit(0)
+
+
+factory_object, module = Factory(), torch.nn.Linear(2, 2)
+"""
+
+ALONE = """
+from equigrad.testing import Quadratic
+
+problem = Quadratic().problem
+"""
+
+MAP = """
+import torch, equigrad as eg
+
+problem = eg.FixedPoint(
+    map=lambda p, m: {"h": torch.tanh(m["w"] * p["h"] + 0.5)},
+    outer_loss=lambda p, m: (p["h"] - 0.8).square().sum(),
+)
+energy = eg.EnergyBased(
+    primitive=lambda p, m: (m["w"] * p["h"].square() + p["h"]).sum() / 2,
+    outer_loss=lambda p, m: (p["h"] - 0.8).square().sum(),
+    activation=torch.tanh,
+)
+params = {"h": torch.zeros(2, dtype=torch.float64)}
+meta_params = {"w": torch.tensor(0.4, dtype=torch.float64)}
+solver, estimator = eg.Picard(tol=1e-10), eg.Adjoint()
 """
 
 
@@ -163,10 +213,23 @@ less = {"problem": q.problem}
         ("mine.py:absent", 2, "defines no 'absent'"),
         ("gone.py:right", 2, "cannot read gone.py"),
         ("mine.py", 2, "as FILE.py:NAME, got mine.py"),
+        ("mine.py:problem", 0, "The meta-gradient is right"),
+        ("mine.py:factory", 0, "The meta-gradient is right"),
+        ("mine.py:factory_object", 0, "The meta-gradient is right"),
+        ("map.py:problem", 0, "The meta-gradient is right"),
+        ("map.py:energy", 0, "The meta-gradient is right"),
+        ("alone.py:problem", 2, "into its file under these names"),
+        ("mine.py:needy", 2, "missing a required argument: 'scale'"),
+        ("mine.py:module", 2, "missing 1 required positional argument"),
+        ("mine.py:broken", 2, "mine.py:broken does not run: ValueError: no data"),
+        ("mine.py:leaving", 2, "mine.py:leaving does not run: SystemExit: 0"),
+        ("leaves.py:right", 2, "leaves.py does not run: SystemExit: 0"),
     ],
 )
 def test_on_the_command_line(tmp_path, monkeypatch, capsys, target, code, words):
-    (tmp_path / "mine.py").write_text(FILE)
+    files = {"mine": FILE, "alone": ALONE, "map": MAP, "leaves": "raise SystemExit(0)"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     ended, said = call_main("check", target, capsys=capsys)
     assert ended == code

@@ -157,7 +157,7 @@ def test_one_parameter_at_a_kink_is_not_accused():
 
 
 @pytest.mark.parametrize("estimator", [eg.Contrastive(), eg.GMRES()])
-def test_it_costs_four_evaluations_once(estimator):
+def test_it_costs_four_gradients_once(estimator):
     calls = []
 
     def loss(p, m):
@@ -172,8 +172,9 @@ def test_it_costs_four_evaluations_once(estimator):
         return len(calls), result.gradient_evaluations
 
     (first, counted), (second, counted_again) = spent(), spent()
-    # a product with the Hessian that the first gradient has left is a backward alone
-    assert first - second == (3 if estimator.traits.double_backward else 4)
+    # a product with the Hessian that the first gradient has left is a backward alone, and where
+    # there is one, two values along a direction are looked at
+    assert first - second == (3 + 2 if estimator.traits.double_backward else 4)
     assert counted == counted_again
     problem = eg.Bilevel(loss, problem.outer_loss)
     assert spent() == (second, counted)
@@ -198,3 +199,107 @@ def test_a_softmax_that_is_nearly_sure_is_smooth(margin, size, seed, estimator):
         solver=eg.GradientDescent(lr=1e-6, max_steps=1),
         estimator=estimator,
     )
+
+
+def test_a_new_outer_loss_is_looked_at_though_the_inner_one_is_known():
+    """The second has its scale hidden from autograd, the third draws random numbers of its own."""
+    start = {"w": torch.zeros(4).double()}
+    meta = {"l": torch.zeros(()).double()}
+    generator = torch.Generator()
+
+    def inner(p, m):
+        return (X @ p["w"] - Y).square().mean() + m["l"].exp() * p["w"].square().sum()
+
+    def sound(p, m):
+        return (V @ p["w"] - W).square().mean()
+
+    def hiding(p, m):
+        return sound(p, m) * p["w"].square().sum().detach()
+
+    def drawing(p, m):
+        return sound(p, m) + torch.randn((), generator=generator)
+
+    def said(outer, estimator=None):
+        found = eg.meta_gradient(
+            eg.Bilevel(inner, outer), start, meta, solver=eg.LBFGS(tol=1e-8), estimator=estimator
+        )
+        return found.status
+
+    for estimator in (None, eg.ConjugateGradient()):
+        assert "outer_loss" not in said(sound, estimator)
+        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+        assert "outer_loss is no function of params and step" in said(drawing, estimator)
+        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+
+
+def test_an_outer_loss_that_is_known_is_not_looked_at_again():
+    calls = []
+
+    def outer(p, m):
+        calls.append(1)
+        return (V @ p["w"] - W).square().mean()
+
+    def inner(strength):
+        return lambda p, m: (
+            (X @ p["w"] - Y).square().mean() + strength * m["l"].exp() * p["w"].square().sum()
+        )
+
+    def counted(loss):
+        calls.clear()
+        eg.meta_gradient(
+            eg.Bilevel(loss, outer),
+            {"w": torch.zeros(4).double()},
+            {"l": torch.zeros(()).double()},
+            solver=eg.LBFGS(tol=1e-8),
+            estimator=eg.ConjugateGradient(),
+        )
+        return len(calls)
+
+    known = inner(1.0)
+    first, again, other = counted(known), counted(known), counted(inner(1.0))
+    assert first == again + 4  # two equal calls, and two along a direction
+    assert other == again
+
+
+PENALTIES = {
+    "half": lambda s, c, w: (s.exp() + s.exp().detach()) / 2 * w.square().sum(),
+    "item": lambda s, c, w: (torch.tensor(s.item()).exp().to(w) + 0 * s) * w.square().sum(),
+    "one of two": lambda s, c, w: (
+        s.exp() * w.square().sum() + c.detach().exp() * w.pow(4).sum() + 0.01 * c * w.sum()
+    ),
+}
+
+
+def of_penalty(penalty, estimator):
+    return eg.meta_gradient(
+        eg.Bilevel(
+            lambda p, m: (X @ p["w"] - Y).square().mean() + penalty(m["l"], m["c"], p["w"]),
+            lambda p, m: (V @ p["w"] - W).square().mean() + 0 * m["c"],
+        ),
+        {"w": torch.zeros(4).double()},
+        {"l": torch.tensor(-1.0).double(), "c": torch.tensor(-1.0).double()},
+        solver=DESCENT,
+        estimator=estimator,
+    )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [eg.GMRES(), eg.ConjugateGradient(), eg.ExactSolve(), eg.T1T2(), eg.Unrolled()],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_theta_that_an_inner_loss_hides_is_named(penalty, estimator):
+    """Its derivative is hidden with it: second derivatives agree, and the gradient is wrong."""
+    said = of_penalty(penalty, estimator).status
+    assert "inner_loss does not change as autograd says" in said
+
+
+@pytest.mark.parametrize("estimator", [eg.GMRES(), eg.Unrolled(), eg.ForwardMode()], ids=repr)
+def test_and_no_theta_that_is_seen_by_either_loss(estimator):
+    """`Unrolled` adds to the outer loss's own gradient, which is looked at afterwards."""
+
+    def penalty(strength, center, w):
+        return strength.exp() * (w - center).square().sum()
+
+    assert "does not change" not in of_penalty(penalty, estimator).status

@@ -73,6 +73,66 @@ def test_in_single_precision_too(name):
     assert f"map {NAMED}" in found(cell, dtype=torch.float32).status
 
 
+def drawn(seed, monkeypatch):
+    """Other weights for all maps."""
+    generator = torch.Generator().manual_seed(seed)
+    monkeypatch.setitem(globals(), "W", 0.3 * torch.randn(5, 5, generator=generator).double())
+    monkeypatch.setitem(globals(), "U", torch.randn(5, 3, generator=generator).double())
+
+
+def test_in_single_precision_most_are_named_whatever_the_weights(monkeypatch):
+    """Nine in ten of a hundred maps; softmax, of numbers near each other, hides best."""
+    named = dict.fromkeys(HIDDEN, 0)
+    for seed in range(100, 110):
+        drawn(seed, monkeypatch)
+        for name, cell in HIDDEN.items():
+            named[name] += NAMED in found(cell, dtype=torch.float32).status
+    assert sum(named.values()) >= 88
+    assert all(count >= 6 for name, count in named.items() if name != "what adds up to one")
+
+
+def test_and_no_sound_one_is_accused_whatever_its_weights(monkeypatch):
+    for seed in range(500, 520):
+        drawn(seed, monkeypatch)
+        for cell in SOUND.values():
+            assert NAMED not in found(cell, dtype=torch.float32).status
+
+
+class Cell(nn.Module):
+    """A linear or convolutional map with a norm and an activation."""
+
+    def __init__(self, mix, norm, activation):
+        super().__init__()
+        self.mix, self.norm, self.activation = mix, norm, activation
+
+    def forward(self, h, x):
+        return self.activation(self.norm(0.4 * self.mix(h) + x))
+
+
+CELLS = {
+    "convolution": lambda: (Cell(nn.Conv2d(4, 4, 3, padding=1), nn.Identity(), nn.Tanh()), 6),
+    "kinked convolution": lambda: (
+        Cell(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.LeakyReLU()),
+        6,
+    ),
+    "layer norm": lambda: (Cell(nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU()), 6),
+    "clipped": lambda: (Cell(nn.Linear(6, 6), nn.Identity(), nn.Hardtanh()), 6),
+    "softmax": lambda: (Cell(nn.Linear(6, 6), nn.Identity(), nn.Softmax(-1)), 6),
+}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("make", CELLS.values(), ids=CELLS)
+def test_no_sound_layer_in_single_precision_is_accused(make, seed):
+    torch.manual_seed(seed)
+    cell, size = make()
+    layer = eg.nn.EquilibriumLayer(
+        cell, solver=eg.Anderson(tol=1e-4, max_steps=100), unsettled="ignore"
+    )
+    layer(torch.randn(3, 4, size, size)).square().sum().backward()
+    assert NAMED not in layer.status
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cell", SOUND.values(), ids=SOUND)
 def test_sound_maps_are_not_accused(cell, dtype):
@@ -100,6 +160,43 @@ def test_maps_with_known_answers_are_not_accused(build, dtype):
         case.problem, case.params, case.meta_params, solver=case.solver, estimator=eg.GMRES()
     )
     assert NAMED not in result.status
+
+
+PRIMITIVES = {
+    "coupling": lambda h, m: interact(h, m) + 0.5 * (h * h.detach().roll(1)).sum(),
+    "half of θ": lambda h, m: interact(h, {**m, "t": 0.5 * (m["t"] + m["t"].detach())}),
+    "gain": lambda h, m: interact(h, m) * (1 + h.norm().item()),
+    "no_grad": lambda h, m: interact(h, m) / without_graph(h),
+}
+
+
+def interact(h, m):
+    """A symmetric interaction, of which tanh is the activation."""
+    return 0.2 * (h @ (W + W.T).to(h.dtype) @ h) + h @ (U.to(h.dtype) @ m["t"] + m["b"])
+
+
+def of_primitive(primitive, estimator, dtype=torch.float64):
+    problem = eg.EnergyBased(
+        primitive=lambda p, m: primitive(p["h"], m), outer_loss=outer, activation=torch.tanh
+    )
+    return eg.meta_gradient(
+        problem,
+        {"h": torch.zeros(5, dtype=dtype)},
+        {"t": torch.full((3,), 0.5, dtype=dtype), "b": torch.full((5,), 0.3, dtype=dtype)},
+        solver=eg.Picard(tol=1e-5, max_steps=500),
+        estimator=estimator,
+    )
+
+
+@pytest.mark.parametrize("estimator", [eg.Contrastive(), eg.GMRES(), eg.Unrolled()], ids=repr)
+@pytest.mark.parametrize("primitive", PRIMITIVES.values(), ids=PRIMITIVES)
+def test_what_a_primitive_hides_is_named(primitive, estimator):
+    assert f"primitive {NAMED}" in of_primitive(primitive, estimator).status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sound_primitive_is_not_accused(dtype):
+    assert NAMED not in of_primitive(interact, eg.Contrastive(), dtype).status
 
 
 JUDGES = {

@@ -1,6 +1,7 @@
 """Hessian products by contrast: those of autograd to what the dtype allows, by first order."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -176,3 +177,64 @@ def test_a_saddle_is_still_named():
             solver=eg.GradientDescent(lr=0.1, max_steps=1),
             estimator=eg.ConjugateGradient(products="contrast"),
         )
+
+
+def kinked(size, draw, nearest, dtype):
+    """A curvature that jumps from 1 to 7 at distances of `10 ** nearest` to 1 from the solution."""
+    generator = torch.Generator().manual_seed(draw)
+    distance = torch.logspace(nearest, 0, size).double()
+    distance = distance * torch.randn(size, generator=generator).double().sign()
+    goal = torch.randn(size, generator=generator).double()
+    share = 1 - (distance > 0).double() * 6 / 7  # dw/dθ
+    problem = eg.Bilevel(
+        lambda p, m: (
+            0.5 * (p["w"] - m["theta"]).square() + 3 * (p["w"] - 1).relu().square()
+        ).sum(),
+        lambda p, m: 0.5 * (p["w"] - goal.to(dtype)).square().sum(),
+    )
+    start = {"w": (1 + share * distance).to(dtype)}
+    exact = share * (1 + share * distance - goal)
+    return problem, start, {"theta": (1 + distance).to(dtype)}, exact
+
+
+@pytest.mark.parametrize("nearest", [-4, -3, -2, -1])
+@pytest.mark.parametrize("size", [6, 20])
+@pytest.mark.parametrize("draw", [0, 1, 2])
+def test_a_kink_between_the_two_points_is_named(nearest, size, draw):
+    """In float32 the best distance by its neighbours may lie beyond all kinks."""
+    problem, start, meta, exact = kinked(size, draw, nearest, torch.float32)
+    found = eg.meta_gradient(
+        problem,
+        start,
+        meta,
+        solver=eg.LBFGS(tol=1e-5),
+        estimator=eg.ConjugateGradient(products="contrast"),
+    )
+    wrong = ((found.grads["theta"].double() - exact).norm() / exact.norm()).item()
+    assert found.error_estimate is not None
+    assert wrong <= max(10 * found.error_estimate, 1e-4)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.Softplus])
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_no_smooth_network_in_single_precision_is_taken_for_one_with_kinks(activation, depth):
+    torch.manual_seed(depth)
+    layers = [nn.Linear(20, 32), activation()]
+    for _ in range(depth):
+        layers += [nn.LayerNorm(32), nn.Linear(32, 32), activation()]
+    net = eg.nn.Functional(nn.Sequential(*layers, nn.Linear(32, 5)))
+    x, y = torch.randn(2, 50, 20), torch.randint(5, (50,))
+
+    def inner(p, m):
+        decay = torch.stack([q.square().sum() for q in p.values()]).sum()
+        return nn.functional.cross_entropy(net(p, x[0]), y) + m["l"].exp() * decay
+
+    found = eg.meta_gradient(
+        eg.Bilevel(inner, lambda p, m: nn.functional.cross_entropy(net(p, x[1]), y)),
+        net.params(),
+        {"l": torch.tensor(-5.0)},
+        solver=eg.GradientDescent(lr=0.05, max_steps=100),
+        estimator=eg.ConjugateGradient(products="contrast", indefinite="stop", max_iterations=3),
+    )
+    (accuracy,) = re.findall(r"accurate to ([^ ]+)", found.status)
+    assert float(accuracy) < 3e-3

@@ -408,3 +408,22 @@ def test_the_default_controller_errs_by_about_its_strength():
 def test_strength():
     assert eg.DynamicInversion(leak=0.1, gain=1.0, proportional=2.0).strength == 12
     assert issubclass(eg.EnergyInversion, Controller)
+
+
+def test_the_advice_for_a_phase_that_has_not_settled_is_one_that_helps():
+    """More steps where it has Anderson's method already, that method or less strength elsewhere."""
+    problem = eg.FixedPoint(
+        lambda p, m: {"h": 0.95 * p["h"] + m["b"]}, lambda p, m: 0.5 * p["h"].square().sum()
+    )
+    given = problem, {"h": torch.zeros(1).double()}, {"b": torch.ones(1).double()}
+
+    def status(solver, proportional):
+        controller = eg.DynamicInversion(gain=0.0, proportional=proportional, solver=solver)
+        return solve(given, controller, TIGHT).status
+
+    said = status(eg.Anderson(tol=1e-10, max_steps=2), 0.11)
+    assert "give the controller more steps, or less strength (gain, proportional)" in said
+    assert "have not settled together" not in status(eg.Anderson(tol=1e-10, max_steps=50), 0.11)
+    plain = eg.Picard(tol=1e-3, max_steps=3000)
+    assert "solver=Anderson(), more steps, or less strength" in status(plain, 0.11)
+    assert "have not settled together" not in status(plain, 0.05)

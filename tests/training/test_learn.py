@@ -407,3 +407,29 @@ def test_a_folder_for_events_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(eg.RunError, match="cannot write events to"):
         go(steps=1, callbacks=[TensorBoard(tmp_path / "file" / "run")])
+
+
+def test_rows_have_the_error_estimate_of_their_step_and_none_without_one(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_step(self, state, result):
+            seen.append(result.error_estimate)
+
+    state = go(steps=3, callbacks=[Watch(), JsonLines(tmp_path / "rows.jsonl")])
+    assert [row["error_estimate"] for row in state.history] == seen
+    assert all(0 < e < 0.1 for e in seen)
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["error_estimate"] for row in written] == seen
+    problem, _ = ridge()
+    meta = {"rho": torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)}
+    silent = learn(
+        problem,
+        {"w": torch.zeros(5, dtype=torch.float64)},
+        meta,
+        solver=eg.GradientDescent(lr=0.1, max_steps=20),
+        estimator=eg.Unrolled(),
+        optimizer=torch.optim.Adam(meta.values(), lr=0.2),
+        steps=2,
+    )
+    assert all("error_estimate" not in row for row in silent.history)

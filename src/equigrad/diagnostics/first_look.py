@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equigrad.buffers import find_generators
-from equigrad.diagnostics.own_weights import OwnWeights, padding_rows
+from equigrad.diagnostics.own_weights import Caller, OwnWeights, padding_rows
 from equigrad.diagnostics.slopes import (
     ALIKE,
     STRETCH,
@@ -27,7 +26,7 @@ from equigrad.diagnostics.slopes import (
 from equigrad.errors import ProblemError
 from equigrad.estimators import Estimator
 from equigrad.evaluation import Evaluation
-from equigrad.problems import Params, pull_back
+from equigrad.problems import Params, Problem, pull_back
 from equigrad.problems.pullback import dense
 from equigrad.problems.refused import given
 from equigrad.randomness import Stream
@@ -47,10 +46,13 @@ ROUNDED = 0.7
 ROUNDING = 1e4
 """Number of rounding errors by which two evaluations may differ."""
 
-_seen: dict[bool, WeakValueDictionary[int, Any]] = {
-    twice: WeakValueDictionary() for twice in (False, True)
+_seen: dict[tuple[Stream, bool], WeakValueDictionary[int, Any]] = {
+    (stream, further): WeakValueDictionary()
+    for stream in ("inner", "outer")
+    for further in (False, True)
 }
-"""Functions that passed the checks of estimators that differentiate twice (True) or once."""
+"""Functions that passed: inner ones without or with the checks of estimators that differentiate
+twice (True), outer ones without or with that of their gradient, where an estimator asked for it."""
 
 
 def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> None:
@@ -60,11 +62,12 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
     - A module that is called with given weights computes with them alone, also in the backward.
     - The residual is the gradient of the inner loss: its derivative is symmetric, and equal to that
       of autograd if the estimator uses it.
-    - A map and an outer loss change along a direction as autograd says.
+    - A map, an outer loss, and an inner one of which second derivatives are taken, change along a
+      direction as autograd says.
 
-    This takes at most four gradient evaluations and four values, and more only if something is
-    wrong. It takes none if the inner function has passed before, or another one made by the same
-    object (such as the losses of a few-shot learner). They are not counted, so that the count of a
+    This takes at most four gradient evaluations and six values, and more only if something is
+    wrong. It takes none of a function that has passed before, or of one made by the same object
+    (such as the losses of a few-shot learner). They are not counted, so that the count of a
     meta-gradient does not depend on earlier calls.
 
     Args:
@@ -76,19 +79,36 @@ def first_look(evaluation: Evaluation, free: Settled, estimator: Estimator) -> N
         ProblemError: a module computes with its own weights in place of the given ones, or the
             residual is not the gradient of the inner loss.
     """
-    problem, twice = evaluation.problem, _twice(evaluation, free, estimator)
-    function = given(problem.function("inner"))
-    maker = getattr(function, "made_by", function if problem.reaches is None else None)
-    known = maker is None or _seen[twice].get(id(maker)) is maker
-    if all(problem.ranks.gathered(known)):
+    further: dict[Stream, bool] = {
+        "inner": _twice(evaluation, free, estimator),
+        "outer": judged_slope(evaluation, free) is not None,
+    }
+    makers: dict[Stream, Any] = {stream: _maker(evaluation.problem, stream) for stream in further}
+    known: dict[Stream, bool] = {
+        stream: maker is None or _seen[stream, further[stream]].get(id(maker)) is maker
+        for stream, maker in makers.items()
+    }
+    everywhere = evaluation.problem.ranks.gathered(known)
+    streams: list[Stream] = [s for s in known if not all(rank[s] for rank in everywhere)]
+    if not streams or not look(evaluation, free, estimator, streams=streams):
         return
-    if look(evaluation, free, estimator) and maker is not None:
+    for stream in streams:
         with suppress(TypeError):  # allows no weak reference, so it is checked every time
-            _seen[twice][id(maker)] = maker
+            _seen[stream, further[stream]][id(makers[stream])] = makers[stream]
+
+
+def _maker(problem: Problem, stream: Stream) -> Any:
+    """What a function is known by: its maker, or itself; None for the library's own."""
+    function = given(problem.function(stream))
+    return getattr(function, "made_by", function if problem.reaches is None else None)
 
 
 def look(
-    evaluation: Evaluation, free: Settled, estimator: Estimator, caller: "Caller | None" = None
+    evaluation: Evaluation,
+    free: Settled,
+    estimator: Estimator,
+    caller: Caller | None = None,
+    streams: Sequence[Stream] = ("inner", "outer"),
 ) -> bool:
     """Run the checks of `first_look` in any case; return whether they passed.
 
@@ -97,44 +117,25 @@ def look(
         free: the end of the free phase.
         estimator: the estimator of the gradient.
         caller: the caller of the modules, if it is not a loss of the user.
+        streams: which of the functions to check; the last one first.
 
     Raises:
         ProblemError: as from `first_look`.
     """
     around = _Look(evaluation, free, _twice(evaluation, free, estimator), caller or Caller())
-    if not around.outer_repeats() or not around.inner_repeats():
+    if not all(around.repeats(stream) for stream in reversed(streams)):
         return False
     if not _precise(evaluation, free):
         return True
-    held = around.derivative_holds(estimator) if evaluation.problem.symmetric else True
-    return around.nothing_is_hidden(estimator) and held
+    derived = evaluation.problem.symmetric and "inner" in streams
+    held = around.derivative_holds(estimator) if derived else True
+    return around.nothing_is_hidden(estimator, streams) and held
 
 
 def _twice(evaluation: Evaluation, free: Settled, estimator: Estimator) -> bool:
     """Whether to check second derivatives by autograd."""
     derived = evaluation.problem.symmetric and estimator.differentiates_twice
     return derived and _precise(evaluation, free)
-
-
-@dataclass(frozen=True)
-class Caller:
-    """The caller of a module, and how messages refer to it: by default, a loss of the user.
-
-    Attributes:
-        moves: whether the module's own weights may differ from the given ones, so that it must not
-            compute with its own weights in the backward.
-        held: advice for a parameter that the module holds twice.
-        changing: the consequence of a call that changes the next one.
-        state: where else a state may be; a note inserts the problem's class.
-    """
-
-    moves: bool = True
-    held: str = "Call it by equigrad.nn.Functional(module), which binds them all"
-    changing: str = (
-        "Every phase starts with what the free one left, and the module is put back in the end; "
-        "the gradient is that of a loss that changes as it settles"
-    )
-    state: str = "outside of the modules that it is seen to call (give them to {}(modules=…))"
 
 
 def _precise(evaluation: Evaluation, at: Settled) -> bool:
@@ -162,8 +163,8 @@ class _Look:
         if evaluation.lower:
             self._tolerance = 0.25
 
-    def outer_repeats(self) -> bool:
-        """Whether the outer loss is reproducible; notes it if not."""
+    def repeats(self, stream: Stream) -> bool:
+        """Whether the outer loss or the inner gradient is reproducible; notes it if not."""
 
         def value(shift: bool) -> Slope:
             with torch.no_grad(), self._own.shifted_in_calls() if shift else nullcontext():
@@ -172,11 +173,8 @@ class _Look:
                 )
             return Slope(found.detach(), torch.zeros(1), torch.zeros(1))
 
-        return self._repeats("outer", value)
-
-    def inner_repeats(self) -> bool:
-        """Whether the inner gradient is reproducible; notes it if not."""
-        return self._repeats("inner", lambda shift: self._slope(shift=shift))
+        inner = stream == "inner"
+        return self._repeats(stream, (lambda s: self._slope(shift=s)) if inner else value)
 
     def _first_slope(self, slope: Callable[[bool], Slope], stream: Stream) -> Slope:
         """The first value and gradient, with a graph if second derivatives will be checked."""
@@ -253,10 +251,12 @@ class _Look:
         self._evaluation.tally.note(said)
         return False
 
-    def nothing_is_hidden(self, estimator: Estimator) -> bool:
-        """Whether a map and the outer loss change as autograd says; says so where not."""
-        slopes: dict[Stream, Slope | None] = {"outer": judged_slope(self._evaluation, self._free)}
-        if self._is_map:
+    def nothing_is_hidden(self, estimator: Estimator, streams: Sequence[Stream]) -> bool:
+        """Whether maps, primitives and the outer loss change as autograd says; notes it if not."""
+        slopes: dict[Stream, Slope | None] = {}
+        if "outer" in streams:
+            slopes["outer"] = judged_slope(self._evaluation, self._free)
+        if "inner" in streams and (self._twice or not self._evaluation.problem.symmetric):
             slopes["inner"] = self._first
         looked = [
             nothing_is_hidden(self._evaluation, self._free, stream, slope, self._probed, estimator)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,27 @@ from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import CheckpointError
 
 from equigrad.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The caller of a module, and how messages refer to it: by default, a loss of the user.
+
+    Attributes:
+        moves: whether the module's own weights may differ from the given ones, so that it must not
+            compute with its own weights in the backward.
+        held: advice for a parameter that the module holds twice.
+        changing: the consequence of a call that changes the next one.
+        state: where else a state may be; a note inserts the problem's class.
+    """
+
+    moves: bool = True
+    held: str = "Call it by equigrad.nn.Functional(module), which binds them all"
+    changing: str = (
+        "Every phase starts with what the free one left, and the module is put back in the end; "
+        "the gradient is that of a loss that changes as it settles"
+    )
+    state: str = "outside of the modules that it is seen to call (give them to {}(modules=…))"
 
 
 class OwnWeights:

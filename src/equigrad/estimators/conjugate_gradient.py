@@ -53,6 +53,8 @@ class ConjugateGradient(Implicit):
         x, residual = torch.zeros_like(pressure), pressure.clone()
         direction, power = residual.clone(), residual.dot(residual).item()
         size, target = power**0.5, self.tol * power**0.5
+        rest = linear.residual()
+        unsettled = torch.zeros_like(rest)
         for iteration in range(self.max_iterations):
             if power**0.5 <= target:
                 break
@@ -68,19 +70,27 @@ class ConjugateGradient(Implicit):
                         f"below what products by contrast can tell; residual "
                         f"{power**0.5 / size:.2g} of ∂L_out/∂φ"
                     )
-                    return self._solution(x, residual)
+                    return self._solution(x, residual, unsettled, rest)
                 met = (
                     f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
                     f"settled state is no minimum"
                 )
                 if self.indefinite == "stop":
                     notes.append(f"{met}, and the solution so far was taken")
-                    return self._solution(x, residual) if iteration else Solution(pressure)
+                    return (
+                        self._solution(x, residual, unsettled, rest)
+                        if iteration
+                        else Solution(pressure)
+                    )
                 raise CurvatureError(
                     f"{met}, and its implicit gradient means little. Settle longer, regularise the "
                     f"inner loss, or add damping; for the gradient of a learner that is to stop "
                     f"early, use Unrolled()"
                 )
+            # H⁻¹ r in the same space, since directions are conjugate
+            along = direction.dot(rest).item() / curvature
+            unsettled.add_(direction, alpha=along)
+            rest = rest.sub(image, alpha=along)
             stride = power / curvature
             x.add_(direction, alpha=stride)
             residual.sub_(image, alpha=stride)
@@ -92,8 +102,8 @@ class ConjugateGradient(Implicit):
                 f"conjugate gradients not converged: residual {share:.2g} of ∂L_out/∂φ after "
                 f"{self.max_iterations} iterations (tol {self.tol:.2g}); raise max_iterations"
             )
-        return self._solution(x, residual)
+        return self._solution(x, residual, unsettled, rest)
 
-    def _solution(self, x: Tensor, residual: Tensor) -> Solution:
+    def _solution(self, x: Tensor, residual: Tensor, unsettled: Tensor, rest: Tensor) -> Solution:
         """The solution x with its residual in the system without damping."""
-        return Solution(x, residual + self.damping * x)
+        return Solution(x, residual + self.damping * x, unsettled, rest)

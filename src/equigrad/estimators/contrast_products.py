@@ -16,6 +16,12 @@ from equigrad.vectors import flatten, mismatch, unflatten
 FACTOR = 8.0
 """Ratio between two distances that are compared."""
 
+COARSE = 0.02
+"""Relative rounding error of a product over the shortest distance that is looked at."""
+
+LEAST = 3.0
+"""By so many of these errors products at two distances differ where a kink lies between them."""
+
 MOST = 5
 """The most further distances to try, after the first two."""
 
@@ -79,8 +85,11 @@ class ContrastProducts:
     gradients divided by h. The best distance is short where the curvature is large, and long where
     it is small. Both distances are found by comparing the products at a few distances: along the
     first vector, which usually has large curvature, and along a random vector, which is flat in
-    most models. h is their geometric mean, but at most eight times the shorter one; with this
-    choice conjugate gradients end nearest on a deep network in float32 (`benchmarks/krylov.py`).
+    most models. h is their geometric mean, but at most eight times the shorter one. Along both
+    vectors the product is then compared with one over the shortest distance at which rounding
+    leaves it a digit: a difference is that of a kink in between, and is part of the `accuracy`.
+    With this choice conjugate gradients end nearest on a deep network in float32
+    (`benchmarks/krylov.py`).
 
     Args:
         evaluation: evaluates the inner loss, and counts the gradients, two for each product and
@@ -128,6 +137,15 @@ class ContrastProducts:
         share = abs(self.distance or 0.0) / self.scale
         return share if self._here is not None else share**2
 
+    def residual(self) -> Tensor:
+        """`∂L_in/∂φ`, as a flat vector."""
+        found = self._gradient_here() if self._here is None else self._here
+        return found if torch.finfo(found.dtype).bits >= 32 else found.float()
+
+    def at(self, moved: Settled) -> Self:
+        """Products at other params, over the same distance."""
+        return type(self)(self._evaluation, moved, distance=self.distance)
+
     def product(self, vector: Tensor) -> Tensor:
         """`H vector`, as a flat vector."""
         size = vector.norm()
@@ -164,7 +182,25 @@ class ContrastProducts:
         flat = self._compared(noise / noise.norm())
         longest = FACTOR * min(steep.distance, flat.distance)
         distance = min((steep.distance * flat.distance) ** 0.5, longest)
-        self.distance, self.accuracy = distance, steep.error(distance)
+        apart = max(self._unlike_near(v, distance) for v in (unit, noise / noise.norm()))
+        self.distance, self.accuracy = distance, max(steep.error(distance), apart)
+
+    def _unlike_near(self, unit: Tensor, distance: float) -> float:
+        """How much a product differs from one close to φ, beyond rounding.
+
+        Where a kink lies on the way, products at long distances agree with each other, but not with
+        those on the near side of the kink.
+        """
+        there, back = self._sides(unit, distance)
+        far, size = (there - back) / (2 * distance), max(there.norm().item(), back.norm().item())
+        if not far.norm().item() > 0:
+            return 0.0
+        rounded = size / far.norm().item() + self.scale  # of the gradients, and of φ
+        shortest = torch.finfo(far.dtype).eps * rounded / COARSE
+        if not shortest < distance / FACTOR:
+            return 0.0
+        apart = mismatch(self._difference(unit, shortest), far)
+        return apart if apart > LEAST * COARSE else 0.0
 
     def _compared(self, unit: Tensor) -> Errors:
         """The errors of products along a direction, from the products at a few distances."""

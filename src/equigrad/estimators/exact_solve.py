@@ -62,4 +62,5 @@ class ExactSolve(Implicit):
                 what.format(f"singular values from {smallest:.2g} to {largest:.2g}")
             )
         x = torch.linalg.solve(matrix.T, pressure)
-        return Solution(x, pressure - matrix.T @ x)
+        unsettled = torch.linalg.solve(matrix, linear.residual())
+        return Solution(x, pressure - matrix.T @ x, unsettled)

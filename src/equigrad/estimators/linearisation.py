@@ -1,7 +1,7 @@
 """The linearised residual at a settled state, for products with its derivatives."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -87,6 +87,21 @@ class Linearisation:
     def symmetric(self) -> bool:
         """Whether `∂r/∂φ` is a Hessian."""
         return self._evaluation.problem.symmetric
+
+    def residual(self) -> Tensor:
+        """r, as a flat vector; takes a gradient of each batch if there are several."""
+        total = torch.zeros_like(self._flat, requires_grad=False)
+        total = total if torch.finfo(total.dtype).bits >= 32 else total.float()
+        with self._explaining:
+            for residual in self._residuals():
+                self._evaluation.tally.spend(0 if self._keeps else 1)
+                total = total + residual.detach()
+        return total / len(self._steps)
+
+    def at(self, moved: Settled) -> Self:
+        """The linearisation at other params; the graph of this one is freed."""
+        self._kept = None
+        return type(self)(self._evaluation, moved, self._explaining.who)
 
     def product(self, vector: Tensor) -> Tensor:
         """`(∂r/∂φ)ᵀ vector`, which for an inner loss is `(∂²L_in/∂φ²) vector`."""
@@ -194,7 +209,7 @@ class SecondDerivatives:
     """
 
     def __init__(self, evaluation: Evaluation, who: str) -> None:
-        self._evaluation, self._who = evaluation, who
+        self._evaluation, self.who = evaluation, who
 
     def __enter__(self) -> None: ...
 
@@ -203,7 +218,7 @@ class SecondDerivatives:
             self._explain(error)
 
     def _explain(self, error: RuntimeError) -> None:
-        said, evaluation, who = str(error).splitlines(), self._evaluation, self._who
+        said, evaluation, who = str(error).splitlines(), self._evaluation, self.who
         if "modified by an inplace operation" in str(error):
             raise ProblemError(
                 f"{who} differentiates what was computed before, and something has been written in "

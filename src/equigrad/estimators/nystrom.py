@@ -58,5 +58,9 @@ class Nystrom(Implicit):
         damping = self.damping * (torch.linalg.matrix_norm(columns, 2).item() or 1.0)
         inner = damping * columns[sample] + columns.T @ columns
         # a pseudo-inverse, since sampled columns may be linearly dependent
-        weights = torch.linalg.pinv(inner, hermitian=True) @ (columns.T @ pressure)
-        return Solution((pressure - columns @ weights) / damping)
+        inverse = torch.linalg.pinv(inner, hermitian=True)
+
+        def solved(right: Tensor) -> Tensor:
+            return (right - columns @ (inverse @ (columns.T @ right))) / damping
+
+        return Solution(solved(pressure), unsettled=solved(linear.residual()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equigrad.errors import CurvatureError
 from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.linearisation import Linearisation
 
@@ -19,6 +20,9 @@ LOOKED_INTO = 1e-5
 PRODUCTS = 6
 """Number of products for the correction of a solution."""
 
+FEW = 2
+"""The same where most of the answer is known."""
+
 EXACT = 100.0
 """A residual of at most this many rounding errors is taken to be exact."""
 
@@ -30,10 +34,16 @@ class Solution:
     Attributes:
         x: a flat vector.
         residual: `g - A x`; None if it takes a further product to compute.
+        unsettled: an estimate of `φ - φ*`, the distance of the settled state from rest: the
+            solution of `(∂r/∂φ) u = r` by what the solver knows of the matrix; None if it knows
+            too little.
+        elsewhere: what `unsettled` leaves of r; None if it leaves nothing, or that is not known.
     """
 
     x: Tensor
     residual: Tensor | None = None
+    unsettled: Tensor | None = None
+    elsewhere: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,22 @@ class SolveError:
     Attributes:
         unsolved: `‖g - A x‖ / ‖g‖`.
         relative: estimated error of the gradient, relative to its true size.
+        unsettled: whether most of it comes from a free phase that is not at rest.
     """
 
     unsolved: float
     relative: float
+    unsettled: bool = False
 
     def sentence(self, who: str, error: float, remedy: str) -> str:
         """A sentence with the error and a remedy."""
         much = f"about {error:.1g} of its size" if error < 1 else "its own size or more"
+        if self.unsettled:
+            return (
+                f"the free phase is not at rest: one step of Newton's method nearer to it, {who} "
+                f"has another gradient, and this one is wrong by {much}. Settle longer, or to a "
+                f"lower tol; that does not help where the loss has a kink, or no minimum"
+            )
         return (
             f"{who} leaves {self.unsolved:.2g} of ∂L_out/∂φ unsolved, and the gradient is wrong by "
             f"{much}: {remedy}"
@@ -87,19 +105,18 @@ def solve_error(
         return SolveError(0.0, 0.0)
     left = pressure - linear.product(x) if solution.residual is None else solution.residual
     unsolved = left.norm().item() / size
-    length = _norm(grads)
-    weight = _ratio(_norm(mixed), length)
+    part = weight(mixed, grads)
     if unsolved <= EXACT * torch.finfo(left.dtype).eps:
-        return SolveError(unsolved, unsolved * weight)
+        return SolveError(unsolved, unsolved * part)
     rough = linear.mixed(left * (x.norm() / size))
-    found = max(_ratio(_norm(rough), length), unsolved * min(weight, 1.0))
+    found = max(_ratio(_norm(rough), _norm(grads)), unsolved * min(part, 1.0))
     if found <= LOOKED_INTO:
         return SolveError(unsolved, found)
-    missing, short = _correction(linear, left)
+    missing, short = correction(linear, left)
     change = linear.mixed(missing)
     whole = _norm({name: grads[name] - change[name].to(grads[name].dtype) for name in change})
     error = (1 + 2 * short) * _ratio(_norm(change), whole)
-    return SolveError(unsolved, max(error, min(unsolved, 1.0) * min(weight, 1.0)))
+    return SolveError(unsolved, max(error, min(unsolved, 1.0) * min(part, 1.0)))
 
 
 def scale_error(
@@ -131,12 +148,35 @@ def scale_error(
     return SolveError(unsolved, share * _ratio(scale * _norm(mixed), whole))
 
 
-def _correction(linear: Linear, left: Tensor) -> tuple[Tensor, float]:
-    """`A⁻¹ left` by full orthogonalisation, and the share of `left` that remains, at most one."""
+def newton_step(linear: Linear, solution: Solution, least: float) -> Tensor:
+    """`(∂r/∂φ)⁻¹ r`: by what the solver knows of the matrix, and elsewhere by a few products.
+
+    Args:
+        linear: products with the transposed matrix.
+        solution: what the solver knows.
+        least: a residual below this, of which the solver knows nothing, is none.
+    """
+    left = linear.residual() if solution.unsettled is None else solution.elsewhere
+    step = solution.unsettled
+    if left is not None and left.norm().item() > least:
+        most = PRODUCTS if step is None else FEW
+        rest, short = correction(linear, left, most, transposed=True)
+        rest = (1 + 2 * short) * rest
+        step = rest if step is None else step + rest
+    return torch.zeros_like(solution.x) if step is None else step
+
+
+def correction(
+    linear: Linear, left: Tensor, products: int = PRODUCTS, *, transposed: bool = False
+) -> tuple[Tensor, float]:
+    """`A⁻¹ left` by full orthogonalisation, and the share of `left` that remains, at most one.
+
+    With `transposed`, it is `A⁻ᵀ left`, in the same space.
+    """
     size = left.norm()
     basis, eps = [left / size], torch.finfo(left.dtype).eps
-    hessenberg = left.new_zeros(PRODUCTS + 1, PRODUCTS)
-    order = min(PRODUCTS, linear.size)
+    hessenberg = left.new_zeros(products + 1, products)
+    order = min(products, linear.size)
     for k in range(order):
         image = linear.product(basis[k])
         stiff = image.norm()
@@ -151,10 +191,18 @@ def _correction(linear: Linear, left: Tensor) -> tuple[Tensor, float]:
     right = left.new_zeros(order)
     right[0] = size
     square = hessenberg[:order, :order]
+    square = square.T if transposed else square
+    if not torch.isfinite(square).all():
+        raise CurvatureError("products with ∂r/∂φ are not finite where the phase settled")
     weights = torch.linalg.lstsq(square.cpu(), right.cpu()[:, None]).solution[:, 0].to(left)
     missing = torch.stack(basis[:order], dim=1) @ weights
     short = (hessenberg[order, order - 1] * weights[-1] / size).abs().item()
     return missing, min(short, 1.0) if math.isfinite(short) else 1.0
+
+
+def weight(mixed: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> float:
+    """The size of the implicit part of a gradient, relative to the whole."""
+    return _ratio(_norm(mixed), _norm(grads))
 
 
 def _ratio(part: float, whole: float) -> float:

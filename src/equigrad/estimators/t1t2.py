@@ -8,7 +8,9 @@ from torch import Tensor
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear, Solution
 from equigrad.estimators.solve_error import SolveError, scale_error
+from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
+from equigrad.solvers import Settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class T1T2(Implicit):
 
     def judge(
         self,
+        evaluation: Evaluation,
+        free: Settled,
         linear: Linear,
         solution: Solution,
         pressure: Tensor,

@@ -47,7 +47,7 @@ def outer_gradients(scene: Scene, at: Settled) -> tuple[dict[str, Tensor], dict[
     pressure = dict(zip(params, total, strict=False))
     if at.phase.beta == 0 or scene.judged.at is None:  # the loss is needed at free ends only
         scene.judged.at, scene.judged.loss = at, mean
-        scene.judged.pressure = dict(pressure), dict(direct)  # estimators add to what they get
+        scene.judged.pressure = dict(pressure), dict(direct)  # estimators may add to theirs
     return pressure, direct
 
 

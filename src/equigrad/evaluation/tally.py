@@ -20,6 +20,11 @@ class Tally:
     notes: list[str] = field(default_factory=list)
     error_notes: list[str] = field(default_factory=list)
 
+    @property
+    def sentences(self) -> list[str]:
+        """All notes, those about the error last."""
+        return [n for n in self.notes if n not in self.error_notes] + self.error_notes
+
     def spend(self, gradients: int) -> None:
         """Count a number of gradients."""
         self.gradient_evaluations += gradients

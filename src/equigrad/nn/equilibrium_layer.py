@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from equigrad.diagnostics.first_look import Caller, look
+from equigrad.diagnostics.first_look import look
+from equigrad.diagnostics.own_weights import Caller
 from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium
 from equigrad.errors import (
     ConfigurationError,
