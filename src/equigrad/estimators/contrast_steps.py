@@ -141,15 +141,20 @@ class ContrastedGradient:
     def notes(self) -> list[str]:
         """What the user should know about the products."""
         said = [
-            f"products by contrast, the first accurate to {self.accuracy:.1g}, the last at a "
-            f"distance of {self.distance or 0:.1g}"
+            f"products by contrast (differences of gradients): the first is accurate to "
+            f"{self.accuracy:.1g}, the last is taken over a distance of {self.distance or 0:.1g}"
         ]
         if self.error > POOR:
-            size = "its own size or more" if self.error >= 1 else f"about {self.error:.1g} of it"
+            size = (
+                "as much as its own size or more"
+                if self.error >= 1
+                else (f"about {self.error:.1g} of its size")
+            )
             said.append(
-                f"the inner gradient changes unevenly over that distance (by {self.uneven:.2g} of "
-                f"its change), as at kinks (ReLU, max-pooling): the gradient may be wrong by "
-                f"{size}. Use products='autograd', torch.float64 or a smooth activation"
+                f"the inner gradient does not change smoothly over that distance "
+                f"({self.uneven:.2g} of its change is uneven), as near a kink (ReLU, "
+                f"max-pooling), so the gradient may be wrong by {size}. Use products='autograd', "
+                f"torch.float64 or a smooth activation"
             )
         return said
 

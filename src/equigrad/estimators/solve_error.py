@@ -52,8 +52,8 @@ class SolveError:
         """A sentence with the error and a remedy."""
         much = f"about {error:.1g} of its size" if error < 1 else "its own size or more"
         return (
-            f"{who} leaves {self.unsolved:.2g} of ∂L_out/∂φ unsolved, and the gradient is wrong by "
-            f"{much}: {remedy}"
+            f"{who} solved its linear system to a residual of {self.unsolved:.2g} of ∂L_out/∂φ, "
+            f"so the gradient is wrong by {much}: {remedy}"
         )
 
 

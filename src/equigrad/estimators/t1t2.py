@@ -30,14 +30,16 @@ class T1T2(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, identity for the inverse",
+        idea="implicit, identity for the inverse Hessian",
         cost="3",
         error="does not vanish",
         double_backward=True,
         energy=False,
     )
 
-    remedy: ClassVar[str] = "that is what the identity for the inverse Hessian costs; use GMRES()"
+    remedy: ClassVar[str] = (
+        "this is the error of replacing the inverse Hessian by the identity; use GMRES()"
+    )
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """The right-hand side itself."""

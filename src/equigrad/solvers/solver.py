@@ -87,11 +87,12 @@ class Solver(Checked):
         super().__post_init__()
         require(
             not (self.tol is None and self.max_steps is None),
-            "a solver needs max_steps, or a tol > 0, or both: with neither it never stops",
+            "a solver needs max_steps, tol > 0, or both; with max_steps=None and tol=None it "
+            "would never stop",
         )
         require(
             not self.compile or self.differentiable,
-            f"compile=True needs steps that are plain tensor arithmetic, and those of "
+            f"compile=True can only compile steps that are plain tensor arithmetic, and those of "
             f"{type(self).__name__} are not; use GradientDescent, or compile=False",
         )
 
