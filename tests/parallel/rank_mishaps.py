@@ -62,7 +62,7 @@ def other_constants() -> None:
         group=dist.group.WORLD,
     )
     theta = {"l": torch.ones((), dtype=torch.float64)}
-    refused(lambda: compute(made, params, theta), "what modules hold", "1.weight")
+    refused(lambda: compute(made, params, theta), "module tensor", "1.weight")
 
 
 @check
@@ -213,7 +213,9 @@ def out_of_step() -> None:
     """Evaluations of one loss on one rank and of another on the other are not added up."""
     made, params, theta = problem(plain)
     refused(
-        lambda: made.evaluate("inner", params, theta, rank()), "others do not", kind=eg.RunError
+        lambda: made.evaluate("inner", params, theta, rank()),
+        "other ranks do not",
+        kind=eg.RunError,
     )
 
 
@@ -234,5 +236,5 @@ def a_rank_that_dies() -> None:
         compute(eg.Bilevel(dies, made.outer_loss, group=made.group), params, theta)
     except eg.RunError as error:
         said = str(error)
-    assert "rank 0 of 2 no longer reaches the others" in said
+    assert "rank 0 of 2 cannot reach the other ranks" in said
     assert time.monotonic() - began < SECONDS + 5

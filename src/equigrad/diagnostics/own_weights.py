@@ -111,10 +111,13 @@ def checkpoints_named() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if "use_reentrant" in said or "Checkpointing is not compatible" in said:
-            what = "reentrant checkpoints give no gradients by torch.autograd.grad; set "
+            what = (
+                "reentrant gradient checkpoints do not work with torch.autograd.grad, which "
+                "equigrad uses; set "
+            )
             mend = "use_reentrant=False"
         elif isinstance(error, CheckpointError):
-            what = "gradient checkpointing computed something else in the backward; call "
+            what = "gradient checkpointing computed something else in the backward pass; call "
             mend = "the module by equigrad.nn.Functional(module), or switch checkpointing off"
         else:
             raise

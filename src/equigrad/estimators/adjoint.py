@@ -43,7 +43,7 @@ class Adjoint(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, adjoint equation as a fixed point",
+        idea="implicit, adjoint as a fixed point",
         cost="2K + 3",
         error="vanishes as K → ∞",
         double_backward=True,

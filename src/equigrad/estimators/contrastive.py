@@ -73,7 +73,7 @@ class Contrastive(Estimator):
 
     traits: ClassVar[Traits] = Traits(
         idea="contrast of free and nudged phases",
-        cost="2K; with nudge='loss' 3K or 4K",
+        cost="2K; 3K or 4K by loss",
         error="vanishes as β → 0, K → ∞",
         double_backward=False,
         order="p-1; p; p",

@@ -25,7 +25,7 @@ class FirstOrderMAML(ThroughStart):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="MAML with ∂φ_T/∂φ_0 replaced by the identity",
+        idea="MAML, identity for ∂φ_T/∂φ_0",
         cost="1",
         error="grows with T",
         double_backward=False,

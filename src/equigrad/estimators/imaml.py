@@ -27,7 +27,7 @@ class IMAML(ConjugateGradient):
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(
-        ConjugateGradient.traits, idea="implicit, for the centre of a proximal term"
+        ConjugateGradient.traits, idea="implicit, for a learned centre"
     )
 
     max_iterations: int = 5

@@ -30,7 +30,7 @@ class T1T2(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, identity for the inverse Hessian",
+        idea="implicit, identity for the inverse",
         cost="3",
         error="does not vanish",
         double_backward=True,

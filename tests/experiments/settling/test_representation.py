@@ -139,7 +139,7 @@ def test_a_method_that_is_not_there():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": eg.GMRES()}, "method 'exact' has the estimator Adjoint, got GMRES"),
+        ({"estimator": eg.GMRES()}, "method 'exact' needs the estimator Adjoint, got GMRES"),
         ({"stride": 0}, "stride must be a whole number of at least 1, got 0"),
         ({"held_out": 192}, "must leave some of the 192 pixels .* got 192; lower it"),
         ({"epochs": 0.0}, "epochs must be a finite number above 0, got 0"),
