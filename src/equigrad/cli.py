@@ -144,23 +144,13 @@ def parsers(
     predict.add_argument("--delimiter", help="the character between columns; detected by default")
     predict.add_argument("--encoding", help="encoding of the file; detected by default")
     predict.add_argument(
-        "--header",
-        choices=("auto", "yes", "no"),
-        default="yes",
-        help=("whether the first row has the names of columns"),
+        "--header", choices=("auto", "yes", "no"), default="yes", help="whether there is a header"
     )
     predict.add_argument(
-        "--decimal",
-        choices=(".", ","),
-        metavar="MARK",
-        help=("decimal mark, a point or a comma; that of the run by default"),
+        "--decimal", choices=(".", ","), metavar="MARK", help="decimal mark; by default the run's"
     )
-    predict.add_argument(
-        "--skip-broken", action="store_true", help=("leave out images that cannot be read")
-    )
-    scores = verbs.add_parser(
-        "scores", help=("score training examples by their effect on a trusted validation set")
-    )
+    predict.add_argument("--skip-broken", action="store_true", help="leave out unreadable images")
+    scores = verbs.add_parser("scores", help="score training examples by a trusted validation set")
     scores.add_argument(
         "target",
         metavar="FILE.py:NAME",
@@ -177,37 +167,25 @@ def parsers(
     )
     scores.add_argument("--resume", action="store_true", help="resume the runs in --out")
     verbs.add_parser("list", help="list all experiments, figures, tables and estimators")
-    check = verbs.add_parser(
-        "check", help=("compare your meta-gradient with accurate reference gradients")
-    )
+    check = verbs.add_parser("check", help="compare your meta-gradient with references")
     check.add_argument(
         "target",
         metavar="FILE.py:NAME",
         help="a dictionary of check_meta_gradient's arguments, or a function that returns one",
     )
-    check.add_argument(
-        "--rtol", type=float, default=1e-2, help=("largest relative error that passes")
-    )
-    check.add_argument(
-        "--directions", type=int, default=3, help=("number of random directions for the references")
-    )
+    check.add_argument("--rtol", type=float, default=1e-2, help="largest relative error")
+    check.add_argument("--directions", type=int, default=3, help="number of random directions")
     check.add_argument("--seed", type=int, default=0, help="seed of the random directions")
     report = verbs.add_parser("report", help="write a report of the runs in some folders")
     report.add_argument(
-        "folders",
-        metavar="DIR",
-        nargs="+",
-        type=Path,
-        help=("folder of a run, or one that contains runs"),
+        "folders", metavar="DIR", nargs="+", type=Path, help="folder of a run or of runs"
     )
     report.add_argument(
         "--out",
         metavar="FILE",
         type=Path,
-        help=(
-            "file of the report; report.html in the first DIR by default. FILE.md writes the "
-            "papers' tables, cell by cell, beside the results of the runs"
-        ),
+        help="file of the report; report.html in the first DIR by default. FILE.md writes the "
+        "papers' tables, cell by cell, beside the results of the runs",
     )
     return parser, verbs.choices
 
@@ -227,9 +205,7 @@ def refuse_unknown(
 ) -> None:
     """Exit with code 2 if a word is neither an option nor a known name."""
     if not word.startswith("-") and word not in known:
-        parser.error(
-            f"there is no {what} {word!r}.{meant(word, known)} `equigrad list` shows all of them."
-        )
+        parser.error(f"there is no {what} {word!r}.{meant(word, known)} See `equigrad list`.")
 
 
 def require_extras(*more: str) -> None:
@@ -295,8 +271,8 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
     """Parse the command's options and run it; `CHOOSERS` or a file determine the defaults."""
     import tyro
 
-    from equigrad.experiments.runs.config_file import CHOOSERS, read_config
     from equigrad.experiments.runs.console import LoggedConsole
+    from equigrad.experiments.runs.experiment import CHOOSERS
     from equigrad.experiments.runs.run_directory import default_directory
     from equigrad.training.processes import processes
 
@@ -308,15 +284,15 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
     if file is None:
         defaults = command.defaults(**chosen)
     else:
+        from equigrad.experiments.runs.config_file import read_config
+
         defaults = read_config(Path(file), command.defaults, chosen)
 
     def work(
         options: Any,
         config: Annotated[
             Path | None,
-            tyro.conf.arg(
-                help="A run's config.json or a search's best.json, which sets the defaults."
-            ),
+            tyro.conf.arg(help="A run's config.json or a search's best.json, for defaults."),
         ] = None,
         out: Annotated[
             Path | None, tyro.conf.arg(help="Folder of the run; a new one under runs/ by default.")
@@ -359,8 +335,7 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
 
 def order_options(kind: type) -> None:
     """Order the options for the help: first those that choose defaults, last the common ones."""
-    from equigrad.experiments.runs.config_file import CHOOSERS
-    from equigrad.experiments.runs.experiment import Experiment
+    from equigrad.experiments.runs.experiment import CHOOSERS, Experiment
 
     known: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
     first = [*CHOOSERS, "seed", "seeds"]

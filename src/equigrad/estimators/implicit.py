@@ -15,7 +15,7 @@ from equigrad.estimators.solve_error import Linear, Solution, SolveError, solve_
 from equigrad.evaluation import Evaluation
 from equigrad.fields import require
 from equigrad.problems import Params
-from equigrad.solvers import Settled, Solver, TorchOptimizer
+from equigrad.solvers import Settled, Solver
 from equigrad.vectors import flatten
 
 POOR = 1e-2
@@ -83,15 +83,15 @@ class Implicit(Estimator):
             f"products='contrast' needs a Hessian, and a {what} problem has none. Its products by "
             f"autograd need a single backward pass: use products='auto'",
         )
-        if isinstance(solver, TorchOptimizer):
-            self._check_decay(evaluation, solver)
+        self._check_decay(evaluation, solver)
 
-    def _check_decay(self, evaluation: Evaluation, solver: TorchOptimizer) -> None:
+    def _check_decay(self, evaluation: Evaluation, solver: Solver) -> None:
         decay, beside = solver.decay()
         if not decay:
             return
+        name = getattr(solver, "optimizer", type(solver)).__name__
         what = (
-            f"{solver.optimizer.__name__} has weight_decay={decay:g}, which is not in the inner "
+            f"{name} has weight_decay={decay:g}, which is not in the inner "
             f"loss, so the settled params are not its minimum, as {type(self).__name__} assumes"
         )
         mend = (

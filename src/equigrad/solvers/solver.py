@@ -101,6 +101,10 @@ class Solver(Checked):
         """Whether steps are scaled by past gradients, as in Adam."""
         return False
 
+    def decay(self) -> tuple[float, bool]:
+        """The weight decay that steps add, and whether it is decoupled from the gradient."""
+        return 0.0, False
+
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
         """The settings that are functions of `(meta_params, step)`, by name."""
         return {}

@@ -8,10 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from equigrad import controllers, estimators, solvers
 from equigrad.errors import ConfigurationError
+from equigrad.experiments.runs.experiment import CHOOSERS
 from equigrad.training.files import load_json
-
-CHOOSERS = ("setting", "scale", "estimator", "method")
-"""Options that choose the defaults of the others."""
 
 CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
 """The JSON types of Python types that differ; other types are read unchanged."""

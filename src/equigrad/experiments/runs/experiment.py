@@ -12,6 +12,9 @@ from equigrad.training.device import DeviceName, DtypeName
 
 ScaleName = Literal["smoke", "small", "paper"]
 
+CHOOSERS = ("setting", "scale", "estimator", "method")
+"""Options that choose the defaults of the others."""
+
 Name = TypeVar("Name", bound=str)
 
 

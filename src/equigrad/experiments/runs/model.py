@@ -14,8 +14,8 @@ import equigrad
 from equigrad import solvers
 from equigrad.errors import RunError, SettlingWarning
 from equigrad.experiments.data.images import Pixels
-from equigrad.experiments.runs.config_file import CHOOSERS, overlay
-from equigrad.experiments.runs.experiment import Training
+from equigrad.experiments.runs.config_file import overlay
+from equigrad.experiments.runs.experiment import CHOOSERS, Training
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.tables.encoding import Categorical, Encoding, Numeric
 from equigrad.nn import lenet5, settling_networks, tanh_network
