@@ -70,7 +70,7 @@ def test_wrong_shape_names_the_parameter():
     with pytest.raises(eg.ProblemError, match=r"params\['weight'\] has shape \(1, 4\).*\(1, 3\)"):
         eg.meta_gradient(problem, bad, synapse.meta_params(), solver=SOLVER)
     lacking = {"bias": torch.ones(1)}
-    with pytest.raises(eg.ProblemError, match="params lack 'weight'"):
+    with pytest.raises(eg.ProblemError, match="params has no 'weight'"):
         eg.meta_gradient(problem, lacking, synapse.meta_params(), solver=SOLVER)
 
 

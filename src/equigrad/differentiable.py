@@ -240,9 +240,8 @@ class _Call:
         )
         require(
             made.ranks.group is None,
-            f"{self.who} runs on one process, but a module that it calls is shared by several "
-            f"processes with data of their own. Call meta_gradient instead, or use the module "
-            f"before it is wrapped",
+            f"{self.who} runs on one process, but a module that it calls is shared by several. "
+            f"Call meta_gradient instead, or use the module before it is wrapped",
         )
         begin = {n: learned.get(sources.get(n, ""), p.detach()) for n, p in start.items()}
         report = _Report()
@@ -267,10 +266,7 @@ class _Call:
             seed = evaluation.stage.seed
             found = SettledParams(equilibrium.attach(settled, seed, tensors, again))
         if not learned:
-            evaluation.tally.note(
-                "the result has no graph to θ, because gradients are disabled or no "
-                "meta-parameter requires one"
-            )
+            evaluation.tally.note("no graph leads to θ: gradients are off, or θ requires none")
         found.phase, found._report = settled.phase, report
         found.status = "; ".join([str(settled.phase), *evaluation.tally.notes])
         return found
@@ -286,9 +282,8 @@ class _Call:
         if learned and not self.estimator.traits.sees_start:
             raise ProblemError(
                 f"start {listed(learned)} requires a gradient, but a converged solution does not "
-                f"depend on its start. Start from {{n: p.detach() for n, p in start.items()}}, or "
-                f"use an estimator that differentiates a finite number of steps, such as "
-                f"Unrolled()"
+                f"depend on it. Start from {{n: p.detach() for n, p in start.items()}}, or use an "
+                f"estimator of a finite number of steps, such as Unrolled()"
             )
         if isinstance(self.estimator, Reptile):
             raise ConfigurationError(

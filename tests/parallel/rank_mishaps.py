@@ -44,7 +44,9 @@ def other_meta_params() -> None:
 def other_names_shapes_and_dtypes() -> None:
     made, params, theta = problem(plain)
     more = {**params, **({"more": torch.zeros(1)} if rank() else {})}
-    refused(lambda: compute(made, more, theta), "params 'more'", "rank 1 alone")
+    refused(
+        lambda: compute(made, more, theta), "params 'more'", "exists on rank 1, but not on rank 0"
+    )
     thetas = {"l": theta["l"].float() if rank() else theta["l"]}
     refused(lambda: compute(made, params, thetas), "float32", "float64")
 
@@ -137,7 +139,7 @@ def a_loss_that_fails_on_one_rank() -> None:
         made.outer_loss,
         group=made.group,
     )
-    refused(lambda: compute(own, params, theta), "inner_loss asked for 'left'")
+    refused(lambda: compute(own, params, theta), "inner_loss uses the name 'left'")
 
 
 @check

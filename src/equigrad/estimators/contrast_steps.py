@@ -148,7 +148,7 @@ class ContrastedGradient:
             size = (
                 "as much as its own size or more"
                 if self.error >= 1
-                else (f"about {self.error:.1g} of its size")
+                else f"about {self.error:.1g} of its size"
             )
             said.append(
                 f"the inner gradient does not change smoothly over that distance "

@@ -125,7 +125,7 @@ def test_a_saved_network_is_loaded_as_it_was(tmp_path):
     found = classify(network, x, solver=job.config.solver)
     assert torch.equal(found, expected.argmax(1))
     hurried = replace(model, solver=Anderson(tol=1e-9, max_steps=2))
-    with pytest.warns(SettlingWarning, match=r"not settled for 100 samples \(0, .*of 100"):
+    with pytest.warns(SettlingWarning, match=r"not converged for 100 samples \(0, .*of 100"):
         hurried.outputs(x)
 
 
@@ -199,9 +199,9 @@ def test_settings_that_cannot_work(options, message):
 @pytest.mark.parametrize(
     ("setting", "hidden", "message"),
     [
-        ("recurrent", (16, 16), r"one hidden layer, got hidden widths \(16, 16\)"),
+        ("recurrent", (16, 16), r"a single hidden layer, got hidden widths \(16, 16\)"),
         ("recurrent", (), "hidden must be .* at least one, got"),
-        ("cifar-implicit", (16, 16), "one hidden layer"),
+        ("cifar-implicit", (16, 16), "a single hidden layer"),
         ("cifar-implicit", (20,), "channels must be a multiple of the 8 groups.*got 20"),
         ("cifar-hopfield", (4,) * 6, "image of 32 x 32 is too small for 6 hidden layers"),
     ],

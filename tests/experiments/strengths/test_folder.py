@@ -112,7 +112,7 @@ def test_broken_images_are_named_or_skipped(garden, tmp_path, monkeypatch, capsy
     assert (code, "images/rose/3.png" in said) == (0, True)
     ask = ["predict", garden / "run", "--images", "images"]
     code, said = call_main(*ask, capsys=capsys)
-    assert (code, "say --skip-broken" in said) == (2, True)
+    assert (code, "use --skip-broken" in said) == (2, True)
     code, said = call_main(*ask, "--skip-broken", capsys=capsys)
     assert (code, "on 9 with a known target" in said) == (0, True)
 

@@ -129,7 +129,7 @@ def test_columns_in_any_order_and_more_of_them(run_folder, tmp_path, capsys):
         assert code == 0, said
         outs.append(out.read_text())
     assert outs[0] == outs[1]
-    assert "not looked at: 'note'" in said
+    assert "columns that the model does not use: 'note'" in said
     assert "90 predictions saved" in said
     code, said = call_main(
         "predict", run_folder / "kinds", "--csv", path, "--out", out, capsys=capsys

@@ -411,7 +411,7 @@ def test_parts_that_cannot_be_drawn():
         divide(groups, **options, names=("a", "b"))
     with pytest.raises(DataError, match=r"rows for training and validation, .* or leave out these"):
         divide(torch.tensor([0, 1, 1]), **{**options, "test_share": 0}, names=("a", "b"))
-    with pytest.raises(DataError, match=r"the data have too few rows .* one each: 2; add rows$"):
+    with pytest.raises(DataError, match=r"the data have too few rows .* needs one: 2; add rows$"):
         divide(torch.zeros(2, dtype=torch.long), **options)
     with pytest.raises(
         ConfigurationError, match="100 samples were requested, but there are only 8"

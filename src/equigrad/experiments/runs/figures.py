@@ -144,7 +144,7 @@ def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
     axes.barh(range(len(least)), [means[name] for name in least], color=COLORS[0])
     axes.set_yticks(range(len(least)), shown, fontsize=7, parse_math=False)
     which = (
-        (f"the {most} least regularised of {len(means)} inputs") if len(means) > most else "inputs"
+        f"the {most} least regularised of {len(means)} inputs" if len(means) > most else "inputs"
     )
     axes.set(xlabel="mean λ", title=f"mean λ of {which}")
     axes.invert_yaxis()
