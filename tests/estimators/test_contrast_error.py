@@ -177,7 +177,7 @@ def test_a_number_format_that_is_too_coarse_is_named(dtype):
         {"t": target},
         solver=eg.GradientDescent(lr=0.5, max_steps=100),
     )
-    assert "beta is too small for the precision" in result.status
+    assert "too small for this number format" in result.status
 
 
 def test_an_outer_loss_that_does_not_push_leaves_no_error():

@@ -53,7 +53,7 @@ class ContrastError:
 
     def _advice(self) -> str:
         if self.rounding > self.finite + self.unsettled:
-            return "beta is too small for the precision of params; raise beta, or use torch.float64"
+            return "beta is too small for this number format; raise beta, or use torch.float64"
         if self.drift > RESTLESS:
             return (
                 f"the free phase has not converged (its residual is {self.drift:.2g} times the "

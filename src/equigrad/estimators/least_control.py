@@ -135,8 +135,8 @@ class LeastControl(Estimator):
             used = controller.solver or solver
             other = "" if isinstance(used, Anderson) else "solver=Anderson(), "
             evaluation.tally.note(
-                f"learner and controller have not converged, so the gradient may be far off; give "
-                f"the controller {other}more steps, or lower its gain or proportional"
+                f"learner and controller have not settled together, so the gradient may be far "
+                f"off: give the controller {other}more steps, or less strength (gain, proportional)"
             )
         if free is None:
             evaluation.tally.note(
