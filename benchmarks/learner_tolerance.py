@@ -107,7 +107,7 @@ def row(
             torch.cat([t.flatten() for t in grads]).norm().item()
             for grads in ([result.grads[n] - g for n, g in exact.items()], [*exact.values()])
         )
-        cells.append(f"{off / size:.0e}" + ("*" if "the learner left" in result.status else ""))
+        cells.append(f"{off / size:.0e}" + ("*" if "learner ended" in result.status else ""))
     print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -211,7 +211,7 @@ def test_a_tensor_that_nobody_handed_over_is_refused():
         return (features @ p["w"] - 1).square().sum() + m["s"] * p["w"].square().sum()
 
     w, s = {"w": torch.zeros(3, dtype=F64)}, torch.ones((), dtype=F64, requires_grad=True)
-    with pytest.raises(eg.ProblemError, match=r"require a gradient and are none of meta_params"):
+    with pytest.raises(eg.ProblemError, match=r"require a gradient and are not in meta_params"):
         eg.argmin(loss, w, {"s": s}, solver=TIGHT)
 
     def handed(p, m):
@@ -255,7 +255,7 @@ def test_a_loss_that_is_no_function_is_named():
         return eg.argmin(noisy, {"w": torch.zeros(3, dtype=F64)}, {"t": t}, solver=solver).status
 
     for _ in range(2):
-        assert "inner_loss is no function of params and step" in call()
+        assert "inner_loss is not a function of params and step alone" in call()
 
 
 def test_without_gradients_the_result_is_the_same():
@@ -370,8 +370,16 @@ def test_a_learner_that_diverges_is_named():
     [
         ({"start": {}}, eg.ProblemError, "start is empty"),
         ({"start": {"w": 1.0}}, eg.ProblemError, r"start\['w'\] must be a tensor"),
-        ({"start": torch.ones(3)}, eg.ProblemError, "start must map names to tensors"),
-        ({"meta_params": nn.Linear(2, 2)}, eg.ProblemError, "meta_params must map names"),
+        (
+            {"start": torch.ones(3)},
+            eg.ProblemError,
+            "start must be a dictionary from names to tensors",
+        ),
+        (
+            {"meta_params": nn.Linear(2, 2)},
+            eg.ProblemError,
+            "meta_params must be a dictionary from names",
+        ),
         ({"meta_params": {}}, eg.ProblemError, "meta_params is empty"),
         ({"meta_params": {"s": 0.5}}, eg.ProblemError, r"meta_params\['s'\] must be a tensor"),
         (
@@ -382,19 +390,19 @@ def test_a_learner_that_diverges_is_named():
         (
             {"meta_params": {"s": strengths(), "z": torch.ones(1, requires_grad=True)}},
             eg.ProblemError,
-            "'z' has no path to",
+            "depends on meta-parameter 'z'",
         ),
         (
             {"start": {n: p.requires_grad_() for n, p in start().items()}},
             eg.ProblemError,
-            "start 'w', 'b' requires a gradient.*forgotten where it started.*Unrolled",
+            "start 'w', 'b' requires a gradient.*does not depend on it.*Unrolled",
         ),
         ({"samples": True}, eg.ProblemError, r"dimension of all params.*'w' \(3,\), 'b' \(\)"),
         ({"solver": None}, eg.ConfigurationError, "solver"),
         ({"estimator": 3}, eg.ConfigurationError, "estimator"),
-        ({"estimator": eg.LeastControl()}, eg.ConfigurationError, "argmin knows its loss by"),
+        ({"estimator": eg.LeastControl()}, eg.ConfigurationError, "argmin has only ∂L/∂φ"),
         ({"estimator": eg.Reptile()}, eg.ConfigurationError, "Reptile.*use FirstOrderMAML"),
-        ({"estimator": eg.MAML()}, eg.ProblemError, "through the initialisation alone"),
+        ({"estimator": eg.MAML()}, eg.ProblemError, "with respect to the initialisation"),
         ({"inner_loss": lambda p, m: p["w"] * m["s"]}, eg.ProblemError, "must return a scalar"),
         ({"inner_loss": 3}, eg.ConfigurationError, "inner_loss must be a function"),
     ],
@@ -493,7 +501,7 @@ def test_noise_and_batch_statistics_are_those_of_the_forward_pass():
     solver = eg.GradientDescent(lr=0.1, max_steps=20)
     fit = eg.argmin(loss, weights, {"s": s}, solver=solver, estimator=eg.T1T2())
     torch.rand(7)
-    with pytest.warns(eg.SettlingWarning, match="identity for the inverse Hessian"):
+    with pytest.warns(eg.SettlingWarning, match="replacing the inverse Hessian by the identity"):
         (grad,) = torch.autograd.grad(fit["2.weight"].sum(), s, retain_graph=True)
     torch.rand(7)
     (again,) = torch.autograd.grad(fit["2.weight"].sum(), s)

@@ -86,10 +86,10 @@ def test_run_leaves_everything_that_reproduces_it(tmp_path):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     assert list(run.glob("events.out.tfevents*"))
     assert (run / "t1t2" / "result.json").exists()
-    # nothing is written over
+    # nothing is overwritten
     again = equigrad(*SMOKE, "--out", "run", cwd=tmp_path, check=False)
     assert again.returncode == 2
-    assert "nothing is written over" in again.stderr
+    assert "nothing is overwritten" in again.stderr
     # and a resume of what has ended finds its numbers
     resumed = equigrad(*SMOKE, "--out", "run", "--solver.lr", "0.02", "--resume", cwd=tmp_path)
     table = [line for line in done.stdout.splitlines() if "contrastive" in line and "│" in line]
@@ -207,16 +207,16 @@ def test_a_run_stopped_before_it_began_is_not_to_be_resumed(tmp_path, capsys):
     [
         (["--seed", "seven"], "seven"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
-        (["--seed", "7", "--seeds", "2"], "not both"),
+        (["--seed", "7", "--seeds", "2"], "give only one of them"),
         (["--seeds", "0"], "seeds must be a whole number of at least 1, or None, got 0"),
         (["--solver.lr", "0"], "lr must be a finite number above 0, got 0"),
         (["--contrastive.beta", "0"], "beta must be a finite number other than 0"),
         (["--contrastive.points", "1"], "points must be a whole number of at least 2, got 1"),
-        (["--solver.max-steps", "None"], "needs max_steps, or a tol"),
+        (["--solver.max-steps", "None"], "needs max_steps, tol > 0, or both"),
         (["--estimator", "guess"], "guess"),
         (["--scale", "huge"], "huge"),
-        (["--resume"], "nothing to resume in a new folder; name the run with --out"),
-        (["--resume", "--out", "gone"], "nothing to resume in gone: there is no such folder"),
+        (["--resume"], "--resume needs the folder of the run; name it with --out"),
+        (["--resume", "--out", "gone"], "cannot resume gone: there is no such folder"),
         (["--outer-steps", "0"], "outer_steps must be a whole number of at least 1, got 0"),
         (["--solver.lr", "1e6", "--no-compare", "--out", "run"], "Lower the solver's step size"),
     ],
@@ -238,8 +238,8 @@ DEEP = 200_000
         ("[" * DEEP, "nested more than 100 levels deep"),
         ('{"config":' * DEEP, "nested more than 100 levels deep"),
         ('{"config":' * 150 + "1" + "}" * 150, "nested more than 100 levels deep"),
-        ("null", "must hold a JSON object, got NoneType"),
-        ('{"experiment": "digits", "config": 3}', "holds no configuration"),
+        ("null", "must contain a JSON object, got NoneType"),
+        ('{"experiment": "digits", "config": 3}', "has no configuration"),
         ('{"experiment": "digits", "config": {"seed": 1e23}}', "seed must be int, got 1e+23"),
         (
             '{"experiment": "digits", "config": {"seed": 100000000000000000000000}}',
@@ -332,7 +332,7 @@ def test_folders_that_cannot_be_used(tmp_path, monkeypatch, capsys):
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     code, said = call_main(*SMOKE, "--out", "other", "--resume", capsys=capsys)
     assert code == 2
-    assert "holds no run" in said
+    assert "contains no run" in said
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 

@@ -36,7 +36,7 @@ def test_too_many_arguments_without_a_name_are_named(kind):
     places = [
         n for n, p in inspect.signature(kind).parameters.items() if p.kind is not p.KEYWORD_ONLY
     ]
-    with pytest.raises(kind.refusal, match=f"^{kind.__name__} takes .* without a name, got 0.25"):
+    with pytest.raises(kind.refusal, match=f"^{kind.__name__} takes .* by position, got 0.25"):
         kind(*[0.5] * len(places), 0.25)
 
 
@@ -67,7 +67,7 @@ def test_signatures_and_help_are_plain(kind):
             lambda kind: kind(steps=3),
             "has no 'steps'. Did you mean 'max_steps'? It takes max_steps",
         ),
-        (lambda kind: kind(0.1), "takes no argument without a name, got 0.1. It takes max_steps"),
+        (lambda kind: kind(0.1), "takes no argument by position, got 0.1. It takes max_steps"),
         (lambda kind: kind(0.1, lrs=1), "got 0.1. It has no 'lrs'. Did you mean 'lr'? It takes"),
     ],
 )
@@ -80,11 +80,11 @@ def test_what_was_meant_is_said(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda kind: kind(ADAM, lr=1e-3), "goes into options={'lr': 0.001}. It lacks 'optimizer'"),
-        (lambda kind: kind(optimizer=ADAM, fused=True), "goes into options={'fused': True}"),
+        (lambda kind: kind(ADAM, lr=1e-3), "go into options={'lr': 0.001}. It lacks 'optimizer'"),
+        (lambda kind: kind(optimizer=ADAM, fused=True), "go into options={'fused': True}"),
         (lambda kind: kind(optimizer=ADAM, weight_decay=0.1), "options={'weight_decay': 0.1}"),
         (lambda kind: kind(optimizer=ADAM, max_step=3), "Did you mean 'max_steps'?"),
-        (lambda kind: kind(optimizer=3, lr=0.1), "goes into options={'lr': 0.1}"),
+        (lambda kind: kind(optimizer=3, lr=0.1), "go into options={'lr': 0.1}"),
     ],
 )
 def test_arguments_of_an_optimizer_go_into_its_options(call, message):
@@ -102,7 +102,7 @@ def test_a_problem_says_it_with_its_own_error():
         kind(inner=loss, outer_loss=loss)
     with pytest.raises(eg.ProblemError, match="was given 'inner_loss' twice"):
         kind(loss, loss, inner_loss=loss)
-    with pytest.raises(eg.ProblemError, match="takes 9 arguments without a name, got 5"):
+    with pytest.raises(eg.ProblemError, match="takes 9 arguments by position, got 5"):
         kind(loss, loss, *[None] * 5, False, None, 5)
 
 
@@ -162,27 +162,37 @@ BATCHES = [torch.ones(1)]
     [
         (
             lambda: eg.Bilevel(loss, loss, inner_batches=BATCHES),
-            "inner_loss is called as inner_loss(params, meta_params, batch), since there are "
-            "inner_batches, and takes (p, m): let it take the batch, or leave out inner_batches",
+            "inner_loss is called as inner_loss(params, meta_params, batch) because "
+            "inner_batches are given, but its signature is (p, m): add a third parameter for the "
+            "batch, or leave out inner_batches",
         ),
         (
             lambda: eg.Bilevel(loss, loss, outer_batches=BATCHES),
             "outer_loss is called as outer_loss",
         ),
-        (lambda: eg.Bilevel(with_batch, loss), "no inner_batches, and takes (p, m, batch): give"),
-        (lambda: eg.Bilevel(loss, with_batch), "no outer_batches, and takes (p, m, batch): give"),
-        (lambda: eg.Bilevel(AsMethod().loss, loss), "no inner_batches, and takes (p, m, batch)"),
+        (
+            lambda: eg.Bilevel(with_batch, loss),
+            "no inner_batches are given, but its signature is (p, m, batch): pass",
+        ),
+        (
+            lambda: eg.Bilevel(loss, with_batch),
+            "no outer_batches are given, but its signature is (p, m, batch): pass",
+        ),
+        (
+            lambda: eg.Bilevel(AsMethod().loss, loss),
+            "no inner_batches are given, but its signature is (p, m, batch)",
+        ),
         (
             lambda: eg.Bilevel(lambda p: p, loss),
-            "(params, meta_params), and takes (p): let it take",
+            "(params, meta_params), but its signature is (p): change it to accept",
         ),
         (
             lambda: eg.FixedPoint(with_batch, loss),
-            "map is called as map(params, meta_params), sinc",
+            "map is called as map(params, meta_params) becau",
         ),
         (
             lambda: eg.EnergyBased(with_batch, loss, torch.tanh),
-            "and takes (p, m, batch): let it take these",
+            "its signature is (p, m, batch): change it to accept these",
         ),
     ],
 )

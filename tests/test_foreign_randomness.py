@@ -249,7 +249,7 @@ def test_a_generator_of_ones_own_is_named_wherever_it_is(kind, place):
         {"t": torch.ones(3, dtype=torch.float64)},
         solver=eg.GradientDescent(lr=0.1, max_steps=20),
     )
-    assert "inner_loss is no function of params and step: two calls differ" in result.status
+    assert "inner_loss is not a function of params and step alone: two calls" in result.status
     assert f"a random generator of its own ({kind})" in result.status
 
 

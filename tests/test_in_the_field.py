@@ -222,7 +222,7 @@ class TestTensorsThatNothingSettles:
         problem = eg.Bilevel(
             lambda p, m: (p["w"] * m["l"] * 1j).exp().sum(), lambda p, m: p["w"].sum()
         )
-        with pytest.raises(eg.ProblemError, match=r"inner_loss is complex"):
+        with pytest.raises(eg.ProblemError, match=r"inner_loss returns a complex number"):
             eg.meta_gradient(problem, params, meta, solver=DESCENT)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import equigrad as eg
 
-TOLD = "settles does not depend on the step size.*learn what moves.*regulariser"
+TOLD = "solution .* does not depend on the step size.*learn what changes.*regulariser"
 
 
 def call(solver, **more):
@@ -19,7 +19,9 @@ def call(solver, **more):
 
 @pytest.mark.parametrize("name", ["lr", "log_step", "momentum"])
 def test_among_the_meta_parameters(name):
-    with pytest.raises(eg.ProblemError, match=f"{name!r} has no path.*learning rate.*{TOLD}"):
+    with pytest.raises(
+        eg.ProblemError, match=f"depends on meta-parameter {name!r}, .*learning rate.*{TOLD}"
+    ):
         call(eg.GradientDescent(lr=0.1, max_steps=5), **{name: torch.tensor(0.1)})
 
 

@@ -177,7 +177,7 @@ def test_implicit_estimators_take_products_by_contrast(make, estimator):
     direction = random_direction(meta)
     reference = directional_derivative(problem, result.params, meta, solver, direction, step=1e-4)
     assert along(result.grads, direction) == pytest.approx(reference, rel=1e-3)
-    assert "products by contrast, accurate to" in result.status
+    assert "products by contrast (differences of gradients) accurate to" in result.status
 
 
 @pytest.mark.filterwarnings("ignore")

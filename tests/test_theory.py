@@ -78,7 +78,7 @@ def test_limits_of_the_bound():
 @pytest.mark.parametrize(("free", "nudged"), [(0.5, 0.5), (2.0, 0.0)])
 def test_no_best_beta_far_from_equilibrium(free, nudged):
     for function in (best_beta, best_bound):
-        with pytest.raises(ConfigurationError, match="no beta is best"):
+        with pytest.raises(ConfigurationError, match="bound has no minimum over beta"):
             function(free, nudged)
     assert error_bound(free, nudged, 1e6) < error_bound(free, nudged, 1e3)
 

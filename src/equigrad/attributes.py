@@ -106,8 +106,8 @@ class Attributes:
         for name, _, kept in self._frozen:
             if kept.changed() and not kept.restore():
                 raise ProblemError(
-                    f"an evaluation writes into the frozen parameter {name!r}, which is too large "
-                    f"to be kept for every phase: make it a buffer"
+                    f"a loss writes into the frozen parameter {name!r}, which is too large to be "
+                    f"copied and restored for every phase. Make it a buffer"
                 )
 
 

@@ -121,7 +121,7 @@ def parsers(
     )
     parser.add_argument("--version", action="version", version=f"equigrad {__version__}")
     parser.add_argument(
-        "--completion", choices=SHELLS, help="print what completes commands and names in a shell"
+        "--completion", choices=SHELLS, help="print a completion script for this shell"
     )
     verbs = parser.add_subparsers(
         dest="verb",
@@ -133,23 +133,23 @@ def parsers(
         names = group.add_subparsers(dest="name", required=True, metavar="NAME")
         for command in (c for c in commands if c.verb == verb):
             names.add_parser(command.name, help=command.summary, add_help=False)
-    predict = verbs.add_parser("predict", help="ask the model that a run has saved")
+    predict = verbs.add_parser("predict", help="predict with the model that a run has saved")
     predict.add_argument("model", metavar="RUN", type=Path, help="a run's folder, or its model.pt")
     asked = predict.add_mutually_exclusive_group(required=True)
     asked.add_argument("--csv", type=Path, help="rows to predict the target of")
     asked.add_argument("--images", metavar="DIR", type=Path, help="images to predict the class of")
     predict.add_argument(
-        "--out", type=Path, help="file of the predictions; standard output by default"
+        "--out", type=Path, help="file for the predictions; standard output by default"
     )
-    predict.add_argument("--delimiter", help="between columns; found in the header by default")
-    predict.add_argument("--encoding", help="of the file's text; found in the file by default")
+    predict.add_argument("--delimiter", help="the character between columns; detected by default")
+    predict.add_argument("--encoding", help="encoding of the file; detected by default")
     predict.add_argument(
-        "--header", choices=("auto", "yes", "no"), default="yes", help="whether it has names"
+        "--header", choices=("auto", "yes", "no"), default="yes", help="whether there is a header"
     )
     predict.add_argument(
-        "--decimal", choices=(".", ","), metavar="MARK", help="a point or a comma; as in the run"
+        "--decimal", choices=(".", ","), metavar="MARK", help="decimal mark; by default the run's"
     )
-    predict.add_argument("--skip-broken", action="store_true", help="leave out broken images")
+    predict.add_argument("--skip-broken", action="store_true", help="leave out unreadable images")
     scores = verbs.add_parser("scores", help="score training examples by a trusted validation set")
     scores.add_argument(
         "target",
@@ -160,33 +160,33 @@ def parsers(
         "--learn",
         metavar="N",
         type=int,
-        help="learn weights in so many outer steps instead (arguments of learn_weights)",
+        help="learn weights instead, in N outer steps (arguments of learn_weights)",
     )
     scores.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="folder of the scores"
+        "--out", metavar="DIR", type=Path, required=True, help="folder for the scores"
     )
-    scores.add_argument("--resume", action="store_true", help="go on with the runs in --out")
-    verbs.add_parser("list", help="list what can be run and reproduced, and the estimators")
-    check = verbs.add_parser("check", help="compare your meta-gradient with re-solved references")
+    scores.add_argument("--resume", action="store_true", help="resume the runs in --out")
+    verbs.add_parser("list", help="list all experiments, figures, tables and estimators")
+    check = verbs.add_parser("check", help="compare your meta-gradient with references")
     check.add_argument(
         "target",
         metavar="FILE.py:NAME",
         help="a dictionary of check_meta_gradient's arguments, a problem whose params, meta_params "
         "and solver the file has under these names, or a function that returns one of them",
     )
-    check.add_argument("--rtol", type=float, default=1e-2, help="relative error to pass")
-    check.add_argument("--directions", type=int, default=3, help="directions to re-solve along")
-    check.add_argument("--seed", type=int, default=0, help="draws the directions")
-    report = verbs.add_parser("report", help="write a page about the runs in some folders")
+    check.add_argument("--rtol", type=float, default=1e-2, help="largest relative error")
+    check.add_argument("--directions", type=int, default=3, help="number of random directions")
+    check.add_argument("--seed", type=int, default=0, help="seed of the random directions")
+    report = verbs.add_parser("report", help="write a report of the runs in some folders")
     report.add_argument(
-        "folders", metavar="DIR", nargs="+", type=Path, help="folder of a run, or one above runs"
+        "folders", metavar="DIR", nargs="+", type=Path, help="folder of a run or of runs"
     )
     report.add_argument(
         "--out",
         metavar="FILE",
         type=Path,
-        help="the page; report.html in the first DIR. FILE.md is a page of the papers' tables, "
-        "cell by cell, beside what the runs reached",
+        help="file of the report; report.html in the first DIR by default. FILE.md writes the "
+        "papers' tables, cell by cell, beside the results of the runs",
     )
     return parser, verbs.choices
 
@@ -214,8 +214,8 @@ def require_extras(*more: str) -> None:
     missing = [package for package in ("rich", "tyro", *more) if find_spec(package) is None]
     if missing:
         raise SystemExit(
-            f"the command line needs the extra packages of equigrad[experiments] "
-            f"({', '.join(missing)} not found): pip install 'equigrad[experiments]'"
+            f"the command line needs packages that are not installed ({', '.join(missing)}): pip "
+            f"install 'equigrad[experiments]'"
         )
 
 
@@ -272,8 +272,8 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
     """Parse the command's options and run it; `CHOOSERS` or a file determine the defaults."""
     import tyro
 
-    from equigrad.experiments.runs.config_file import CHOOSERS, read_config
     from equigrad.experiments.runs.console import LoggedConsole
+    from equigrad.experiments.runs.experiment import CHOOSERS
     from equigrad.experiments.runs.run_directory import default_directory
     from equigrad.training.processes import processes
 
@@ -285,30 +285,32 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
     if file is None:
         defaults = command.defaults(**chosen)
     else:
+        from equigrad.experiments.runs.config_file import read_config
+
         defaults = read_config(Path(file), command.defaults, chosen)
 
     def work(
         options: Any,
         config: Annotated[
             Path | None,
-            tyro.conf.arg(help="A run's config.json or a search's best.json, for the defaults."),
+            tyro.conf.arg(help="A run's config.json or a search's best.json, for defaults."),
         ] = None,
         out: Annotated[
             Path | None, tyro.conf.arg(help="Folder of the run; a new one under runs/ by default.")
         ] = None,
         resume: Annotated[
-            bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run in --out.")
+            bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Resume the run in --out.")
         ] = False,
         quiet: Annotated[
             bool,
             tyro.conf.FlagCreatePairsOff,
-            tyro.conf.arg(help="Print nothing; the run's folder still has log.txt."),
+            tyro.conf.arg(help="Print nothing; log.txt in the run's folder is still written."),
         ] = False,
     ) -> None:
         if resume and out is None:
-            raise RunError("nothing to resume in a new folder; name the run with --out")
+            raise RunError("--resume needs the folder of the run; name it with --out")
         if resume and out is not None and not out.exists():
-            raise RunError(f"nothing to resume in {out}: there is no such folder")
+            raise RunError(f"cannot resume {out}: there is no such folder")
         with processes() as here, folder_of(here, out, resume) as given:
             folder = given or default_directory(command.name)
             console = LoggedConsole(folder, quiet=quiet or not here.leads, markup=False)
@@ -334,8 +336,7 @@ def execute(command: "Command", arguments: Sequence[str]) -> None:
 
 def order_options(kind: type) -> None:
     """Order the options for the help: first those that choose defaults, last the common ones."""
-    from equigrad.experiments.runs.config_file import CHOOSERS
-    from equigrad.experiments.runs.experiment import Experiment
+    from equigrad.experiments.runs.experiment import CHOOSERS, Experiment
 
     known: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
     first = [*CHOOSERS, "seed", "seeds"]
@@ -368,7 +369,7 @@ def say_how_to_resume(arguments: Sequence[str], folder: Path) -> None:
     if not any(a == "--out" or a.startswith("--out=") for a in kept):
         kept += ["--out", str(folder)]
     command = shlex.join(["equigrad", *kept, "--resume"])
-    print(f"stopped; go on with:\n  {command}", file=sys.stderr)
+    print(f"stopped; to resume, run:\n  {command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ def _faults(cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     said = []
     if surplus := args[len(places) :]:
         most = f"{len(places)} arguments" if places else "no argument"
-        said.append(f"takes {most} without a name, got {', '.join(map(shown, surplus))}.")
+        said.append(f"takes {most} by position, got {', '.join(map(shown, surplus))}.")
     for name in kwargs:
         if name not in parameters:
             said.append(f"has no {name!r}.{cls._instead(name, kwargs) or meant(name, parameters)}")
         elif name in taken:
-            said.append(f"was given {name!r} twice, by its place and by its name.")
+            said.append(f"was given {name!r} twice, by position and by name.")
     missing = [name for name, p in parameters.items() if p.default is p.empty]
     missing = [name for name in missing if name not in kwargs and name not in taken]
     if missing:

@@ -241,8 +241,8 @@ class _Call:
         )
         require(
             made.ranks.group is None,
-            f"{self.who} settles on one process, and a module that it calls is shared by several, "
-            f"each with data of its own: call meta_gradient, or settle the module unwrapped",
+            f"{self.who} runs on one process, but a module that it calls is shared by several. "
+            f"Call meta_gradient instead, or use the module before it is wrapped",
         )
         begin = {n: learned.get(sources.get(n, ""), p.detach()) for n, p in start.items()}
         report = _Report()
@@ -267,7 +267,7 @@ class _Call:
             seed = evaluation.stage.seed
             found = SettledParams(equilibrium.attach(settled, seed, tensors, again))
         if not learned:
-            evaluation.tally.note("no graph leads to θ: gradients are off, or none requires one")
+            evaluation.tally.note("no graph leads to θ: gradients are off, or θ requires none")
         found.phase, found._report = settled.phase, report
         found.status = "; ".join([str(settled.phase), *evaluation.tally.notes])
         return found
@@ -282,13 +282,13 @@ class _Call:
         learned = [name for name, p in start.items() if p.requires_grad]
         if learned and not self.estimator.traits.sees_start:
             raise ProblemError(
-                f"start {listed(learned)} requires a gradient, and there is none: what has settled "
-                f"has forgotten where it started. Start from {{n: p.detach() for n, p in "
-                f"start.items()}}, or use an estimator of finitely many steps, such as Unrolled()"
+                f"start {listed(learned)} requires a gradient, but a converged solution does not "
+                f"depend on it. Start from {{n: p.detach() for n, p in start.items()}}, or use an "
+                f"estimator of a finite number of steps, such as Unrolled()"
             )
         if isinstance(self.estimator, Reptile):
             raise ConfigurationError(
-                "Reptile() is no gradient of anything that is computed from settled params; use "
+                "Reptile() is not a gradient, so it cannot be used in a backward pass; use "
                 "FirstOrderMAML() or MAML()"
             )
 
@@ -358,9 +358,9 @@ class _Call:
         if strays:
             shapes = ", ".join(sorted({str(tuple(t.shape)) for t in strays}))
             raise ProblemError(
-                f"{self.who} computes with tensors that require a gradient and are none of "
-                f"meta_params (leaves of shape {shapes}): none would reach them. Hand them over in "
-                f"meta_params, or detach them (a module's weights by requires_grad_(False))"
+                f"{self.who} uses tensors that require a gradient and are not in meta_params "
+                f"(leaves of shape {shapes}), so they would get no gradient. Put them into "
+                f"meta_params, or detach them (the weights of a module by requires_grad_(False))"
             )
 
 
@@ -382,8 +382,8 @@ def _check_mapping(meta_params: Params, start: Params) -> None:
         if tensor.ndim and tensor.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
             raise ProblemError(
-                f"meta_params[{name!r}] is on {tensor.device} and start on {where}; move one of "
-                f"them"
+                f"meta_params[{name!r}] is on {tensor.device}, but start is on {where}; move them "
+                f"to the same device"
             )
 
 

@@ -24,8 +24,8 @@ NEGLIGIBLE = 1e-2
 """Notes of an estimator give no warning if its estimated error is below this."""
 
 KNOWN_BY_ITS_COTANGENT = (
-    "needs an outer loss that has a minimum, and {who} knows its loss by {cotangent} alone, as a "
-    "linear function of {state}, which has none"
+    "needs an outer loss that has a minimum, but {who} has only {cotangent}, which stands for a "
+    "loss linear in {state}, without a minimum"
 )
 """Why an estimator that needs a bounded outer loss does not work, as part of a sentence."""
 
@@ -226,6 +226,6 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore
         raise DoubleBackwardError(
-            f"the gradient of {ctx.who} is an estimate that cannot be differentiated once more; "
-            f"leave out create_graph=True, or the penalty on this gradient"
+            f"the gradient of {ctx.who} is an estimate that cannot be differentiated again; leave "
+            f"out create_graph=True, or the penalty on this gradient"
         )

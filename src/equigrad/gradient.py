@@ -290,8 +290,8 @@ def check_settings(solver: Solver, problem: Problem | None = None) -> None:
         not solver.compile
         or problem is None
         or not (problem.ranks.size > 1 or problem.ranks.wrapped),
-        "compile=True takes several steps by one function, which cannot speak to other processes "
-        "on the way; use compile=False",
+        "compile=True takes several steps in one function, in which processes cannot exchange "
+        "gradients; use compile=False",
     )
     options = getattr(solver, "options", None)
     settings = {**vars(solver), **(options if isinstance(options, Mapping) else {})}
@@ -300,18 +300,19 @@ def check_settings(solver: Solver, problem: Problem | None = None) -> None:
         numbers = {f.name for f in fields(solver) if "float" in str(f.type)}
         if value.requires_grad or name in numbers:
             raise ConfigurationError(
-                f"{name} of {type(solver).__name__} must be a number, got a tensor (call .item() "
-                f"on it). It has no meta-gradient: {NO_STEP_SIZE}; or learn it, by {name}=lambda "
-                f"meta_params, step: …, with an estimator that differentiates steps (Unrolled())"
+                f"{name} of {type(solver).__name__} must be a number, got a tensor; call .item() "
+                f"on it. A constant has no meta-gradient: {NO_STEP_SIZE}; or learn it as a "
+                f"function, {name}=lambda meta_params, step: …, with an estimator that "
+                f"differentiates steps (Unrolled())"
             )
 
 
 def _rounding(dtype: torch.dtype, loss: bool) -> str:
     what = "the losses compute" if loss else "the map computes"
     return (
-        f"under autocast {what} in {str(dtype).removeprefix('torch.')}, to "
-        f"{100 * torch.finfo(dtype).eps:.1g} %, and may not get as near to rest as was asked for: "
-        f"ask for less, or call meta_gradient under torch.autocast(…, enabled=False)"
+        f"under autocast {what} in {str(dtype).removeprefix('torch.')}, with a relative rounding "
+        f"error of {100 * torch.finfo(dtype).eps:.1g} %, so the solver may not reach its "
+        f"tolerance. Raise tol, or call meta_gradient under torch.autocast(…, enabled=False)"
     )
 
 
@@ -321,7 +322,8 @@ def _refuse_unanswered(nudged: tuple[solvers.Settled, ...], why: str) -> None:
     left = sum(p.residual / p.start_residual for p in pushed if p.start_residual)
     if any(p.failed for p in pushed) and left > UNANSWERED * len(pushed):
         raise SettlingError(
-            f"phase β={pushed[0].beta:g} did not answer its nudge ({pushed[0]}): {why}"
+            f"the phase with β={pushed[0].beta:g} did not converge ({pushed[0]}), so there is "
+            f"nothing to contrast. {why}"
         )
 
 
@@ -331,7 +333,7 @@ def _check_finite(grads: dict[str, Tensor], outer_loss: float, remedy: str) -> N
         what = f"the meta-gradient of {bad[0]!r} is not finite" if bad else "the outer loss is"
         raise SettlingError(
             f"after settling, {what if bad else f'{what} {outer_loss}'}: the last step of a phase "
-            f"diverged, or the loss is not differentiable there. {remedy}"
+            f"diverged, or the loss is not differentiable at the settled params. {remedy}"
         )
 
 
@@ -341,7 +343,7 @@ def _status(phases: tuple[Phase, ...], grads: dict[str, Tensor], notes: list[str
     zero = [name for name, grad in grads.items() if not grad.any()]
     if zero:
         sentences.append(
-            f"the gradient of {', '.join(map(repr, zero))} is exactly zero: θ had no influence on "
+            f"the gradient of {', '.join(map(repr, zero))} is exactly zero: θ has no influence on "
             f"the settled params, or the params have not moved"
         )
     return "; ".join(sentences + notes)

@@ -49,13 +49,14 @@ class Settled:
             own = self._given[what]
             if own.keys() != tensors.keys():
                 raise ProblemError(
-                    f"settled is of {what} {listed(own)}, and this call has {listed(tensors)}"
+                    f"settled was computed for {what} {listed(own)}, but this call has "
+                    f"{listed(tensors)}"
                 )
             for name, tensor in own.items():
                 if not _same(tensor, tensors[name]):
                     raise ProblemError(
-                        f"settled is of other values of {what} {name!r} than this call has: it is "
-                        f"where they led, and no other; settle again"
+                        f"settled was computed with other values of {what} {name!r} than this "
+                        f"call has. Call settle again with the values of this call"
                     )
 
 
@@ -96,18 +97,19 @@ class MetaGradient:
         """The end of the free phase, for the next one to continue from."""
         if estimator.traits.steps:
             raise ConfigurationError(
-                f"{type(estimator).__name__} needs all steps of a free phase, and one that goes on "
-                f"from previous has taken some before; leave previous out"
+                f"{type(estimator).__name__} needs all steps of the free phase, but with "
+                f"previous= the first ones belong to an earlier call; leave previous out"
             )
         if self._end is None or self._solver is None:
             raise ConfigurationError(
-                "previous is the result of no single free phase: leave it out, or take one that "
-                "meta_gradient has returned"
+                "previous is not the result of a call of meta_gradient with a single free phase. "
+                "Pass such a result, or leave previous out"
             )
         if not solver.continues(self._solver):
             raise ConfigurationError(
-                f"{type(solver).__name__} cannot go on from the state in which previous ended, "
-                f"that of {type(self._solver).__name__}; use one solver, or leave previous out"
+                f"{type(solver).__name__} cannot continue from previous, which ended with the "
+                f"state of {type(self._solver).__name__}; use the same solver, or leave previous "
+                f"out"
             )
         return self._end
 
@@ -124,10 +126,11 @@ class MetaGradient:
             tensor = self._meta_params[name]
             if not tensor.is_leaf and not tensor.retains_grad:
                 raise ProblemError(
-                    f"meta-parameter {name!r} is computed from other tensors, and a .grad written "
-                    f"to it would not reach them. To add to theirs, call torch.autograd.backward("
-                    f"[meta_params[n] for n in result.grads], list(result.grads.values())); or let "
-                    f"meta_params hold those tensors and compute {name!r} in the losses"
+                    f"meta-parameter {name!r} is computed from other tensors, so writing its "
+                    f".grad would not reach them. To add to their .grad, call "
+                    f"torch.autograd.backward([meta_params[n] for n in result.grads], "
+                    f"list(result.grads.values())); or put those tensors into meta_params and "
+                    f"compute {name!r} in the losses"
                 )
         total: dict[int, Tensor] = {}
         for name, grad in self.grads.items():

@@ -121,7 +121,7 @@ def error_bound(
     """
     _check_bound(free_error, nudged_error, inner_lipschitz, outer_lipschitz, constant)
     if not 0 < beta < inf:
-        raise ConfigurationError(f"the bound holds for a positive, finite beta, got {beta}")
+        raise ConfigurationError(f"the bound holds only for a positive, finite beta, got {beta}")
     finite_difference = constant * beta / (1 + beta)
     phases = inner_lipschitz * (free_error + nudged_error) / beta + outer_lipschitz * nudged_error
     return phases + finite_difference
@@ -159,9 +159,10 @@ def best_beta(
     total = inner_lipschitz * (free_error + nudged_error)
     if not total < constant:
         raise ConfigurationError(
-            f"no beta is best: free_error + nudged_error = {free_error + nudged_error:g} must be "
-            f"below constant / inner_lipschitz = {constant / inner_lipschitz:g}, else the bound "
-            f"falls with beta for ever; settle the phases further"
+            f"the bound has no minimum over beta, because it decreases for all beta if free_error "
+            f"+ nudged_error = {free_error + nudged_error:g} is not below constant / "
+            f"inner_lipschitz = {constant / inner_lipschitz:g}. Make the errors of the phases "
+            f"smaller"
         )
     return sqrt(total) / (sqrt(constant) - sqrt(total))
 

@@ -80,12 +80,17 @@ def test_descending_it_aligns_them_with_the_transposed_weights():
 
 def test_they_must_be_there():
     net, x, y = network()
-    with pytest.raises(eg.ConfigurationError, match=r"begins with 'backward.'; they are 'blocks"):
+    with pytest.raises(
+        eg.ConfigurationError,
+        match=r"begin with 'backward.', but there are none; meta_params has 'blocks",
+    ):
         gradient(net, x, y, eg.LinearFeedback(feedback="backward"))
-    with pytest.raises(eg.ConfigurationError, match=r"given for 'h', and the states are '0', '1'"):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"an entry for 'h', which is not one of the states: '0', '1'"
+    ):
         Relaxing(tanh_network(6, [8], 3), feedback={"h": torch.zeros(8, 3)})
     wrong = Relaxing(tanh_network(6, [8], 3), feedback={"0": torch.zeros(3, 8)}).double()
-    with pytest.raises(eg.ConfigurationError, match=r"must be 8 x 3.*\(1\), got 3 x 8"):
+    with pytest.raises(eg.ConfigurationError, match=r"must have shape 8 x 3.*\(1\), got 3 x 8"):
         gradient(wrong, x, y, learning())
 
 

@@ -228,7 +228,7 @@ def test_a_new_outer_loss_is_looked_at_though_the_inner_one_is_known():
     for estimator in (None, eg.ConjugateGradient()):
         assert "outer_loss" not in said(sound, estimator)
         assert "outer_loss does not change as autograd says" in said(hiding, estimator)
-        assert "outer_loss is no function of params and step" in said(drawing, estimator)
+        assert "outer_loss is not a function of params and step alone" in said(drawing, estimator)
         assert "outer_loss does not change as autograd says" in said(hiding, estimator)
 
 

@@ -12,7 +12,7 @@ from equigrad.testing import affine_map_case, tanh_map_case
 DRAW = torch.Generator().manual_seed(0)
 W = 0.3 * torch.randn(5, 5, generator=DRAW).double()
 U = torch.randn(5, 3, generator=DRAW).double()
-NAMED = "does not change as autograd says"
+NAMED = "does not change as autograd predicts"
 
 
 def relax(h, m):

@@ -207,7 +207,7 @@ def test_a_saddle(estimator):
         solver=eg.GradientDescent(lr=0.3, tol=1e-10, max_steps=500),
         estimator=estimator,
     )
-    assert says(found, "a saddle or a maximum")
+    assert says(found, "a saddle point or a maximum")
 
 
 @dataclass
@@ -275,7 +275,7 @@ def test_a_gradient_that_is_truly_zero_passes():
         estimator=eg.ConjugateGradient(),
     )
     assert found.passed, found
-    assert "zero to rounding" in found.reference
+    assert "zero up to rounding" in found.reference
 
 
 def test_the_cost_is_said_before_and_capped():

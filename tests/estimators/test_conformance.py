@@ -232,13 +232,16 @@ def saddle():
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (eg.ConjugateGradient(), r"curvature -?0\.\d+ at iteration \d.*no minimum.*Unrolled"),
+        (
+            eg.ConjugateGradient(),
+            r"curvature \(-?0\.\d+\) at iteration \d.*not a strict minimum.*Unrolled",
+        ),
         (
             eg.ConjugateGradient(products="contrast"),
-            r"curvature -?0\.\d+ at iteration \d.*no minimum.*Unrolled",
+            r"curvature \(-?0\.\d+\) at iteration \d.*not a strict minimum.*Unrolled",
         ),
-        (eg.NeumannSeries(), "does not contract.*settle longer"),
-        (eg.NeumannSeries(alpha=5.0), "does not contract.*alpha=5.*Lower alpha"),
+        (eg.NeumannSeries(), "diverges.*settle longer"),
+        (eg.NeumannSeries(alpha=5.0), "diverges.*alpha=5.*Lower alpha"),
     ],
 )
 def test_indefinite_hessian(estimator, message):
@@ -257,7 +260,7 @@ def test_flat_direction(estimator):
     problem = eg.Bilevel(
         lambda p, m: (p["w"][0] - m["c"]).square() + 0 * p["w"][1], lambda p, m: p["w"].sum()
     )
-    with pytest.raises(eg.CurvatureError, match=r"singular|curvature 0 "):
+    with pytest.raises(eg.CurvatureError, match=r"singular|curvature \(0\) "):
         eg.meta_gradient(
             problem,
             {"w": torch.zeros(2)},
@@ -270,9 +273,9 @@ def test_flat_direction(estimator):
 @pytest.mark.parametrize(
     ("estimator", "words"),
     [
-        (eg.ConjugateGradient(max_iterations=2), "conjugate gradients not converged"),
-        (eg.NeumannSeries(terms=2), "Neumann series not converged"),
-        (eg.GMRES(max_iterations=2), "GMRES not converged.*after 2 iterations"),
+        (eg.ConjugateGradient(max_iterations=2), "conjugate gradients did not converge"),
+        (eg.NeumannSeries(terms=2), "Neumann series did not converge"),
+        (eg.GMRES(max_iterations=2), "GMRES did not converge.*after 2 iterations"),
     ],
 )
 def test_too_few_iterations_are_named(estimator, words):

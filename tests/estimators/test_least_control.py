@@ -276,7 +276,7 @@ def test_mini_batches():
     flow = eg.GradientFlow(dt=0.03, max_steps=2000)  # Euler's method on the batches by turns
     found = solve((batched, settled, case.meta_params), controller, flow)
     torch.testing.assert_close(found.grads, expected.grads, rtol=1e-3, atol=1e-4)
-    with pytest.raises(eg.ConfigurationError, match="2 mini-batches of squares"):
+    with pytest.raises(eg.ConfigurationError, match="squares over 2 mini-batches"):
         solve((batched, settled, case.meta_params), eg.EnergyInversion())
 
 
@@ -286,7 +286,8 @@ def test_an_unstable_controller_is_named():
     strong = eg.DynamicInversion(gain=0.0, proportional=50.0)
     with pytest.raises(
         eg.SettlingError,
-        match=r"β = 50.*dt=….*LeastControl\(controller=DynamicInversion\): learner and controller",
+        match=r"β = 50.*dt=….*LeastControl\(controller=DynamicInversion\), "
+        r"whose controller and learner",
     ):
         solve((case.problem, case.params, case.meta_params), strong, eg.Picard(max_steps=2000))
 
@@ -359,12 +360,12 @@ def wrong(value) -> Any:
             "leak must be a finite number of at least 0, got -0.1",
         ),
         (lambda: eg.DynamicInversion(gain=math.inf), "gain must be .* got inf"),
-        (lambda: eg.LinearFeedback(gain=0.0), "both 0, which controls nothing"),
-        (lambda: eg.EnergyInversion(leak=0.0), r"leak=0 makes that infinite"),
+        (lambda: eg.LinearFeedback(gain=0.0), "both 0, so the controller does nothing"),
+        (lambda: eg.EnergyInversion(leak=0.0), r"infinite for leak=0"),
         (lambda: eg.DynamicInversion(solver=wrong(3)), "solver must be a Solver, or None, got 3"),
         (
             lambda: eg.LinearFeedback(gate=wrong(2.0)),
-            "gate must be a function of each element.*got 2.0",
+            "gate must be a function that acts on each element.*got 2.0",
         ),
         (lambda: eg.LeastControl(controller=wrong(eg.Picard())), "controller must be a Controller"),
         (
@@ -381,8 +382,8 @@ def test_knobs_that_cannot_work(make, message):
 @pytest.mark.parametrize(
     ("feedback", "message"),
     [
-        ({"k": torch.eye(2)}, "given for 'k', and the params are 'h', 'y'"),
-        ({"h": torch.eye(2)}, r"feedback\['h'\] must be 5 x 2.*\(y\), got 2 x 2"),
+        ({"k": torch.eye(2)}, "weights for 'k', which is not one of the params: 'h', 'y'"),
+        ({"h": torch.eye(2)}, r"feedback\['h'\] must have shape 5 x 2.*outputs \(y\), got 2 x 2"),
     ],
 )
 def test_feedback_of_the_wrong_shape(feedback, message):

@@ -190,7 +190,7 @@ def test_damping_is_relative_to_the_hessian(scale, rank):
         found = eg.meta_gradient(*given, solver=STILL, estimator=estimator)
         wrong.append(error(found, exact))
         said.append(found.error_estimate)
-        assert "set damping well below the curvatures" in found.status
+        assert "lower damping well below the curvatures" in found.status
     assert wrong[1] == pytest.approx(wrong[0], rel=1e-6)
     assert said[1] == pytest.approx(said[0], rel=1e-6)
     assert rank < 8 or wrong[0] < 0.1
@@ -217,7 +217,9 @@ def test_curvature_that_is_not_finite_is_named(estimator):
     problem = eg.Bilevel(rooted, lambda p, m: p["w"].sum())
     start = {"w": torch.zeros(3, dtype=torch.float64)}
     meta = {"c": torch.zeros((), dtype=torch.float64)}
-    with pytest.raises(eg.CurvatureError, match="curvature is not finite"):
+    with pytest.raises(
+        eg.CurvatureError, match=r"derivative .* is NaN or infinite at the settled params"
+    ):
         eg.meta_gradient(problem, start, meta, solver=STILL, estimator=estimator)
 
 

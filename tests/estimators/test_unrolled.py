@@ -104,7 +104,7 @@ def test_segments_and_a_truncation_that_cuts_nothing_change_nothing(learner, rul
 @pytest.mark.parametrize("rule", RULES)
 def test_truncation_does_not_depend_on_the_segments(learner, rule):
     cut = learner.gradient(RULES[rule], eg.Unrolled(truncation=7))
-    assert "out of reach of truncation=7" in cut.status
+    assert "truncation=7 differentiates fewer than all" in cut.status
     assert not cut.grads["gain"].any()
     for segment in (2, 7, 30):
         other = learner.gradient(RULES[rule], eg.Unrolled(truncation=7, segment=segment))
@@ -328,7 +328,7 @@ def test_products_by_contrast_give_the_gradient_by_autograd(learner, solver, seg
     exact = learner.gradient(solver, eg.Unrolled(segment=segment))
     for name, grad in exact.grads.items():
         torch.testing.assert_close(by_contrast.grads[name], grad, rtol=1e-6, atol=1e-8)
-    assert "products by contrast, the first accurate to" in by_contrast.status
+    assert "the first is accurate to" in by_contrast.status
     chosen = by_contrast.gradient_evaluations - exact.gradient_evaluations
     assert 4 <= chosen <= 28  # for the distance, once
 
@@ -391,7 +391,7 @@ def test_products_by_contrast_need_one_hessian(learner):
     )
     start, meta = {"h": torch.zeros(2)}, {"b": torch.ones(2)}
     solver = eg.GradientDescent(lr=1.0, max_steps=3)
-    with pytest.raises(eg.ConfigurationError, match="which a Bilevel without samples has"):
+    with pytest.raises(eg.ConfigurationError, match="a Bilevel problem with samples=False"):
         eg.meta_gradient(
             still, start, meta, solver=solver, estimator=eg.Unrolled(products="contrast")
         )
@@ -452,5 +452,5 @@ def test_products_by_contrast_say_where_kinks_spoil_them(activation):
     error = ((found.grads["w"] - true).norm() / true.norm()).item()
     assert found.error_estimate is not None
     assert error < 4 * found.error_estimate
-    assert ("changes unevenly" in found.status) == (activation is nn.ReLU)
+    assert ("does not change smoothly" in found.status) == (activation is nn.ReLU)
     assert exact.error_estimate is None

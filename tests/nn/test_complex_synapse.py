@@ -145,11 +145,11 @@ def test_log_strengths_cannot_become_negative():
         ({"center": float("nan")}, eg.ConfigurationError, "center must be finite"),
         ({"strength": float("nan")}, eg.ConfigurationError, "strength must be"),
         ({"strength": 0.0, "positivity": "log"}, eg.ConfigurationError, "positive for log"),
-        ({"learn": ()}, eg.ConfigurationError, "learn must name"),
-        ({"learn": ("speed",)}, eg.ConfigurationError, "learn must name .* got .*speed"),
+        ({"learn": ()}, eg.ConfigurationError, "learn must contain"),
+        ({"learn": ("speed",)}, eg.ConfigurationError, "learn must contain .* got .*speed"),
         ({"positivity": "abs"}, eg.ConfigurationError, "positivity must be"),
-        ({"center": "zero"}, eg.ConfigurationError, "center must be numbers or 'init'"),
-        ({"strength": {"weight": 1.0}}, eg.ProblemError, "strength names .*weight"),
+        ({"center": "zero"}, eg.ConfigurationError, "center must be a number, .* or 'init'"),
+        ({"strength": {"weight": 1.0}}, eg.ProblemError, "strength has entries for .*weight"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -171,7 +171,9 @@ def test_shared_strengths_have_their_own_shapes():
     torch.testing.assert_close(
         s.penalty(params, s.meta_params()), each.penalty(params, each.meta_params())
     )
-    with pytest.raises(eg.ProblemError, match=r"has shape \(1, 2\), the weight has \(4, 3\)"):
+    with pytest.raises(
+        eg.ProblemError, match=r"has shape \(1, 2\), but the weight has shape \(4, 3\)"
+    ):
         synapse(strength={**SHARED, "0.weight": torch.ones(1, 2)})
 
 
@@ -182,5 +184,5 @@ def test_shape_by_name():
 
 
 def test_meta_params_of_another_synapse():
-    with pytest.raises(eg.ProblemError, match=r"meta_params lack 'strength\.0\.weight'"):
+    with pytest.raises(eg.ProblemError, match=r"meta_params has no 'strength\.0\.weight'"):
         synapse().strengths({})

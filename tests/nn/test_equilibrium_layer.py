@@ -372,7 +372,7 @@ def test_backward_twice_and_second_derivatives():
     one, two = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in "ab")
     assert torch.equal(one, two)
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(eg.DoubleBackwardError, match="cannot be differentiated once more"):
+    with pytest.raises(eg.DoubleBackwardError, match="cannot be differentiated again"):
         grad.sum().backward()
 
 
@@ -662,11 +662,11 @@ def test_a_sample_that_diverges_has_no_part_in_a_contrast(scheme):
 def test_what_estimators_have_to_say_is_said():
     few = eg.Adjoint(solver=eg.Picard(tol=1e-9, max_steps=3))
     layer = eg.nn.EquilibriumLayer(Cell(), estimator=few)
-    with pytest.warns(SettlingWarning, match=r"backward pass.*adjoint has not settled"):
+    with pytest.warns(SettlingWarning, match=r"backward pass.*adjoint has not converged"):
         layer(data()[0]).sum().backward()
     layer(data()[0]).sum().backward()
     layer = eg.nn.EquilibriumLayer(Cell(), estimator=few, unsettled="raise")
-    with pytest.raises(eg.SettlingError, match="adjoint has not settled"):
+    with pytest.raises(eg.SettlingError, match=r"adjoint has not converged"):
         layer(data()[0]).sum().backward()
     nudged = eg.Contrastive(nudged_solver=eg.Picard(tol=1e-12, max_steps=2), momentum="reset")
     layer = eg.nn.EquilibriumLayer(SymmetricCell(), estimator=nudged)
@@ -682,9 +682,12 @@ def test_what_estimators_have_to_say_is_said():
         ({"unsettled": "shout"}, "'warn', 'raise' or 'ignore', got 'shout'"),
         ({"estimator": eg.Contrastive()}, r"Contrastive needs an energy.*Cell.*primitive.*GMRES"),
         ({"estimator": eg.ConjugateGradient()}, r"ConjugateGradient needs a Hessian.*use T1T2"),
-        ({"solver": eg.LBFGS()}, r"LBFGS looks at values of a loss, and a cell has none; use And"),
+        (
+            {"solver": eg.LBFGS()},
+            r"LBFGS compares values of a loss, but a cell has no loss. Use And",
+        ),
         ({"estimator": eg.LeastControl()}, "LeastControl needs an outer loss that has a minimum"),
-        ({"estimator": eg.Unrolled()}, r"Unrolled looks at the steps.*use T1T2.*PhantomGradient"),
+        ({"estimator": eg.Unrolled()}, r"Unrolled needs the steps.*use T1T2.*PhantomGradient"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_layer_is_made(arguments, message):
@@ -710,7 +713,7 @@ def test_an_adjoint_that_expands_is_named_without_a_tolerance_too():
         Shift(2.0), solver=eg.Broyden(tol=1e-9), estimator=adjoint, unsettled="raise"
     )
     h = layer(torch.ones(3, 2).double())
-    with pytest.raises(eg.SettlingError, match=r"adjoint has not settled.*up from"):
+    with pytest.raises(eg.SettlingError, match=r"adjoint has not converged.*up from"):
         h.sum().backward()
 
 
@@ -719,7 +722,7 @@ def test_an_adjoint_that_expands_is_named_without_a_tolerance_too():
     [
         # the slope of h³ is 0 at the start, and yet it diverges
         (lambda h, x: 3 * h**3 + 2 * x, eg.Picard(), "radius .* is 0 < 1", "more steps"),
-        (lambda h, x: torch.log(h - 1), eg.Picard(), "at step 0.*mend the function", "radius"),
+        (lambda h, x: torch.log(h - 1), eg.Picard(), "at step 0.*check the function", "radius"),
         (lambda h, x: -3 * h + x, eg.Broyden(tol=1e-30, max_steps=1), "more steps", "Broyden"),
         (lambda h, x: 0.9 * h + x, eg.Anderson(tol=1e-30, max_steps=1), "more steps", r"Anderson"),
     ],
@@ -753,7 +756,7 @@ def test_half_precision():
 
 
 def test_an_empty_batch_is_named():
-    with pytest.raises(eg.ProblemError, match="'h' hold no samples; leave out empty batches"):
+    with pytest.raises(eg.ProblemError, match="'h' have 0 samples; leave out empty batches"):
         eg.nn.EquilibriumLayer(Cell())(torch.zeros(0, 3).double())
 
 
@@ -769,7 +772,7 @@ def test_an_energy_needs_an_activation():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (lambda h: h[:, :2], r"'h': \(5, 3\)}, and returned {'h': \(5, 2\)}; give another start"),
+        (lambda h: h[:, :2], r"'h': \(5, 3\)}, but returned {'h': \(5, 2\)}. Change the start"),
         (lambda h: (h, h), r"returned {'h0': \(5, 3\), 'h1'"),
         (lambda h: None, "got NoneType"),
     ],
@@ -793,9 +796,9 @@ def test_bad_input():
         layer(x)
     with pytest.raises(eg.ProblemError, match=r"start of 'h' of Cell holds NaN"):
         layer(data()[0], start=h / 0)
-    with pytest.raises(eg.ProblemError, match=r"equally many samples.*\(5, 4\).*\(2, 4\)"):
+    with pytest.raises(eg.ProblemError, match=r"the same number of samples.*\(5, 4\).*\(2, 4\)"):
         layer(data()[0], start=(h, h[:2]))
-    with pytest.raises(eg.ProblemError, match="first dimension is one of samples"):
+    with pytest.raises(eg.ProblemError, match="first dimension counts samples"):
         layer(data()[0], start=torch.tensor(1.0))
-    with pytest.raises(eg.ProblemError, match="give start="):
+    with pytest.raises(eg.ProblemError, match="Give start="):
         eg.nn.EquilibriumLayer(Shift(0.5))(torch.arange(3))

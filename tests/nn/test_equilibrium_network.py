@@ -128,7 +128,7 @@ def test_cells_that_cannot_be(options, message):
 
 
 def test_inputs_that_cannot_be_read():
-    with pytest.raises(ProblemError, match=r"EquilibriumNetwork.*cannot read x.*\(5, 3, 3, 3\)"):
+    with pytest.raises(ProblemError, match=r"EquilibriumNetwork.*cannot process x.*\(5, 3, 3, 3\)"):
         network().start(torch.zeros(5, 3, 3, 3).double())
 
 
@@ -140,10 +140,13 @@ class Widening(nn.Module):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (nn.Tanh(), r"recurrent is called as recurrent\(h, e\(x\)\).*\(4,\) a sample: .*argument"),
-        (nn.Bilinear(3, 3, 4), r"\(4,\) a sample: .*3"),
-        (nn.Module(), r"\(4,\) a sample: .*forward"),
-        (Widening(), r"recurrent must return h in its shape, \(4,\) a sample, got \(8,\)"),
+        (
+            nn.Tanh(),
+            r"recurrent is called as recurrent\(h, e\(x\)\).*\(4,\) for each sample, .*argument",
+        ),
+        (nn.Bilinear(3, 3, 4), r"\(4,\) for each sample, .*3"),
+        (nn.Module(), r"\(4,\) for each sample, .*forward"),
+        (Widening(), r"recurrent must return h with its shape, \(4,\) for each sample, got \(8,\)"),
     ],
 )
 def test_cells_that_do_not_fit_the_input(cell, message):

@@ -182,7 +182,9 @@ def test_such_a_tensor_may_be_detached_or_be_an_input():
 def test_a_copy_that_would_not_learn_is_refused():
     module = linear()
     for function in (lambda h, x: torch.tanh(module(h) + x), of_the_file):
-        with pytest.raises(eg.ConfigurationError, match="cannot be copied: Python copies no func"):
+        with pytest.raises(
+            eg.ConfigurationError, match="cannot be copied, because Python does not copy func"
+        ):
             copy.deepcopy(nn.Sequential(layer_of(function)))
 
 
@@ -209,6 +211,6 @@ def test_what_cannot_be_called_is_named(cell):
 
 
 def test_a_variable_that_comes_later_is_named():
-    with pytest.raises(eg.ConfigurationError, match=r"no value yet.*make the layer after it"):
+    with pytest.raises(eg.ConfigurationError, match=r"no value yet.*Make the layer after"):
         layer_of(lambda h, x: through(later, h, x))
     later = linear()

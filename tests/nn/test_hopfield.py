@@ -295,14 +295,14 @@ def test_a_hard_sigmoid_is_not_holomorphic():
     net, x, y = linear()
     with pytest.raises(
         eg.ConfigurationError,
-        match=r"activation does not.*not holomorphic; scheme='symmetric'.*any activation.*tanh",
+        match=r"evaluates activation .*not holomorphic; scheme='symmetric'.*any activation.*tanh",
     ):
         gradient(net, x, y, eg.Contrastive(scheme="holomorphic", points=4))
 
 
 def test_the_largest_of_a_pool_is_not_holomorphic():
     net, x, y = convolutional(pooling=nn.MaxPool2d(2), activation="tanh")
-    with pytest.raises(eg.ConfigurationError, match=r"primitive does not.*scheme='symmetric'"):
+    with pytest.raises(eg.ConfigurationError, match=r"evaluates primitive .*scheme='symmetric'"):
         gradient(net, x, y, eg.Contrastive(scheme="holomorphic", points=4), eg.Picard(max_steps=2))
 
 
@@ -366,7 +366,10 @@ def test_a_nudge_that_an_undamped_iteration_cannot_settle_is_noted(beta, damping
     result = gradient(net, x, y, estimator, eg.Picard(max_steps=20))
     gone = result.phases[-1]
     assert (gone.residual > 2 * gone.start_residual) is noted
-    assert ("moves away from rest is no gradient" in result.status) is noted
+    assert (
+        "moved away from its equilibrium, so the contrast with it is not a gradient"
+        in result.status
+    ) is noted
 
 
 def tied():
@@ -429,8 +432,8 @@ def test_a_connection_can_be_replaced_after_use():
 def test_what_a_network_cannot_read():
     net, x, y = linear()
     for given, message in [
-        (x[:, :4], r"cannot read x of torch.float64 in the shape \(5, 4\), samples first"),
-        (x.float(), "weights are torch.float64, cannot read x of torch.float32"),
+        (x[:, :4], r"cannot process x of torch.float64 with shape \(5, 4\) \(samples first\)"),
+        (x.float(), "weights of torch.float64, cannot process x of torch.float32"),
         (x * float("nan"), "x holds NaN or infinite values"),
     ]:
         with pytest.raises(eg.ProblemError, match=message):
@@ -441,9 +444,9 @@ def test_what_a_network_cannot_read():
 def test_labels_that_are_none(readout):
     net, x, y = linear(readout=readout)
     for given, message in [
-        (y.float(), r"from 0 to 2; got torch.float32 in the shape \(5,\)"),
+        (y.float(), r"from 0 to 2; got torch.float32 of shape \(5,\)"),
         (y + 2, "from 0 to 2; got torch.int64 .* from 2 to 4"),
-        (y[:3], r"targets of 5 samples must be as many.*the shape \(3,\)"),
+        (y[:3], r"targets must be a class for each of the 5 samples.*of shape \(3,\)"),
     ]:
         with pytest.raises(eg.ProblemError, match=message):
             gradient(net, x, given, eg.Contrastive())
@@ -455,7 +458,7 @@ def test_labels_that_are_none(readout):
         (lambda: eg.nn.Hopfield([]), "at least 1 connections, got 0"),
         (
             lambda: eg.nn.Hopfield([nn.Linear(2, 2)], readout="cross-entropy"),
-            "at least 2 connections, got 1: there would be no neurons",
+            "at least 2 connections, got 1, which leaves no neurons",
         ),
         (
             lambda: eg.nn.Hopfield([nn.Linear(2, 2), None]),  # pyright: ignore
@@ -474,7 +477,10 @@ def test_labels_that_are_none(readout):
             lambda: eg.nn.Hopfield.fully_connected([4, 3], readout="hinge"),
             "readout must be 'squared error' or 'cross-entropy', got 'hinge'",
         ),
-        (lambda: eg.nn.Hopfield.fully_connected([4]), r"sizes must be two or more.*got \[4\]"),
+        (
+            lambda: eg.nn.Hopfield.fully_connected([4]),
+            r"sizes must have at least two entries, got \[4\]",
+        ),
         (lambda: eg.nn.Hopfield.fully_connected([4, 0]), "each a whole number of at least 1"),
     ],
 )

@@ -103,7 +103,7 @@ def test_kolen_pollack_control_aligns_and_its_gradient_becomes_that_of_inversion
 
 
 def test_layers_that_have_none():
-    with pytest.raises(eg.ConfigurationError, match="zero padding in numbers; got Conv2d"):
+    with pytest.raises(eg.ConfigurationError, match=r"numeric zero padding, .*; got Conv2d"):
         LearnedFeedback(nn.Conv2d(1, 1, 3, padding="same"))
     with pytest.raises(eg.ConfigurationError, match="got Tanh"):
         LearnedFeedback(nn.Tanh())  # pyright: ignore[reportArgumentType]
@@ -132,14 +132,14 @@ class Exponential(nn.Linear):
     ],
 )
 def test_layers_that_are_more_than_linear_are_not_swapped(make):
-    with pytest.raises(eg.ConfigurationError, match="a subclass may compute something else"):
+    with pytest.raises(eg.ConfigurationError, match="not their subclasses"):
         with_learned_feedback(make())
 
 
 def test_a_weight_that_is_computed_is_none_to_learn():
     with pytest.warns(FutureWarning):
         layer = nn.utils.weight_norm(nn.Linear(3, 2))
-    with pytest.raises(eg.ConfigurationError, match="a weight that is computed"):
+    with pytest.raises(eg.ConfigurationError, match="computed weights"):
         LearnedFeedback(layer)
 
 

@@ -29,7 +29,7 @@ def test_what_cannot_be_modulated_is_refused() -> None:
         Modulation(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(eg.ProblemError, match="no normalisation layer"):
         Modulation(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2, elementwise_affine=False)), "0")
-    with pytest.raises(eg.ProblemError, match="no head 'readout'"):
+    with pytest.raises(eg.ProblemError, match="no submodule 'readout'"):
         Modulation(conv4(filters=2), head="readout")
     with pytest.raises(eg.ProblemError, match="nothing is left"):
         Modulation(nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)))

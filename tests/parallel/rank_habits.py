@@ -192,7 +192,7 @@ def shards() -> None:
     torch.testing.assert_close(onward.grads, anew.grads, rtol=1e-12, atol=0)
     both = laid_out({"a": torch.ones(2)}, sharded)
     grouped = eg.Bilevel(made.inner_loss, made.outer_loss, group=dist.group.WORLD)
-    refused(lambda: compute(grouped, params, theta), "one loss on all processes")
+    refused(lambda: compute(grouped, params, theta), "share one loss over all processes")
     still = eg.FixedPoint(lambda p, m: {"a": 0.5 * p["a"] + m["b"]}, lambda p, m: p["a"].sum())
     one = {"b": torch.ones(2)}
     refused(lambda: eg.meta_gradient(still, both, one, solver=eg.Picard()), "full_tensor")

@@ -44,7 +44,9 @@ def other_meta_params() -> None:
 def other_names_shapes_and_dtypes() -> None:
     made, params, theta = problem(plain)
     more = {**params, **({"more": torch.zeros(1)} if rank() else {})}
-    refused(lambda: compute(made, more, theta), "params 'more'", "rank 1 alone")
+    refused(
+        lambda: compute(made, more, theta), "params 'more'", "exists on rank 1, but not on rank 0"
+    )
     thetas = {"l": theta["l"].float() if rank() else theta["l"]}
     refused(lambda: compute(made, params, thetas), "float32", "float64")
 
@@ -62,7 +64,7 @@ def other_constants() -> None:
         group=dist.group.WORLD,
     )
     theta = {"l": torch.ones((), dtype=torch.float64)}
-    refused(lambda: compute(made, params, theta), "what modules hold", "1.weight")
+    refused(lambda: compute(made, params, theta), "module tensor", "1.weight")
 
 
 @check
@@ -137,7 +139,7 @@ def a_loss_that_fails_on_one_rank() -> None:
         made.outer_loss,
         group=made.group,
     )
-    refused(lambda: compute(own, params, theta), "inner_loss asked for 'left'")
+    refused(lambda: compute(own, params, theta), "inner_loss uses the name 'left'")
 
 
 @check
@@ -213,7 +215,9 @@ def out_of_step() -> None:
     """Evaluations of one loss on one rank and of another on the other are not added up."""
     made, params, theta = problem(plain)
     refused(
-        lambda: made.evaluate("inner", params, theta, rank()), "others do not", kind=eg.RunError
+        lambda: made.evaluate("inner", params, theta, rank()),
+        "other ranks do not",
+        kind=eg.RunError,
     )
 
 
@@ -234,5 +238,5 @@ def a_rank_that_dies() -> None:
         compute(eg.Bilevel(dies, made.outer_loss, group=made.group), params, theta)
     except eg.RunError as error:
         said = str(error)
-    assert "rank 0 of 2 no longer reaches the others" in said
+    assert "rank 0 of 2 cannot reach the other ranks" in said
     assert time.monotonic() - began < SECONDS + 5

@@ -243,7 +243,7 @@ def test_phases_longer_than_what_is_kept_see_the_same_batches():
 def test_what_differs_when_it_is_begun_again_is_refused():
     generator = np.random.default_rng(0)
     loader = DataLoader(Points(generator.standard_normal), batch_size=4)
-    with pytest.raises(eg.ProblemError, match="inner_batches gave other batches when it was begun"):
+    with pytest.raises(eg.ProblemError, match="inner_batches gave a different first batch when"):
         gradient(loader)
 
 
@@ -261,7 +261,7 @@ class Empty:
 
 
 def test_wrong_lengths_are_named():
-    with pytest.raises(eg.ProblemError, match="inner_batches has a length of 8, and gave 6"):
+    with pytest.raises(eg.ProblemError, match=r"inner_batches says that it has 8 batches .*gave 6"):
         gradient(Short())
     with pytest.raises(eg.ProblemError, match="inner_batches has no batches"):
         gradient(Empty())

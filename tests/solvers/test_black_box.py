@@ -533,16 +533,16 @@ def test_torch_draws_are_the_same_in_every_phase_and_go_on_within_one():
 @pytest.mark.parametrize(
     ("returned", "error", "message"),
     [
-        (None, eg.ProblemError, "β = 0 the learner returned NoneType.*give an array"),
-        (np.ones(3), eg.ProblemError, r"the learner returned shape \(3,\), where \(4,\) is needed"),
-        (np.ones((2, 2)), eg.ProblemError, r"shape \(2, 2\), where \(4,\) is needed"),
-        ({"v": np.ones(4)}, eg.ProblemError, "returned 'v', where the params are 'w'"),
-        ({"w": np.ones(5)}, eg.ProblemError, r"for 'w' shape \(5,\), where \(4,\) is needed"),
-        ({"w": None}, eg.ProblemError, "for 'w' NoneType, which is no vector"),
-        (np.array([1, 2, 3, np.nan]), eg.SettlingError, "NaN or infinite values for 'w'.*bound"),
+        (None, eg.ProblemError, "β = 0 the learner returned NoneType.*Give an array"),
+        (np.ones(3), eg.ProblemError, r"the learner returned shape \(3,\), but \(4,\) is needed"),
+        (np.ones((2, 2)), eg.ProblemError, r"shape \(2, 2\), but \(4,\) is needed"),
+        ({"v": np.ones(4)}, eg.ProblemError, "returned 'v', but the params are 'w'"),
+        ({"w": np.ones(5)}, eg.ProblemError, r"for 'w' shape \(5,\), but \(4,\) is needed"),
+        ({"w": None}, eg.ProblemError, "for 'w' NoneType, which cannot be read as numbers"),
+        (np.array([1, 2, 3, np.nan]), eg.SettlingError, "NaN or infinite values for 'w'.*Limit"),
         ([1, 2, 3, float("inf")], eg.SettlingError, "NaN or infinite"),
-        ((np.ones(4), "done"), eg.ProblemError, "returned tuple, which is no vector"),
-        ("best", eg.ProblemError, "returned str, which is no vector"),
+        ((np.ones(4), "done"), eg.ProblemError, "returned tuple, which cannot be read as numbers"),
+        ("best", eg.ProblemError, "returned str, which cannot be read as numbers"),
         (minimize(lambda x: x @ x, [1.0]), eg.ProblemError, r"return result\.x"),
     ],
 )
@@ -552,7 +552,7 @@ def test_what_a_learner_must_not_return(returned, error, message):
 
 
 def test_a_vector_that_does_not_fit_the_objective():
-    with pytest.raises(eg.ProblemError, match=r"the objective got shape \(2,\), where \(4,\)"):
+    with pytest.raises(eg.ProblemError, match=r"the objective got shape \(2,\), but \(4,\)"):
         settled(ridge_case(F64), lambda objective, start: objective.value([1.0, 2.0]))
 
 
@@ -580,8 +580,8 @@ def test_an_interrupt_passes():
 @pytest.mark.parametrize("scheme", ["forward", "symmetric"])
 def test_a_learner_that_ignores_the_nudge(scheme):
     result = settled(ridge_case(F64), lambda objective, start: np.ones(4), scheme=scheme)
-    assert "the learner did not react to the nudge" in result.status
-    assert "take objective.beta into its own" in result.status
+    assert "the learner did not respond to the nudge" in result.status
+    assert "weigh the outer loss by objective.beta in its own" in result.status
     assert "too small for torch" not in result.status
 
 
@@ -596,7 +596,9 @@ def test_a_learner_that_answers_half_the_nudge():
         {"c": torch.ones(2, dtype=F64)},
         solver=eg.BlackBox(lambda objective, x: x - 0.5 * objective.gradient(x)),
     )
-    assert re.search("left a residual of 50% of the nudge with β=-?0.01", result.status)
+    assert re.search(
+        "with β=-?0.01 the learner ended with a residual of 50% of the nudge", result.status
+    )
     torch.testing.assert_close(result.grads["c"], torch.full((2,), 0.5, dtype=F64))
 
 
@@ -621,7 +623,9 @@ def test_mini_batches_are_refused():
         lambda p, m: p["w"].sum(),
         inner_batches=[0.0, 1.0],
     )
-    with pytest.raises(eg.ConfigurationError, match="BlackBox needs a loss that is the same"):
+    with pytest.raises(
+        eg.ConfigurationError, match="BlackBox needs the same loss at every evaluation"
+    ):
         eg.meta_gradient(
             problem, {"w": torch.ones(1)}, {"c": torch.ones(1)}, solver=eg.BlackBox(bfgs)
         )

@@ -235,10 +235,10 @@ class Unseen(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (drops, "random numbers"),
-        (keeps_statistics, "change no tensor"),
-        (looks, "does not look at values"),
-        (lambda params, meta: Unseen.apply(params["w"]) + meta["strength"], "does not see"),
+        (drops, "losses that draw random numbers"),
+        (keeps_statistics, "losses that change a tensor in place"),
+        (looks, "reads values"),
+        (lambda params, meta: Unseen.apply(params["w"]) + meta["strength"], "outside of torch"),
     ],
     ids=["dropout", "buffer", "branch", "numpy"],
 )
@@ -256,7 +256,7 @@ def test_what_needs_every_single_step_is_refused():
     batched = eg.Bilevel(inner, outer, inner_batches=[[0], [1, 2]])
     with pytest.raises(ConfigurationError, match=r"2 mini-batches.*compile=False"):
         eg.meta_gradient(batched, params(), meta_params(), solver=solver)
-    with pytest.raises(ConfigurationError, match=r"every one.*compile=False"):
+    with pytest.raises(ConfigurationError, match=r"every single step.*compile=False"):
         eg.meta_gradient(problem(), params(), meta_params(), solver=solver, estimator=eg.Unrolled())
     with pytest.raises(ConfigurationError, match=r"LBFGS.*compile=False"):
         eg.LBFGS(compile=True)

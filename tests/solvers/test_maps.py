@@ -244,7 +244,7 @@ def test_counts_are_whole(make):
 
 
 def test_an_adjoint_has_no_values_to_compare():
-    with pytest.raises(eg.ConfigurationError, match=r"LBFGS looks at values of a loss.*Anderson"):
+    with pytest.raises(eg.ConfigurationError, match=r"LBFGS compares values of a loss.*Anderson"):
         eg.Adjoint(solver=eg.LBFGS())
 
 

@@ -253,16 +253,16 @@ def test_what_a_rate_does_beside_the_loss_is_left_out_with_a_word():
         strengths(),
         solver=eg.GradientDescent(lr=lambda m, t: 0.05 + 1e-3 * m["s"].sum(), tol=1e-9),
     )
-    assert "settings are a function of 's': that path, which vanishes" in result.status
+    assert "settings of the solver are functions of 's'; the gradient leaves out" in result.status
 
 
 @pytest.mark.parametrize(
     ("lr", "message"),
     [
-        (lambda m, step: m["rate"], "lr asked for meta-parameter 'rate', which is not there"),
+        (lambda m, step: m["rate"], "lr uses a meta-parameter 'rate', which does not exist"),
         (lambda m, step: m["s"], r"lr is a tensor of shape \(3,\)"),
-        (lambda m, step: {"w": 0.1}, "lr has none for params 'c'"),
-        (lambda m, step: {"w": torch.ones(2), "c": 1.0}, r"lr of 'w' has shape \(2,\).*\(3,\)"),
+        (lambda m, step: {"w": 0.1}, "lr lacks a value for params 'c'"),
+        (lambda m, step: {"w": torch.ones(2), "c": 1.0}, r"lr for 'w' has shape \(2,\).*\(3,\)"),
     ],
 )
 def test_a_schedule_that_gives_no_setting_is_named(lr, message):
@@ -272,7 +272,9 @@ def test_a_schedule_that_gives_no_setting_is_named(lr, message):
 
 
 def test_what_cannot_be_a_schedule_is_refused_when_it_is_made():
-    with pytest.raises(eg.ConfigurationError, match=r"compile=True.*schedule"):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"compile=True.*function of \(meta_params, step\)"
+    ):
         eg.GradientDescent(lr=lambda m, step: 0.1, compile=True)
     with pytest.raises(eg.ConfigurationError, match="'nesterov' of SGD cannot be a function"):
         solver(O.SGD, {"lr": 0.1, "nesterov": lambda m, step: True})
@@ -301,10 +303,13 @@ def test_a_rate_learned_through_an_argmin():
 @pytest.mark.parametrize(
     ("lr", "message"),
     [
-        (lambda meta: 0.1, r"lr is called as lr\(meta_params, step\), and takes \(meta\)"),
-        (lambda meta, step: None, "returned None: it has to return a number"),
-        (lambda meta, step: {"w": None}, "it has to return a number"),
-        (lambda meta, step: [0.1], "it has to return a number"),
+        (
+            lambda meta: 0.1,
+            r"lr is called as lr\(meta_params, step\), but its signature is \(meta\)",
+        ),
+        (lambda meta, step: None, "returned None. It must return a number"),
+        (lambda meta, step: {"w": None}, "It must return a number"),
+        (lambda meta, step: [0.1], "It must return a number"),
     ],
 )
 @pytest.mark.parametrize("adam", [False, True])

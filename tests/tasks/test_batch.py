@@ -30,7 +30,7 @@ def test_slices_cut_all_four_tensors():
     assert its_tasks(batch[-1:]) == [4]
     with pytest.raises(ProblemError, match="at least one task, got 0"):
         batch[5:]
-    with pytest.raises(TypeError, match="cut by a slice"):
+    with pytest.raises(TypeError, match="chosen by a slice"):
         batch[0]  # pyright: ignore
 
 
@@ -73,7 +73,7 @@ def pair(tasks, inputs, targets):
         ((torch.zeros(4, 5), torch.zeros(2, 5)), pair(4, 5, 5), "2 in support targets"),
         (pair(4, 5, 6), pair(4, 5, 5), "support .*got 5 inputs and 6 targets"),
         (pair(4, 5, 5), pair(4, 5, 1), "query .*got 5 inputs and 1 targets"),
-        (pair(4, 0, 0), pair(4, 5, 5), "support .*at least one, got 0 inputs"),
+        (pair(4, 0, 0), pair(4, 5, 5), "support .*at least one input, .* got 0 inputs"),
         (pair(0, 5, 5), pair(0, 5, 5), "at least one task, got 0"),
         ((torch.zeros(4, 5), torch.zeros(4)), pair(4, 5, 5), r"support targets .*got \(4,\)"),
     ],
@@ -88,7 +88,7 @@ def test_parts_that_cannot_be():
     for size in (0, -2):
         with pytest.raises(ConfigurationError, match=f"at least one task, got {size}"):
             batch.chunks(size)
-    with pytest.raises(ConfigurationError, match="3 tasks cannot be shared by 4 processes"):
+    with pytest.raises(ConfigurationError, match="3 tasks cannot be divided among 4 processes"):
         batch.share(0, 4)
     for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ConfigurationError, match=f"got {rank}"):

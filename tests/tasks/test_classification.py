@@ -116,19 +116,19 @@ def test_one_stacked_tensor_is_not_copied():
             "shot must be a whole number of at least 1.*got 0",
         ),
         (marked((20,) * 6), {"queries": 0}, ConfigurationError, "queries must be .*got 0"),
-        (marked((20,) * 3), {}, ConfigurationError, "needs 5 classes, and there are 3; take"),
+        (marked((20,) * 3), {}, ConfigurationError, "needs 5 classes, but there are 3; use"),
         (
             marked((20,)),
             {"rotations": True},
             ConfigurationError,
-            "needs 5 classes, and there are 4, 4 from each of 1",
+            "needs 5 classes, but there are 4, 4 from each of 1",
         ),
         ([], {}, ConfigurationError, "there are 0"),
         (
             marked((20, 20, 16, 15, 20, 3)),
             {},
             DataError,
-            "need 16 examples of every class, and class 3 has 15, class 5 has 3; add",
+            "need 16 examples of every class, but class 3 has 15, class 5 has 3; add",
         ),
         (
             ClassCollection(marked((20, 20, 4)), ("cat", "dog", "fox")),
@@ -141,13 +141,13 @@ def test_one_stacked_tensor_is_not_copied():
             [*marked((20,) * 5), *marked((20,), side=3)],
             {},
             DataError,
-            r"class 0 have \(1, 2, 2\), those of class 5 \(1, 3, 3\); bring them to one size",
+            r"class 0 have \(1, 2, 2\) and those of class 5 have \(1, 3, 3\); resize them",
         ),
         (
             [*marked((20,) * 5), marked((20,))[0].byte()],
             {},
             DataError,
-            r"class 0 are torch\.float32, those of class 5 torch\.uint8",
+            r"class 0 are torch\.float32 and those of class 5 are torch\.uint8",
         ),
         (torch.rand(6, 20, 1, 2, 3), {"rotations": True}, DataError, r"square.*\(1, 2, 3\)"),
         (torch.rand(6, 20, 4), {"rotations": True}, DataError, r"square.*\(4,\)"),
@@ -159,7 +159,9 @@ def test_tasks_that_cannot_be(images, knobs, error, message):
 
 
 def test_labels_that_cannot_be():
-    with pytest.raises(DataError, match=r"one for each of 4 inputs, got the shape \(3,\)"):
+    with pytest.raises(DataError, match=r"one entry for each of 4 inputs, got shape \(3,\)"):
         NWayKShot.from_labels(torch.rand(4, 2), torch.zeros(3).long())
-    with pytest.raises(DataError, match="labels are from 0 to 1; got 2"):
+    with pytest.raises(
+        DataError, match="labels must be from 0 to 1, because 2 names are given; got 2"
+    ):
         ClassCollection.from_labels(torch.rand(3, 2), torch.arange(3), ("cat", "dog"))

@@ -55,7 +55,7 @@ def test_shared_classes_are_refused():
         ((0, 2, 3), "train must be a whole number of at least 1.*got 0"),
         ((3, 2, 0), "test must be a whole number of at least 1.*got 0"),
         ((3, -1, 3), "at least 0, got \\(3, -1, 3\\)"),
-        ((6, 2, 3), r"6 \+ 2 \+ 3 classes were asked for, and there are 10"),
+        ((6, 2, 3), r"6 \+ 2 \+ 3 classes were requested, but there are only 10"),
     ],
 )
 def test_splits_that_cannot_be(counts, message):
@@ -65,7 +65,7 @@ def test_splits_that_cannot_be(counts, message):
 
 
 def test_names_that_cannot_be():
-    with pytest.raises(DataError, match="2 classes have 1 names"):
+    with pytest.raises(DataError, match="2 classes, but 1 names"):
         ClassCollection(torch.rand(2, 3), ("a",))
-    with pytest.raises(DataError, match="more than one is called 'a'"):
+    with pytest.raises(DataError, match="'a' occurs more than once"):
         ClassCollection(torch.rand(3, 3), ("a", "b", "a"))

@@ -184,7 +184,7 @@ def judged(**changed) -> object:
                 ("learner", nn.Linear(1, 1), "learner must be a FewShotLearner"),
                 ("sampler", 3, "sampler must be a TaskSampler, got 3"),
                 ("sampler", None, "sampler must be a TaskSampler, got None"),
-                ("meta_params", None, "meta_params must map names to tensors"),
+                ("meta_params", None, "meta_params must be a dictionary from names to tensors"),
                 ("meta_params", {}, "meta_params is empty"),
                 ("tasks", math.nan, "tasks must be a whole number"),
                 ("steps", math.nan, "steps must be a whole number"),
@@ -196,8 +196,8 @@ def judged(**changed) -> object:
         (learned, "callbacks", None, "each a Callback, got None"),
         (learned, "optimizer", None, "optimizer must be an Optimizer, got None"),
         (learned, "limit", math.nan, "limit must be a finite number above 0 or math.inf"),
-        (learned, "validate", lambda theta: {}, "validate must return metrics by name, at least"),
-        (learned, "validate", lambda theta: None, "validate must return metrics by name"),
+        (learned, "validate", lambda theta: {}, "validate must return a dictionary with at least"),
+        (learned, "validate", lambda theta: None, "validate must return a dictionary"),
     ],
 )
 def test_what_nothing_can_be_learned_with_is_named(call, name, value, message) -> None:

@@ -242,7 +242,9 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
                 monkeypatch.setattr(os, "fsync", full)
 
-    with pytest.raises(eg.RunError, match=r"No space left on device; checkpoint.pt is as it was"):
+    with pytest.raises(
+        eg.RunError, match=r"No space left on device; checkpoint.pt was not changed"
+    ):
         go(callbacks=[Checkpoint(path), FillDisk()])
     monkeypatch.undo()
     assert load_checkpoint(path, "")["state"]["step"] == 2
@@ -261,7 +263,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         ({"start": "hot"}, "'cold' or 'warm', got 'hot'"),
         (
             {"optimizer": lambda _, lr: torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
-            "does not step meta-parameter 'rho'",
+            "does not update meta-parameter 'rho'",
         ),
     ],
 )
@@ -288,11 +290,11 @@ NAN = float("nan")
         ({"optimizer": lambda tensors, lr: None}, "optimizer must be an Optimizer, got None"),
         ({"optimizer": lambda tensors, lr: lr}, "optimizer must be an Optimizer, got 0.2"),
         ({"evaluate": 3}, "evaluate must be a function, or None, got 3"),
-        ({"evaluate": lambda params: 3}, "must return metrics by name, .*got 3"),
-        ({"evaluate": lambda params: None}, "must return metrics by name, .*got None"),
-        ({"evaluate": lambda params: {"a": "good"}}, "must return metrics by name"),
-        ({"evaluate": lambda params: {"a": torch.ones(2)}}, "must return metrics by name"),
-        ({"evaluate": lambda params: {3: 0.5}}, "must return metrics by name"),
+        ({"evaluate": lambda params: 3}, "must return a dictionary of metrics, .*got 3"),
+        ({"evaluate": lambda params: None}, "must return a dictionary of metrics, .*got None"),
+        ({"evaluate": lambda params: {"a": "good"}}, "must return a dictionary of metrics"),
+        ({"evaluate": lambda params: {"a": torch.ones(2)}}, "must return a dictionary of metrics"),
+        ({"evaluate": lambda params: {3: 0.5}}, "must return a dictionary of metrics"),
     ],
 )
 def test_what_no_loop_can_be_made_of_is_named(options, message):
@@ -385,7 +387,7 @@ def test_a_folder_that_is_removed_under_a_run_is_named(tmp_path, watch, capfd):
     folder = tmp_path / "run"
     folder.mkdir()
     watching = watch(folder if watch is TensorBoard else folder / "file")
-    with pytest.raises(eg.RunError, match=r"cannot write .*run/file|run is gone"):
+    with pytest.raises(eg.RunError, match=r"cannot write .*run/file|run was removed"):
         go(steps=4, callbacks=[watching, Remove(2, lambda: shutil.rmtree(folder))])
     assert "Traceback" not in capfd.readouterr().err
 

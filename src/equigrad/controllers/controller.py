@@ -63,7 +63,8 @@ class Controller(Checked):
         super().__post_init__()
         require(
             self.strength > 0,
-            "gain and proportional are both 0, which controls nothing; raise one of them",
+            "gain and proportional are both 0, so the controller does nothing; set one of them "
+            "above 0",
         )
 
     @property

@@ -45,8 +45,8 @@ class EnergyInversion(Controller):
         super().__post_init__()
         require(
             self.strength < math.inf,
-            "EnergyInversion weighs the outer loss by gain/leak, and leak=0 makes that infinite; "
-            "take a small leak, or DynamicInversion(leak=0)",
+            "EnergyInversion weighs the outer loss by gain / leak, which is infinite for leak=0. "
+            "Use a small leak, or DynamicInversion(leak=0)",
         )
 
     def control(self, evaluation: Evaluation, solver: Solver, after: Moment) -> Controlled:
@@ -55,9 +55,9 @@ class EnergyInversion(Controller):
         batches = len(evaluation.batch_steps("inner"))
         require(
             batches == 1,
-            f"EnergyInversion squares the residual, and a mean over {batches} mini-batches of "
-            f"squares is not the square of the mean; use DynamicInversion(), or average the "
-            f"batches in one function",
+            f"EnergyInversion squares the residual, and the mean of squares over {batches} "
+            f"mini-batches is not the square of the mean. Use DynamicInversion(), or average over "
+            f"the mini-batches in the inner loss or map",
         )
         residual, strength, start = evaluation.residual_at(), self.strength, after.params
         meta = evaluation.meta_params

@@ -140,8 +140,9 @@ class LinearFeedback(Controller):
         found = {n.removeprefix(word): m for n, m in meta_params.items() if n.startswith(word)}
         if not found:
             raise ConfigurationError(
-                f"feedback={self.feedback!r} names weights in θ, and no meta-parameter begins with "
-                f"{word!r}; they are {', '.join(map(repr, meta_params))}"
+                f"feedback={self.feedback!r} means the meta-parameters whose names begin with "
+                f"{word!r}, but there are none; meta_params has "
+                f"{', '.join(map(repr, meta_params))}"
             )
         return found
 
@@ -166,10 +167,12 @@ def _check(feedback: Params, params: Params, outputs: list[str], samples: bool) 
     for name, q in feedback.items():
         if name not in params:
             raise ConfigurationError(
-                f"feedback is given for {name!r}, and the params are {', '.join(map(repr, params))}"
+                f"feedback has weights for {name!r}, which is not one of the params: "
+                f"{', '.join(map(repr, params))}"
             )
         if q.shape != (sizes[name], width):
             raise ConfigurationError(
-                f"feedback[{name!r}] must be {sizes[name]} x {width}, size of {name!r} x size "
-                f"of the outputs ({', '.join(outputs)}), got {' x '.join(map(str, q.shape))}"
+                f"feedback[{name!r}] must have shape {sizes[name]} x {width}, the size of {name!r} "
+                f"x the size of the outputs ({', '.join(outputs)}), got "
+                f"{' x '.join(map(str, q.shape))}"
             )

@@ -13,7 +13,7 @@ from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
 from equigrad.solvers.rows import rows
 
-Gate = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
+Gate = Annotated[Callable[[Tensor], Tensor], Rule("that acts on each element, such as torch.tanh")]
 """An elementwise function whose derivative gates the control of a parameter."""
 
 

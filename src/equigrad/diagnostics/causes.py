@@ -58,9 +58,9 @@ def advice(evidence: Evidence) -> list[str]:
     check = evidence.check
     if check.settled and check.stable and check.relative_error <= 2 * check.uncertainty:
         return said or [
-            f"The reference is uncertain by {check.uncertainty:.1g}, and the error of "
-            f"{check.relative_error:.1g} is no more than that says: use torch.float64, settle to a "
-            f"smaller tol, or ask for a larger rtol"
+            f"The reference itself is uncertain by {check.uncertainty:.1g}, so the error of "
+            f"{check.relative_error:.1g} says little: use torch.float64, settle to a smaller tol, "
+            f"or ask for a larger rtol"
         ]
     said += _place(evidence)
     said += _settling(evidence)
@@ -69,12 +69,13 @@ def advice(evidence: Evidence) -> list[str]:
         said += _form(evidence.vectors, evidence.check.rtol)
     if not said and evidence.vectors.unseen:
         said.append(
-            "The exact solve and the re-solved differences disagree, and the latter are certain: θ "
-            "acts by a path that autograd does not see, or φ is no minimum of the inner loss"
+            "The exact solve disagrees with the re-solved differences, which are certain: θ acts "
+            "by a path that autograd does not see, or φ is not a minimum of the inner loss"
         )
     return said or [
-        f"The phases settled, so what is left is {type(evidence.estimator).__name__}'s own error "
-        f"(at equilibrium: {evidence.estimator.traits.error})"
+        f"All phases have settled, so what remains is the error of "
+        f"{type(evidence.estimator).__name__} itself (at equilibrium: "
+        f"{evidence.estimator.traits.error})"
     ]
 
 
@@ -84,12 +85,12 @@ def _place(evidence: Evidence) -> Iterator[str]:
     if not check.settled:
         yield (
             f"The reference has not settled either ({reference}): there may be no equilibrium "
-            f"near, or the solver is too slow. Regularise the inner loss, or try another solver"
+            f"nearby, or the solver is too slow. Regularise the inner loss, or try another solver"
         )
     elif not check.stable:
         yield (
-            "φ rests at a saddle or a maximum of the inner loss: pushed a little aside, it settles "
-            "elsewhere. Start from a point without that symmetry"
+            "φ has settled at a saddle point or a maximum of the inner loss: after a small "
+            "perturbation it settles elsewhere. Start from a point without that symmetry"
         )
 
 
@@ -99,11 +100,11 @@ def _settling(evidence: Evidence) -> Iterator[str]:
     if free.residual <= UNSETTLED * free.start_residual:
         return
     yield (
-        f"Settle longer: the free phase ended at a residual of {free.residual:.2g}, from "
-        f"{free.start_residual:.2g}; raise max_steps, or ask for a tol"
+        f"Settle longer: the free phase began with a residual of {free.start_residual:.2g} and "
+        f"ended with {free.residual:.2g}. Raise max_steps, or set a tol"
     )
     if isinstance(evidence.estimator, Contrastive) and not evidence.estimator.matched:
-        yield "Use matched=True: the drift of the free phase is divided by β"
+        yield "Use matched=True: with matched=False, the drift of the free phase is divided by β"
 
 
 def _nudge(evidence: Evidence) -> Iterator[str]:
@@ -128,7 +129,7 @@ def _nudge(evidence: Evidence) -> Iterator[str]:
     slow = [p for p in nudged if p.beta and p.residual > 0.1 * p.start_residual]
     if slow and free.residual <= UNSETTLED * free.start_residual:
         yield (
-            f"The nudged phases have hardly settled (residual {slow[0].start_residual:.2g} to "
+            f"The nudged phases have not converged (residual {slow[0].start_residual:.2g} to "
             f"{slow[0].residual:.2g} in {slow[0].steps} steps): give them more steps"
         )
 
@@ -145,7 +146,7 @@ def _form(vectors: Vectors, rtol: float) -> Iterator[str]:
     elif two_parts and abs(_cosine(estimate - direct, implicit)) > PARALLEL:
         factor = _factor(estimate - direct, implicit)
         yield (
-            f"The implicit part is {factor:.4g} times what it should be; the direct term "
+            f"The implicit part is {factor:.4g} times what it should be, and the direct term "
             f"∂L_out/∂θ is right"
         )
     elif abs(_cosine(estimate, truth)) > PARALLEL:
@@ -153,7 +154,7 @@ def _form(vectors: Vectors, rtol: float) -> Iterator[str]:
         if abs(factor + 1) <= rtol:
             yield "The sign is wrong: the estimate is minus the gradient"
         else:
-            yield f"The estimate is {factor:.4g} times the gradient, in all of θ alike"
+            yield f"The estimate is {factor:.4g} times the gradient, for all meta-parameters"
 
 
 def _factor(one: Tensor, other: Tensor) -> float:

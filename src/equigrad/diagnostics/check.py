@@ -133,7 +133,7 @@ def _judge(
         apart = ratio(project(exact) - resolved, resolved)
         unseen = apart > max(rtol, 10 * uncertainty)
         if unseen:
-            said = f"not the exact solve, which is {apart:.0%} off, but "
+            said = f"not the exact solve, which differs by {apart:.0%}, but "
         else:
             read, truth, uncertainty = flat, flat(exact), apart
             said = f"exact solve for all {truth.numel()} meta-parameters, and "
@@ -152,7 +152,7 @@ def _judge(
         1.0 if zero else (estimate.dot(truth) / (estimate.norm() * truth.norm())).item(),
         0.0 if zero else uncertainty,
         said
-        + "; the gradient is zero to rounding" * zero
+        + "; the gradient is zero up to rounding" * zero
         + "; the budget is spent" * (references.spent >= references.budget),
         references.settled,
         references.settled and not references.leaves(),

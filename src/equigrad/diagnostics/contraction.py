@@ -56,8 +56,8 @@ def spectral_radius(
     """
     if problem.symmetric:
         raise ConfigurationError(
-            f"a {type(problem).__name__} has no map that could contract; the curvatures of its "
-            f"inner loss are what matters there"
+            f"a {type(problem).__name__} problem has no map, so it has no spectral radius; the "
+            f"curvatures of its inner loss matter instead"
         )
     expect(Count, vectors=vectors)
     at = resting({name: p.detach() for name, p in params.items()})
@@ -115,7 +115,7 @@ def verdict(evaluation: Evaluation, at: Settled, solver: Solver) -> str:
     """Whether the map contracts at the end of a phase that did not settle, with advice."""
     contracts, found = _contracts(evaluation, at)
     if at.phase.diverged:
-        return f"with these where they started, {found}. {FOR_MAPS}, or start elsewhere"
+        return f"with the diverged samples at their start, {found}. {FOR_MAPS}, or start elsewhere"
     if contracts is None:
         return found
     if contracts:
@@ -130,7 +130,7 @@ def _contracts(evaluation: Evaluation, at: Settled) -> tuple[bool | None, str]:
     try:
         found = radius(evaluation, replace(at, lost=None))  # include the samples that are lost
     except (EquigradError, RuntimeError):  # no derivative, or not finite
-        return None, "the spectral radius of ∂F/∂φ is not known there"
+        return None, "the spectral radius of ∂F/∂φ could not be computed there"
     worst = found.max().item()
     where = ""
     if found.ndim:

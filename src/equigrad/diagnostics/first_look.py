@@ -197,9 +197,9 @@ class _Look:
         apart = first.differs(slope(False))
         if apart > self._tolerance:
             evaluation.tally.note(
-                f"{name} is no function of params and step: two calls differ by {apart:.1g}, with "
-                f"the same params, the same seeds and the same state of modules. It draws from a "
-                f"random generator of its own{self._generators()}, or keeps a state "
+                f"{name} is not a function of params and step alone: two calls with the same "
+                f"params, seeds and state of modules differ by {apart:.1g}. It uses a random "
+                f"generator of its own{self._generators()}, or keeps a state "
                 f"{self._caller.state.format(type(evaluation.problem).__name__)}"
             )
             return False
@@ -207,16 +207,16 @@ class _Look:
         apart = first.differs(slope(True))
         if apart > self._tolerance:
             raise ProblemError(
-                f"{name} computes with weights of its module's own beside those that it is handed "
-                f"({listed(self._own.names)}): it changes by {apart:.1g} where they are shifted. A "
-                f"parameter is held a second time (in a list, for example), or the module is "
-                f"called again in the backward (gradient checkpointing), when functional_call has "
-                f"put its own weights back. {self._caller.held}"
+                f"{name} computes with its module's own weights in addition to the given ones "
+                f"({listed(self._own.names)}): it changes by {apart:.1g} if they change. A "
+                f"parameter is stored twice (in a list, for example), or the module runs again in "
+                f"the backward pass (gradient checkpointing), after functional_call has restored "
+                f"its own weights. {self._caller.held}"
             )
         what = " and ".join(changed) or "the state of a module"
         evaluation.tally.note(
-            f"{name} is no function of params and step: two calls in a row differ by "
-            f"{first.differs(again):.1g}, since each changes {what}. {self._caller.changing}"
+            f"{name} is not a function of params and step alone: two successive calls differ by "
+            f"{first.differs(again):.1g}, because each changes {what}. {self._caller.changing}"
         )
         return False
 
@@ -237,13 +237,12 @@ class _Look:
             return True
         name = self._evaluation.problem.name("inner")
         said = (
-            f"the gradient of {name} is not what autograd takes it for: where it settled, its "
+            f"autograd's gradient of {name} is not its true gradient: at the settled params, its "
             f"derivative differs by about {apart:.1%} from the second derivative of a function. "
             f"Something in {name} is hidden from autograd (.detach(), torch.no_grad(), .data, a "
-            f"custom backward), so that {type(estimator).__name__} differs from how the settled "
-            f"params move with θ. Declare what settles a FixedPoint, whose map is a step of it "
-            f"with nothing hidden, lambda p, m: {{n: p[n] - lr * gradient[n] for n in p}}, and use "
-            f"GMRES()"
+            f"custom backward), so {type(estimator).__name__} does not estimate how the settled "
+            f"params move with θ. Use a FixedPoint problem whose map is a step with nothing "
+            f"hidden, lambda p, m: {{n: p[n] - lr * gradient[n] for n in p}}, with GMRES()"
         )
         at_rest = estimator.traits.equilibrium and estimator.traits.energy
         if apart > WRONG and (at_rest or estimator.differentiates_twice):

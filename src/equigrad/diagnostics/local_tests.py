@@ -46,7 +46,7 @@ def local_faults(
             if place.random(stream):
                 found.append(
                     f"{problem.name(stream)} is random: two evaluations with the same seeds and "
-                    f"arguments differ. Draw from torch's global generator, or freeze what it draws"
+                    f"arguments differ. Use torch's global generator, or draw the numbers once"
                 )
         if found:  # differences of noise say nothing more
             return tuple(found)
@@ -54,8 +54,8 @@ def local_faults(
         found += place.regularizer_faults()
         if place.jumps():
             found.append(
-                "The velocity jumps where φ settled: there is a kink (|φ|, ReLU, a clamp) at the "
-                "solution itself, where no derivative of it is defined. Smooth the loss there"
+                "The velocity jumps at the settled φ: there is a kink (|φ|, ReLU, a clamp) "
+                "exactly at the solution, where no derivative exists. Smooth the loss there"
             )
     return tuple(found)
 
@@ -94,9 +94,13 @@ class _TestPoint:
                 if not self._confirmed(lambda p, m, s=stream: self.value(s, p, m), argument):
                     yield (
                         f"{self.problem.name(stream)} depends on {argument} by a path that "
-                        f"autograd does not see: its derivative is not that of its values. Look "
-                        f"for .detach(), .item(), .data, torch.no_grad() and numpy in it"
-                        + "; if the cut is meant, what settles is no minimum: use FixedPoint"
+                        f"autograd does not see, because its derivative differs from how its "
+                        f"values change. Look for .detach(), .item(), .data, torch.no_grad() and "
+                        f"numpy in it"
+                        + (
+                            "; if this is intended, the settled params are not a minimum: use "
+                            "FixedPoint"
+                        )
                         * (stream == "inner" and argument == "params" and self.problem.energy)
                     )
 
@@ -119,16 +123,16 @@ class _TestPoint:
             velocity = pull.add_velocity(zero, self.params)
         if relative([-g for g in grads], velocity) > MISMATCH:
             yield (
-                "The regulariser's velocity is not minus the derivative of its penalty by φ: one "
-                "of the two is wrong (a factor, or a sign)"
+                "The regulariser's velocity is not minus the derivative of its penalty with "
+                "respect to φ: one of the two is wrong (by a factor or a sign, for example)"
             )
         by_theta = [self._by_theta(place) for place in (self.params, self.settled)]
         difference = [a - b for a, b in zip(*(g.values() for g in by_theta), strict=True)]
         closed = pull.contrast([self.params, self.settled], [1.0, -1.0])
         if relative(difference, [closed[name].real for name in by_theta[0]]) > MISMATCH:
             yield (
-                "The regulariser's contrast is not the difference of its penalty's derivatives by "
-                "θ: one of the two is wrong (a factor, or a sign)"
+                "The regulariser's contrast is not the difference of its penalty's derivatives "
+                "with respect to θ: one of the two is wrong (by a factor or a sign, for example)"
             )
 
     def jumps(self) -> bool:

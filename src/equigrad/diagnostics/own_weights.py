@@ -26,10 +26,10 @@ class Caller:
     """
 
     moves: bool = True
-    held: str = "Call it by equigrad.nn.Functional(module), which binds them all"
+    held: str = "Call it by equigrad.nn.Functional(module), which replaces all of them"
     changing: str = (
-        "Every phase starts with what the free one left, and the module is put back in the end; "
-        "the gradient is that of a loss that changes as it settles"
+        "Every phase begins with the state after the free phase, and the state of the module is "
+        "restored at the end; the gradient is that of a loss that changes during training"
     )
     state: str = "outside of the modules that it is seen to call (give them to {}(modules=…))"
 
@@ -133,10 +133,13 @@ def checkpoints_named() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if "use_reentrant" in said or "Checkpointing is not compatible" in said:
-            what = "reentrant checkpoints give no gradients by torch.autograd.grad; set "
+            what = (
+                "reentrant gradient checkpoints do not work with torch.autograd.grad, which "
+                "equigrad uses; set "
+            )
             mend = "use_reentrant=False"
         elif isinstance(error, CheckpointError):
-            what = "gradient checkpointing computed something else in the backward; call "
+            what = "gradient checkpointing computed something else in the backward pass; call "
             mend = "the module by equigrad.nn.Functional(module), or switch checkpointing off"
         else:
             raise

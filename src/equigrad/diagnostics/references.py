@@ -216,9 +216,10 @@ def announcement(
 ) -> None:
     """Announce the cost of the references before they are computed."""
     say(
-        f"checking a gradient of {result.gradient_evaluations} gradient evaluations: up to "
-        f"{budget:,} more, for a longer free phase, {4 * directions} phases at shifted θ and, "
-        f"where φ is small, the exact solve; where it is not right, one more at half the β"
+        f"checking a gradient that took {result.gradient_evaluations} gradient evaluations. This "
+        f"takes up to {budget:,} more: a longer free phase, {4 * directions} phases at shifted θ, "
+        f"the exact solve if φ is small, and another estimate with half the β if the gradient is "
+        f"wrong"
     )
 
 

@@ -181,11 +181,11 @@ def nothing_is_hidden(
         share = share if named > 2 * kinks else 0.0
     if share > 0:
         evaluation.tally.note(
-            f"{name} does not change as autograd says: along a random direction the two differ "
-            f"by {share:.1g} of their size. Something in {name} is hidden from autograd "
+            f"{name} does not change as autograd predicts: along a random direction, the two "
+            f"differ by {share:.1g} of their size. Something in {name} is hidden from autograd "
             f"(.detach(), .item(), torch.no_grad(), .data, numpy, a custom backward), and "
-            f"{type(estimator).__name__} gives the gradient of what is seen alone. Where that is "
-            f"meant, as of a straight-through estimator, it is no error"
+            f"{type(estimator).__name__} estimates the gradient that autograd sees. This is not "
+            f"an error if it is intended, as with a straight-through estimator"
         )
     return not share > 0
 

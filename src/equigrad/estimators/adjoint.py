@@ -43,9 +43,9 @@ class Adjoint(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, a solver of maps",
+        idea="implicit, adjoint as a fixed point",
         cost="2K + 3",
-        error="vanishes with K",
+        error="vanishes as K → ∞",
         double_backward=True,
         energy=False,
         one_system=True,
@@ -59,10 +59,13 @@ class Adjoint(Implicit):
         super().__post_init__()
         require(
             not self.solver.fixed_loss,
-            f"{type(self.solver).__name__} looks at values of a loss, and the adjoint is the fixed "
-            f"point of a map, which has none; use Anderson(), Broyden() or Picard()",
+            f"{type(self.solver).__name__} compares values of a loss, but the adjoint is the "
+            f"fixed point of a map, which has no loss. Use Anderson(), Broyden() or Picard()",
         )
-        require(not self.solver.compile, "the adjoint's solver cannot compile its steps")
+        require(
+            not self.solver.compile,
+            "the solver of Adjoint cannot have compile=True; use compile=False",
+        )
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """Find x as a fixed point."""
@@ -85,8 +88,8 @@ class Adjoint(Implicit):
             settled = settle(velocity, _NO_VALUE, forces, solver, samples=linear.samples)
         except SettlingError as error:
             raise CurvatureError(
-                "Adjoint does not settle: x ← (∂F/∂φ)ᵀ x + ∂L_out/∂φ diverges, since the map does "
-                "not attract where φ settled. Use GMRES(), or Adjoint(solver=Broyden())"
+                "Adjoint diverges: the iteration x ← (∂F/∂φ)ᵀ x + ∂L_out/∂φ is not a contraction "
+                "at the settled φ. Use GMRES(), or Adjoint(solver=Broyden())"
             ) from error
         if settled.phase.failed:
             relative = dataclasses.replace(
@@ -96,7 +99,9 @@ class Adjoint(Implicit):
                 tol=self.solver.tol,
                 residuals=_over(settled.phase, size),
             )
-            notes.append(f"the adjoint has not settled, relative to ∂L_out/∂φ: {relative}")
+            notes.append(
+                f"the adjoint has not converged (residuals relative to ∂L_out/∂φ): {relative}"
+            )
         return Solution(flatten(list(settled.params.values())))
 
 

@@ -35,7 +35,7 @@ class ConjugateGradient(Implicit):
     traits: ClassVar[Traits] = Traits(
         idea="implicit, conjugate gradients",
         cost="2K + 3",
-        error="vanishes with K",
+        error="vanishes as K → ∞",
         double_backward=True,
         symmetric=True,
         one_system=True,
@@ -66,26 +66,27 @@ class ConjugateGradient(Implicit):
                 rate = curvature / direction.dot(direction).item()
                 if iteration and linear.accuracy and abs(rate) <= linear.accuracy * linear.largest:
                     notes.append(
-                        f"conjugate gradients stopped at iteration {iteration}: the curvature is "
-                        f"below what products by contrast can tell; residual "
+                        f"conjugate gradients stopped at iteration {iteration}, where the "
+                        f"curvature is smaller than the error of products by contrast; residual "
                         f"{power**0.5 / size:.2g} of ∂L_out/∂φ"
                     )
                     return self._solution(x, residual, unsettled, rest)
                 met = (
-                    f"ConjugateGradient met the curvature {rate:.2g} at iteration {iteration}: the "
-                    f"settled state is no minimum"
+                    f"ConjugateGradient found a direction of non-positive curvature ({rate:.2g}) "
+                    f"at iteration {iteration}, so the settled params are not a strict minimum of "
+                    f"the inner loss"
                 )
                 if self.indefinite == "stop":
-                    notes.append(f"{met}, and the solution so far was taken")
+                    notes.append(f"{met}; the solution of the linear system up to there was used")
                     return (
                         self._solution(x, residual, unsettled, rest)
                         if iteration
                         else Solution(pressure)
                     )
                 raise CurvatureError(
-                    f"{met}, and its implicit gradient means little. Settle longer, regularise the "
-                    f"inner loss, or add damping; for the gradient of a learner that is to stop "
-                    f"early, use Unrolled()"
+                    f"{met}, and the implicit gradient is not defined there. Settle longer, "
+                    f"regularise the inner loss, or set damping > 0. For the gradient of training "
+                    f"that stops early, use Unrolled()"
                 )
             # H⁻¹ r in the same space, since directions are conjugate
             along = direction.dot(rest).item() / curvature
@@ -99,7 +100,7 @@ class ConjugateGradient(Implicit):
         share = power**0.5 / size if target else 0.0
         if share > self.tol:
             notes.append(
-                f"conjugate gradients not converged: residual {share:.2g} of ∂L_out/∂φ after "
+                f"conjugate gradients did not converge: residual {share:.2g} of ∂L_out/∂φ after "
                 f"{self.max_iterations} iterations (tol {self.tol:.2g}); raise max_iterations"
             )
         return self._solution(x, residual, unsettled, rest)

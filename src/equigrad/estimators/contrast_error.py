@@ -56,19 +56,22 @@ class ContrastError:
             return "beta is too small for this number format; raise beta, or use torch.float64"
         if self.drift > RESTLESS:
             return (
-                f"the free phase is not at rest, its residual is {self.drift:.2g} times the nudge; "
-                f"settle longer, or raise beta"
-                + "; far from rest, the contrast of an adaptive optimiser is no gradient"
+                f"the free phase has not converged (its residual is {self.drift:.2g} times the "
+                f"nudge); settle longer, or raise beta"
+                + (
+                    "; with an adaptive optimiser, the contrast is not a gradient unless the "
+                    "free phase has converged"
+                )
                 * self.adaptive
             )
         if self.finite < self.unsettled:
             return (
-                "nudged phases have not answered the nudge; give them more steps, larger steps, or "
-                "a tolerance"
+                "the nudged phases have not converged; give them more steps, larger steps, or a "
+                "tolerance"
             )
         return (
-            "lower beta; if that does not help, the losses may have a symmetry in common, or the "
-            "solution a flat direction: try nudge='loss'"
+            "lower beta; if that does not help, the minimum may have a flat direction, or inner "
+            "and outer loss a common symmetry: try nudge='loss'"
         )
 
 

@@ -153,22 +153,23 @@ class ContrastedGradient:
     def notes(self, grads: Params) -> list[str]:
         """What the user should know about the products that went into the gradient of θ."""
         said = [
-            f"products by contrast, the first accurate to {self.accuracy:.1g}, the last at a "
-            f"distance of {self.distance or 0:.1g}"
+            f"products by contrast (differences of gradients): the first is accurate to "
+            f"{self.accuracy:.1g}, the last is taken over a distance of {self.distance or 0:.1g}"
         ]
         error, rounded = self.error(grads), self._rounded(grads)
-        size = "its own size or more" if error >= 1 else f"about {error:.1g} of it"
+        size = "as much as its own size or more" if error >= 1 else f"about {error:.1g} of its size"
         if rounded > POOR:
             said.append(
-                f"the optimiser divides by gradients that are nearly zero, so that products are "
-                f"with long vectors, which magnify rounding: the gradient may be wrong by {size}. "
-                f"Use products='autograd', torch.float64 or a larger eps of the optimiser"
+                f"the optimiser divides by gradients that are nearly zero, which makes the vectors "
+                f"of some products long and magnifies rounding, so the gradient may be wrong by "
+                f"{size}. Use products='autograd', torch.float64 or a larger eps of the optimiser"
             )
         elif error > POOR:
             said.append(
-                f"the inner gradient changes unevenly over that distance (by {self.uneven:.2g} of "
-                f"its change), as at kinks (ReLU, max-pooling): the gradient may be wrong by "
-                f"{size}. Use products='autograd', torch.float64 or a smooth activation"
+                f"the inner gradient does not change smoothly over that distance "
+                f"({self.uneven:.2g} of its change is uneven), as near a kink (ReLU, "
+                f"max-pooling), so the gradient may be wrong by {size}. Use products='autograd', "
+                f"torch.float64 or a smooth activation"
             )
         return said
 

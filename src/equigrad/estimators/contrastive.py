@@ -73,8 +73,8 @@ class Contrastive(Estimator):
 
     traits: ClassVar[Traits] = Traits(
         idea="contrast of free and nudged phases",
-        cost="2K; 3K, or 4K if symmetric, by loss",
-        error="vanishes with β and K",
+        cost="2K; 3K or 4K by loss",
+        error="vanishes as β → 0, K → ∞",
         double_backward=False,
         order="p-1; p; p",
     )
@@ -84,7 +84,7 @@ class Contrastive(Estimator):
         Rule(
             "other than 0",
             lambda beta: beta != 0,
-            "phases that are all free have nothing to contrast: try beta=0.01",
+            "with beta=0 the nudged phases do not differ from the free one; try beta=0.01",
         ),
     ] = 0.01
     scheme: Literal["forward", "symmetric", "holomorphic"] = "symmetric"
@@ -102,8 +102,8 @@ class Contrastive(Estimator):
         super().__post_init__()
         require(
             self.scheme != "symmetric" or self.points % 2 == 0,
-            f"Contrastive(points={self.points}): a symmetric scheme, the default, needs an even "
-            f'number of points, got {self.points}; or take scheme="forward"',
+            f"Contrastive(points={self.points}): scheme='symmetric', the default, needs an even "
+            f"number of points, got {self.points}; use an even number, or scheme='forward'",
         )
         if self.rtol is None:
             return
@@ -111,8 +111,8 @@ class Contrastive(Estimator):
         given = [name for name in chosen if getattr(self, name) != getattr(Contrastive, name)]
         require(
             not given,
-            f"Contrastive(rtol={self.rtol:g}): rtol chooses {' and '.join(given)}; give one or the "
-            f"other",
+            f"Contrastive(rtol={self.rtol:g}): rtol chooses {' and '.join(given)} by itself; leave "
+            f"these out, or leave out rtol",
         )
 
     @property
@@ -142,9 +142,9 @@ class Contrastive(Estimator):
             batches = len(evaluation.batch_steps("inner"))
             require(
                 batches == 1,
-                f"rtol={self.rtol:g} needs an inner loss that is the same at every step, and this "
-                f"one has {batches} mini-batches, on which a learner never quite rests: average "
-                f"them in inner_loss, or give beta without rtol",
+                f"rtol={self.rtol:g} needs the same inner loss at every step, but this one has "
+                f"{batches} mini-batches, so the params never come fully to rest. Average over "
+                f"the mini-batches in inner_loss, or set beta instead of rtol",
             )
             from equigrad.estimators.refinement import refine
             from equigrad.estimators.refinement_phases import RefinedPhases
@@ -163,9 +163,9 @@ class Contrastive(Estimator):
             beta *= evaluation.stage.sign()
         require(
             self.momentum == "reset" or nudged_solver.continues(solver),
-            f"momentum='keep' hands the state of the free phase's {type(solver).__name__} to "
-            f"another solver ({type(nudged_solver).__name__}) that cannot read it; use "
-            f"momentum='reset'",
+            f"momentum='keep' passes the state of the free phase's solver, "
+            f"{type(solver).__name__}, to the nudged solver, {type(nudged_solver).__name__}, "
+            f"which cannot use it; use momentum='reset'",
         )
         free = evaluation.settle(solver)
         hindered = nudged_solver.hindrance(free.solver_state if self.momentum == "keep" else None)
@@ -230,14 +230,15 @@ class Contrastive(Estimator):
         if moved == 0 and pushed:
             betas = " and ".join(f"β={state.phase.beta:g}" for state in states[:2])
             evaluation.tally.note(
-                f"the learner did not react to the nudge: it returned the same params for "
-                f"{betas}. It has to minimise the objective that it is handed, or to take "
-                f"objective.beta into its own; if it does, tighten its tolerance, or raise beta"
+                f"the learner did not respond to the nudge: it returned the same params for "
+                f"{betas}. It must minimise the objective that it is called with, or weigh the "
+                f"outer loss by objective.beta in its own. If it does, lower its tolerance, or "
+                f"raise beta"
             )
         elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.tally.note(
                 f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
-                f"{moved:.1e} of a norm of {size:.1e}; raise beta"
+                f"{moved:.1e}, and their norm is {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )
         elif pushed:
@@ -246,9 +247,9 @@ class Contrastive(Estimator):
             )
             if left > ANSWERED:
                 evaluation.tally.note(
-                    f"the learner left a residual of {left:.0%} of the nudge with β={beta:g}: "
-                    f"unless it leaves the same in every phase, tighten its tolerance, or raise "
-                    f"beta"
+                    f"with β={beta:g} the learner ended with a residual of {left:.0%} of the "
+                    f"nudge. Unless its error is the same in every phase, lower its tolerance, or "
+                    f"raise beta"
                 )
 
 
@@ -257,9 +258,9 @@ def _note_departures(evaluation: Evaluation, states: list[Settled]) -> bool:
     departed = any(state.phase.grew for state in states if state.phase.beta != 0)
     if departed:
         evaluation.tally.note(
-            "the contrast with a phase that moves away from rest is no gradient: lower beta, or "
-            "the nudged solver's step size"
-            + "; a map that is iterated may be damped (Picard(damping=0.5))"
+            "a nudged phase moved away from its equilibrium, so the contrast with it is not a "
+            "gradient; lower beta, or the step size of the nudged solver"
+            + ", or damp the map (Picard(damping=0.5))"
             * (not evaluation.problem.symmetric)
         )
     return departed

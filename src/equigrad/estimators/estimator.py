@@ -107,32 +107,38 @@ class Estimator(Checked):
         if not traits.fit(evaluation.problem):
             what = type(evaluation.problem).__name__
             if not evaluation.problem.energy:
-                why = f"an inner loss that settling minimises, and a {what} has none"
+                why = f"an inner loss, which a {what} problem does not have"
                 if traits.fit(problems.EnergyBased):
-                    why += " (where the map has a primitive function, declare an EnergyBased)"
+                    why += (
+                        " (if the map has a primitive function, declare it as an EnergyBased "
+                        "problem)"
+                    )
             else:
-                why = f"a symmetric ∂r/∂φ, a Hessian, which that of {what} is not"
+                why = (
+                    f"a symmetric ∂r/∂φ (a Hessian), and that of a {what} problem is not symmetric"
+                )
             raise ConfigurationError(f"{who} needs {why}; use {serving(evaluation)}")
         if reaches.only_start and not traits.sees_start:
             seeing = serving(evaluation, lambda t: t.sees_start)
             raise ProblemError(
-                f"meta-parameter {listed(reaches.only_start)} has no path to a loss but through "
-                f"the initialisation of params, and its gradient at equilibrium is truly zero: "
-                f"what has settled has forgotten where it started. Make it the centre of a "
-                f"proximal term, as in equigrad.nn.ComplexSynapse(learn=('center',)), or use an "
-                f"estimator of finitely many steps that sees the start: {seeing}"
+                f"the losses depend on meta-parameter {listed(reaches.only_start)} only through "
+                f"the initialisation of params. Its gradient at equilibrium is exactly zero, "
+                f"because a converged solution does not depend on its initialisation. Make it the "
+                f"centre of a proximal term, as in equigrad.nn.ComplexSynapse(learn=('center',)), "
+                f"or use an estimator that differentiates a finite number of steps from the "
+                f"initialisation: {seeing}"
             )
         self._check_settings_of_the_solver(evaluation)
         if traits.needs_start and not reaches.start:
             raise ProblemError(
-                f"{who} sees θ through the initialisation alone, and these params do not depend on "
-                f"meta_params. Pass params made from meta_params, for example "
-                f"params=meta_params where θ is the initial φ itself"
+                f"{who} computes the gradient with respect to the initialisation of params, but "
+                f"these params do not depend on meta_params. Compute params from meta_params, for "
+                f"example params=meta_params if θ is the initial φ itself"
             )
         if reaches.start and not traits.sees_start:
             evaluation.tally.note(
-                f"params start at a function of {listed(reaches.start)}: the path through the "
-                f"start, which vanishes at equilibrium, is not in the gradient"
+                f"params are initialised by a function of {listed(reaches.start)}; the gradient "
+                f"leaves out the path through the initialisation, which vanishes at equilibrium"
             )
 
     def _check_settings_of_the_solver(self, evaluation: Evaluation) -> None:
@@ -143,12 +149,13 @@ class Estimator(Checked):
         if reaches.only_solver:
             raise ProblemError(
                 f"meta-parameter {listed(reaches.only_solver)} is a setting of the solver, and "
-                f"{who} has the gradient of what has settled: {NO_STEP_SIZE}; or learn the steps "
-                f"themselves, with {serving(evaluation, lambda t: t.steps)}"
+                f"{who} computes the gradient at the converged solution: {NO_STEP_SIZE}; or "
+                f"differentiate the steps themselves, with "
+                f"{serving(evaluation, lambda t: t.steps)}"
             )
         evaluation.tally.note(
-            f"the solver's settings are a function of {listed(reaches.solver)}: that path, which "
-            f"vanishes at equilibrium, is not in the gradient"
+            f"settings of the solver are functions of {listed(reaches.solver)}; the gradient "
+            f"leaves out the path through them, which vanishes at equilibrium"
         )
 
     @property
@@ -164,8 +171,8 @@ class Estimator(Checked):
         """
         if self.traits.steps:
             raise ConfigurationError(
-                f"{type(self).__name__} needs the steps of the free phase, and settled holds its "
-                f"end alone; leave settled out, or use {serving(evaluation, lambda t: not t.steps)}"
+                f"{type(self).__name__} needs all steps of the free phase, and settled= has only "
+                f"its end. Leave settled out, or use {serving(evaluation, lambda t: not t.steps)}"
             )
 
     @abstractmethod

@@ -46,9 +46,9 @@ class EvolutionStrategies(Estimator):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="zero order, antithetic pairs",
+        idea="zeroth order, antithetic pairs",
         cost="2KT",
-        error="noise, O(σ²); vanishes with K",
+        error="noise, O(σ²); vanishes as K → ∞",
         double_backward=False,
         energy=False,
         equilibrium=False,
@@ -79,7 +79,8 @@ class EvolutionStrategies(Estimator):
             squares += sample.square()
         if missed:
             evaluation.tally.note(
-                f"free phases at perturbed meta-parameters ended {', '.join(sorted(missed))}"
+                f"some of the free phases at perturbed meta-parameters ended "
+                f"{', '.join(sorted(missed))}"
             )
         mean = total / self.pairs
         error = None

@@ -27,7 +27,7 @@ class ExactSolve(Implicit):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="implicit, the whole matrix",
+        idea="implicit, dense linear solve",
         cost="2 dim φ + 3",
         error="none",
         double_backward=True,
@@ -36,7 +36,9 @@ class ExactSolve(Implicit):
         one_system=True,
     )
 
-    remedy: ClassVar[str] = "the system is ill-conditioned; use torch.float64, or regularise"
+    remedy: ClassVar[str] = (
+        "the linear system is ill-conditioned; use torch.float64, or regularise the inner loss"
+    )
 
     max_size: Count = 2000
 
@@ -45,7 +47,7 @@ class ExactSolve(Implicit):
         if linear.size > self.max_size:
             raise ConfigurationError(
                 f"ExactSolve would form a {linear.size} × {linear.size} matrix, more than "
-                f"max_size={self.max_size}; raise it, or use GMRES()"
+                f"max_size={self.max_size}. Raise max_size, or use GMRES()"
             )
         units = torch.eye(linear.size, dtype=pressure.dtype, device=pressure.device)
         matrix = torch.stack([linear.product(unit) for unit in units])
@@ -53,10 +55,13 @@ class ExactSolve(Implicit):
         largest, smallest = singular[0].item(), singular[-1].item()
         if not smallest > torch.finfo(pressure.dtype).eps * linear.size * largest:
             what = (
-                "the inner Hessian is singular ({}): the inner loss has flat directions, and its "
+                "the inner Hessian is singular ({}): the inner loss has flat directions, so its "
                 "minimiser is not unique. Regularise the inner loss"
                 if linear.symmetric
-                else "I - ∂F/∂φ is singular ({}): the map has no isolated fixed point there"
+                else (
+                    "I - ∂F/∂φ is singular ({}) at the settled φ, so the fixed point of the map "
+                    "is not isolated. Change the map, for example by adding a decay of φ"
+                )
             )
             raise CurvatureError(
                 what.format(f"singular values from {smallest:.2g} to {largest:.2g}")

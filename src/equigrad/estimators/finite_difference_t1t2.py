@@ -46,7 +46,9 @@ class FiniteDifferenceT1T2(Estimator):
         pressure, grads = evaluation.outer_gradients(free)
         size = torch.stack([g.norm() for g in pressure.values()]).norm().item()
         if size == 0:
-            evaluation.tally.note("∂L_out/∂φ is zero: only the direct term is left")
+            evaluation.tally.note(
+                "∂L_out/∂φ is zero, so the gradient is the direct term ∂L_out/∂θ alone"
+            )
             return Estimate(grads=grads, phases=(free,))
         epsilon = self.distance / size
         sides = []
@@ -61,7 +63,8 @@ class FiniteDifferenceT1T2(Estimator):
             found = scale_error(linear, flatten(list(pressure.values())), mixed, grads)
             if found.relative > POOR:
                 remedy = (
-                    "that is what the identity for the inverse Hessian costs; use Contrastive()"
+                    "this is the error of replacing the inverse Hessian by the identity; use "
+                    "Contrastive()"
                 )
                 said = found.sentence(type(self).__name__, found.relative, remedy)
                 evaluation.tally.note(said)

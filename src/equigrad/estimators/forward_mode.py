@@ -57,7 +57,7 @@ class ForwardMode(Estimator):
     traits: ClassVar[Traits] = Traits(
         idea="forward mode through the steps",
         cost="2T dim θ + 1",
-        error="vanishes with T",
+        error="vanishes as T → ∞",
         double_backward=True,
         energy=False,
         equilibrium=False,
@@ -74,8 +74,8 @@ class ForwardMode(Estimator):
         size = sum(m.numel() for m in evaluation.meta_params.values())
         if size > self.max_size:
             raise ConfigurationError(
-                f"ForwardMode would carry tangents for {size} meta-parameters, more than "
-                f"max_size={self.max_size}; raise it, or use Unrolled()"
+                f"ForwardMode would compute tangents for {size} meta-parameters, more than "
+                f"max_size={self.max_size}. Raise max_size, or use Unrolled()"
             )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:

@@ -47,7 +47,7 @@ class GMRES(Implicit):
     traits: ClassVar[Traits] = Traits(
         idea="implicit, GMRES",
         cost="2K + 3",
-        error="vanishes with K",
+        error="vanishes as K → ∞",
         double_backward=True,
         energy=False,
         one_system=True,
@@ -72,7 +72,7 @@ class GMRES(Implicit):
         share = (residual.norm() / pressure.norm()).item() if target else 0.0
         if share > 2 * self.tol:  # one part for the tolerance, one for rounding
             notes.append(
-                f"GMRES not converged: residual {share:.2g} of ∂L_out/∂φ after "
+                f"GMRES did not converge: residual {share:.2g} of ∂L_out/∂φ after "
                 f"{self.max_iterations - left} iterations (tol {self.tol:.2g}); raise "
                 f"max_iterations or restart"
             )
@@ -83,9 +83,10 @@ def _refuse_singular(share: float, products: int) -> None:
     """Raise a `CurvatureError` if the remaining residual is more than rounding can explain."""
     if share > UNSOLVED:
         raise CurvatureError(
-            f"GMRES broke down after {products} products with {share:.2g} of its right-hand side "
-            f"unsolved: the linear system is singular. The inner loss has flat directions where "
-            f"the phase settled, or the map has no isolated fixed point there"
+            f"GMRES broke down after {products} products with a residual of {share:.2g} of its "
+            f"right-hand side, because the linear system is singular: at the settled params the "
+            f"inner loss has flat directions, or the fixed point of the map is not isolated. "
+            f"Regularise the inner loss, or change the map"
         )
 
 

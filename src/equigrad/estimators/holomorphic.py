@@ -8,7 +8,7 @@ from equigrad.evaluation import Evaluation, like
 from equigrad.problems import Part, scalar
 from equigrad.solvers import Settled
 
-OTHER_SCHEMES = "scheme='symmetric' and scheme='forward' serve any activation and loss"
+OTHER_SCHEMES = "scheme='symmetric' and scheme='forward' work with any activation and loss"
 
 
 def require_holomorphic(evaluation: Evaluation, at: Settled) -> None:
@@ -53,18 +53,21 @@ def _require(part: Part) -> None:
     except (RuntimeError, TypeError) as error:
         said = str(error).splitlines()[0]
         remedy = (
-            "if it mixes them with real data, cast these with .to(dtype) of params or meta_params; "
-            "if it knows no complex numbers, it is not holomorphic, and "
+            "if it combines params with real tensors, convert those by .to(dtype) of params or "
+            "meta_params; if it uses an operation without complex numbers, it is not "
+            "holomorphic: "
         )
         raise ConfigurationError(
-            f"scheme='holomorphic' computes with complex numbers, which {part.name} does not "
-            f"({said}): {remedy if part.of_data else 'it is not holomorphic; '}{OTHER_SCHEMES}"
-            + ("" if part.of_data else ", and torch.tanh or torch.sigmoid this one")
+            f"scheme='holomorphic' evaluates {part.name} with complex numbers, and it raised an "
+            f"error ({said}): "
+            f"{remedy if part.of_data else 'it is not holomorphic; '}{OTHER_SCHEMES}"
+            + ("" if part.of_data else ", and torch.tanh and torch.sigmoid are holomorphic")
         ) from error
     if not value.is_complex() or not _turned(one, other):
         raise ConfigurationError(
-            f"scheme='holomorphic' needs holomorphic functions, and {part.name} is none: it takes "
-            f"absolute values, conjugates or real parts of complex numbers; {OTHER_SCHEMES}"
+            f"scheme='holomorphic' needs holomorphic functions, and {part.name} is not "
+            f"holomorphic: it uses absolute values, conjugates or real parts of complex numbers; "
+            f"{OTHER_SCHEMES}"
         )
 
 

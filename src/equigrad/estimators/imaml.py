@@ -27,7 +27,7 @@ class IMAML(ConjugateGradient):
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(
-        ConjugateGradient.traits, idea="implicit, of a learned centre"
+        ConjugateGradient.traits, idea="implicit, for a learned centre"
     )
 
     max_iterations: int = 5
@@ -40,8 +40,7 @@ class IMAML(ConjugateGradient):
         names = frozenset[str]() if regularizer is None else regularizer.meta_names
         if not any(name.startswith("center") for name in names):
             raise ProblemError(
-                "IMAML learns the centre that a proximal term pulls params to, and this problem's "
-                "regularizer has no meta-parameter 'center…'; use "
-                "regularizer=equigrad.nn.ComplexSynapse(…, learn=('center',)), or "
-                "ConjugateGradient() for other meta-parameters"
+                "IMAML learns the centre of a proximal term, but the regularizer of this problem "
+                "has no meta-parameter 'center…'. Use regularizer=equigrad.nn.ComplexSynapse(…, "
+                "learn=('center',)), or ConjugateGradient() for other meta-parameters"
             )

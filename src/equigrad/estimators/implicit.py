@@ -15,7 +15,7 @@ from equigrad.estimators.solve_error import Linear, Solution, SolveError
 from equigrad.evaluation import Evaluation
 from equigrad.fields import require
 from equigrad.problems import Params
-from equigrad.solvers import Settled, Solver, TorchOptimizer
+from equigrad.solvers import Settled, Solver
 from equigrad.vectors import finite, flatten
 
 POOR = 1e-2
@@ -80,20 +80,19 @@ class Implicit(Estimator):
         what = type(evaluation.problem).__name__
         require(
             self.products != "contrast" or evaluation.problem.symmetric,
-            f"products='contrast' are those of a Hessian, and a {what} has none; its products by "
-            f"autograd are a single backward: leave products='auto'",
+            f"products='contrast' needs a Hessian, and a {what} problem has none. Its products by "
+            f"autograd need a single backward pass: use products='auto'",
         )
-        if isinstance(solver, TorchOptimizer):
-            self._check_decay(evaluation, solver)
+        self._check_decay(evaluation, solver)
 
-    def _check_decay(self, evaluation: Evaluation, solver: TorchOptimizer) -> None:
+    def _check_decay(self, evaluation: Evaluation, solver: Solver) -> None:
         decay, beside = solver.decay()
         if not decay:
             return
+        name = getattr(solver, "optimizer", type(solver)).__name__
         what = (
-            f"{solver.optimizer.__name__} has weight_decay={decay:g}, which is not in the inner "
-            f"loss: what settles is not where its gradient vanishes, and {type(self).__name__} "
-            f"differentiates that"
+            f"{name} has weight_decay={decay:g}, which is not in the inner "
+            f"loss, so the settled params are not its minimum, as {type(self).__name__} assumes"
         )
         mend = (
             f"Set weight_decay=0 and add {decay / 2:g} * sum(p.square().sum() for p in "
@@ -101,7 +100,7 @@ class Implicit(Estimator):
         )
         if not beside:
             raise ConfigurationError(f"{what}. {mend}, or use Contrastive()")
-        evaluation.tally.note(f"{what} (set weight_decay=0, and put the decay into the loss)")
+        evaluation.tally.note(f"{what} (set weight_decay=0, and add the decay to the inner loss)")
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
         """Settle, solve the linear system, and take the mixed derivative along its solution."""
@@ -174,8 +173,8 @@ class Implicit(Estimator):
         mixed = contrast.mixed(solution.x)
         evaluation.tally.note(
             *notes,
-            f"products by contrast, accurate to {contrast.accuracy:.1g} at a distance of "
-            f"{contrast.distance or 0:.1g}",
+            f"products by contrast (differences of gradients) accurate to "
+            f"{contrast.accuracy:.1g} over a distance of {contrast.distance or 0:.1g}",
         )
         return (contrast, solution), mixed
 
@@ -185,9 +184,9 @@ class Implicit(Estimator):
         if (precision := torch.finfo(linear.leaves[0].dtype)).bits < 32:
             error = max(error, precision.eps)
             notes.append(
-                f"params are {linear.leaves[0].dtype}: products with ∂r/∂φ have a relative error "
-                f"of about {precision.eps:.1g}, which the solution multiplies by the condition "
-                f"number; settle in float32 for more precision"
+                f"params are {linear.leaves[0].dtype}, so products with ∂r/∂φ have a relative "
+                f"error of about {precision.eps:.1g}, and the solution has this error times the "
+                f"condition number; use float32 for a more precise gradient"
             )
         if error > POOR:
             notes.append(found.sentence(type(self).__name__, error, self.remedy))

@@ -74,9 +74,9 @@ class LeastControl(Estimator):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="least control that meets the outer loss",
+        idea="least control that minimises the outer loss",
         cost="3K + 4",
-        error="O(b), of a large one intended",
+        error="O(b), b the strength of control",
         double_backward=True,
         energy=False,
         minimum=True,
@@ -91,16 +91,16 @@ class LeastControl(Estimator):
         super().check(evaluation, solver)
         require(
             self.difference is None or evaluation.problem.symmetric,
-            f"difference={self.difference} contrasts ∂L_in/∂θ, and the residual of a "
-            f"{type(evaluation.problem).__name__} is no gradient of an inner loss; use "
+            f"difference={self.difference} needs an inner loss whose ∂L_in/∂θ it can take "
+            f"differences of, and a {type(evaluation.problem).__name__} problem has none; use "
             f"difference=None",
         )
         reached = sorted(evaluation.reaches.loss("outer"))
         if reached and not self.controller.relaxed:
             raise ConfigurationError(
-                f"{type(self.controller).__name__}(leak=0) holds ∂L_out/∂φ at 0 whatever that "
-                f"costs, and the outer loss, which depends on meta-parameter {reached[0]!r} "
-                f"directly, then has no weight of its own; use a leak > 0"
+                f"{type(self.controller).__name__}(leak=0) minimises the control alone and gives "
+                f"the outer loss no weight, but the outer loss depends on meta-parameter "
+                f"{reached[0]!r} directly. Use a controller with leak > 0"
             )
 
     def check_settled(self, evaluation: Evaluation) -> None:
@@ -108,8 +108,8 @@ class LeastControl(Estimator):
         super().check_settled(evaluation)
         require(
             self.start == "free",
-            f"LeastControl(start={self.start!r}) has no free phase, and settled is one; use "
-            f"start='free', or leave settled out",
+            f"LeastControl(start={self.start!r}) uses no free phase, so it cannot use settled=; "
+            f"use start='free', or leave settled out",
         )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
@@ -123,8 +123,8 @@ class LeastControl(Estimator):
                 controlled = controller.control(evaluation, solver, after)
         except SettlingError as error:
             raise SettlingError(
-                f"{error}. This was the phase of {who}: learner and controller together are "
-                f"unstable. Lower its strength β, that is gain or proportional, or raise leak"
+                f"{error}. This phase belongs to {who}, whose controller and learner together are "
+                f"unstable. Use a weaker controller: lower gain or proportional, or raise leak"
             ) from error
         settled = controlled.settled
         _, direct = evaluation.outer_gradients(settled)
@@ -135,11 +135,14 @@ class LeastControl(Estimator):
             used = controller.solver or solver
             other = "" if isinstance(used, Anderson) else "solver=Anderson(), "
             evaluation.tally.note(
-                "learner and controller have not settled together, and the gradient may be far "
+                f"learner and controller have not settled together, so the gradient may be far "
                 f"off: give the controller {other}more steps, or less strength (gain, proportional)"
             )
         if free is None:
-            evaluation.tally.note("params and outer_loss are those of the controlled phase")
+            evaluation.tally.note(
+                "params and outer_loss are those of the controlled phase, because there was no "
+                "free phase"
+            )
             return Estimate(grads=grads, phases=(settled,))
         return Estimate(grads=grads, phases=(free, settled))
 

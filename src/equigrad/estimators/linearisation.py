@@ -188,10 +188,10 @@ def checked(product: Tensor, vector: Tensor) -> Tensor:
         largest = vector.abs().max().item()
         if largest < torch.finfo(product.dtype).max ** 0.5:
             raise CurvatureError(
-                "the curvature is not finite where the phase settled: a second derivative of the "
-                "inner loss or the map is NaN or infinite there, as of a norm or a square root at "
-                "zero, or overflows. Smooth the function there, such as sqrt(x + 1e-6), or use "
-                "Contrastive(), which asks for no second derivatives"
+                "a second derivative of the inner loss, or a derivative of the map, is NaN or "
+                "infinite at the settled params, either by overflow or as that of a norm or a "
+                "square root at zero. Smooth the function there, for example by sqrt(x + 1e-6), "
+                "or use Contrastive(), which needs no second derivatives"
             )
     return product
 
@@ -221,9 +221,9 @@ class SecondDerivatives:
         said, evaluation, who = str(error).splitlines(), self._evaluation, self.who
         if "modified by an inplace operation" in str(error):
             raise ProblemError(
-                f"{who} differentiates what was computed before, and something has been written in "
-                f"place into a tensor that this needs ({said[0][:160]}). Write nothing in place in "
-                f"the losses, or use "
+                f"{who} differentiates an earlier computation, but a tensor that it needs has "
+                f"since been changed in place ({said[0][:160]}). Change no "
+                f"tensor in place in the losses, or use "
                 f"{serving(evaluation, lambda traits: not traits.double_backward)}"
             ) from error
         if not any(sign in str(error) for sign in NO_SECOND_DERIVATIVE):

@@ -22,5 +22,5 @@ class MAML(Unrolled):
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(
-        Unrolled.traits, idea="Unrolled, of the start", needs_start=True
+        Unrolled.traits, idea="unrolled, for a learned start", needs_start=True
     )

@@ -36,7 +36,7 @@ class NeumannSeries(Implicit):
     traits: ClassVar[Traits] = Traits(
         idea="implicit, Neumann series",
         cost="2K + 3, 40 to find α",
-        error="vanishes with K",
+        error="vanishes as K → ∞",
         double_backward=True,
         energy=False,
     )
@@ -60,15 +60,15 @@ class NeumannSeries(Implicit):
             last = k + 1 == self.terms
             if not term.norm().item() <= (1.01 if last else growth) * size:
                 raise CurvatureError(
-                    f"NeumannSeries does not contract: after {k + 1} terms with alpha={alpha:.3g} "
-                    f"the remainder is {term.norm().item() / size:.3g} of ∂L_out/∂φ. Lower alpha; "
-                    f"if that does not help, the settled state is no minimum, or the map does not "
-                    f"attract there: settle longer, or use GMRES()"
+                    f"NeumannSeries diverges: after {k + 1} terms with alpha={alpha:.3g} the "
+                    f"remainder is {term.norm().item() / size:.3g} of ∂L_out/∂φ. Lower alpha. If "
+                    f"that does not help, the settled params are not a minimum, or the map is not "
+                    f"a contraction there: settle longer, or use GMRES()"
                 )
         remainder = term.norm().item() / size if size else 0.0
         if remainder > self.tol:
             notes.append(
-                f"Neumann series not converged: {remainder:.2g} of ∂L_out/∂φ remains after "
+                f"the Neumann series did not converge: {remainder:.2g} of ∂L_out/∂φ remains after "
                 f"{self.terms} terms (tol {self.tol:.2g}); raise terms"
             )
         return Solution(x, term)
@@ -88,7 +88,8 @@ def largest_curvature(linear: Linear, start: Tensor, iterations: int = 20) -> fl
         vector = image / size
     if size == 0:
         raise CurvatureError(
-            "the inner Hessian is zero where the phase settled: the inner loss is linear there, "
-            "and its minimiser does not move with θ smoothly"
+            "the inner Hessian is zero at the settled params: the inner loss is linear there, "
+            "and its minimiser is not a smooth function of θ. Add a regulariser, such as a "
+            "quadratic penalty, to the inner loss"
         )
     return 1.1 * size

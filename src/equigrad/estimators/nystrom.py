@@ -34,14 +34,14 @@ class Nystrom(Implicit):
     traits: ClassVar[Traits] = Traits(
         idea="implicit, Nyström columns",
         cost="2K + 3",
-        error="damping, rest of spectrum",
+        error="depends on damping, rank",
         double_backward=True,
         symmetric=True,
         one_system=True,
     )
 
     remedy: ClassVar[str] = (
-        "raise rank, set damping well below the curvatures that matter, or use GMRES()"
+        "raise rank, lower damping well below the curvatures that matter, or use GMRES()"
     )
 
     rank: Count = 20

@@ -40,7 +40,7 @@ class PhantomGradient(Estimator):
     traits: ClassVar[Traits] = Traits(
         idea="reverse mode through K further steps",
         cost="2K + 1",
-        error="vanishes with K",
+        error="vanishes as K → ∞",
         double_backward=True,
         energy=False,
     )

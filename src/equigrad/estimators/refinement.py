@@ -28,7 +28,9 @@ def refine(phases: RefinedPhases, beta: float) -> Estimate:
     """
     phases.begin(FIRST_REST)
     if phases.unforced:
-        phases.evaluation.tally.note("∂L_out/∂φ is zero: only the direct term is left")
+        phases.evaluation.tally.note(
+            "∂L_out/∂φ is zero, so the gradient is the direct term ∂L_out/∂θ alone"
+        )
         error = math.inf if phases.obstacle else 0.0
         return Estimate(grads=phases.direct, phases=(phases.free,), error_estimate=error)
     best, apart = _best(phases, beta)
@@ -36,8 +38,9 @@ def refine(phases: RefinedPhases, beta: float) -> Estimate:
         best = phases.doubted(best, best.pairs[-1])
     if best.error > phases.rtol:
         phases.evaluation.tally.note(
-            f"rtol={phases.rtol:g} not reached, the estimated error is {best.error:.1e}: "
-            f"{phases.reason}" + ("; it may be zero" * (apart > 0.5 or best.error >= 1))
+            f"rtol={phases.rtol:g} was not reached, the estimated error is {best.error:.1e}: "
+            f"{phases.reason}"
+            + (". The true gradient may be zero" * (apart > 0.5 or best.error >= 1))
         )
     ends = [phase for pair in best.pairs for phase in (pair.plus, pair.minus)]
     if best.error <= phases.rtol:  # however far they settled, it was enough

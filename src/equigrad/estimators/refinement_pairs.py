@@ -171,6 +171,6 @@ def relative(one: Params, other: Params) -> float:
     if math.isnan(found) or (math.isinf(found) and any(t.any() for t in other.values())):
         raise SettlingError(
             "the contrast of two phases is not finite: a derivative of a loss is NaN or infinite "
-            "where they settled"
+            "at the params where they ended"
         )
     return found

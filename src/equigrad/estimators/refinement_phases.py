@@ -132,7 +132,8 @@ class RefinedPhases:
         """The answer, with what rounding is worth as the parts of a contrast cancel."""
         cancelled = self.cancelled(pair)
         if cancelled > self.rtol:
-            self.rounds("the contrast to no digit" if cancelled > DIGIT else "no more digits")
+            digit = "no correct digit" if cancelled > DIGIT else "no more correct digits"
+            self.rounds(f"the contrast has {digit}")
             self.obstacle = "cancelled"
         # without a digit, the differences that errors are estimated by have none, either
         error = math.inf if cancelled > DIGIT else answer.error + cancelled
@@ -141,7 +142,7 @@ class RefinedPhases:
     def rounds(self, what: str) -> None:
         """Note that rounding stands in the way."""
         self.obstacle = "rounding"
-        self.reason = f"{self.dtype} resolves {what} here"
+        self.reason = f"in {self.dtype} {what}"
         if self.dtype != torch.float64:
             self.reason += "; use torch.float64"
 
@@ -191,15 +192,15 @@ class RefinedPhases:
                 self.obstacle = "budget"
                 self.reason = (
                     f"the budget of {self.budget} gradient evaluations is spent; raise budget, or "
-                    f"settle with a faster solver"
+                    f"use a faster solver"
                 )
             elif at_floor and (stuck or slow):
-                self.rounds(f"residuals to {phase.residual:.1e}")
+                self.rounds(f"residuals do not fall below {phase.residual:.1e}")
             elif stuck:
                 self.obstacle = "restless"
                 self.reason = (
-                    f"the phase with β = {beta:.2g} does not settle ({phase}): there may be no "
-                    f"equilibrium near, or the solver's step size is too large"
+                    f"the phase with β = {beta:.2g} does not converge ({phase}). There may be no "
+                    f"equilibrium nearby, or the step size of the solver may be too large"
                 )
             if self.obstacle:
                 return state

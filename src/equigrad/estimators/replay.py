@@ -77,9 +77,9 @@ def recorded(solver: Solver, who: str) -> Solver:
     if found is None:
         what = getattr(solver, "optimizer", type(solver)).__name__
         raise ConfigurationError(
-            f"{who} differentiates the solver's steps, and those of {what} are not plain tensor "
-            f"arithmetic; use GradientDescent, TorchOptimizer with {_served()}, or an estimator "
-            f"that asks nothing of the solver"
+            f"{who} differentiates the steps of the solver, but those of {what} are not plain "
+            f"tensor arithmetic. Use GradientDescent, TorchOptimizer with {_served()}, or an "
+            f"estimator that works with any solver"
         )
     return found
 

@@ -28,9 +28,9 @@ class Reptile(ThroughStart):
     """
 
     traits: ClassVar[Traits] = Traits(
-        idea="way of the settled params, φ_0 - φ_T",
+        idea="change of params, φ_0 - φ_T",
         cost="0",
-        error="no gradient of L_out",
+        error="not a gradient of L_out",
         double_backward=False,
         energy=False,
         equilibrium=False,

@@ -70,8 +70,8 @@ class SolveError:
                 f"lower tol; that does not help where the loss has a kink, or no minimum"
             )
         return (
-            f"{who} leaves {self.unsolved:.2g} of ∂L_out/∂φ unsolved, and the gradient is wrong by "
-            f"{much}: {remedy}"
+            f"{who} solved its linear system to a residual of {self.unsolved:.2g} of ∂L_out/∂φ, "
+            f"so the gradient is wrong by {much}: {remedy}"
         )
 
 

@@ -38,13 +38,14 @@ class ThroughStart(Estimator):
         if unseen:
             others = serving(evaluation, lambda t: t.sees_start and not t.needs_start)
             raise ProblemError(
-                f"{who} does not see what meta-parameter {listed(unseen)} acts on, a loss along "
-                f"the way, and would call its gradient zero; use {others}"
+                f"meta-parameter {listed(unseen)} acts on a loss at every step, which {who} "
+                f"leaves out, so its gradient would be zero; use {others}"
             )
         inner = [n for n in evaluation.meta_params if n in evaluation.reaches.loss("inner")]
         if inner:
             evaluation.tally.note(
-                f"{who} leaves out how {listed(inner)} acts through the inner loss"
+                f"the gradient by {who} leaves out the effect of {listed(inner)} through the "
+                f"inner loss"
             )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:

@@ -119,8 +119,9 @@ class StepLevels:
             return
         self.phases.obstacle = "lopsided" if seen.error < 2 else "apart"
         self.phases.reason = (
-            f"the phases at β and -β do not come together as β falls to {beta:.1e}: there may be a "
-            f"kink or a flat direction at the solution, or a symmetry that both losses have"
+            f"the phases at β and -β do not approach each other as β decreases to {beta:.1e}: "
+            f"there may be a kink or a flat direction at the solution, or a common symmetry of "
+            f"both losses"
         )
 
     def first_pair(self) -> Pair:
@@ -181,9 +182,11 @@ class StepLevels:
         rounding = self.phases.rounding(plus, minus)
         if rounding == math.inf:
             self.phases.obstacle = "restless"
-            self.phases.reason = f"the phases at β = ±{beta:.1e} did not react to the nudge"
+            self.phases.reason = f"the phases at β = ±{beta:.1e} did not respond to the nudge"
         elif rounding > self.share:
-            self.phases.rounds(f"the answer to β = {beta:.1e} to a share of {rounding:.1e}")
+            self.phases.rounds(
+                f"the response to β = {beta:.1e} has a relative rounding error of {rounding:.1e}"
+            )
         left = max(s.phase.residual for s in (plus, minus, self.phases.free)) / (
             beta * self.phases.force_size
         )

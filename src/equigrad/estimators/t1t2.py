@@ -39,7 +39,9 @@ class T1T2(Implicit):
         energy=False,
     )
 
-    remedy: ClassVar[str] = "that is what the identity for the inverse Hessian costs; use GMRES()"
+    remedy: ClassVar[str] = (
+        "this is the error of replacing the inverse Hessian by the identity; use GMRES()"
+    )
 
     def solve(self, linear: Linear, pressure: Tensor, notes: list[str]) -> Solution:
         """The right-hand side itself."""

@@ -14,10 +14,11 @@ HEADINGS = (
 )
 
 LEGEND = (
-    "T steps of the free phase; K of a nudged phase, iterations, terms, columns or pairs. Order of "
-    "the error in β, with p points, forward; symmetric; holomorphic. Needs: E an energy, S a "
-    "Hessian, Q an equilibrium, 2 second derivatives. Start: whether θ as the initialisation is "
-    "seen, or needed."
+    "T: steps of the free phase. K: steps of a nudged phase, or iterations, terms, columns or "
+    "pairs. Order: of the error in β with p points, for the forward; symmetric; holomorphic "
+    "scheme. Needs: E an energy, S a symmetric Jacobian (a Hessian), Q convergence to an "
+    "equilibrium, 2 second derivatives. Start: whether the gradient includes the path through the "
+    "initialisation of params (seen), or is that path alone (needed)."
 )
 """The meaning of the letters in the table."""
 

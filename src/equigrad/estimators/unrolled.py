@@ -73,7 +73,7 @@ class Unrolled(Estimator):
     traits: ClassVar[Traits] = Traits(
         idea="reverse mode through the steps",
         cost="2T + 1, replayed 3T + 1",
-        error="vanishes with T",
+        error="vanishes as T → ∞",
         double_backward=True,
         energy=False,
         equilibrium=False,
@@ -98,8 +98,8 @@ class Unrolled(Estimator):
         problem = evaluation.problem
         require(
             self.products != "contrast" or (problem.symmetric and not problem.samples),
-            "products='contrast' are those of one Hessian, which a Bilevel without samples has; "
-            "use products='autograd'",
+            "products='contrast' needs a single Hessian, that of a Bilevel problem with "
+            "samples=False; use products='autograd'",
         )
 
     def estimate(self, evaluation: Evaluation, solver: Solver) -> Estimate:
@@ -132,8 +132,8 @@ class Unrolled(Estimator):
             grads = {name: grad + start[name] for name, grad in grads.items()}
         elif evaluation.reaches.start:
             evaluation.tally.note(
-                f"the start is {free.end_step} steps back, out of reach of "
-                f"truncation={self.truncation}: the path through it is not in the gradient"
+                f"truncation={self.truncation} differentiates fewer than all {free.end_step} "
+                f"steps, so the gradient leaves out the path through the initialisation"
             )
         if contrast is not None:
             evaluation.tally.note(*contrast.notes(grads))

@@ -67,15 +67,18 @@ def gathered(problem: Problem, params: Params, meta_params: Params) -> Given:
     kind = f"{listed([n for n, t in named.items() if mesh_of(t) is not None])}: DTensors"
     learned = {id(m) for m in meta_params.values()}
     if len(found) > 1 or found[0].ndim > 1:
-        raise ProblemError(f"{kind} have to lie on one mesh of one dimension, got {found}")
+        raise ProblemError(
+            f"{kind} must all be on the same one-dimensional device mesh, got {found}"
+        )
     if problem.ranks.group is not None and not modules:
         raise ProblemError(
-            f"{kind} have one loss on all processes, and group= or a data-parallel module says "
-            f"that each has its own; gather them with .full_tensor(), or leave group out"
+            f"{kind} share one loss over all processes, but group= or a data-parallel module says "
+            f"that each process has a loss of its own. Gather them with .full_tensor(), or leave "
+            f"group out"
         )
     if any(p.requires_grad and (not p.is_leaf or id(p) in learned) for p in params.values()):
         raise ProblemError(
-            f"{kind} cannot be the start that is learned: gather params and meta_params with "
+            f"{kind} cannot be a start that is learned. Gather params and meta_params with "
             f".full_tensor()"
         )
     layouts = Layout.of(params, found[0]), Layout.of(meta_params, found[0])
@@ -121,13 +124,13 @@ def check_given(problem: Problem, params: Params, meta_params: Params, tally: Ta
         return
     if problem.ranks.group is not None:
         raise ProblemError(
-            f"params {listed(frozen)} are frozen (requires_grad=False) in their module, of which "
-            f"data-parallel wrappers keep no copies in step: call requires_grad_() on them before "
-            f"the module is wrapped, or leave them out of params"
+            f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
+            f"data-parallel wrappers do not synchronise frozen parameters. Call requires_grad_() "
+            f"on them before the module is wrapped, or leave them out of params"
         )
     tally.note(
-        f"params {listed(frozen)} are frozen (requires_grad=False) in their module, and "
-        f"settle all the same; leave them out of params to keep them"
+        f"params {listed(frozen)} are optimised although they are frozen (requires_grad=False) in "
+        f"their module; leave them out of params to keep them as they are"
     )
 
 
@@ -158,9 +161,9 @@ def agreed_seed(
         if len(set(sizes)) > 1:
             tally.note(
                 f"ranks have mini-batches of {', '.join(map(str, sizes))} examples of "
-                f"{problem.name(stream)}: the mean of each counts alike, and so an example of a "
-                f"small one for more; multiply the loss by its share of all examples, times the "
-                f"number of ranks"
+                f"{problem.name(stream)}. The mean over ranks gives each rank the same weight, so "
+                f"examples of a smaller batch count more. To avoid this, multiply the loss by the "
+                f"rank's share of all examples and by the number of ranks"
             )
     return said[0].seed
 

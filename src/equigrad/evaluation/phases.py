@@ -199,8 +199,9 @@ def no_loss(*asked: Any) -> Any:
         ConfigurationError: always.
     """
     raise ConfigurationError(
-        "this solver compares values of a loss, and dynamics of a learner and a controller have "
-        "none; use Picard(), Anderson() or GradientFlow(), or EnergyInversion()"
+        "this solver compares values of a loss, and the coupled dynamics of a learner and its "
+        "controller have none. Use Picard(), Anderson() or GradientFlow(), or the controller "
+        "EnergyInversion()"
     )
 
 
@@ -227,8 +228,8 @@ def _batches(scene: Scene, solver: Solver, beta: complex) -> int:
     batches = math.lcm(inner, len(scene.batch_steps("outer"))) if beta != 0 else inner
     if batches > 1 and solver.fixed_loss:
         raise ConfigurationError(
-            f"{type(solver).__name__} needs a loss that is the same at every evaluation, and "
-            f"this problem has mini-batches; use GradientDescent or TorchOptimizer"
+            f"{type(solver).__name__} needs the same loss at every evaluation, but this problem "
+            f"has mini-batches. Use GradientDescent or TorchOptimizer"
         )
     return batches
 

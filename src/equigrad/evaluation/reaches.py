@@ -16,9 +16,9 @@ from equigrad.solvers.schedules import Schedule, asked
 from equigrad.wording import listed
 
 NO_STEP_SIZE = (
-    "where a learner settles does not depend on the step size it gets there by, so give the solver "
-    "a number that settles fast, and learn what moves the settled params: the strength or the "
-    "centre of a regulariser, weights of losses or samples, parts of the model"
+    "the solution of the inner problem does not depend on the step size of the solver, so use a "
+    "constant that converges fast, and learn what changes the solution, such as the strength or "
+    "the centre of a regulariser, weights of losses or samples, or parts of the model"
 )
 """Why a learning rate has no meta-gradient, and what does, as part of a sentence."""
 
@@ -115,20 +115,20 @@ def _check_seen(found: Reaches, problem: Problem, start: Start) -> None:
     same = [name for name in unseen if id(start.meta_params[name]) in given]
     if same:
         raise ProblemError(
-            f"meta-parameter {listed(same)} is what params start from, but does not require a "
-            f"gradient: call requires_grad_() on it to have its derivative through the start"
+            f"meta-parameter {listed(same)} is also the initial value of params, but does not "
+            f"require a gradient. Call requires_grad_() on it to learn the initialisation"
         )
     if unseen:
         raise ProblemError(
-            f"meta-parameter {listed(unseen)} has no path to {problem.name('inner')} or "
-            f"outer_loss, so its meta-gradient cannot be told from zero. Use it (.detach(), "
-            f".item() and torch.no_grad() cut a path), or leave it out. (If it is the "
-            f"initialisation of params: pass params that are computed from meta_params, "
-            f"with their graph; or make it the centre of a proximal term, as in "
-            f"equigrad.nn.ComplexSynapse(learn=('center',)), since what has settled has "
-            f"forgotten where it started. If it is a learning rate or another setting of the "
-            f"solver: {NO_STEP_SIZE}; or hand the solver a function of it, as in "
-            f"docs/learned-rates.md.)"
+            f"neither {problem.name('inner')} nor outer_loss depends on meta-parameter "
+            f"{listed(unseen)}, so its meta-gradient would always be zero. Use it in one of them "
+            f"(.detach(), .item() and torch.no_grad() hide a dependence), or leave it out. (If it "
+            f"is the initialisation of params, pass params that are computed from meta_params, "
+            f"with their graph, or make it the centre of a proximal term, as in "
+            f"equigrad.nn.ComplexSynapse(learn=('center',)), because a converged solution does "
+            f"not depend on its initialisation. If it is a learning rate or another setting of "
+            f"the solver: {NO_STEP_SIZE}; or make that setting of the solver a function of it, as "
+            f"in docs/learned-rates.md.)"
         )
 
 
@@ -147,7 +147,7 @@ class _Trial:
         said = self._ranks.gathered((reached, moved))
         idle = sorted(set(params).difference(*(moved for _, moved in said)))
         if idle:
-            self._tally.note(f"no loss depends on params {listed(idle)}")
+            self._tally.note(f"neither loss depends on params {listed(idle)}")
         return {
             stream: [n for n in self._meta if any(n in theirs[stream] for theirs, _ in said)]
             for stream in reached
@@ -181,9 +181,9 @@ class _Trial:
         moves = {name for name, r in zip(params, reached, strict=False) if r}
         if not moves:
             raise ProblemError(
-                f"{self._problem.name(stream)} does not depend on params: no gradient reaches "
-                f"any of {listed(params)}. Compute it from the params that it is handed, "
-                f"for example with equigrad.nn.Functional(module)"
+                f"{self._problem.name(stream)} does not depend on any of params {listed(params)}. "
+                f"Compute it from the params that it is called with, for example by "
+                f"equigrad.nn.Functional(module)"
             )
         there = zip(self._meta, reached[len(params) :], strict=True)
         return moves, {name for name, r in there if r}
@@ -204,13 +204,13 @@ class _Trial:
             probe = self._probe(stream, params, 0)
         except KeyError as error:
             raise ProblemError(
-                f"{name} asked for {error}, which is not there: params has "
+                f"{name} uses the name {error}, which does not exist: params has "
                 f"{listed(params)}, meta_params has {listed(self._meta)}"
             ) from error
         if not probe.requires_grad:
             raise ProblemError(
-                f"{name} returned a value without a gradient: it does not depend on params, "
-                f"or detaches them (.item(), .detach(), torch.no_grad())"
+                f"{name} returned a tensor that does not require a gradient. Compute it from the "
+                f"params that it is called with, without .item(), .detach() or torch.no_grad()"
             )
         return probe
 

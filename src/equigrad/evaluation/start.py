@@ -80,9 +80,9 @@ class Start:
                 )
             except RuntimeError as error:
                 raise ProblemError(
-                    f"params were computed from meta_params by a graph that can no longer be used "
-                    f"({str(error).splitlines()[0]}). Compute them anew for every call, or detach "
-                    f"them"
+                    f"params are computed from meta_params, and the graph of that computation has "
+                    f"already been freed ({str(error).splitlines()[0]}). Compute params anew for "
+                    f"every call, or detach them"
                 ) from error
             found.update(zip(inputs, grads, strict=True))
         return found

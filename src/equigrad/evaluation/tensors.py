@@ -24,11 +24,11 @@ def check_tensors(what: str, tensors: object) -> None:
     """
     if not isinstance(tensors, Mapping):
         raise ProblemError(
-            f"{what} must map names to tensors, as dict(module.named_parameters()) does, "
-            f"got {type(tensors).__name__}"
+            f"{what} must be a dictionary from names to tensors, such as "
+            f"dict(module.named_parameters()), got {type(tensors).__name__}"
         )
     if not tensors:
-        raise ProblemError(f"{what} is empty: there is nothing to settle or to learn")
+        raise ProblemError(f"{what} is empty; pass at least one tensor")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"{what}[{name!r}] must be a tensor, got {type(tensor).__name__}")
@@ -47,11 +47,11 @@ def check_samples(params: Params) -> None:
     if None in counts.values() or len({*counts.values()}) > 1:
         shapes = ", ".join(f"{name!r} {tuple(p.shape)}" for name, p in params.items())
         raise ProblemError(
-            f"with samples=True the first dimension of all params is that of the samples, and "
-            f"theirs are {shapes}"
+            f"with samples=True the first dimension of all params is the number of samples, so it "
+            f"must be the same for all; the shapes are {shapes}"
         )
     if 0 in counts.values():
-        raise ProblemError(f"params {listed(params)} hold no samples; leave out empty batches")
+        raise ProblemError(f"params {listed(params)} have 0 samples; leave out empty batches")
 
 
 def like(beta: complex, tensors: Params) -> dict[str, Tensor]:

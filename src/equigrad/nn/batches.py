@@ -25,8 +25,8 @@ def reading(network: nn.Module, x: Tensor) -> Iterator[None]:
     except (RuntimeError, IndexError) as error:
         weights = next(network.parameters()).dtype
         raise ProblemError(
-            f"{type(network).__name__}, whose weights are {weights}, cannot read x of "
-            f"{x.dtype} in the shape {tuple(x.shape)}, samples first: {first_line(error)}"
+            f"{type(network).__name__}, which has weights of {weights}, cannot process x of "
+            f"{x.dtype} with shape {tuple(x.shape)} (samples first): {first_line(error)}"
         ) from error
 
 
@@ -76,8 +76,8 @@ def labelling(labels: Tensor, outputs: Tensor) -> Iterator[None]:
     except (RuntimeError, IndexError, ValueError) as error:
         range_of = f" from {labels.min()} to {labels.max()}" if labels.numel() else ""
         raise ProblemError(
-            f"targets of {len(outputs)} samples must be as many classes, whole numbers "
-            f"(torch.long) from 0 to {outputs.shape[-1] - 1}; got {labels.dtype} in the shape "
+            f"targets must be a class for each of the {len(outputs)} samples, a whole number "
+            f"(torch.long) from 0 to {outputs.shape[-1] - 1}; got {labels.dtype} of shape "
             f"{tuple(labels.shape)}{range_of}"
         ) from error
 

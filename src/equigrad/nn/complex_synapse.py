@@ -66,11 +66,13 @@ class ComplexSynapse(Functional):
         super().__init__(model)
         if not learn or set(learn) - {"strength", "center"}:
             raise ConfigurationError(
-                f"learn must name 'strength', 'center' or both, got {tuple(learn)}"
+                f"learn must contain 'strength', 'center' or both, got {tuple(learn)}"
             )
         expect(Literal["projection", "log"], positivity=positivity)
         if isinstance(center, str) and center != "init":
-            raise ConfigurationError(f"center must be numbers or 'init', got {center!r}")
+            raise ConfigurationError(
+                f"center must be a number, a dictionary of tensors, or 'init', got {center!r}"
+            )
         self.learn = tuple(learn)
         self.positivity = positivity
         self._log = positivity == "log" and "strength" in self.learn
@@ -163,7 +165,7 @@ class ComplexSynapse(Functional):
             return meta_params[name]
         except KeyError:
             raise ProblemError(
-                f"meta_params lack {name!r}; take them from synapse.meta_params()"
+                f"meta_params has no {name!r}; start from synapse.meta_params()"
             ) from None
 
     def _spread(self, what: str, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
@@ -172,7 +174,8 @@ class ComplexSynapse(Functional):
             return {name: torch.full_like(p, value) for name, p in self._initial.items()}
         if value.keys() != self._initial.keys():
             raise ProblemError(
-                f"{what} names {sorted(value)}, the module's weights are {sorted(self._initial)}"
+                f"{what} has entries for {sorted(value)}, but the module's weights are "
+                f"{sorted(self._initial)}"
             )
         spread = {}
         for name, p in self._initial.items():
@@ -183,8 +186,8 @@ class ComplexSynapse(Functional):
                 shapes.add(torch.Size([1 if own == 1 else size for own, size in sizes]))
             if tensor.ndim and tensor.shape not in shapes:
                 raise ProblemError(
-                    f"{what}[{name!r}] has shape {tuple(tensor.shape)}, "
-                    f"the weight has {tuple(p.shape)}"
+                    f"{what}[{name!r}] has shape {tuple(tensor.shape)}, but the weight has shape "
+                    f"{tuple(p.shape)}"
                 )
             spread[name] = (tensor if tensor.ndim else tensor.expand(p.shape)).clone()
         return spread

@@ -101,8 +101,8 @@ class Call:
         shapes, found = _shapes(params), _shapes(named)
         if shapes != found:
             raise ProblemError(
-                f"{type(self.cell).__name__} must return h as it starts, {shapes}, and returned "
-                f"{found}; give another start, or mend the cell"
+                f"{type(self.cell).__name__} must return h with the shapes of its start, "
+                f"{shapes}, but returned {found}. Change the start or the cell"
             )
         return named
 
@@ -146,12 +146,14 @@ def _named(h: State) -> dict[str, Tensor]:
     parts = list(named.values())
     if not parts or not all(isinstance(p, Tensor) and p.ndim for p in parts):
         raise ProblemError(
-            f"h must be a tensor whose first dimension is one of samples, or a tuple or dictionary "
+            f"h must be a tensor whose first dimension counts samples, or a tuple or dictionary "
             f"of such tensors, got {type(h).__name__}"
             + (f" of {', '.join(type(p).__name__ for p in parts)}" if parts else "")
         )
     if len({len(p) for p in parts}) > 1:
-        raise ProblemError(f"all tensors of h must have equally many samples, got {_shapes(named)}")
+        raise ProblemError(
+            f"all tensors of h must have the same number of samples, got {_shapes(named)}"
+        )
     return named
 
 
@@ -171,7 +173,7 @@ def _check_finite(what: str, x: Tensor) -> None:
     if not finite.all():
         bad = torch.nonzero(~finite.reshape(len(x), -1).all(1)).flatten() if x.ndim else []
         where = f" in {numbered([int(i) for i in bad])} of {len(x)}" if x.ndim else ""
-        raise ProblemError(f"{what} holds NaN or infinite values{where}; mend the data")
+        raise ProblemError(f"{what} holds NaN or infinite values{where}; check the data")
 
 
 class _Method(nn.Module):

@@ -32,10 +32,10 @@ Unsettled = Literal["warn", "raise", "ignore"]
 
 OF_A_CELL = Caller(
     moves=False,
-    held="Hold every parameter of the cell once",
+    held="Register each parameter of the cell only once",
     changing=(
-        "The cell is another map at every step of the solver: keep what changes in buffers, which "
-        "all steps of a pass see as they were"
+        "The cell changes from one step of the solver to the next: keep what it changes in "
+        "buffers, which are the same for all steps of a pass"
     ),
     state="outside of the cell",
 )
@@ -123,8 +123,8 @@ class EquilibriumLayer(nn.Module):
         expect(Unsettled, unsettled=unsettled)
         if self.solver.fixed_loss:
             raise ConfigurationError(
-                f"{type(self.solver).__name__} looks at values of a loss, and a cell has none; "
-                f"use Anderson(), Broyden(), Picard() or GradientFlow()"
+                f"{type(self.solver).__name__} compares values of a loss, but a cell has no loss. "
+                f"Use Anderson(), Broyden(), Picard() or GradientFlow()"
             )
         _check_serves(self.estimator, cell)
         self.cell = cell
@@ -175,8 +175,8 @@ class EquilibriumLayer(nn.Module):
             return begin(*inputs)
         if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
             raise ProblemError(
-                "h starts at zeros like the first input, and that is no tensor of floating-point "
-                "numbers; give start=, or the cell a method start(*inputs)"
+                "h starts at zeros with the shape of the first input, but that is not a "
+                "floating-point tensor. Give start=, or give the cell a method start(*inputs)"
             )
         weight = next((p for p in self.cell.parameters() if p.is_floating_point()), inputs[0])
         return torch.zeros_like(inputs[0], dtype=weight.dtype)
@@ -224,8 +224,8 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
     kind, who = kind_of(cell), type(cell).__name__
     if kind is EnergyBased and not hasattr(cell, "activation"):
         raise ConfigurationError(
-            f"{who} has a primitive function but no activation: give it the elementwise function "
-            f"ρ of h = ρ(∂Φ/∂h), for example activation = staticmethod(torch.tanh)"
+            f"{who} has a method primitive but no activation. Give it the elementwise function ρ "
+            f"of h = ρ(∂Φ/∂h), for example activation = staticmethod(torch.tanh)"
         )
     names = " or ".join(f"{e.__name__}()" for e in ESTIMATORS if _serves(e.traits, kind))
     if _serves(estimator.traits, kind):
@@ -233,11 +233,11 @@ def _check_serves(estimator: Estimator, cell: nn.Module) -> None:
     if estimator.traits.minimum:
         why = KNOWN_BY_ITS_COTANGENT.format(who="a layer", cotangent="∂L/∂h*", state="h*")
     elif not estimator.traits.equilibrium:
-        why = "looks at the steps of a settling, and a layer keeps where it ended alone"
+        why = "needs the steps of the solver, but a layer keeps only where they ended"
     elif kind is FixedPoint and not estimator.traits.symmetric:
-        why = f"needs an energy, and {who} declares none by a method primitive(h, *inputs)"
+        why = f"needs an energy, but {who} has no method primitive(h, *inputs) that declares one"
     else:
-        why = f"needs a Hessian, and ∂f/∂h of {who} is none"
+        why = f"needs a Hessian, but ∂f/∂h of {who} is not symmetric"
     raise ConfigurationError(f"{type(estimator).__name__} {why}; use {names}")
 
 

@@ -80,13 +80,14 @@ class EquilibriumNetwork(SettlingByMap):
                 shape = self.recurrent(torch.zeros_like(h), h).shape
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
             raise ProblemError(
-                f"recurrent is called as recurrent(h, e(x)), both in the shape of what input makes "
-                f"of x, {tuple(h.shape[1:])} a sample: {first_line(error)}"
+                f"recurrent is called as recurrent(h, e(x)), where both have the shape that input "
+                f"returns, {tuple(h.shape[1:])} for each sample, and it failed: "
+                f"{first_line(error)}"
             ) from error
         if shape != h.shape:
             raise ProblemError(
-                f"recurrent must return h in its shape, {tuple(h.shape[1:])} a sample, got "
-                f"{tuple(shape[1:])}"
+                f"recurrent must return h with its shape, {tuple(h.shape[1:])} for each sample, "
+                f"got {tuple(shape[1:])}"
             )
         self._fits = h.shape[1:]
 

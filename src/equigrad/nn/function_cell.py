@@ -85,9 +85,9 @@ class FunctionCell(nn.Module):
         used = {id(module) for module in _modules(twin.function, {})}
         if not used.issuperset(id(module) for module, _ in twin._lenders):
             raise ConfigurationError(
-                f"{self.extra_repr()} cannot be copied: Python copies no function, and the copy "
-                f"would go on with the weights of the original. Write the cell as an nn.Module, or "
-                f"as a method of one"
+                f"{self.extra_repr()} cannot be copied, because Python does not copy functions: "
+                f"the copy would use the weights of the original. Write the cell as an nn.Module, "
+                f"or as a method of one"
             )
         return twin
 
@@ -143,9 +143,9 @@ class FunctionCell(nn.Module):
                 if (hidden := getattr(node, "variable", None)) is not None:
                     raise ProblemError(
                         f"{self.extra_repr()} uses a tensor of shape {tuple(hidden.shape)} that "
-                        f"requires a gradient and would get none: it is no weight of a module that "
-                        f"is found in the function. Hand it over as an input, layer(x, tensor); "
-                        f"let a module hold it; or detach() it"
+                        f"requires a gradient but would get none, because it is not a weight of a "
+                        f"module that the function uses. Pass it as an input, layer(x, tensor), "
+                        f"make it a parameter of a module, or detach() it"
                     )
             seen |= nodes
             nodes = {after for node in nodes for after, _ in node.next_functions if after}
@@ -180,8 +180,8 @@ def _parts(value: Any) -> list[Any]:
             around = inspect.getclosurevars(value)
         except ValueError as error:  # an empty cell
             raise ConfigurationError(
-                f"{value.__qualname__} uses a variable that has no value yet, so that its weights "
-                f"cannot be found; make the layer after it"
+                f"{value.__qualname__} uses a variable that has no value yet, so its weights "
+                f"cannot be found. Make the layer after that variable is set"
             ) from error
         near = [found for found in around.globals.values() if _near(found, value)]
         return [*around.nonlocals.values(), *near]

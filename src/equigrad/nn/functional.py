@@ -98,8 +98,8 @@ class Functional:
         except KeyError:
             missing = [name for name in self._initial if name not in params]
             raise ProblemError(
-                f"params lack {', '.join(map(repr, missing))}; this module's are "
-                f"{', '.join(map(repr, self._initial))}"
+                f"params has no {', '.join(map(repr, missing))}; the parameters of this module "
+                f"are {', '.join(map(repr, self._initial))}"
             ) from None
         known = len(tensors) == len(self._bound) and all(map(_same, tensors, self._bound))
         if known and not self._holds:
@@ -107,8 +107,8 @@ class Functional:
         for (name, initial), tensor in zip(self._initial.items(), tensors, strict=True):
             if tensor.shape != initial.shape:
                 raise ProblemError(
-                    f"params[{name!r}] has shape {tuple(tensor.shape)}, "
-                    f"the module's has {tuple(initial.shape)}"
+                    f"params[{name!r}] has shape {tuple(tensor.shape)}, but the parameter of the "
+                    f"module has shape {tuple(initial.shape)}"
                 )
         for name, owner, local in self._places:
             owner[local] = params[name]

@@ -43,8 +43,8 @@ def coactivity(connection: nn.Module, before: Tensor, after: Tensor) -> dict[str
     weighted = [i for i, (_, part) in enumerate(parts) if [*part.parameters()]]
     if len(weighted) != 1:
         raise ConfigurationError(
-            f"a Hebbian product needs connections with one Linear or Conv2d each, and this has "
-            f"{len(weighted)} parts with weights: {connection}"
+            f"a Hebbian product needs connections with exactly one Linear or Conv2d each, but "
+            f"this one has {len(weighted)} parts with weights: {connection}"
         )
     (at,) = weighted
     with torch.no_grad():
@@ -122,7 +122,7 @@ def _tiles(part: nn.AvgPool2d) -> bool:
 
 def _unknown(part: nn.Module) -> ConfigurationError:
     return ConfigurationError(
-        f"there is no Hebbian product through {part}; use Linear, Conv2d without groups and with "
-        f"zero padding in numbers (neither a subclass), Flatten, MaxPool2d, or AvgPool2d without "
-        f"padding, ceil_mode and divisor_override whose stride is its kernel's size"
+        f"Hebbian products do not support {part}. They support Linear and Conv2d without groups "
+        f"and with numeric zero padding (but not subclasses), Flatten, MaxPool2d, and AvgPool2d "
+        f"whose stride is its kernel size, without padding, ceil_mode or divisor_override"
     )

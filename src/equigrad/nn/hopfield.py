@@ -90,8 +90,8 @@ class Hopfield(nn.Module):
         least = 1 if readout == "squared error" else 2
         if len(connections) < least:
             raise ConfigurationError(
-                f"a {readout} readout needs at least {least} connections, got {len(connections)}: "
-                f"there would be no neurons to settle"
+                f"a {readout} readout needs at least {least} connections, got {len(connections)}, "
+                f"which leaves no neurons to settle"
             )
         for i, connection in enumerate(connections):
             if not isinstance(connection, nn.Module):
@@ -100,8 +100,8 @@ class Hopfield(nn.Module):
                 )
             if any(True for _ in connection.buffers()):
                 raise ConfigurationError(
-                    f"connection {i} has buffers, as batch normalisation has, whose samples depend "
-                    f"on each other; leave it out"
+                    f"connection {i} has buffers, as batch normalisation does, which makes "
+                    f"samples depend on each other; leave it out"
                 )
         self.connections = nn.ModuleList(connections)
         self.readout = readout
@@ -125,7 +125,7 @@ class Hopfield(nn.Module):
             ConfigurationError: a size < 1, or no layer at all.
         """
         expect(tuple[Count, ...], sizes=sizes)
-        require(len(sizes) > 1, f"sizes must be two or more, got {sizes}")
+        require(len(sizes) > 1, f"sizes must have at least two entries, got {sizes}")
         return cls([nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes)], **options)
 
     @property

@@ -54,10 +54,9 @@ class LearnedFeedback(nn.Module):
         plain = (usual or type(layer) is nn.Linear) and "weight" in layer._parameters
         if not plain:
             raise ConfigurationError(
-                f"learned feedback is there for nn.Linear, and nn.Conv2d with zero padding in "
-                f"numbers; got {layer}, of {type(layer).__name__}: a subclass may compute "
-                f"something else, and a weight that is computed (weight normalisation) is none "
-                f"to learn"
+                f"learned feedback supports nn.Linear, and nn.Conv2d with numeric zero padding, "
+                f"but not their subclasses or computed weights (weight normalisation); got "
+                f"{layer} of type {type(layer).__name__}"
             )
         self.weight, self.bias = layer.weight, layer.bias
         twin = copied(layer)

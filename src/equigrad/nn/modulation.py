@@ -43,8 +43,8 @@ class Modulation(Functional):
         fast = {name for name in everything if name.startswith(f"{head}.")}
         if not fast:
             raise ProblemError(
-                f"{type(model).__name__} has no head {head!r} with parameters; name one of its "
-                f"submodules"
+                f"{type(model).__name__} has no submodule {head!r} with parameters; set head to "
+                f"the name of one of its submodules"
             )
         gains = {
             f"{path}.{name}".lstrip(".")
@@ -60,8 +60,8 @@ class Modulation(Functional):
         self._fast = fast | gains
         if self._fast == everything:
             raise ProblemError(
-                f"every parameter of {type(model).__name__} is a gain, a shift or of the head "
-                f"{head!r}: nothing is left to meta-learn"
+                f"every parameter of {type(model).__name__} is a gain, a shift or in the head "
+                f"{head!r}, so nothing is left to meta-learn"
             )
 
     def params(self) -> dict[str, Tensor]:

@@ -132,8 +132,8 @@ def conv4(
     expect(Count, filters=filters, side=side)
     require(
         side >= 16 or not pooling,
-        f"the side of an image must be at least 16, got {side}; without pooling smaller ones "
-        f"serve, too",
+        f"the side of an image must be at least 16 with pooling, got {side}; use larger images, "
+        f"or pooling=False",
     )
     layers: list[Module] = []
     for inputs in (channels, filters, filters, filters):

@@ -73,8 +73,8 @@ def refuse_buffers(name: str, part: nn.Module) -> None:
     """Raise a `ConfigurationError` if a part has buffers, as one that mixes samples does."""
     if any(True for _ in part.buffers()):
         raise ConfigurationError(
-            f"{name} has buffers, as batch normalisation has, whose samples depend on each other; "
-            f"take nn.LayerNorm or nn.GroupNorm, or leave it out"
+            f"{name} has buffers, as batch normalisation does, which makes samples depend on each "
+            f"other; use nn.LayerNorm or nn.GroupNorm, or leave it out"
         )
 
 
@@ -124,8 +124,8 @@ class Relaxing(SettlingByMap):
         super().__init__(outer_loss)
         if not isinstance(model, nn.Sequential):
             raise ConfigurationError(
-                f"model must be a torch.nn.Sequential, got {type(model).__name__}; its layers "
-                f"relax one by one"
+                f"model must be a torch.nn.Sequential, whose layers settle one after the other, "
+                f"got {type(model).__name__}"
             )
         refuse_buffers("model", model)
         blocks: list[nn.Sequential] = []
@@ -136,14 +136,16 @@ class Relaxing(SettlingByMap):
                 blocks.append(nn.Sequential(*layers))
                 layers = []
         if not blocks:
-            raise ConfigurationError("model has no layer with weights, and nothing to learn")
+            raise ConfigurationError(
+                "model has no layer with weights, so there is nothing to learn"
+            )
         blocks[-1].extend(layers)
         self.blocks = nn.ModuleList(blocks)
         self._settles({str(i): f"blocks.{i}" for i in range(len(blocks))}, str(len(blocks) - 1))
         for name in feedback or {}:
             if name not in self._paths:
                 raise ConfigurationError(
-                    f"feedback is given for {name!r}, and the states are "
+                    f"feedback has an entry for {name!r}, which is not one of the states: "
                     f"{', '.join(map(repr, self._paths))}"
                 )
         if feedback:

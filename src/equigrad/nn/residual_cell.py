@@ -35,8 +35,8 @@ class ResidualCell(nn.Module):
         expect(NotNegative, deviation=deviation)
         require(
             channels % groups == 0,
-            f"channels must be a multiple of the {groups} groups that are normalised together, "
-            f"got {channels}",
+            f"channels must be a multiple of the {groups} groups of its group normalisation, got "
+            f"{channels}",
         )
         self.one = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.two = nn.Conv2d(channels, channels, 3, padding=1, bias=False)

@@ -128,8 +128,8 @@ def convolutional_hopfield_network(
     left = height >> len(hidden), width >> len(hidden)
     if not min(left):
         raise ConfigurationError(
-            f"{len(hidden)} hidden layers, each half as high and wide as the one before, leave "
-            f"nothing of an image of {height} x {width}; take fewer"
+            f"an image of {height} x {width} is too small for {len(hidden)} hidden layers, each "
+            f"of which halves height and width; use fewer layers"
         )
     layers: list[Module] = [
         Sequential(Conv2d(before, maps, 3, padding=1), MaxPool2d(2))
@@ -147,6 +147,6 @@ def single(hidden: Sequence[int]) -> int:
     """
     if len(hidden) != 1:
         raise ConfigurationError(
-            f"this network has one hidden layer, got hidden widths {tuple(hidden)}"
+            f"this network has a single hidden layer, got hidden widths {tuple(hidden)}"
         )
     return hidden[0]

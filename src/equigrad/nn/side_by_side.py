@@ -66,9 +66,9 @@ class SideBySide:
         self.batching = batching
         if batching.startswith("grouped") and self._layers is None:
             raise ConfigurationError(
-                f"batching={batching!r} serves a Sequential of convolutions, linear layers, batch "
-                f"normalisation, pooling and activations, and {type(model).__name__} is something "
-                f"else; use batching='vmap', 'loop' or 'auto'"
+                f"batching={batching!r} supports only a Sequential of convolutions, linear "
+                f"layers, batch normalisation, pooling and activations, and "
+                f"{type(model).__name__} is not one; use batching='vmap', 'loop' or 'auto'"
             )
         self._chosen: dict[object, Callable[[Params, Tensor], Tensor]] = {}
 
@@ -113,15 +113,18 @@ class SideBySide:
     def _stacked(self, name: str, params: Params, tasks: int) -> Tensor:
         shape = self._shapes[name]
         if name not in params:
-            raise ProblemError(f"params lack {name!r}; this module's are {', '.join(self._shapes)}")
+            raise ProblemError(
+                f"params has no {name!r}; the parameters of this module are "
+                f"{', '.join(self._shapes)}"
+            )
         given = params[name]
         if given.shape == shape:
             return given.expand(tasks, *shape)
         if given.shape == (tasks, *shape):
             return given
         raise ProblemError(
-            f"params[{name!r}] has shape {tuple(given.shape)}, expected {tuple(shape)} for all "
-            f"tasks or {(tasks, *shape)} for {tasks} of them"
+            f"params[{name!r}] must have shape {tuple(shape)} for all tasks, or {(tasks, *shape)} "
+            f"for {tasks} of them, got {tuple(given.shape)}"
         )
 
     def _compute(
@@ -270,8 +273,8 @@ def _channels_last(x: Tensor) -> bool:
 def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
     if x.ndim != 2:
         raise ConfigurationError(
-            f"batching='grouped' serves linear layers of n × features, and this one is handed "
-            f"{x.ndim - 2} dimensions more; use batching='vmap' or 'loop'"
+            f"batching='grouped' supports linear layers whose input has the shape n × features, "
+            f"but the input of this one has {x.ndim} dimensions; use batching='vmap' or 'loop'"
         )
     apart = x.reshape(len(x), tasks, -1).transpose(0, 1)
     weight = own["weight"].transpose(1, 2)

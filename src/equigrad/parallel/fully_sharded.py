@@ -41,20 +41,21 @@ def _refuse_policies(part: nn.Module, group: Any) -> None:
     mesh, name = group.mesh_info.mesh, type(part).__name__
     if mesh.ndim > 1:
         raise ProblemError(
-            f"{name} lies on a mesh of {mesh.ndim} dimensions, {mesh}: fully_shard it over a mesh "
-            f"of one dimension"
+            f"{name} is sharded over a mesh of {mesh.ndim} dimensions, {mesh}; call fully_shard "
+            f"with a one-dimensional mesh"
         )
     policy = group.mp_policy
     kinds = [policy.param_dtype, policy.reduce_dtype, policy.output_dtype]
     if any(kind is not None for kind in kinds):
         raise ProblemError(
-            f"{name} has {policy}, and would compute with whole parameters in their own dtype "
-            f"here: fully_shard it without mp_policy, and call equigrad under torch.autocast"
+            f"{name} has {policy}, which would be ignored, because equigrad computes with whole "
+            f"parameters in their own dtype. Call fully_shard without mp_policy, and call "
+            f"equigrad under torch.autocast"
         )
     if "CPU" in type(group.offload_policy).__name__:
         raise ProblemError(
-            f"{name} keeps its shards on the CPU (CPUOffloadPolicy), and would compute with whole "
-            f"parameters there: fully_shard it without offload_policy"
+            f"{name} keeps its shards on the CPU (CPUOffloadPolicy), so equigrad would compute "
+            f"there with whole parameters. Call fully_shard without offload_policy"
         )
 
 

@@ -70,17 +70,19 @@ def require_alike(said: list[Likeness]) -> None:
 def _said(what: str, name: str, rank: int, here: Any, there: Any) -> str:
     if what == "batches":
         return (
-            f"rank 0 has {here} mini-batches of {name}, and rank {rank} has {there}: give every "
-            f"rank as many (a DistributedSampler does, with drop_last=True)"
+            f"rank 0 has {here} mini-batches of {name}, but rank {rank} has {there}. Give every "
+            f"rank the same number, for example by a DistributedSampler with drop_last=True"
         )
-    what = "what modules hold," if what == "constants" else what
+    what = "module tensor" if what == "constants" else what
     if here is None or there is None:
-        return f"{what} {name!r} is on rank {rank if here is None else 0} alone of the two"
+        has, lacks = (rank, 0) if here is None else (0, rank)
+        return f"{what} {name!r} exists on rank {has}, but not on rank {lacks}"
     if here[:2] != there[:2]:
-        return f"{what} {name!r} has {_kind(here)} on rank 0, and {_kind(there)} on rank {rank}"
+        return f"{what} {name!r} has {_kind(here)} on rank 0, but {_kind(there)} on rank {rank}"
     return (
-        f"{what} {name!r} differs between rank 0 and rank {rank}: all have to start alike. Seed "
-        f"torch alike before it is made, load it, or send it around by torch.distributed.broadcast"
+        f"{what} {name!r} differs between rank 0 and rank {rank}, but all ranks must start with "
+        f"the same values. Use the same seed on all ranks before it is made, load it from a file, "
+        f"or send it from one rank to all by torch.distributed.broadcast"
     )
 
 

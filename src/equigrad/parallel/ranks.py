@@ -126,7 +126,7 @@ class Ranks:
                 if error is not None:
                     raise error
         if stamps != self.size * (stamp % STAMPS):
-            raise RunError(f"{self._who} evaluates {name} while others do not. {OUT_OF_STEP}")
+            raise RunError(f"{self._who} evaluates {name} while other ranks do not. {OUT_OF_STEP}")
         if not (unfinite and self.unfinite):  # keep the first: NaN soon spreads to all ranks
             self.unfinite[:] = [rank for rank in range(self.size) if unfinite >> rank & 1]
         return (total / self.size).to(mine.dtype)
@@ -181,8 +181,8 @@ class Ranks:
             for name, value in theirs.items():
                 if value != said[0][name]:
                     raise ConfigurationError(
-                        f"{name} is {said[0][name]} on rank 0, and {value} on rank {rank}: hand "
-                        f"the same one over on every rank"
+                        f"{name} is {said[0][name]} on rank 0, but {value} on rank {rank}; pass "
+                        f"the same value on every rank"
                     )
 
     def averaged(self, tensors: Params) -> dict[str, Tensor]:
@@ -209,15 +209,15 @@ class Ranks:
         except RuntimeError as error:  # the base class of torch.distributed's errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
-                f"{self._who} no longer reaches the others ({reason}). One of them failed, was "
-                f"killed, took longer than the timeout of the process group, or does something "
-                f"else: its own output says more. {OUT_OF_STEP}"
+                f"{self._who} cannot reach the other ranks ({reason}). One of them failed, was "
+                f"killed, took longer than the timeout of the process group, or made another "
+                f"call; its own output may say more. {OUT_OF_STEP}"
             ) from error
 
 
 OUT_OF_STEP = (
-    "All ranks have to make the same calls in the same order, with the same solver and estimator, "
-    "on machines and with OMP_NUM_THREADS alike"
+    "All ranks must make the same calls in the same order, with the same solver and estimator, "
+    "on machines of the same kind and with the same OMP_NUM_THREADS"
 )
 """The condition for ranks to stay in step, as a sentence."""
 

@@ -47,13 +47,13 @@ def data_parallel(module: nn.Module) -> list[Any]:
     sharded = [p for p in module.modules() if is_fully_sharded(p)]
     if found and sharded:
         raise ProblemError(
-            f"{type(found[0]).__name__} is around or beside a module of fully_shard: both average "
-            f"over processes. Wrap it once"
+            f"{type(found[0]).__name__} and fully_shard are used in the same module, but both "
+            f"average over processes. Use only one of them"
         )
     for part in found:
         if any(inner is not part and inner in found for inner in part.modules()):
             raise ProblemError(
-                f"{type(part).__name__} is around another {type(part).__name__}: the module was "
+                f"{type(part).__name__} contains another {type(part).__name__}, so the module was "
                 f"wrapped twice. Wrap it once"
             )
     return found + sharded
@@ -73,8 +73,8 @@ def group_of(given: Any, wrapped: Iterable[Any]) -> Any:
     ranks = {tuple(dist.get_process_group_ranks(group)) for group in groups}
     if len(ranks) > 1:
         raise ProblemError(
-            f"the problem belongs to different groups of processes, {sorted(map(list, ranks))}: "
-            f"wrap all modules for the group that is handed over as group="
+            f"modules and group= belong to different groups of processes, "
+            f"{sorted(map(list, ranks))}. Wrap all modules with the group that is passed as group="
         )
     return groups[0] if groups and len(ranks.pop()) > 1 else None
 

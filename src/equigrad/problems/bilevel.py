@@ -81,7 +81,8 @@ class Bilevel(Problem):
     group: Annotated[
         Any,
         Rule(
-            "torch.distributed.group.WORLD, another group that this process is in, or None",
+            "torch.distributed.group.WORLD, another process group that includes this process, or "
+            "None",
             lambda group: group is None or is_group(group),
         ),
     ] = None

@@ -13,7 +13,9 @@ from equigrad.problems.problem import Loss, Part, Problem
 from equigrad.problems.pullback import Params, Velocity, slope
 from equigrad.randomness import Stream
 
-Activation = Annotated[Callable[[Tensor], Tensor], Rule("of each element, such as torch.tanh")]
+Activation = Annotated[
+    Callable[[Tensor], Tensor], Rule("that acts on each element, such as torch.tanh")
+]
 """An activation function: elementwise and nowhere decreasing."""
 
 
@@ -115,7 +117,8 @@ class EnergyBased(Problem):
         missing = [name for name in drives if name not in rho]
         if missing:
             raise ProblemError(
-                f"activation has none for {missing[0]!r}; it names {', '.join(map(repr, rho))}"
+                f"activation lacks a function for {missing[0]!r}; it has functions for "
+                f"{', '.join(map(repr, rho))}"
             )
         return {name: rho[name](drive) for name, drive in drives.items()}
 

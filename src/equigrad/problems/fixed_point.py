@@ -157,13 +157,15 @@ class FixedPoint(Problem):
         if not isinstance(image, Mapping) or image.keys() != params.keys():
             found = sorted(image) if isinstance(image, Mapping) else type(image).__name__
             raise ProblemError(
-                f"map must return a tensor for every one of params {sorted(params)}, got {found}"
+                f"map must return a dictionary with a tensor for each of params {sorted(params)}, "
+                f"got {found}"
             )
         for name, p in params.items():
             if not isinstance(image[name], Tensor) or image[name].shape != p.shape:
                 found = getattr(image[name], "shape", type(image[name]).__name__)
                 raise ProblemError(
-                    f"map must return {name!r} in its shape {tuple(p.shape)}, got {found}"
+                    f"map must return {name!r} in the shape that it has in params, "
+                    f"{tuple(p.shape)}, got {found}"
                 )
         total = torch.as_tensor(sum((p - image[name]).sum() for name, p in params.items()))
         check_scalar("map", total)

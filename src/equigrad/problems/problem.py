@@ -27,10 +27,10 @@ Loss = Annotated[
 Batches = Annotated[
     Sequence[Any] | Iterable[Any],
     Rule(
-        "of at least one batch that can be begun again",
+        "of at least one batch that can be iterated over more than once",
         may_be_batches,
-        "a generator or another iterator gives its batches once: hand over the DataLoader or the "
-        "list that it was made from, or an object whose __iter__ makes a new one",
+        "a generator or another iterator gives its batches only once; pass the DataLoader or the "
+        "list that it was made from, or an object whose __iter__ returns a new iterator",
     ),
 ]
 """Mini-batches that every phase sees in the same order: a sequence, or a loader."""
@@ -213,8 +213,8 @@ class Problem(Checked):
             ConfigurationError: the problem has no inner loss.
         """
         raise ConfigurationError(
-            f"this solver compares values of a loss, and a {type(self).__name__} has none; use "
-            f"GradientDescent, where lr=1 iterates the map"
+            f"this solver compares values of the inner loss, and a {type(self).__name__} problem "
+            f"has no inner loss. Use GradientDescent, which iterates the map when lr=1"
         )
 
     def velocity(
@@ -281,9 +281,9 @@ class Problem(Checked):
             if "nference tensor" not in str(error) and "inference mode" not in str(error).lower():
                 raise
             raise ProblemError(
-                f"{self.name(stream)} uses a tensor that was made under torch.inference_mode, of "
-                f"which autograd takes none ({str(error).splitlines()[0]}). Call .clone() on it "
-                f"outside of inference_mode, or make it under torch.no_grad()"
+                f"{self.name(stream)} uses a tensor that was made under torch.inference_mode, and "
+                f"autograd cannot differentiate such tensors ({str(error).splitlines()[0]}). Call "
+                f".clone() on it outside of inference_mode, or make it under torch.no_grad()"
             ) from error
 
     def probe(self, stream: Stream, params: Params, meta_params: Params, step: int = 0) -> Tensor:
@@ -313,17 +313,21 @@ def check_scalar(name: str, loss: object) -> None:
         raise ProblemError(f"{name} must return a scalar tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
         raise ProblemError(
-            f"{name} must return a scalar, got shape {tuple(loss.shape)}; average it with "
-            f".mean(), or add it up with .sum() where samples=True"
+            f"{name} must return a scalar, got shape {tuple(loss.shape)}. Average over the "
+            f"entries with .mean(), or with samples=True add them up with .sum()"
         )
     if loss.is_complex():
         raise ProblemError(
-            f"{name} is complex; return a real number, such as .abs() or .real of it"
+            f"{name} returns a complex number, which has no minimum. Return a real number, for "
+            f"example its .abs() or .real"
         )
     if loss.is_meta:
-        raise ProblemError(f"{name} is on the meta device: a module or data has no numbers yet")
+        raise ProblemError(
+            f"{name} returns a tensor on the meta device, which has no values. Move the module "
+            f"and the data that it uses to a real device"
+        )
     if not torch.isfinite(loss):
         raise ProblemError(
-            f"{name} is {loss.item()} at the initial params; start where it is finite, and "
-            f"look for NaN and infinite values in the data"
+            f"{name} is {loss.item()} at the initial params. Start from params where it is "
+            f"finite, and check the data for NaN and infinite values"
         )

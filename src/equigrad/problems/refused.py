@@ -25,10 +25,11 @@ def refuse_module(module: nn.Module, *, data_parallel: bool = False) -> None:
         if not served and (processes(part) > 1 or is_fully_sharded(part)):
             raise ProblemError(
                 f"{type(part).__name__} {name or 'itself'!r} is shared by {processes(part)} "
-                f"processes, and each would get a meta-gradient of its own data alone: its hooks "
-                f"average .grad, which equigrad never fills, and those of FSDP compute with its "
-                f"own shards in the place of params that it is handed. Hand over the module before "
-                f"it is wrapped, and Bilevel(group=torch.distributed.group.WORLD)"
+                f"processes, and an estimator for this problem would see only this process's "
+                f"share of the data: DistributedDataParallel averages .grad, which equigrad does "
+                f"not use, and FSDP replaces the params that a function is given by its own "
+                f"shards. Pass the module before it is wrapped, to "
+                f"Bilevel(group=torch.distributed.group.WORLD)"
             )
         for local, p in part.named_parameters(recurse=False):
             if not data_parallel:
@@ -44,13 +45,19 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
     """
     why = None
     if tensor.is_complex():
-        why = "is complex: a loss of it has no gradient to descend; hand over torch.view_as_real"
+        why = (
+            "is complex, and a loss has no gradient to descend for complex numbers. Pass "
+            "torch.view_as_real of it"
+        )
     elif not tensor.is_floating_point():
-        why = f"has dtype {tensor.dtype}, which has no gradient; use a floating-point tensor"
+        why = f"has dtype {tensor.dtype}, which has no gradient. Use a floating-point tensor"
     elif tensor.is_meta:
-        why = "is on the meta device, where there are shapes and no numbers; use .to_empty(…)"
+        why = (
+            "is on the meta device, where tensors have shapes but no values. Give it values with "
+            ".to_empty(…) and an initialisation"
+        )
     elif tensor.layout != torch.strided:
-        why = f"has layout {tensor.layout}; call .to_dense() on it"
+        why = f"has layout {tensor.layout}, which is not supported. Call .to_dense() on it"
     if why is not None:
         raise ProblemError(f"{name} {why}")
 
@@ -59,8 +66,8 @@ def refuse_shards(name: str, tensor: Tensor) -> None:
     """Raise a `ProblemError` for a tensor that is spread over several processes (a `DTensor`)."""
     if (mesh := mesh_of(tensor)) is not None and mesh.size() > 1:
         raise ProblemError(
-            f"{name!r} is a {type(tensor).__name__} over {mesh.size()} processes, of which each "
-            f"would settle its own; gather it with .full_tensor()"
+            f"{name!r} is a {type(tensor).__name__} that is sharded over {mesh.size()} processes, "
+            f"and each process would optimise its own shard alone. Gather it with .full_tensor()"
         )
 
 
@@ -88,23 +95,24 @@ def refuse_call(name: str, function: Callable[..., Any], batches: str | None, co
         signature.bind(*range(count))
     except TypeError:
         words = ("params", "meta_params", "batch")[:count]
-        why, mend = "", "let it take these"
+        why, mend = "", "change it to accept these arguments"
         if count == 3:
-            why = f", since there are {batches}"
-            mend = f"let it take the batch, or leave out {batches}"
+            why = f" because {batches} are given"
+            mend = f"add a third parameter for the batch, or leave out {batches}"
         elif batches is not None and len(signature.parameters) == 3:
-            why = f", since there are no {batches}"
-            mend = f"give {batches}, a sequence of what it takes third, or let it take these two"
+            why = f" because no {batches} are given"
+            mend = f"pass {batches}, or remove the third parameter"
         raise ProblemError(
-            f"{name} is called as {name}({', '.join(words)}){why}, and takes {signature}: {mend}"
+            f"{name} is called as {name}({', '.join(words)}){why}, but its signature is "
+            f"{signature}: {mend}"
         ) from None
 
 
 def _refuse_renormed(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
     if part.max_norm is not None and part.weight.requires_grad:
         raise ProblemError(
-            f"{type(part).__name__} {name!r} has max_norm={part.max_norm:g}: it writes shorter "
-            f"rows into the weights that it is handed, so that what settles is not where a "
-            f"gradient vanishes. Set max_norm=None and add a penalty on long rows to the inner "
-            f"loss, or settle it as a FixedPoint whose map projects the rows"
+            f"{type(part).__name__} {name!r} has max_norm={part.max_norm:g}, so it rescales long "
+            f"rows of its weight in place in every forward pass, and the inner problem does not "
+            f"converge to a point where the gradient is zero. Set max_norm=None and add a penalty "
+            f"on long rows to the inner loss, or use a FixedPoint whose map projects the rows"
         )

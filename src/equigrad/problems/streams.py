@@ -104,7 +104,8 @@ class DrawnBatches(Sequence[Any]):
                 drawn = self._draw()
                 if drawn is _END:
                     raise ProblemError(
-                        f"{self._name} has a length of {len(self)}, and gave {self._next} batches"
+                        f"{self._name} says that it has {len(self)} batches (its __len__), but "
+                        f"gave {self._next}"
                     )
             self._batch = moved(drawn, self._device)
         if self._keep_from is not None and step >= self._keep_from and len(self._kept) < KEPT:
@@ -150,10 +151,11 @@ class DrawnBatches(Sequence[Any]):
             found = _fingerprint(batch)
             if self._firsts.setdefault(self._pass, found) != found:
                 raise ProblemError(
-                    f"{self._name} gave other batches when it was begun again, and phases that see "
-                    f"different data cannot be contrasted. It draws random numbers that are not "
-                    f"torch's, Python's or numpy's global ones, nor those of its .generator; "
-                    f"or it goes on where it stood"
+                    f"{self._name} gave a different first batch when it was iterated over again, "
+                    f"and phases can only be compared if they see the same data. Either it "
+                    f"continues from where it stopped instead of starting again, or it draws "
+                    f"random numbers that equigrad cannot seed: it seeds the global generators of "
+                    f"torch, Python and numpy, and the loader's own .generator"
                 )
         self._next += 1
         return batch

@@ -68,7 +68,7 @@ class BlackBox(Solver):
 
     minimize: Annotated[
         Callable[["FlatObjective", Any], Any],
-        Rule("(objective, start) -> params, no class", lambda f: not isinstance(f, type)),
+        Rule("(objective, start) -> params, and not a class", lambda f: not isinstance(f, type)),
     ]
     _: KW_ONLY
     max_steps: Count | None = 1
@@ -92,8 +92,8 @@ class BlackBox(Solver):
         """One call of the learner."""
         if isinstance(objective.beta, complex):
             raise ConfigurationError(
-                "a learner of its own minimises a real loss, and a holomorphic scheme has complex "
-                "ones; use scheme='symmetric'"
+                "the learner of a BlackBox minimises a real loss, and with scheme='holomorphic' "
+                "the loss of a nudged phase is complex. Use scheme='symmetric'"
             )
         flat = FlatObjective(objective)
         phase = f"in the phase with β = {objective.beta:g}"
@@ -108,7 +108,8 @@ class BlackBox(Solver):
                 remedy = ""
                 if flat.beta < 0:
                     remedy = (
-                        ". If it cannot take a negative weight, use scheme='forward' with beta > 0"
+                        ". If the learner cannot handle a negative weight of the outer loss, use "
+                        "scheme='forward' with beta > 0"
                     )
                 raise SettlingError(
                     f"the learner raised {type(error).__name__} {phase}: {error}{remedy}"
@@ -117,8 +118,8 @@ class BlackBox(Solver):
         bad = [name for name, p in objective.params.items() if not torch.isfinite(p).all()]
         if bad:
             raise SettlingError(
-                f"{phase} the learner returned NaN or infinite values for {bad[0]!r}: bound its "
-                f"steps, start nearer to a minimum, or lower beta"
+                f"{phase} the learner returned NaN or infinite values for {bad[0]!r}. Limit its "
+                f"step size, start nearer to a minimum, or lower beta"
             )
 
 
@@ -191,8 +192,8 @@ class FlatObjective:
         if isinstance(x, Mapping):
             if x.keys() != leaves.keys():
                 raise ProblemError(
-                    f"{got} {_listed(x)}, where the params are {_listed(leaves)}; name exactly "
-                    f"these{hint}"
+                    f"{got} {_listed(x)}, but the params are {_listed(leaves)}. Use exactly these "
+                    f"names{hint}"
                 )
             return [
                 _fitting(_tensor(x[name], f"{got} for {name!r}"), p.shape, f"{got} for {name!r}")
@@ -226,8 +227,8 @@ def _tensor(x: Any, got: str, hint: str = "") -> Tensor:
             return torch.tensor(x.tolist(), dtype=torch.float64)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ProblemError(
-            f"{got} {type(x).__name__}, which is no vector of numbers ({error}); give an array, a "
-            f"list, a tensor or a dict of named ones{hint}"
+            f"{got} {type(x).__name__}, which cannot be read as numbers ({error}). Give an array, "
+            f"a list, a tensor, or a dictionary of these by name{hint}"
         ) from error
 
 
@@ -235,8 +236,8 @@ def _fitting(tensor: Tensor, shape: torch.Size, got: str) -> Tensor:
     """The value in the param's shape, if the two differ only by dimensions of length one."""
     if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
         raise ProblemError(
-            f"{got} shape {tuple(tensor.shape)}, where {tuple(shape)} is needed; reshape it, or "
-            f"see which values it lacks"
+            f"{got} shape {tuple(tensor.shape)}, but {tuple(shape)} is needed. Reshape it, or "
+            f"check whether values are missing"
         )
     return tensor.reshape(shape)
 

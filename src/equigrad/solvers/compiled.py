@@ -148,8 +148,9 @@ def _make_room(known: dict[tuple[Any, ...], Any], limit: int, solver: Solver) ->
         return
     del known[next(iter(known))]
     warnings.warn(
-        f"compile={solver.compile!r} has made more than {limit} different steps. A number that "
-        f"changes from call to call is part of them: make it a tensor",
+        f"compile={solver.compile!r} has compiled more than {limit} different versions of the "
+        f"solver's steps. A Python number that changes from call to call makes a new version each "
+        f"time; use a tensor for it",
         stacklevel=2,
     )
 
@@ -208,8 +209,9 @@ def _check(
     rounding = 1e3 * torch.finfo(start[0].dtype).eps * (size + moved)
     if off > 1e-3 * moved + rounding:
         raise ConfigurationError(
-            f"compile=True: {solver.check_every} compiled steps end {off:.1e} away from eager "
-            f"ones, which moved params by {moved:.1e}. The losses compute something that torch "
-            f"does not see, in numpy for example; {EAGER}"
+            f"compile=True gives wrong results here: {solver.check_every} compiled steps end "
+            f"{off:.1e} away from the same steps without compilation, in which params moved by "
+            f"{moved:.1e}. The losses probably compute something outside of torch, such as in "
+            f"numpy; {EAGER}"
         )
     return math.isfinite(moved)

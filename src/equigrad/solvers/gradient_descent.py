@@ -55,12 +55,13 @@ class GradientDescent(Solver):
         super().__post_init__()
         require(
             not self.nesterov or self.momentum != 0,
-            "nesterov=True needs momentum > 0, for example momentum=0.9",
+            "nesterov=True needs momentum > 0, such as momentum=0.9",
         )
         require(
             not (self.compile and self.schedules()),
-            "compile=True takes several steps by one function, and a schedule is asked before "
-            "every step; use compile=False",
+            "compile=True compiles several steps into one function, but a setting that is a "
+            "function of (meta_params, step) has to be called before every step; use "
+            "compile=False",
         )
 
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:

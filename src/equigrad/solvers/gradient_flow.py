@@ -55,7 +55,8 @@ class GradientFlow(Solver):
             unknown = sorted(tau.keys() - names.keys())
             if unknown:
                 raise ConfigurationError(
-                    f"tau names {unknown[0]!r}, but the params are {', '.join(map(repr, names))}"
+                    f"tau has the name {unknown[0]!r}, which is not one of the params: "
+                    f"{', '.join(map(repr, names))}"
                 )
         for name, p, v in zip(names, params, velocity, strict=True):
             p.add_(v, alpha=self.dt / (tau.get(name, 1.0) if isinstance(tau, Mapping) else tau))

@@ -30,7 +30,7 @@ def record(velocity: Velocity, params: Params, step: int) -> "Recording":
     except (EquigradError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise refused("cannot follow the losses", error) from error
+        raise refused("cannot record the operations of the losses", error) from error
     recording.close(moves)
     return recording
 
@@ -64,8 +64,8 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if _draws(func, args, kwargs):
             raise ConfigurationError(
-                f"compile=True needs losses without random numbers, and these call {func}: they "
-                f"would have to be drawn anew at every step; {EAGER}"
+                f"compile=True cannot be used with losses that draw random numbers, and these do "
+                f"so by {func}: every step would repeat the numbers of the first one; {EAGER}"
             )
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         taken = tree_map_only(Tensor, self._place, (args, kwargs))
@@ -73,8 +73,9 @@ class Recording(TorchDispatchMode):
         written = [t for part in _written(func, args, kwargs) for t in tree_leaves(part)]
         if any(_storage(t) not in self._fresh for t in written if isinstance(t, Tensor)):
             raise ConfigurationError(
-                f"compile=True needs losses that change no tensor, and these change one by {func} "
-                f"(a buffer of batch normalisation?); put the module into eval mode, or {EAGER}"
+                f"compile=True cannot be used with losses that change a tensor in place, and "
+                f"these do so by {func} (is it a buffer of batch normalisation?); put the module "
+                f"into eval mode, or {EAGER}"
             )
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -82,8 +83,9 @@ class Recording(TorchDispatchMode):
         if not made and not written:
             if depends and out is not None:
                 raise ConfigurationError(
-                    f"compile=True needs losses whose Python code does not look at values that "
-                    f"depend on params, and these call {func} (.item(), if, float()); {EAGER}"
+                    f"compile=True cannot be used with losses whose Python code reads values that "
+                    f"depend on params, and these do so by {func} (through .item(), float() or an "
+                    f"if); {EAGER}"
                 )
             return out
         # an output that is a view of an argument shares its memory

@@ -29,15 +29,16 @@ def asked(name: str, schedule: Schedule, meta_params: Params, step: int) -> Any:
         raise
     except KeyError as error:
         raise ConfigurationError(
-            f"{name} asked for meta-parameter {error}, which is not there: those that are learned "
-            f"are {listed(meta_params)}"
+            f"{name} uses a meta-parameter {error}, which does not exist: meta_params has "
+            f"{listed(meta_params)}"
         ) from error
     given = said.values() if isinstance(said, Mapping) else [said]
     for value in (v for item in given for v in (item if isinstance(item, tuple) else (item,))):
         if not isinstance(value, Tensor | Real) or value is True or value is False:
             raise ConfigurationError(
-                f"{name} is a function of (meta_params, step) that returned {said!r}: it has to "
-                f"return a number, a tensor, or a dictionary with one for each of params"
+                f"{name} is a function of (meta_params, step), and it returned {said!r}. It must "
+                f"return a number, a tensor, or a dictionary with a number or tensor for each of "
+                f"params"
             )
     return said
 
@@ -52,8 +53,8 @@ def _refuse_arity(name: str, schedule: Schedule, error: TypeError) -> None:
         signature.bind(None, None)
     except TypeError:
         raise ConfigurationError(
-            f"{name} is called as {name}(meta_params, step), and takes {signature}: let it take "
-            f"these two"
+            f"{name} is called as {name}(meta_params, step), but its signature is {signature}: "
+            f"change it to accept these two arguments"
         ) from error
 
 
@@ -73,19 +74,20 @@ def settings(name: str, setting: Any, objective: Objective) -> list[Any]:
     if not isinstance(setting, Mapping):
         if isinstance(setting, Tensor) and setting.ndim:
             raise ConfigurationError(
-                f"{name} is a tensor of shape {tuple(setting.shape)}, and one for all params has "
-                f"no dimensions; return a dictionary with one for each of params"
+                f"{name} is a tensor of shape {tuple(setting.shape)}, but a single value for all "
+                f"params must be a scalar. Return a scalar, or a dictionary with a value for each "
+                f"of params"
             )
         return [setting] * len(objective.params)
     missing = [n for n in objective.params if n not in setting]
     if missing:
-        raise ConfigurationError(f"{name} has none for params {listed(missing)}")
+        raise ConfigurationError(f"{name} lacks a value for params {listed(missing)}")
     for n, p in objective.params.items():
         value = setting[n]
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape and shape != tuple(p.shape[p.ndim - len(shape) :]):
             raise ConfigurationError(
-                f"{name} of {n!r} has shape {shape}, and must have none, or that of the parameter, "
-                f"{tuple(p.shape)}, or of its last dimensions"
+                f"{name} for {n!r} has shape {shape}. It must be a scalar, or have the shape of "
+                f"the parameter, {tuple(p.shape)}, or that of its last dimensions"
             )
     return [setting[n] for n in objective.params]

@@ -160,16 +160,19 @@ def _diverged(
 ) -> SettlingError:
     """The error for a velocity that is not finite."""
     if step == 0:
-        remedy = "It is so at the start: mend the function, or start elsewhere"
+        remedy = (
+            "This happens at the initial params, before any step: check the function there, or "
+            "start from other params"
+        )
     return SettlingError(
-        f"the phase with β = {beta:g} diverged: its residual, the norm of the gradient or of a "
-        f"map's step, is {residual.norm} at step {step}{residual.where()}. "
+        f"the phase with β = {beta:g} diverged: its residual (the norm of the gradient of the "
+        f"loss, or of F(φ, θ) - φ for a map) is {residual.norm} at step {step}{residual.where()}. "
         f"{_for_learners(solver, beta) if remedy is None else remedy}"
     )
 
 
 def _for_learners(solver: Solver, beta: complex) -> str:
     """Advice for a phase that diverges while it minimises a loss."""
-    first = "Bound the learner" if solver.jumps else "Lower the solver's step size"
+    first = "Limit the step size of the learner" if solver.jumps else "Lower the solver's step size"
     second = ", lower the nudging strength beta" if beta else ""
     return f"{first}{second}, or start nearer to a minimum"

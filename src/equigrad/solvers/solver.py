@@ -87,11 +87,12 @@ class Solver(Checked):
         super().__post_init__()
         require(
             not (self.tol is None and self.max_steps is None),
-            "a solver needs max_steps, or a tol > 0, or both: with neither it never stops",
+            "a solver needs max_steps, tol > 0, or both; with max_steps=None and tol=None it "
+            "would never stop",
         )
         require(
             not self.compile or self.differentiable,
-            f"compile=True needs steps that are plain tensor arithmetic, and those of "
+            f"compile=True can only compile steps that are plain tensor arithmetic, and those of "
             f"{type(self).__name__} are not; use GradientDescent, or compile=False",
         )
 
@@ -99,6 +100,10 @@ class Solver(Checked):
     def adaptive(self) -> bool:
         """Whether steps are scaled by past gradients, as in Adam."""
         return False
+
+    def decay(self) -> tuple[float, bool]:
+        """The weight decay that steps add, and whether it is decoupled from the gradient."""
+        return 0.0, False
 
     def schedules(self) -> dict[str, Callable[[Params, int], Any]]:
         """The settings that are functions of `(meta_params, step)`, by name."""

@@ -224,11 +224,12 @@ def _require_alike(batches: int, *, each: bool) -> None:
     """Raise if several steps cannot be taken at once: they differ, or each one is needed."""
     if batches > 1:
         raise ConfigurationError(
-            f"compile=True takes several steps at once on the same loss, and this problem has "
-            f"{batches} mini-batches; average them in the loss, or use compile=False"
+            f"compile=True compiles several steps on the same loss into one function, but this "
+            f"problem has {batches} mini-batches. Average over them in the loss, or use "
+            f"compile=False"
         )
     if each:
         raise ConfigurationError(
-            "compile=True takes several steps at once, and this estimator has to see every one; "
-            "use compile=False"
+            "compile=True compiles several steps into one function, but this estimator needs the "
+            "params of every single step; use compile=False"
         )

@@ -84,19 +84,20 @@ class TorchOptimizer(Solver):
             require(
                 served,
                 f"option {name!r} of {self.optimizer.__name__} cannot be a function of "
-                f"(meta_params, step): only {listed(SETTINGS)} of {_served()} can",
+                f"(meta_params, step). This is possible only for {listed(SETTINGS)} of {_served()}",
             )
             require(
                 not self._more,
-                f"option {name!r} cannot be a function of (meta_params, step) beside "
-                f"{listed(self._more)}: put the schedule into the function, and leave them out",
+                f"option {name!r} cannot be a function of (meta_params, step) together with "
+                f"{listed(self._more)}. Put the schedule into that function and leave the others "
+                f"out",
             )
         if self.scheduler is not None:
             self.init([torch.zeros(1, requires_grad=True)])
         require(
             self.accumulate == 1 or not self._evaluates,
-            f"{self.optimizer.__name__} evaluates the loss of one batch as often as it likes, and "
-            f"cannot accumulate; use accumulate=1",
+            f"{self.optimizer.__name__} evaluates the loss several times in one step, so it "
+            f"cannot accumulate gradients over batches; use accumulate=1",
         )
 
     @property
@@ -143,7 +144,7 @@ class TorchOptimizer(Solver):
         optimizer = given.get("optimizer", torch.optim.Optimizer)
         if meant(name, [f.name for f in fields(cls)]) and name not in _takes(optimizer):
             return ""
-        return f" What the optimizer takes goes into options={{{name!r}: {given[name]!r}}}."
+        return f" Arguments of the optimizer go into options={{{name!r}: {given[name]!r}}}."
 
     @property
     def adaptive(self) -> bool:
@@ -164,7 +165,9 @@ class TorchOptimizer(Solver):
 
     def _refused(self, error: Exception) -> NoReturn:
         name, options = self.optimizer.__name__, dict(self.options)
-        raise ConfigurationError(f"{name} refuses options {options}: {error}") from error
+        raise ConfigurationError(
+            f"{name} cannot be made with options {options}: {error}"
+        ) from error
 
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
         """A new optimiser over `params`, with the state of an earlier phase if there is one."""
@@ -190,8 +193,9 @@ class TorchOptimizer(Solver):
         steps = self.max_steps // self.accumulate
         require(
             steps > 0,
-            f"accumulate={self.accumulate} batches make a step, and a nudged phase has "
-            f"{self.max_steps}: it cannot move; raise the nudged solver's max_steps",
+            f"accumulate={self.accumulate} makes one step of {self.accumulate} batches, but a "
+            f"nudged phase has max_steps={self.max_steps} batches, too few for a step. Raise "
+            f"max_steps of the nudged solver",
         )
         trial = self.init([torch.zeros(1, requires_grad=True)])
         if state is not None:
@@ -199,15 +203,17 @@ class TorchOptimizer(Solver):
         share = trial.share_ahead(steps)
         if share >= FADED:
             return None
-        after = f"the schedule has come down to {share:.1%} of its largest rate for nudged phases"
+        after = (
+            f"nudged phases continue the scheduler of the free phase, whose learning rate has "
+            f"fallen to {share:.1%} of its largest value"
+        )
         instead = (
-            "let it end higher, begin it anew for them (momentum='reset'), or give them a rate of "
-            "their own (nudged_solver=dataclasses.replace(solver, scheduler=None, max_steps=…))"
+            "Let the schedule end at a higher rate, restart it for nudged phases "
+            "(momentum='reset'), or give them a constant rate "
+            "(nudged_solver=dataclasses.replace(solver, scheduler=None, max_steps=…))"
         )
-        require(
-            share > 0, f"{after}, which go on where the free one ended and cannot move: {instead}"
-        )
-        return f"{after}, so that little of the nudge is answered: {instead}"
+        require(share > 0, f"{after}, so that they cannot move. {instead}")
+        return f"{after}, so that they hardly respond to the nudge. {instead}"
 
     def update(
         self,

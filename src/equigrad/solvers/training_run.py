@@ -98,8 +98,9 @@ class TrainingRun:
                 self._schedule.step()
             except ValueError as error:  # OneCycleLR has a last step
                 raise ConfigurationError(
-                    f"the schedule ends before the phase does: {error}. Nudged phases go on where "
-                    f"the free one ended; give them a nudged_solver with a scheduler of its own"
+                    f"the scheduler has no more steps: {error}. Nudged phases continue the "
+                    f"scheduler of the free phase; give them a nudged_solver with its own "
+                    f"scheduler"
                 ) from error
             self._peak = max(self._peak, self._rate())
 
@@ -121,13 +122,14 @@ def _made(scheduler: Scheduler, optimizer: torch.optim.Optimizer) -> LRScheduler
     found: Any = scheduler(optimizer)
     if isinstance(found, ReduceLROnPlateau):
         raise ConfigurationError(
-            "scheduler makes a ReduceLROnPlateau, whose rates depend on a metric of the run; give "
-            "a schedule of steps alone, as CosineAnnealingLR"
+            "scheduler returns a ReduceLROnPlateau, which needs a metric after every step, and "
+            "there is none. Use a scheduler that depends on the step alone, such as "
+            "CosineAnnealingLR"
         )
     if not isinstance(found, LRScheduler):
         raise ConfigurationError(
-            f"scheduler must make a torch.optim.lr_scheduler.LRScheduler of the optimizer that it "
-            f"is handed, and made {type(found).__name__}: for example "
-            f"scheduler=lambda optimizer: StepLR(optimizer, step_size=10)"
+            f"scheduler must be a function that takes the optimizer and returns a "
+            f"torch.optim.lr_scheduler.LRScheduler, but it returned {type(found).__name__}. An "
+            f"example is scheduler=lambda optimizer: StepLR(optimizer, step_size=10)"
         )
     return found

@@ -51,14 +51,16 @@ class TaskBatch:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{count} in {name}" for name, count in counts.items())
-            raise ProblemError(f"a batch has one number of tasks, got {listed}")
+            raise ProblemError(
+                f"all tensors of a batch must have the same number of tasks, got {listed}"
+            )
         if not len(self):
-            raise ProblemError("a batch has at least one task, got 0")
+            raise ProblemError("a batch must have at least one task, got 0")
         for name, (inputs, targets) in (("support", self.support), ("query", self.query)):
             if inputs.shape[1] != targets.shape[1] or not inputs.shape[1]:
                 raise ProblemError(
-                    f"the {name} of a task has a target for every input and at least one, got "
-                    f"{inputs.shape[1]} inputs and {targets.shape[1]} targets"
+                    f"the {name} set of a task must have at least one input, and a target for "
+                    f"each, got {inputs.shape[1]} inputs and {targets.shape[1]} targets"
                 )
 
     def __len__(self) -> int:
@@ -66,7 +68,9 @@ class TaskBatch:
 
     def __getitem__(self, tasks: slice) -> Self:
         if not isinstance(tasks, slice):
-            raise TypeError(f"a batch is cut by a slice, batch[i:j], got {tasks!r}")
+            raise TypeError(
+                f"the tasks of a batch can only be chosen by a slice, batch[i:j], got {tasks!r}"
+            )
         (a, b), (c, d) = self.support, self.query
         return type(self)((a[tasks], b[tasks]), (c[tasks], d[tasks]))
 
@@ -81,7 +85,8 @@ class TaskBatch:
         """
         if size is not None and size < 1:
             raise ConfigurationError(
-                f"a chunk has at least one task, got {size}; None takes all tasks at once"
+                f"a chunk must have at least one task, got {size}; use None to take all tasks at "
+                f"once"
             )
         return self._parts(-(-len(self) // (size or len(self))))
 
@@ -97,13 +102,12 @@ class TaskBatch:
         """
         if not 0 <= rank < world_size:
             raise ConfigurationError(
-                f"the rank of one of {world_size} processes is from 0 to {world_size - 1}, "
-                f"got {rank}"
+                f"rank must be from 0 to {world_size - 1} for {world_size} processes, got {rank}"
             )
         if len(self) < world_size:
             raise ConfigurationError(
-                f"{len(self)} tasks cannot be shared by {world_size} processes; take at least "
-                f"{world_size} tasks a batch, or fewer processes"
+                f"{len(self)} tasks cannot be divided among {world_size} processes; use batches "
+                f"of at least {world_size} tasks, or fewer processes"
             )
         return self._parts(world_size)[rank]
 

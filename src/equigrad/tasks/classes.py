@@ -34,10 +34,12 @@ class ClassCollection(Sequence[Tensor]):
 
     def __post_init__(self) -> None:
         if len(self.examples) != len(self.names):
-            raise DataError(f"{len(self.examples)} classes have {len(self.names)} names")
+            raise DataError(f"there are {len(self.examples)} classes, but {len(self.names)} names")
         if len(set(self.names)) < len(self.names):
             twice = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise DataError(f"classes must differ in name; more than one is called {twice[0]!r}")
+            raise DataError(
+                f"class names must be different, but {twice[0]!r} occurs more than once"
+            )
 
     @classmethod
     def from_labels(cls, inputs: Tensor, labels: Tensor, names: Sequence[str] = ()) -> Self:
@@ -59,14 +61,14 @@ class ClassCollection(Sequence[Tensor]):
         """
         if labels.shape != inputs.shape[:1]:
             raise DataError(
-                f"labels must be one for each of {len(inputs)} inputs, got the shape "
+                f"labels must have one entry for each of {len(inputs)} inputs, got shape "
                 f"{tuple(labels.shape)}"
             )
         found = labels.unique().tolist()
         if names and (nameless := set(found) - set(range(len(names)))):
             raise DataError(
-                f"{len(names)} classes have names, so labels are from 0 to {len(names) - 1}; "
-                f"got {min(nameless)}"
+                f"labels must be from 0 to {len(names) - 1}, because {len(names)} names are "
+                f"given; got {min(nameless)}"
             )
         present = list(range(len(names))) if names else found
         return cls(

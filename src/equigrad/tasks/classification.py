@@ -82,8 +82,8 @@ class NWayKShot(Checked):
         if self.classes < self.way:
             turned = f", {TURNS} from each of {len(self.images_by_class)}" if self.rotations else ""
             raise ConfigurationError(
-                f"a {self.way}-way task needs {self.way} classes, and there are "
-                f"{self.classes}{turned}; take a smaller way, or more classes"
+                f"a {self.way}-way task needs {self.way} classes, but there are "
+                f"{self.classes}{turned}; use a smaller way, or more classes"
             )
         needed = self.shot + self.queries
         counts = enumerate(map(len, self.images_by_class))
@@ -91,8 +91,8 @@ class NWayKShot(Checked):
             more = f", and {len(few) - 10} more" if len(few) > 10 else ""
             raise DataError(
                 f"{self.shot} shots and {self.queries} queries need {needed} examples of every "
-                f"class, and {', '.join(few[:10])}{more}; add examples, leave the class out, or "
-                f"take fewer shots or queries"
+                f"class, but {', '.join(few[:10])}{more}; add examples, leave the class out, or "
+                f"use fewer shots or queries"
             )
 
     @property
@@ -139,20 +139,20 @@ class NWayKShot(Checked):
         for c, images in enumerate(self.images_by_class):
             if images.shape[1:] != first.shape[1:]:
                 raise DataError(
-                    f"examples must have one shape, and those of {self._name(0)} have "
-                    f"{tuple(first.shape[1:])}, those of {self._name(c)} "
-                    f"{tuple(images.shape[1:])}; bring them to one size"
+                    f"all examples must have the same shape, but those of {self._name(0)} have "
+                    f"{tuple(first.shape[1:])} and those of {self._name(c)} have "
+                    f"{tuple(images.shape[1:])}; resize them"
                 )
             if images.dtype != first.dtype:
                 raise DataError(
-                    f"examples must have one type, and those of {self._name(0)} are {first.dtype}, "
-                    f"those of {self._name(c)} {images.dtype}"
+                    f"all examples must have the same dtype, but those of {self._name(0)} are "
+                    f"{first.dtype} and those of {self._name(c)} are {images.dtype}; convert them"
                 )
         shape = first.shape[1:]
         if self.rotations and (len(shape) < 2 or shape[-1] != shape[-2]):
             raise DataError(
-                f"only square images can be turned into new classes, got examples of shape "
-                f"{tuple(shape)}; make them square, or leave rotations out"
+                f"only square images can be rotated, got examples of shape {tuple(shape)}; make "
+                f"them square, or use rotations=False"
             )
 
     def _name(self, c: int) -> str:

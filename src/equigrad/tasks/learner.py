@@ -109,8 +109,8 @@ class FewShotLearner(Checked):
         super().__post_init__()
         if not hasattr(self.model, "weights"):
             raise ConfigurationError(
-                f"model must say what a task learns and what tasks share, got a bare "
-                f"{type(self.model).__name__}; wrap it in equigrad.nn.Modulation(…), "
+                f"model must say which parameters each task learns and which all tasks share, got "
+                f"a plain {type(self.model).__name__}; wrap it in equigrad.nn.Modulation(…), "
                 f"LearnedStart(…) or ComplexSynapse(…, center='init', learn=('center',))"
             )
         object.__setattr__(self, "network", SideBySide(self.model.module(), self.batching))
@@ -292,7 +292,7 @@ class _SummedLoss:
         losses = vmap(self.loss)(outputs[:, reference:], y)
         if losses.ndim != 1:
             raise ProblemError(
-                f"loss must return a scalar for each task, its mean over examples, got shape "
+                f"loss must return a scalar for each task (the mean over its examples), got shape "
                 f"{tuple(losses.shape[1:])}"
             )
         return losses.sum()

@@ -53,15 +53,15 @@ def check_disjoint(parts: Mapping[str, Sequence[str]]) -> None:
     Example:
         >>> check_disjoint({"train": ["cat", "dog"], "test": ["fox", "dog"]})
         Traceback (most recent call last):
-        equigrad.errors.DataError: train and test share 1 class: 'dog'; a class belongs to one part
+        equigrad.errors.DataError: train and test share 1 class: 'dog'; put it into one of them
     """
     for (one, its), (other, others) in combinations(parts.items(), 2):
         if shared := sorted(set(its) & set(others)):
             listed = ", ".join(map(repr, shared[:5])) + ", …" * (len(shared) > 5)
             kind = "class" if len(shared) == 1 else "classes"
             raise DataError(
-                f"{one} and {other} share {len(shared)} {kind}: {listed}; a class belongs to one "
-                f"part"
+                f"{one} and {other} share {len(shared)} {kind}: {listed}; put "
+                f"{'it' if len(shared) == 1 else 'each'} into one of them"
             )
 
 
@@ -81,7 +81,8 @@ def draw_classes(
     expect(tuple[CountFrom0, ...], counts=counts)
     if sum(counts) > len(classes):
         raise ConfigurationError(
-            f"{' + '.join(map(str, counts))} classes were asked for, and there are {len(classes)}"
+            f"{' + '.join(map(str, counts))} classes were requested, but there are only "
+            f"{len(classes)}"
         )
     order = torch.randperm(len(classes), generator=dice(seed, 0)).tolist()
     ends = accumulate(counts, initial=0)

@@ -93,13 +93,13 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
     try:
         loaded = load_tensors(path)
     except Exception as error:  # a damaged file raises errors of many kinds
-        reason = f"damaged, or not one: {type(error).__name__}: {error}"
+        reason = f"the file is damaged or is not a checkpoint: {type(error).__name__}: {error}"
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). {remedy}") from error
     if not isinstance(loaded, dict) or loaded.get("format") != CHECKPOINT:
         raise RunError(f"{path} is not a checkpoint of equigrad ('{CHECKPOINT}'). {remedy}")
     if (there := loaded.get("identity")) != identity:
         raise RunError(
-            f"{path} belongs to a run with other settings.\n  there: {there}\n"
-            f"  here:  {identity}\nResume with the settings it was started with. {remedy}"
+            f"{path} belongs to a run with other settings.\n  there: {there}\n  here:  "
+            f"{identity}\nResume with the settings that it was started with. {remedy}"
         )
     return loaded

@@ -17,7 +17,9 @@ def pick_device(name: DeviceName) -> torch.device:
         ConfigurationError: CUDA is requested but not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device cuda: torch finds no CUDA device here; use --device cpu")
+        raise ConfigurationError(
+            "device cuda: torch finds no CUDA device on this machine; use --device cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -1,4 +1,4 @@
-"""What moves beside θ in one loop with it, and the direction for θ that follows."""
+"""Directions for θ when θ and φ are learned in one loop, and the states that they need."""
 
 import dataclasses
 import math
@@ -26,13 +26,14 @@ from equigrad.vectors import relative
 
 @dataclass(frozen=True)
 class Turn:
-    """What one step says of θ.
+    """The direction for θ at an outer step.
 
     Attributes:
         grads: the direction against which θ moves, by name.
-        outer_loss: on the step's batch, of the learner; of symmetric states their mean.
-        error: estimated relative error for the states being at rest, where there is an estimate.
-        beta: for the next step, where the direction adapts it.
+        outer_loss: outer loss of the learner on the step's batch; for a symmetric scheme, the mean
+            of the states'.
+        error: estimated relative error if the states are at rest; None if there is no estimate.
+        beta: β of the next step, if the direction adapts it.
     """
 
     grads: dict[str, Tensor]
@@ -42,20 +43,20 @@ class Turn:
 
 
 class Direction(Checked, ABC):
-    """What moves beside θ, how, and the direction for θ that follows from where it stands."""
+    """A rule for the direction of θ, and for the states that move along with θ."""
 
     @property
     @abstractmethod
     def estimator(self) -> Estimator:
-        """What it is at rest: it serves the same problems."""
+        """The estimator that has the same result at convergence, and so the same requirements."""
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Raise where it cannot serve."""
+        """Raise a `ConfigurationError` or `ProblemError` for a problem that is not supported."""
         self.estimator.check(evaluation, solver)
 
     @abstractmethod
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
-        """Where everything that moves starts, the learner first."""
+        """The initial values of all states, the learner's first."""
 
     @abstractmethod
     def strengths(self, beta: float) -> list[float]:
@@ -63,15 +64,15 @@ class Direction(Checked, ABC):
 
     @abstractmethod
     def strength(self, share: float) -> float:
-        """The nudging strength β when a share of the loop is done."""
+        """The nudging strength β after a share of the loop."""
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
-        """The φ that has been learned: where the first state is."""
+        """The learned φ, that of the first state."""
         return {name: t.detach().clone() for name, t in states[0].tensors.items()}
 
     @abstractmethod
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
-        """Where the state of an index moves."""
+        """The velocity of one of the states."""
 
     @abstractmethod
     def turn(self, place: Place) -> Turn:
@@ -84,13 +85,13 @@ class AdaptiveBeta(Checked):
 
         1/β = max(η ‖∇q‖² - ⟨∇L_out, ∇q⟩, 0) / ‖∇q‖²,    q = L_in(φ_β, θ) - L_in(φ_0, θ)
 
-    with gradients by θ and φ_β together: the least weight of the inner problem under which a step
-    does not make q grow.
+    with gradients with respect to θ and φ_β together: the smallest weight of the inner problem for
+    which a step does not increase q.
 
     Attributes:
-        eta: η, by which share of its gradient q has to fall.
-        least: β is at least this.
-        most: β is at most this, and starts there.
+        eta: η, the rate at which q must decrease, relative to ‖∇q‖².
+        least: smallest value of β.
+        most: largest value of β, and its first one.
     """
 
     eta: Positive = 0.5
@@ -100,7 +101,7 @@ class AdaptiveBeta(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrasts(Direction):
-    r"""States at several nudging strengths; the contrast of `∂L/∂θ` between them.
+    r"""The contrastive rule in one loop: states at several nudging strengths, all moving.
 
         ∇̂_θ = (1/β) Σ_i w_i ∂_θ [L_in(φ_i, θ) + b_i β L_out(φ_i, θ)],    φ_i near the minimum of
                                                                         L_in + b_i β L_out
@@ -110,13 +111,14 @@ class Contrasts(Direction):
     and random numbers, so that their noise cancels in the contrast.
 
     Attributes:
-        beta: β; or a function of the share of the loop that is done, from 0 to 1; or
+        beta: β, a function that returns it for the share of the loop that is done, from 0 to 1, or
             `AdaptiveBeta()`.
-        scheme: `forward` has a state without nudge, `symmetric` pairs of opposite nudges.
-        points: how many states. With more than two, `error_estimate` compares with fewer.
-        together: take θ's direction where the last step of each state begins, from the gradient
-            that moves it, as SOBA does. An outer step then costs about half: p gradients of the
-            inner loss instead of 2 p. For a `Bilevel` without a regulariser.
+        scheme: `forward` has a state without nudge, `symmetric` has pairs of opposite nudges.
+        points: number of states. With more than two, `error_estimate` compares with the contrast of
+            fewer.
+        together: compute θ's direction before the last step of each state, from the gradient that
+            this step uses, as SOBA does. An outer step then costs p gradients of the inner loss
+            instead of 2 p. Only for a `Bilevel` without a regulariser.
 
     Raises:
         ConfigurationError: an odd number of symmetric points; an adapted β of more than two points
@@ -135,23 +137,25 @@ class Contrasts(Direction):
         adapted = isinstance(self.beta, AdaptiveBeta)
         require(
             self._nodes == [0, 1] or not adapted,
-            "AdaptiveBeta compares a nudged state with a free one: take scheme='forward', points=2",
+            "AdaptiveBeta compares a nudged state with a free one; use scheme='forward' and "
+            "points=2",
         )
         require(
             not (self.together and adapted),
-            "AdaptiveBeta looks at the states after their step: take together=False",
+            "AdaptiveBeta needs the states after their step; use together=False",
         )
 
     def check(self, evaluation: Evaluation, solver: Solver) -> None:
-        """Also refuse to have both gradients at once of what has no such loss."""
+        """Also refuse `together` if states do not move along the gradient of a single loss."""
         super().check(evaluation, solver)
         problem = evaluation.problem
         plain = isinstance(problem, Bilevel) and problem.regularizer is None
         require(
             not self.together or plain,
-            f"together=True takes both gradients of one loss, and a {type(problem).__name__} "
+            f"together=True takes both gradients from one evaluation of a loss, but a "
+            f"{type(problem).__name__} problem "
             + ("with a regularizer " if isinstance(problem, Bilevel) else "")
-            + "moves by more than that: take together=False",
+            + "does not move along the gradient of that loss alone; use together=False",
         )
 
     @cached_property
@@ -168,15 +172,15 @@ class Contrasts(Direction):
         return self._rule
 
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
-        """All at the same place."""
+        """All states start at the same params."""
         return [dict(params) for _ in self._nodes]
 
     def strengths(self, beta: float) -> list[float]:
-        """So many times β, by the scheme."""
+        """β times the scheme's multiple for each state."""
         return [node * beta for node in self._nodes]
 
     def strength(self, share: float) -> float:
-        """As given, or scheduled; an adapted one starts at its most."""
+        """β as given or by its schedule; an adapted one starts at its largest value."""
         if isinstance(self.beta, AdaptiveBeta):
             return self.beta.most
         schedule: Any = self.beta
@@ -186,27 +190,27 @@ class Contrasts(Direction):
             beta: Any = schedule(share)
         except TypeError as error:
             raise ConfigurationError(
-                f"beta is a schedule, called with the share of the loop that is done, such as "
-                f"beta(0.5): {error}"
+                f"beta is a schedule, so it is called with the share of the loop that is done, "
+                f"for example beta(0.5), and this failed: {error}"
             ) from error
         number = isinstance(beta, Real) or (isinstance(beta, Tensor) and beta.numel() == 1)
         value = float(beta) if number and not isinstance(beta, bool) else math.nan
         require(
             0 < value < math.inf,
-            f"beta must stay a number above 0, and its schedule gave {beta!r} when {share:.0%} of "
-            f"the loop was done: states that are all free have nothing to contrast",
+            f"the schedule beta must return a number above 0, but it returned {beta!r} when "
+            f"{share:.0%} of the loop was done; with β = 0 all states would be the same",
         )
         return value
 
     def learner(self, states: Sequence[State]) -> dict[str, Tensor]:
-        """The free state; of symmetric ones, half-way between the first two."""
+        """The params of the free state; for a symmetric scheme, the mean of two states."""
         if self.scheme == "forward":
             return super().learner(states)
         one, other = (state.tensors for state in states[:2])
         return {name: torch.lerp(p.detach(), other[name].detach(), 0.5) for name, p in one.items()}
 
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
-        """Down the inner loss and its share of the outer one."""
+        """The velocity along the inner loss plus its multiple of the outer loss."""
         state, strength = place.states[index], self._nodes[index] * place.beta
         if not (self.together and place.last):
             return place.velocity(state.tensors, strength)
@@ -217,7 +221,7 @@ class Contrasts(Direction):
         return tuple(torch._foreach_neg(pulls))
 
     def turn(self, place: Place) -> Turn:
-        """The contrast, and how far one of lower order is from it."""
+        """The contrast, with its error as the difference from one of lower order."""
         seen = []
         for index, state in enumerate(place.states):
             if state.seen is None:
@@ -240,13 +244,13 @@ class Contrasts(Direction):
 
     @property
     def _judged(self) -> int:
-        """How many states' outer losses are logged."""
+        """The number of states whose mean outer loss is reported."""
         return 1 if self.scheme == "forward" else 2
 
     def _slopes(
         self, place: Place, index: int, *, by_params: bool = False
     ) -> tuple[Slopes, Slopes | None]:
-        """Of the inner loss at a state; and of the outer one, if anything asks for it there."""
+        """Gradients of the inner loss at a state, and of the outer loss if they are needed."""
         at, node = place.states[index].tensors, self._nodes[index]
         inner = place.slopes("inner", at, by_params=by_params)
         moved = node and (by_params or place.reaches.functions["outer"])
@@ -257,7 +261,7 @@ class Contrasts(Direction):
     def _contrast(
         self, place: Place, rule: Contrastive, seen: Sequence[tuple[Slopes, Slopes | None]]
     ) -> dict[str, Tensor]:
-        """The contrast of the first of the states, by a rule for so many."""
+        """The contrast of the first few states, by a rule for that number of points."""
         weights = [w.real / place.beta for w in rule.weights]
         total = {name: torch.zeros_like(m) for name, m in place.meta_params.items()}
         first = seen[0][0].meta_params
@@ -277,34 +281,34 @@ class Contrasts(Direction):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSystem(Direction):
-    r"""The learner, and beside it the solution of the implicit equation; both move all the time.
+    r"""The implicit direction in one loop: φ and the solution of its linear system both move.
 
         φ ← φ - ρ ∂L_in/∂φ,    v ← v - ρ (H v + ∂L_out/∂φ),
         ∇̂_θ = ∂L_out/∂θ + (∂²L_in/∂θ∂φ)ᵀ v
 
-    SOBA (Dagréou, Ablin, Vaiter, Moreau 2022) with one step of each a step of θ, AmIGO (Arbel and
-    Mairal 2022) with several. Needs a double backward.
+    This is SOBA (Dagréou, Ablin, Vaiter, Moreau 2022) with one step of φ and v for each step of θ,
+    and AmIGO (Arbel and Mairal 2022) with several. It needs a double backward.
     """
 
     def starts(self, params: Params) -> list[dict[str, Tensor]]:
-        """The learner where it is given, v at zero."""
+        """The learner at its params, v at zero."""
         return [dict(params), {name: torch.zeros_like(p) for name, p in params.items()}]
 
     @property
     def estimator(self) -> NeumannSeries:
-        """The Neumann series, which goes on from one step of θ to the next."""
+        """The Neumann series, which continues from one step of θ to the next."""
         return NeumannSeries()
 
     def strength(self, share: float) -> float:
-        """Nothing is nudged."""
+        """Zero, since no state is nudged."""
         return 0.0
 
     def strengths(self, beta: float) -> list[float]:
-        """Neither the learner nor v is."""
+        """Zeros, since no state is nudged."""
         return [0.0, 0.0]
 
     def velocity(self, place: Place, index: int) -> tuple[Tensor, ...]:
-        """Down the inner loss; down the residual of the linear system."""
+        """The velocity along the inner loss, or along the residual of the linear system."""
         learner, solution = place.states
         if index == 0:
             return place.velocity(learner.tensors, 0.0)
@@ -313,7 +317,7 @@ class LinearSystem(Direction):
         return tuple(-(product[name] + pulled[name]) for name in learner.tensors)
 
     def turn(self, place: Place) -> Turn:
-        """The implicit direction at the v there is."""
+        """The implicit direction with the current v."""
         learner, solution = place.states
         place.stand_at(learner)
         outer = place.slopes("outer", learner.tensors)
@@ -328,7 +332,7 @@ class LinearSystem(Direction):
     def _product(
         self, place: Place, at: Params, vector: Params, *, by: Literal["params", "meta"]
     ) -> dict[str, Tensor]:
-        """The derivative of `⟨∂L_in/∂φ, v⟩` by φ, or by the θ that the inner loss depends on."""
+        """The derivative of `⟨∂L_in/∂φ, v⟩` with respect to φ, or to the θ that L_in depends on."""
         params = {name: p.detach().requires_grad_() for name, p in at.items()}
         names = place.reaches.loss("inner") if by == "meta" else ()
         meta = {name: place.meta_params[name].detach().requires_grad_() for name in names}
@@ -343,7 +347,7 @@ class LinearSystem(Direction):
 
 
 def _adapted(rule: AdaptiveBeta, place: Place) -> float:
-    """β for the next step."""
+    """BOME's β for the next step."""
     free, nudged = place.states
     outer = place.slopes("outer", nudged.tensors, by_params=True)
     there = place.slopes("inner", nudged.tensors, by_params=True)

@@ -169,7 +169,7 @@ def learn_tasks(
     expect(Literal["highest", "lowest"] | None, keep_best=keep_best)
     require(
         keep_best is None or validate is not None,
-        f"keep_best={keep_best!r} needs validate, which scores θ",
+        f"keep_best={keep_best!r} needs validate, a function that scores θ",
     )
     like = next(iter(meta_params.values()))
 
@@ -188,7 +188,7 @@ def learn_tasks(
         metrics = validate(now)
         if not isinstance(metrics, Mapping) or not metrics:
             raise ConfigurationError(
-                f"validate must return metrics by name, at least one, got {shown(metrics)}"
+                f"validate must return a dictionary with at least one metric, got {shown(metrics)}"
             )
         name, score = next(iter(metrics.items()))
         before = [float(row[name]) for row in state.history if name in row]

@@ -58,7 +58,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        kept = f"; {path.name} is as it was before" if path.exists() else ""
+        kept = f"; {path.name} was not changed" if path.exists() else ""
         raise RunError(f"cannot write {path}: {error.strerror}{kept}") from error
 
 
@@ -82,7 +82,7 @@ def load_tensors(file: Path | IO[bytes]) -> Any:
     """
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} within it is wrong")
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
     if not isinstance(file, Path):
         file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)

@@ -84,7 +84,9 @@ class TensorBoard(Callback):
         """Write the step's numbers."""
         assert self._writer is not None
         if not self.folder.exists():
-            raise RunError(f"{self.folder} is gone: it was removed while the run went on")
+            raise RunError(
+                f"{self.folder} was removed while the run went on, so nothing can be written there"
+            )
         row = state.history[-1]
         for name, value in row.items():
             if name != "outer_step" and not isinstance(value, str):
@@ -93,7 +95,7 @@ class TensorBoard(Callback):
             self._writer.flush()  # its thread might write later, when the folder is gone
         except OSError as error:
             raise RunError(
-                f"{self.folder} is gone: it was removed while the run went on"
+                f"{self.folder} was removed while the run went on, so nothing can be written there"
             ) from error
 
     def on_end(self, state: OuterState, error: BaseException | None) -> None:

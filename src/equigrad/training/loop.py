@@ -109,10 +109,11 @@ class OuterState:
             there = {name: tuple(t.shape) for name, t in state[what].items()}
             here = {name: tuple(t.shape) for name, t in mine.items()}
             if there != here:
-                raise ValueError(f"{what} there {there}, here {here}")
+                raise ValueError(f"{what} there have the shapes {there}, here {here}")
         if state["optimizer_class"] != type(self.optimizer).__name__:
             raise ValueError(
-                f"optimizer there {state['optimizer_class']}, here {type(self.optimizer).__name__}"
+                f"the optimizer there is {state['optimizer_class']}, here "
+                f"{type(self.optimizer).__name__}"
             )
         with torch.no_grad():
             for name, m in self.meta_params.items():
@@ -220,8 +221,8 @@ def learn(
     computed = [name for name, p in params.items() if p.grad_fn is not None]
     if computed:
         raise ConfigurationError(
-            f"params[{computed[0]!r}] was computed from other tensors, and would not follow when "
-            f"those are learned; detach it, pass the tensors of meta_params themselves, or call "
+            f"params[{computed[0]!r}] was computed from other tensors and would not change when "
+            f"those are learned. Detach it, pass the tensors of meta_params themselves, or call "
             f"meta_gradient in a loop of your own"
         )
 
@@ -289,15 +290,15 @@ def descend(
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigurationError(
-            f"{type(optimizer).__name__} evaluates a loss by itself as often as it likes, and an "
-            f"outer step has one gradient: take an optimizer that steps without a closure, such as "
+            f"{type(optimizer).__name__} evaluates a loss several times in one step, but an outer "
+            f"step has a single gradient; use an optimizer that steps without a closure, such as "
             f"torch.optim.Adam"
         )
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, m in meta_params.items() if id(m) not in stepped]
     if missing:
         raise ConfigurationError(
-            f"the optimizer does not step meta-parameter {missing[0]!r}; make it over "
+            f"the optimizer does not update meta-parameter {missing[0]!r}; make it with "
             f"meta_params.values(), the same tensors that are passed as meta_params"
         )
     state = OuterState(meta_params, optimizer, dict(params or {}), steps, limit, carried=carried)
@@ -341,8 +342,8 @@ def _metrics(found: object) -> dict[str, float]:
         if all(isinstance(name, str) and isinstance(v, Real) for name, v in row.items()):
             return row
     raise ConfigurationError(
-        f"evaluate and validate must return metrics by name, such as {{'accuracy': 0.9}}, got "
-        f"{shown(found)}"
+        f"evaluate and validate must return a dictionary of metrics, such as {{'accuracy': 0.9}}, "
+        f"got {shown(found)}"
     )
 
 

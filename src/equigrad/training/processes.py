@@ -90,8 +90,8 @@ def _together(what: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"process {rank} of {size} {what} the others ({reason}). One of them failed, was "
-            f"killed, or took longer than the timeout: its own output says more. Start all of "
-            f"them again; --resume goes on from the last checkpoint"
+            f"killed, or took longer than the timeout; its own output may say more. Start all of "
+            f"them again; with --resume they go on from the last checkpoint"
         ) from error
 
 
@@ -164,9 +164,9 @@ def shared_meta_gradient(
     thetas, losses, evaluations, phases, statuses = zip(*said, strict=True)
     if len(set(thetas)) > 1:
         raise RunError(
-            f"the processes no longer have the same meta-parameters (they sum to {thetas}): "
-            f"whatever changes them or the optimizer has to do so in all of them; a callback that "
-            f"does says acts = True"
+            f"the processes no longer have the same meta-parameters (the sums of their entries "
+            f"are {thetas}). Whatever changes meta-parameters or the optimizer must do so in all "
+            f"processes; a callback that does must set acts = True"
         )
     worst = max(range(here.world_size), key=lambda rank: phases[rank][0].residual)
     return replace(

@@ -26,7 +26,7 @@ class ProgressBar(Callback):
     def on_start(self, state: OuterState) -> None:
         """Draw the bar."""
         if state.step:
-            self.console.print(f"{self.title}: going on after outer step {state.step}")
+            self.console.print(f"{self.title}: resuming after outer step {state.step}")
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),

@@ -85,11 +85,11 @@ def train_network(
     """
     x, y = examples
     if len(x) != len(y):
-        raise ConfigurationError(f"there are {len(x)} inputs, and {len(y)} targets for them")
+        raise ConfigurationError(f"there are {len(x)} inputs, but {len(y)} targets")
     expect(Count, batch_size=batch_size)
     require(
         batch_size <= len(x),
-        f"batch_size must be at most the {len(x)} examples there are, got {batch_size}",
+        f"batch_size must be at most the number of examples, {len(x)}, got {batch_size}",
     )
     expect(NotNegative | Infinite, epochs=epochs)
     expect(int, seed=seed)
@@ -97,7 +97,9 @@ def train_network(
     meta_params: dict[str, Tensor] = dict(network.named_parameters())
     learned = {name: p for name, p in meta_params.items() if p.requires_grad}
     if not learned:
-        raise ConfigurationError("all parameters are frozen (requires_grad=False): none can learn")
+        raise ConfigurationError(
+            "all parameters are frozen (requires_grad=False), so there is nothing to learn"
+        )
     each = len(x) // batch_size
     order: dict[int, Tensor] = {}
 

@@ -27,5 +27,7 @@ def mean_and_scale(values: Tensor, what: str) -> tuple[Tensor, Tensor]:
     constant = values.amin(0) == values.amax(0)
     mean, scale = mean.where(~constant, values[0]), deviation.where(~constant, 1.0)
     if not scale.isfinite().all():
-        raise DataError(f"{what}: too large to standardise, up to {values.abs().max():g}")
+        raise DataError(
+            f"{what}: values up to {values.abs().max():g} are too large to be standardised"
+        )
     return mean, scale

@@ -1,4 +1,4 @@
-"""One loop for θ and φ: neither waits for the other to settle."""
+"""Learn θ and φ in one loop, without waiting for φ to converge."""
 
 import itertools
 import math
@@ -32,18 +32,18 @@ STREAMS: tuple[Stream, ...] = ("inner", "outer")
 
 @dataclass
 class Carriage:
-    """The states, as a checkpoint knows them.
+    """The states of the loop, in a form that a checkpoint can save.
 
     Attributes:
-        states: all that moves beside θ.
-        beta: adapted so far, or None.
+        states: all states that move along with θ.
+        beta: the adapted β, or None.
     """
 
     states: list[State]
     beta: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """The state as tensors and plain values."""
         return {
             "beta": self.beta,
             "states": [
@@ -58,9 +58,11 @@ class Carriage:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         if len(saved["states"]) != len(self.states):
-            raise ValueError(f"{len(saved['states'])} states there, {len(self.states)} here")
+            raise ValueError(
+                f"there are {len(saved['states'])} states there, {len(self.states)} here"
+            )
         self.beta = saved["beta"]
         for state, kept in zip(self.states, saved["states"], strict=True):
             with torch.no_grad():
@@ -88,35 +90,34 @@ def learn_jointly(
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> OuterState:
-    """Learn θ and φ in one loop: a few steps of each state, one of θ, and again.
+    """Learn θ and φ in one loop: a few steps of each state, then one of θ, and so on.
 
-    Nothing settles anew, so an outer step costs a few gradients on mini-batches: for problems that
-    are trained with many noisy steps rather than solved. Where the states cannot follow, θ moves
-    along a wrong direction: make its steps smaller than theirs, or raise `inner_steps`.
+    An outer step costs only a few gradients on mini-batches, since φ does not converge in between.
+    This suits problems that are trained by many noisy steps rather than solved. If the states
+    cannot follow θ, its direction is wrong: make its steps smaller than theirs, or raise
+    `inner_steps`.
 
     Args:
         problem: the losses, usually with mini-batches.
         params: φ at the start.
         meta_params: θ, leaves that require a gradient; updated in place.
-        solver: moves every state, each with a memory of its own: `GradientDescent` or
-            `TorchOptimizer`. Its `max_steps` and `tol` play no part.
-        direction: what moves, and the direction for θ; `Contrasts()` by default.
+        solver: `GradientDescent` or `TorchOptimizer`, which moves every state, each with its own
+            momentum. Its `max_steps` and `tol` are not used.
+        direction: the rule for θ's direction and its states; `Contrasts()` by default.
         optimizer: any `torch.optim` optimiser over the values of `meta_params`.
-        steps: outer steps to have taken at the end, those before a resume included.
-        inner_steps: steps of every state for each of θ.
-        project: keeps θ feasible, in place, after every step.
-        evaluate: metrics of the learner, logged every step: of the free state, or of the middle of
-            symmetric ones.
-        callbacks: watch the loop, in this order, as of `learn`; a `Checkpoint` resumes to the same
-            bits.
+        steps: number of outer steps, including those before a resume.
+        inner_steps: number of steps of every state for each step of θ.
+        project: called after every outer step to keep θ feasible, in place.
+        evaluate: metrics of the learner, logged at every outer step: of the free state, or of the
+            mean of symmetric ones.
+        callbacks: called in this order, as by `learn`; a `Checkpoint` resumes to the same bits.
 
     Returns:
-        The state after the last step, the learner's φ among it in `params`.
+        The state after the last step; its `params` are the learner's φ.
 
     Raises:
-        ConfigurationError: a solver that needs a loss that stays the same, or a value outside its
-            range.
-        ProblemError: losses or parameters are not what they have to be.
+        ConfigurationError: the solver needs a loss that stays the same, or a value is out of range.
+        ProblemError: the losses or parameters are not valid.
         SettlingError: a state is no longer finite.
 
     Example:
@@ -143,7 +144,7 @@ def learn_jointly(
     expect(Callable | None, evaluate=evaluate)
     if solver.fixed_loss or solver.jumps:
         raise ConfigurationError(
-            f"{type(solver).__name__} settles a loss that stays the same, and here θ moves after "
+            f"{type(solver).__name__} needs a loss that stays the same, but here θ changes after "
             f"every few steps; use GradientDescent or TorchOptimizer"
         )
     direction = direction or Contrasts()
@@ -201,7 +202,7 @@ def learn_jointly(
 
 
 def _stride(inner_steps: int, *batches: int) -> int:
-    """From the first batch of an outer step to that of the next: coprime to all numbers of batches.
+    """The number of batches from one outer step to the next, coprime to all numbers of batches.
 
     θ sees the last batch of each outer step, and so sees all of them in turn, as φ does.
     """
@@ -211,7 +212,7 @@ def _stride(inner_steps: int, *batches: int) -> int:
 
 
 def _move(direction: Direction, solver: Solver, place: Place, steps: range) -> list[float]:
-    """Take the steps of all states, side by side: a batch is drawn once. The residuals at first.
+    """Take some steps of all states side by side, on the same batches; return the first residuals.
 
     Raises:
         SettlingError: one of them is no longer finite.
@@ -225,8 +226,8 @@ def _move(direction: Direction, solver: Solver, place: Place, steps: range) -> l
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(velocity))).item()
             if not math.isfinite(norm):
                 raise SettlingError(
-                    f"the velocity of state {index} (β={place.beta:g}) is {norm} at step {step}: "
-                    f"take smaller steps of φ or of θ, or a smaller beta"
+                    f"the velocity of state {index} (β={place.beta:g}) is {norm} at step {step}; "
+                    f"use smaller steps of φ or of θ, or a smaller beta"
                 )
             if step == steps.start:
                 starts.append(norm)
@@ -239,7 +240,7 @@ def _move(direction: Direction, solver: Solver, place: Place, steps: range) -> l
 
 
 def _objective(place: Place, direction: Direction, index: int) -> Objective:
-    """What a solver is handed beside the velocity."""
+    """The objective that a solver is given beside the velocity."""
 
     def evaluate() -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         return direction.velocity(place, index), lambda: torch.zeros(())

@@ -109,11 +109,11 @@ def divide(
     few = [(g, n) for g, n in zip(present, counts, strict=True) if n < parts]
     if few:
         needed = "training, validation and test" if parts > 2 else "training and validation"
-        lacking = f"too few rows for {needed}, which need one each"
+        lacking = f"too few rows for {needed}, each of which needs one"
         if not names:
             raise DataError(f"the data have {lacking}: {len(groups)}; add rows")
         listed = ", ".join(f"{names[g]} ({n})" for g, n in few[:10])
-        raise DataError(f"classes have {lacking}: {listed}; add rows, or leave these out")
+        raise DataError(f"classes have {lacking}: {listed}; add rows, or leave out these classes")
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
 
     def drawn(rows: Tensor, wanted: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def divide(
     if samples is not None:
         if samples > len(rest):
             raise ConfigurationError(
-                f"{samples} samples were asked for, and there are {len(rest)} beside the "
+                f"{samples} samples were requested, but there are only {len(rest)} apart from the "
                 f"{len(test)} for testing"
             )
         if samples < 2 * len(present):

@@ -40,8 +40,8 @@ def trainer_settings(arguments: Any, examples: int) -> dict[str, Any]:
     name = str(getattr(arguments.optim, "value", arguments.optim))
     if not name.startswith("adamw_torch"):
         raise ConfigurationError(
-            f"optim={name!r} is not AdamW of torch; give example_scores a TorchOptimizer with the "
-            f"class that you train with"
+            f"optim={name!r} is not one of torch's AdamW optimizers; give example_scores a "
+            f"TorchOptimizer with the class that you train with"
         )
     batch_size = arguments.per_device_train_batch_size
     accumulate = arguments.gradient_accumulation_steps

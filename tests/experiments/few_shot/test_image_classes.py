@@ -27,7 +27,7 @@ def test_subfolders_are_classes(tmp_path):
     assert [own.mean().item() for own in inverted] == pytest.approx([0.8, 0.2])
     batch = NWayKShot(classes, way=2, shot=1, queries=3).sample(2, draw=0)
     assert batch.query[0].shape == (2, 6, 1, 8, 8)
-    with pytest.raises(DataError, match="need 5 examples of every class, and class 'dark' has 4"):
+    with pytest.raises(DataError, match="need 5 examples of every class, but class 'dark' has 4"):
         NWayKShot(classes, way=2, shot=1, queries=4)
 
 

@@ -160,11 +160,11 @@ def test_a_run_learns_says_and_saves(strokes, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"way": 20}, ConfigurationError, "a 20-way task needs 20 classes, and there are 7"),
+        ({"way": 20}, ConfigurationError, "a 20-way task needs 20 classes, but there are 7"),
         ({"shot": 10}, DataError, "10 shots and 15 queries need 25 examples"),
         ({"way": 1}, ConfigurationError, "way must be a whole number of at least 2, got 1"),
         ({"filters": 0}, ConfigurationError, "filters must be a whole number of at least 1, got 0"),
-        ({"side": 8, "pooling": True}, ConfigurationError, "at least 16, got 8"),
+        ({"side": 8, "pooling": True}, ConfigurationError, "at least 16 with pooling, got 8"),
         ({"images": Path("nowhere")}, DataError, "nowhere is no folder of images"),
     ],
 )

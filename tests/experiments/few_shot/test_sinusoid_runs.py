@@ -118,7 +118,7 @@ def test_contrast_learns_to_learn():
     [
         ({"method": "contrastive-modulation"}, "no normalisation layer.*one of contrastive-syn"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, or None, got 0"),
-        ({"seed": 1, "seeds": 2}, "seeds=2 runs seeds 0 to 1, and seed=1 is for a single run"),
+        ({"seed": 1, "seeds": 2}, "seeds=2 means seeds 0 to 1, and seed=1 means a single run"),
         ({"hidden": (40, 0)}, r"hidden must be .*of at least 1, got \(40, 0\)"),
     ],
 )

@@ -73,9 +73,12 @@ def test_the_file_chooses_the_presets_that_it_does_not_set(folder):
     [
         (None, "cannot read mine.json"),
         ("{", "mine.json is not JSON"),
-        ("[]", "mine.json must hold a JSON object, got list"),
-        ('{"experiment": "digits"}', "mine.json holds no configuration"),
-        ('{"experiment": "mnist", "config": {}}', "configures 'mnist', not 'digits'"),
+        ("[]", "mine.json must contain a JSON object, got list"),
+        ('{"experiment": "digits"}', "mine.json has no configuration"),
+        (
+            '{"experiment": "mnist", "config": {}}',
+            "is the configuration of 'mnist', not of 'digits'",
+        ),
         ({"solver": {"rate": 1}}, "mine.json: there is no solver.rate; GradientDescent has max"),
         ({"solver": {"lr": "fast"}}, "solver.lr must be float, got 'fast'"),
         ({"solver": {"lr": True}}, "solver.lr must be float, got True"),
@@ -90,7 +93,7 @@ def test_the_file_chooses_the_presets_that_it_does_not_set(folder):
             "contrastive.nudged_solver: BlackBox",
         ),
         ({"outer_lr": -1}, "outer_lr must be a finite number above 0, got -1"),
-        ({"scale": "small"}, "--scale smoke would preset what mine.json sets for scale small"),
+        ({"scale": "small"}, "--scale is smoke on the command line, but small in mine.json"),
     ],
 )
 def test_files_that_cannot_be(folder, capsys, content, message):

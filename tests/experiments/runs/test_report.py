@@ -160,7 +160,7 @@ def test_what_is_unfinished_or_missing_is_named(copied):
     assert row[4] == f"0 of 2 seeds finished; {unfinished}"
     assert row[2].strip() == f"{last['test_accuracy']:.2f} at step 2"  # no mean of what has no end
     assert page.row("per weight, T1–T2")[4] == "1 of 2 seeds finished; seed 1: missing"
-    assert "seed-0: metrics.jsonl: 1 of 3 lines cannot be read and are left out" in page.words
+    assert "seed-0: metrics.jsonl: 1 of 3 lines, the first of them line" in page.words
     assert f"{copied}: seed 1 of per weight, contrastive is missing" in page.words
 
 
@@ -263,7 +263,7 @@ def test_command_writes_the_page_and_no_other_file(tmp_path, monkeypatch, capsys
     for words, message in (
         ((run, "--out", "mine.html"), "mine.html is not a report"),
         ((run, "--out", "gone/page.html"), "gone is not a folder"),
-        (("empty",), "no folder there holds a config.json"),
+        (("empty",), "none of the folders there has a config.json"),
         (("gone",), "gone is not a folder"),
     ):
         code, said = call_main("report", *words, capsys=capsys)

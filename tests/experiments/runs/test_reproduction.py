@@ -133,7 +133,7 @@ def test_every_figure_and_table_has_a_command_with_a_summary():
         (FigS1, {"errors": (0.995,)}, "add up to less than 1"),
         (FigS2, {"betas": ()}, "betas must be .*at least one"),
         (FigS3, {"points": (1, 2)}, "points must be .*of at least 2"),
-        (FigS3, {"smallest_exponent": 3}, "smallest_exponent must be below"),
+        (FigS3, {"smallest_exponent": 3}, "smallest_exponent must be less than"),
         (FigS4, {"steps": (0, 1)}, "steps must be .*of at least 1"),
         (FigS4, {"betas": (-1.0,)}, "betas must be .*above 0"),
         (FigS5, {"strength": 0.0}, "strength must be a finite number above 0"),

@@ -95,6 +95,6 @@ def test_the_command_of_every_place_makes_that_place_alone(kind, monkeypatch):
 
 def test_a_page_that_was_not_written_by_report_is_left_alone(tmp_path, page):
     (tmp_path / "results.md").write_text("# My own\n")
-    with pytest.raises(RunError, match="nothing is written over"):
+    with pytest.raises(RunError, match="is not a report, so it is not overwritten"):
         report([tmp_path], tmp_path / "results.md", paper_tables())
     assert page.startswith("<!-- written by equigrad report -->\n# Results")

@@ -205,7 +205,7 @@ def test_the_scheduler_is_told_of_trials_that_have_ended(folder):
         (["--seed", "0", "--seeds", "3"], "given by seed; got seeds=3"),
         (["--space", "gone.json"], "cannot read gone.json"),
         (["--space", "space.json"], "there is no solver.rate; GradientDescent has max_steps"),
-        (["--resume"], "nothing to resume in mine"),
+        (["--resume"], "cannot resume mine"),
         (["--address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
     ],
 )

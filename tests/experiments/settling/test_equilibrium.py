@@ -125,7 +125,7 @@ def test_a_saved_network_is_loaded_as_it_was(tmp_path):
     found = classify(network, x, solver=job.config.solver)
     assert torch.equal(found, expected.argmax(1))
     hurried = replace(model, solver=Anderson(tol=1e-9, max_steps=2))
-    with pytest.warns(SettlingWarning, match=r"not settled for 100 samples \(0, .*of 100"):
+    with pytest.warns(SettlingWarning, match=r"not converged for 100 samples \(0, .*of 100"):
         hurried.outputs(x)
 
 
@@ -140,13 +140,13 @@ def test_predictions_say_for_which_files_nothing_settled(tmp_path, capsys):
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "black.png")
     code, said = call_main("predict", tmp_path, "--images", tmp_path / "images", capsys=capsys)
     assert code == 0, said
-    assert "not settled, so that the answer may be wrong" in said
+    assert "has not converged, so the prediction may be wrong" in said
     assert ",settled " in said
     assert ",no " in said
     assert "black.png" in said
     code, said = call_main("predict", tmp_path, "--csv", tmp_path / "no.csv", capsys=capsys)
     assert code == 2
-    assert "learned from images; ask it with --images DIR" in said
+    assert "was trained on images; use it with --images DIR" in said
 
 
 def test_linear_feedback_has_weights_for_every_hidden_layer_and_they_learn():
@@ -180,7 +180,7 @@ def test_words_that_choose_nothing(chosen, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": GMRES()}, "method 'exact' has the estimator Adjoint, got GMRES"),
+        ({"estimator": GMRES()}, "method 'exact' needs the estimator Adjoint, got GMRES"),
         ({"hidden": ()}, r"hidden must be .* at least one, got \(\)"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
         ({"scale": "tiny"}, "scale must be 'smoke', 'small' or 'paper', got 'tiny'"),
@@ -199,11 +199,11 @@ def test_settings_that_cannot_work(options, message):
 @pytest.mark.parametrize(
     ("setting", "hidden", "message"),
     [
-        ("recurrent", (16, 16), r"one hidden layer, got hidden widths \(16, 16\)"),
+        ("recurrent", (16, 16), r"a single hidden layer, got hidden widths \(16, 16\)"),
         ("recurrent", (), "hidden must be .* at least one, got"),
-        ("cifar-implicit", (16, 16), "one hidden layer"),
+        ("cifar-implicit", (16, 16), "a single hidden layer"),
         ("cifar-implicit", (20,), "channels must be a multiple of the 8 groups.*got 20"),
-        ("cifar-hopfield", (4,) * 6, "6 hidden layers.*leave nothing of an image of 32 x 32"),
+        ("cifar-hopfield", (4,) * 6, "image of 32 x 32 is too small for 6 hidden layers"),
     ],
 )
 def test_widths_that_make_no_network(setting, hidden, message):

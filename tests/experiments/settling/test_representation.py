@@ -124,7 +124,7 @@ def test_pixels_that_have_not_settled_are_counted(tmp_path, capsys):
 
 
 def test_what_was_saved_is_mistrusted(tmp_path):
-    with pytest.raises(RunError, match="is not there: a run saves it at its end"):
+    with pytest.raises(RunError, match=r"there is no .*: a run saves it at its end"):
         Painter.load(tmp_path)
     torch.save({"format": "another"}, tmp_path / "model.pt")
     with pytest.raises(RunError, match="is 'another', expected 'equigrad representation 1'"):
@@ -139,7 +139,7 @@ def test_a_method_that_is_not_there():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": eg.GMRES()}, "method 'exact' has the estimator Adjoint, got GMRES"),
+        ({"estimator": eg.GMRES()}, "method 'exact' needs the estimator Adjoint, got GMRES"),
         ({"stride": 0}, "stride must be a whole number of at least 1, got 0"),
         ({"held_out": 192}, "must leave some of the 192 pixels .* got 192; lower it"),
         ({"epochs": 0.0}, "epochs must be a finite number above 0, got 0"),

@@ -112,7 +112,7 @@ def test_broken_images_are_named_or_skipped(garden, tmp_path, monkeypatch, capsy
     assert (code, "images/rose/3.png" in said) == (0, True)
     ask = ["predict", garden / "run", "--images", "images"]
     code, said = call_main(*ask, capsys=capsys)
-    assert (code, "say --skip-broken" in said) == (2, True)
+    assert (code, "use --skip-broken" in said) == (2, True)
     code, said = call_main(*ask, "--skip-broken", capsys=capsys)
     assert (code, "on 9 with a known target" in said) == (0, True)
 
@@ -126,7 +126,10 @@ def test_broken_images_are_named_or_skipped(garden, tmp_path, monkeypatch, capsy
             ["--images", "images", "--size", "8"],
             "a whole number of at least 16, got 8",
         ),
-        (["--images", "images", "--samples", "50"], "50 samples were asked for, and there are"),
+        (
+            ["--images", "images", "--samples", "50"],
+            "50 samples were requested, but there are only",
+        ),
     ],
 )
 def test_wrong_words_end_with_code_2(garden, monkeypatch, capsys, words, message):
@@ -141,9 +144,9 @@ def test_models_know_what_they_learned_from(garden, tmp_path, capsys):
     code, said = call_main(
         "predict", garden / "run", "--csv", tmp_path / "table.csv", capsys=capsys
     )
-    assert (code, "learned from images; ask it with --images DIR" in said) == (2, True)
+    assert (code, "was trained on images; use it with --images DIR" in said) == (2, True)
     code, said = call_main("predict", garden / "run", "--images", tmp_path, capsys=capsys)
-    assert (code, "has no images" in said) == (2, True)
+    assert (code, "contains no images" in said) == (2, True)
 
 
 def test_gray_images_of_16_bits_are_read_as_of_8(tmp_path):

@@ -129,13 +129,13 @@ def test_columns_in_any_order_and_more_of_them(run_folder, tmp_path, capsys):
         assert code == 0, said
         outs.append(out.read_text())
     assert outs[0] == outs[1]
-    assert "not looked at: 'note'" in said
+    assert "columns that the model does not use: 'note'" in said
     assert "90 predictions saved" in said
     code, said = call_main(
         "predict", run_folder / "kinds", "--csv", path, "--out", out, capsys=capsys
     )
     assert code == 2
-    assert "nothing is written over" in said
+    assert "nothing is overwritten" in said
 
 
 def test_predict_scores_where_the_target_is_there(run_folder, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_predict_names_what_it_does_not_know(run_folder, tmp_path, capsys):
     code, said = said_of("length,color,weight,price,kind\n5,purple,100,9,fig\n6,red,90,9,apple\n")
     assert code == 0
     assert "column 'color': 1 row of unseen category 'purple'" in said
-    assert "not scored, the target being 'fig'" in said
+    assert "not scored, because the model does not know the target 'fig'" in said
     assert "on 1 with a known target" in said
     code, said = said_of("length,weight,price\n5,100,9\n")
     assert (code, "lacks the columns 'color'" in said) == (2, True)
@@ -220,7 +220,7 @@ def test_one_row_is_scored_without_r2(run_folder, tmp_path, capsys):
 def test_targets_too_large_to_standardise_are_named(tmp_path):
     path = tmp_path / "large.csv"
     path.write_text("a,y\n" + "".join(f"{i},{i}e300\n" for i in range(20)))
-    with pytest.raises(DataError, match=r"the target 'y': too large to standardise"):
+    with pytest.raises(DataError, match=r"the target 'y': values .* too large to be standardised"):
         Tabular(csv=path, target="y").load(torch.device("cpu"), torch.float32)
 
 
@@ -311,7 +311,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run_folder, tmp_path, capsys, mo
     assert not (tmp_path / "stopped" / "model.pt").exists()
     monkeypatch.setattr(folded.FoldedLearner, "tested", judge)
     code, said = call_main(*words, "--out", "stopped", "--resume", capsys=capsys)
-    assert (code, "going on after outer step 1" in said) == (0, True)
+    assert (code, "resuming after outer step 1" in said) == (0, True)
     one, two = (load_model(tmp_path / name) for name in ("whole", "stopped"))
     assert all(torch.equal(p, two.params[name]) for name, p in one.params.items())
 

@@ -356,7 +356,7 @@ def test_constant_columns_are_told_by_their_values_and_not_by_rounding():
 
 
 def test_numbers_too_large_for_a_deviation_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"column 'a': too large to standardise, up to 1e\+300"):
+    with pytest.raises(DataError, match=r"column 'a': values up to 1e\+300 are too large"):
         fitted("a,y\n1e300,0\n-1e300,1\n", tmp_path)
 
 
@@ -410,11 +410,13 @@ def test_parts_that_cannot_be_drawn():
     options = {"test_share": 0.2, "training_share": 0.5, "samples": None, "seed": 0}
     with pytest.raises(DataError, match=r"too few rows for training, validation and test.*b \(2\)"):
         divide(groups, **options, names=("a", "b"))
-    with pytest.raises(DataError, match=r"rows for training and validation, .* or leave these out"):
+    with pytest.raises(DataError, match=r"rows for training and validation, .* or leave out these"):
         divide(torch.tensor([0, 1, 1]), **{**options, "test_share": 0}, names=("a", "b"))
-    with pytest.raises(DataError, match=r"the data have too few rows .* one each: 2; add rows$"):
+    with pytest.raises(DataError, match=r"the data have too few rows .* needs one: 2; add rows$"):
         divide(torch.zeros(2, dtype=torch.long), **options)
-    with pytest.raises(ConfigurationError, match="100 samples were asked for, and there are 8"):
+    with pytest.raises(
+        ConfigurationError, match="100 samples were requested, but there are only 8"
+    ):
         divide(groups[:10], **{**options, "samples": 100})
     with pytest.raises(ConfigurationError, match=r"samples must be at least 2, .* got 1"):
         divide(groups[:10], **{**options, "samples": 1})

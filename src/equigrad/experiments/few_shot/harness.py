@@ -1,4 +1,4 @@
-"""Settings shared by the few-shot experiments, and the learner made of them."""
+"""Settings shared by the few-shot experiments, and the few-shot learner made from them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,19 +38,19 @@ TASK_LEARNER = "equigrad few-shot learner 1"
 """The format of a saved learner."""
 
 VALIDATION, TEST = -1, -2
-"""Seeds of the tasks that judge: the same for all methods and runs, whose own seeds are not < 0."""
+"""Seeds of validation and test tasks, the same for all methods and runs; seeds of runs are ≥ 0."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Where the tasks of an experiment come from.
+    """The sources of an experiment's tasks.
 
     Attributes:
-        train: of meta-training.
-        validation: that models are chosen by; None where there are none.
-        test: that neither has seen.
-        note: where they come from, printed beside the results.
-        digest: a checksum of the examples, where they are not drawn from a formula.
+        train: tasks of meta-training.
+        validation: tasks by which parameters are chosen; None if there are none.
+        test: tasks that are used for the test alone.
+        note: the source of the tasks, printed beside the results.
+        digest: a checksum of the examples; None if they are drawn from a formula.
     """
 
     train: TaskSampler
@@ -62,14 +62,14 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot(Training):
-    """Learn from many tasks how to learn the next one: settings, tasks and network.
+    """Learn from many tasks how to learn a new one: settings, tasks and network.
 
     Attributes:
         score: class attribute; name of the metric, `accuracy` for example.
         best: class attribute; which score is best.
-        metric: class attribute; a score a task, as `equigrad.training.few_shot.Metric`.
-        loss: class attribute; of one task's outputs and targets, its mean over examples.
-        control: class attribute; the default of the methods under least control.
+        metric: class attribute; a score for each task, an `equigrad.training.few_shot.Metric`.
+        loss: class attribute; the loss of one task's outputs and targets, a mean over examples.
+        control: class attribute; the default estimator of the methods under least control.
     """
 
     score: ClassVar[str]
@@ -81,68 +81,68 @@ class FewShot(Training):
     )
 
     method: FewShotMethodName = "contrastive-modulation"
-    """What learns: a division of the network with an estimator of the meta-gradient."""
+    """The method: which parameters tasks share, and the estimator of the meta-gradient."""
 
     seed: CountFrom0 = 0
-    """Draws the network's start and the tasks of meta-training."""
+    """Seed of the network's initialisation and of the meta-training tasks."""
 
     solver: GradientDescent
-    """How a task is learned: the free phase."""
+    """How a task is learned (the free phase)."""
 
     nudged_steps: Count
-    """Steps of each nudged phase of the contrastive rule, or of the phase under control."""
+    """Number of steps of each nudged phase of the contrastive rule, or of the controlled phase."""
 
     strength: NotNegative = 0.1
-    """λ, which pulls weights to their meta-learned centre (the synaptic methods and imaml)."""
+    """λ, which pulls weights to their meta-learned centre (in the synaptic methods and imaml)."""
 
     outer_steps: Count
-    """Steps of Adam on what tasks share: batches of tasks."""
+    """Number of Adam's steps on the shared parameters, each with a batch of tasks."""
 
     decay: bool = False
     tasks: Count
-    """Tasks of a batch."""
+    """Number of tasks in a batch."""
 
     shot: Count = 1
-    """Examples that a task is learned from, of each class where there are classes."""
+    """Number of support examples of a task; with classes, of each class."""
 
     queries: Count = 15
-    """Examples that judge what was learned in meta-training, likewise."""
+    """Number of query examples of a task in meta-training; with classes, of each class."""
 
     test_queries: Count = 15
-    """Examples that judge in validation and test, likewise."""
+    """Number of query examples of a task in validation and test; with classes, of each class."""
 
     test_steps: Count | None = None
-    """Steps in which a task is learned in validation and test; those of meta-training if None."""
+    """Number of steps on a task in validation and test; None for that of meta-training."""
 
     statistics: Statistics = "query"
-    """Batch normalisation's: of a task's queries together (transductive), or its support set."""
+    """Batch normalisation uses statistics of a task's query set (transductive) or support set."""
 
     weight_decay: NotNegative = 0.0
-    """By which an outer step shrinks what tasks share, times its size (AdamW)."""
+    """Weight decay of the shared parameters, times the step size (AdamW)."""
 
     average_from: CountFrom0 | None = None
-    """Keep the mean of what is learned from this outer step on (Polyak averaging), and judge it."""
+    """First outer step of the average of shared parameters that is validated (Polyak averaging)."""
 
     validate_every: Count = 100
-    """Outer steps between two validations."""
+    """Number of outer steps between two validations."""
 
     validation_tasks: CountFrom2 = 100
-    """Tasks of a validation; what does best is kept."""
+    """Number of validation tasks; the parameters with the best score are kept."""
 
     test_tasks: CountFrom2 = 600
-    """Tasks of the test."""
+    """Number of test tasks."""
 
     chunk_size: Count | None = None
-    """Tasks that settle at once; all of a batch if None. Memory grows with it."""
+    """Number of tasks that are trained side by side, in more memory; None for the whole batch."""
 
     batching: Batching
-    """How networks are computed at once; `auto` measures, and may differ by rounding each time."""
+    """How networks are computed side by side; `auto` measures, so that rounding may differ."""
 
     checkpoint_every: Count = 50
 
     @property
     def kind(self) -> type[Estimator]:
-        """The method's estimator."""
+        """The estimator of the method."""
         return FEW_SHOT_METHODS[self.method].estimator
 
     @property
@@ -152,7 +152,7 @@ class FewShot(Training):
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose: `method`, `scale` and, where there is, `setting`."""
+        """The default settings for `method`, `scale` and, if there is one, `setting`."""
         method = one_of(FEW_SHOT_METHODS, "method", chosen.pop("method", "contrastive-modulation"))
         defaults = cls._preset(method, **chosen)
         kind = FEW_SHOT_METHODS[method].estimator
@@ -162,43 +162,43 @@ class FewShot(Training):
     @classmethod
     @abstractmethod
     def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
-        """The defaults of the other words for a method, with the contrastive rule where it is one.
+        """The default settings for the other choices, with the contrastive rule where it is used.
 
-        What is returned is still of the default method.
+        The method of what is returned is still the default one.
         """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What is learned, in a few words."""
+        """The name of the tasks, in a few words."""
 
     @property
     def outer_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """What judges queries in meta-training, where it is another than the task's own loss."""
+        """The loss of queries in meta-training, if it differs from the task's own loss."""
         return None
 
     @abstractmethod
     def network(self) -> Module:
-        """The network, with a start that torch's generator draws."""
+        """The network, initialised by torch's generator."""
 
     @abstractmethod
     def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
-        """Where tasks come from. Those of `VALIDATION` and `TEST` are seeds of the others."""
+        """The sources of tasks. `VALIDATION` and `TEST` are the seeds of those sets."""
 
     def notes(self) -> Sequence[str]:
-        """What else the reader of the numbers should know."""
+        """Notes for readers of the results."""
         return ()
 
     def published(self) -> Mapping[str, float] | None:
-        """What the paper reports of this, by name of the metric."""
+        """The paper's results, by name of the metric."""
         return None
 
     def draw(self, trainer: "MetaTrainer", meta_params: Params, folder: Path) -> None:
-        """Leave figures of what was learned."""
+        """Draw figures of the results."""
         return
 
     def learner(self, network: Module) -> FewShotLearner:
-        """What learns tasks."""
+        """The few-shot learner."""
         rate = self.solver.lr
         model = FEW_SHOT_METHODS[self.method].division(network, self.strength, rate)
         learned = isinstance(model, LearnedRates)
@@ -214,24 +214,24 @@ class FewShot(Training):
         )
 
     def as_tested(self, learner: FewShotLearner) -> FewShotLearner:
-        """The learner with as many steps as in validation and test."""
+        """The few-shot learner with the number of steps of validation and test."""
         if self.test_steps is None:
             return learner
         return replace(learner, solver=replace(learner.solver, max_steps=self.test_steps))
 
     @classmethod
     def load_learner(cls, folder: Path | str) -> tuple[FewShotLearner, dict[str, Tensor]]:
-        """What a run has left in `model.pt`: the learner of new tasks, and the θ it learned.
+        """The few-shot learner and the θ that a run has saved in `model.pt`.
 
         Args:
             folder: of the run, or the file itself.
 
         Returns:
-            The learner, which takes as many steps as in the test, and θ, on the CPU.
+            The learner, with the number of steps of the test, and θ, on the CPU.
 
         Raises:
-            RunError: there is none, it is damaged, or another experiment's. Nothing of it is
-                executed.
+            RunError: the file is missing or damaged, or belongs to another experiment. No code in
+                it is executed.
         """
         saved = "a run of few-shot learning saves it at its end"
         with saved_model(folder, TASK_LEARNER, what="a few-shot learner", saved=saved) as loaded:

@@ -14,7 +14,7 @@ def image_folder(
     inverted: bool = False,
     skip_broken: bool = False,
 ) -> ClassCollection:
-    """The images of DIR/CLASS/*.png, cut to their middle square and made one size.
+    """The images of DIR/CLASS/*.png, cropped to a square and resized.
 
     Args:
         folder: with the classes.

@@ -27,13 +27,13 @@ class MetaTrainer(Trainer[FewShot]):
     """Meta-trains a few-shot learner, and tests it.
 
     Args:
-        config: of the experiment.
+        config: settings of the experiment.
 
     Attributes:
-        config: likewise.
+        config: settings of the experiment.
         tasks: where tasks come from.
-        learner: of tasks, in meta-training.
-        tested: of tasks, in validation and test.
+        learner: the few-shot learner in meta-training.
+        tested: the few-shot learner in validation and test.
     """
 
     def __init__(self, config: FewShot) -> None:
@@ -49,7 +49,7 @@ class MetaTrainer(Trainer[FewShot]):
         self.tested = config.as_tested(self.learner)
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
-        """Meta-train; from scratch, nothing is learned."""
+        """Meta-train; with the method `scratch`, nothing is meta-trained."""
         config = self.config
         meta_params = self.learner.model.meta_params()
         watched = self.tasks.validation is not None
@@ -73,13 +73,13 @@ class MetaTrainer(Trainer[FewShot]):
             )
 
     def validate(self, meta_params: Params) -> dict[str, float]:
-        """The score on tasks of validation."""
+        """The score on validation tasks."""
         assert self.tasks.validation is not None
         score = self.judge(meta_params, self.tasks.validation, self.config.validation_tasks)
         return {f"validation_{self.config.score}": score.mean}
 
     def test(self, meta_params: Params) -> dict[str, Score]:
-        """The score on tasks of the test, by each kind of statistics that makes a difference."""
+        """The score on test tasks, with each kind of batch statistics that makes a difference."""
         modules = self.tested.model.module().modules()
         normalised = any(isinstance(m, _BatchNorm | BatchStatistics) for m in modules)
         kinds: tuple[Statistics, ...] = ("query", "support") if normalised else ("query",)
@@ -93,12 +93,12 @@ class MetaTrainer(Trainer[FewShot]):
         tasks: int,
         statistics: Statistics | None = None,
     ) -> Score:
-        """The score on tasks of a sampler."""
+        """The score on tasks from a sampler."""
         metric = self.config.metric
         return judge(self.tested, meta_params, sampler, metric, tasks=tasks, statistics=statistics)
 
     def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
-        """Save the learner, test it, and draw what the experiment draws."""
+        """Save the learner, test it, and draw the experiment's figures."""
         config = self.config
         meta_params = chosen(state)
         save_model(
@@ -122,7 +122,7 @@ class MetaTrainer(Trainer[FewShot]):
         }
 
     def metrics(self, state: OuterState, scores: Mapping[str, Score]) -> dict[str, float]:
-        """The best validation and all tests, by name; a test with the half of its interval."""
+        """The best validation score and all test scores by name, with half-widths of intervals."""
         name = self.config.score
         watched = [
             float(row[f"validation_{name}"]) for row in state.history if f"validation_{name}" in row
@@ -136,7 +136,7 @@ class MetaTrainer(Trainer[FewShot]):
 
 
 def meta_train(config: FewShot, out: Path, *, resume: bool, console: Console) -> dict[str, float]:
-    """Meta-train and test in `out`, and print what was reached.
+    """Meta-train and test in `out`, and print the results.
 
     Returns:
         The metrics by name.
@@ -152,7 +152,7 @@ def meta_train(config: FewShot, out: Path, *, resume: bool, console: Console) ->
 
 
 def metrics_table(config: FewShot, metrics: Mapping[str, float]) -> Table:
-    """Every metric, a test's with its interval, the paper's beside."""
+    """A table of all metrics: test scores with their intervals, beside the paper's."""
     published = config.published()
     rows = []
     for name, value in metrics.items():

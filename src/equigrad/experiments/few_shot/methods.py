@@ -40,7 +40,7 @@ class Method:
         label: its name in words.
         division: of a network, with a strength λ and a step size, into what a task learns and what
             tasks share.
-        estimator: of the meta-gradient.
+        estimator: the class of the estimator of the meta-gradient.
     """
 
     label: str
@@ -76,4 +76,4 @@ FEW_SHOT_METHODS: dict[FewShotMethodName, Method] = {
     "reptile": Method("Reptile", _start, Reptile),
     "scratch": Method("from scratch", _start, FirstOrderMAML),
 }
-"""The learners; the last one learns each task from a random start, and shares nothing."""
+"""The methods; the last one trains on each task from a random start, and shares nothing."""

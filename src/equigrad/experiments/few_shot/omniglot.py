@@ -57,7 +57,7 @@ PUBLISHED: dict[FewShotMethodName, dict[EpisodeSettingName, tuple[float, float]]
         "20way5shot": (98.60, 0.27),
     },
 }
-"""What the paper measured itself, of its Table 2: accuracy in percent, standard deviation."""
+"""The paper's own results in its Table 2: accuracy in percent and standard deviation."""
 
 CHARACTER_SOLVER = GradientDescent(lr=0.4, max_steps=5)
 CHARACTER_RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force", error=False)
@@ -65,7 +65,7 @@ CHARACTER_RULE = Contrastive(beta=1.0, scheme="symmetric", nudge="force", error=
 SMOOTHING = Rule("in [0, 1)", lambda value: 0 <= value < 1)
 
 SHARES = 0.64, 0.16
-"""Of the user's classes, for meta-training and validation; the others are for the test."""
+"""Shares of the user's classes for meta-training and validation; the others are for the test."""
 
 ELSEWHERE = frozenset(
     {
@@ -73,12 +73,12 @@ ELSEWHERE = frozenset(
         *("chunk_size", "batching", "validate_every", "validation_tasks", "test_tasks"),
     }
 )
-"""Settings in which a run may differ from the paper's and still be at its scale."""
+"""Settings in which a run may differ from the paper without changing its scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Omniglot(FewShot):
-    """Learn to tell new characters apart, from one or a few drawings of each.
+    """Learn to distinguish new characters from one or a few drawings of each.
 
     A convolutional network learns each task, a few characters that it has never seen, in a few
     steps; what tasks share is meta-learned on the tasks of other characters. The test's characters
@@ -102,49 +102,49 @@ class Omniglot(FewShot):
     batching: Batching = "grouped channels-last"
 
     setting: EpisodeSettingName = "5way1shot"
-    """The column of Table 2, which presets way, shot and tasks."""
+    """The column of Table 2 that presets way, shot and tasks."""
 
     way: CountFrom2 = 5
-    """Classes of a task."""
+    """Number of classes in a task."""
 
     train_shot: Count | None = None
-    """Images of each class that a task is learned from in meta-training; shot if None."""
+    """Number of support images of each class in meta-training; shot if None."""
 
     split: SplitName = "background-evaluation"
-    """How characters are divided between meta-training, validation and test."""
+    """How characters are divided into those for meta-training, validation and test."""
 
     held_out: int = 100
-    """Characters for validation; 0, as in the paper, keeps the last state."""
+    """Number of characters for validation; with 0, as in the paper, the last state is kept."""
 
     rotations: bool = True
-    """In meta-training, whether a character turned by 90°, 180° or 270° is another class."""
+    """Whether a character rotated by 90°, 180° or 270° is another class in meta-training."""
 
     images: Path | None = None
-    """A folder with a subfolder of images for every class, in the place of Omniglot."""
+    """A folder with a subfolder of images for each class, to use instead of Omniglot."""
 
     colors: bool = False
-    """Whether your images keep their colours."""
+    """Whether to keep the colours of your images."""
 
     skip_broken: bool = False
-    """Leave out files that cannot be read; by default they are named, and nothing runs."""
+    """Leave out files that cannot be read; by default they are listed, and the run stops."""
 
     side: Count = 28
-    """Height and width that images are made to have."""
+    """Height and width to which images are resized."""
 
     filters: Count = 32
-    """Of each of the four convolutions."""
+    """Number of filters in each of the four convolutions."""
 
     pooling: bool = False
-    """Halve images by max-pooling, as the paper does; by convolutions of stride 2 otherwise."""
+    """Halve images by max-pooling, as the paper does; otherwise by convolutions of stride 2."""
 
     estimator: Estimator = CHARACTER_RULE
-    """Of the meta-gradient; the method presets which, and these are its knobs."""
+    """Estimator of the meta-gradient; its class is preset by the method."""
 
     queries: Count = 5
-    """Examples that judge what was learned in meta-training, of each class."""
+    """Number of query images of each class in meta-training."""
 
     label_smoothing: Annotated[float, SMOOTHING] = 0.0
-    """Share of the queries' labels in meta-training that is spread evenly over all classes."""
+    """Label smoothing of the queries in meta-training: the share spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +152,7 @@ class Omniglot(FewShot):
 
     @classmethod
     def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
-        """The defaults of a scale and a column of Table 2."""
+        """The default settings of a scale and a column of Table 2."""
         setting = one_of(
             get_args(EpisodeSettingName), "setting", chosen.get("setting", "5way1shot")
         )
@@ -202,19 +202,19 @@ class Omniglot(FewShot):
 
     @property
     def name(self) -> str:
-        """What is learned."""
+        """The name of the tasks, in a few words."""
         source = "Omniglot" if self.images is None else f"images in {Path(self.images).name}"
         return f"{source}, {self.way}-way {self.shot}-shot"
 
     @property
     def outer_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Cross-entropy with smoothed labels, where they are to be smoothed."""
+        """Cross-entropy with smoothed labels, if they are to be smoothed."""
         if self.label_smoothing == 0:
             return None
         return partial(cross_entropy, label_smoothing=self.label_smoothing)
 
     def network(self) -> Module:
-        """Four convolutions and a readout."""
+        """A network of four convolutions and a readout."""
         return conv4(
             filters=self.filters,
             channels=3 if self.colors else 1,
@@ -261,7 +261,7 @@ class Omniglot(FewShot):
         )
 
     def classes(self) -> ClassSplit:
-        """What meta-training sees, what chooses, and what neither has seen."""
+        """The classes for meta-training, for validation and for the test."""
         if self.images is None:
             return omniglot(self.split, side=self.side, held_out=self.held_out)
         found = image_folder(
@@ -277,7 +277,7 @@ class Omniglot(FewShot):
         return replace(split, note="\n".join([f"{self.images}: {split.note}", *found.notes]))
 
     def notes(self) -> Sequence[str]:
-        """In what the run differs from the paper's."""
+        """The settings in which the run differs from the paper."""
         if self.images is not None:
             return ()
         paper = type(self).preset(scale="paper", setting=self.setting, method=self.method)
@@ -308,7 +308,7 @@ class Omniglot(FewShot):
         return (f"scale {self.scale}, other than the paper's: {', '.join(changed)}",)
 
     def published(self) -> dict[str, float] | None:
-        """What the paper measured of a column of its Table 2, on these characters."""
+        """The paper's results for a column of its Table 2, on these characters."""
         columns = PUBLISHED.get(self.method)
         if columns is None or self.images is not None or self.split != "background-evaluation":
             return None
@@ -316,7 +316,7 @@ class Omniglot(FewShot):
         return {"test_accuracy": mean, "test_accuracy_standard_deviation": deviation}
 
     def draw(self, trainer: MetaTrainer, meta_params: Params, folder: Path) -> None:
-        """The first tasks of the test, and what was said of their queries."""
+        """Draw the first test tasks, with the predictions for their queries."""
         like = next(iter(meta_params.values()))
         batch = trainer.tasks.test.sample(4, 0).to(like.device, like.dtype)
         params = trainer.tested.settle(meta_params, batch)

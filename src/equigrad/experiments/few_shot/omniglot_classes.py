@@ -1,4 +1,4 @@
-"""Omniglot's characters, divided into those of meta-training, validation and meta-test.
+"""The characters of Omniglot, divided into those for meta-training, validation and meta-test.
 
 Rotations are made by the sampler out of what a part holds, so that all turns of a character are on
 its side: `NWayKShot(split.train, rotations=True)`.
@@ -18,7 +18,7 @@ from equigrad.tasks.splits import ClassSplit, draw_classes, split_classes
 SplitName = Literal["background-evaluation", "1100-100-423"]
 
 HELD_OUT = 100
-"""Characters for validation, where no other number is asked for."""
+"""Default number of characters for validation."""
 
 
 def omniglot(
@@ -28,7 +28,7 @@ def omniglot(
     held_out: int = HELD_OUT,
     seed: int = 0,
 ) -> ClassSplit:
-    """All 1,623 characters, 20 drawings of each, for meta-training, validation and meta-test.
+    """All 1,623 characters with 20 drawings each, for meta-training, validation and meta-test.
 
     - `background-evaluation`: Lake et al. 2015's own parts. The 659 characters of the evaluation
       alphabets are the meta-test, in their order. Of the 964 background characters, `held_out` are

@@ -49,15 +49,15 @@ OWN: dict[FewShotMethodName, dict[str, Any]] = {
     "reptile": {},
     "scratch": {},
 }
-"""What is a method's own, where it is not the default; docs/sinusoid.md says how it was chosen."""
+"""Settings of methods that differ from the defaults; docs/sinusoid.md says how they were chosen."""
 
 LOOKS = (0, 1, 2, 5, 10, 20, 50)
-"""Steps of adaptation after which the test is taken for the figure."""
+"""Numbers of adaptation steps at which the figure shows the test error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(FewShot):
-    """Learn from many sinusoids how to learn the next one from ten of its points.
+    """Learn from many sinusoids how to learn a new one from ten of its points.
 
     Every task is a curve A sin(x - p), of which a tanh network knows a few points. The contrastive
     rule meta-learns the weights that a task's own are pulled to. Beside it: MAML, first-order MAML,
@@ -83,34 +83,34 @@ class Sinusoid(FewShot):
     threads: Count = 1
 
     scale: Literal["smoke", "small"] = "small"
-    """`smoke` presets a few short steps, to see that all works."""
+    """`smoke` presets a few short steps, for a quick check that everything works."""
 
     seeds: Count | None = None
     """Run seeds 0, 1 … N-1 instead and print mean ± standard error."""
 
     compare: bool = True
-    """Run the other methods too."""
+    """Also run the other methods."""
 
     hidden: tuple[Count, ...] = (40, 40)
     """Widths of the hidden layers."""
 
     estimator: Estimator = CURVE_RULE
-    """Of the meta-gradient; the method presets which, and these are its knobs."""
+    """Estimator of the meta-gradient; its class is preset by the method."""
 
     nudged_steps: Count = 20
-    """Steps of each nudged phase of the contrastive rule."""
+    """Number of steps of each nudged phase of the contrastive rule."""
 
     strength: NotNegative = 0.01
-    """λ, which pulls weights to their meta-learned centre (contrastive-synaptic and imaml)."""
+    """λ, which pulls weights to their meta-learned centre (in contrastive-synaptic and imaml)."""
 
     shot: Count = 10
-    """Points that a task is learned from."""
+    """Number of support points of a task."""
 
     queries: Count = 10
-    """Points that judge what was learned in meta-training."""
+    """Number of query points of a task in meta-training."""
 
     test_queries: Count = 50
-    """Points that judge in validation and test."""
+    """Number of query points of a task in validation and test."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,12 +123,12 @@ class Sinusoid(FewShot):
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that `method` and `scale` choose."""
+        """The default settings for `method` and `scale`."""
         return super().preset(**{"method": cls.method, **chosen})
 
     @classmethod
     def _preset(cls, method: FewShotMethodName, **chosen: str) -> Self:
-        """The defaults of a method and a scale."""
+        """The default settings of a method and a scale."""
         small = cls(**OWN.get(method, {}))
         if chosen.get("scale") != "smoke":
             return small
@@ -147,7 +147,7 @@ class Sinusoid(FewShot):
         )
 
     def of(self, method: FewShotMethodName, seed: int) -> Self:
-        """One run of those compared: the same tasks and network, by a method's own settings."""
+        """The run of a method: the same tasks and network, with the method's own settings."""
         own = self
         if method != self.method:
             own = type(self).preset(method=method, scale=self.scale)
@@ -166,7 +166,7 @@ class Sinusoid(FewShot):
 
     @property
     def name(self) -> str:
-        """How much is known of a curve."""
+        """The name of the tasks and their number of points."""
         return f"sinusoids from {self.shot} points"
 
     def network(self) -> Module:
@@ -174,7 +174,7 @@ class Sinusoid(FewShot):
         return tanh_network(1, self.hidden, 1)
 
     def sources(self, device: torch.device, dtype: torch.dtype) -> Tasks:
-        """Curves of the seed, and those that judge, which are the same for all seeds."""
+        """Curves of the seed, and those for validation and test, the same for all seeds."""
 
         def curves(seed: int, queries: int) -> Sinusoids:
             return Sinusoids(shots=self.shot, queries=queries, seed=seed)
@@ -191,7 +191,7 @@ class Sinusoid(FewShot):
         )
 
     def draw(self, trainer: MetaTrainer, meta_params: Params, folder: Path) -> None:
-        """Four curves of the test before and after adaptation, and the error step by step."""
+        """Draw four test curves before and after adaptation, and the error at each step."""
         like = next(iter(meta_params.values()))
         batch = trainer.tasks.test.sample(4, 0).to(like.device, like.dtype)
         grid = torch.linspace(-5, 5, 201).to(batch.support[0])
@@ -221,15 +221,15 @@ class Sinusoid(FewShot):
 
 @dataclass(frozen=True)
 class SinusoidResult:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        validation: the error on tasks of validation, where they chose.
-        test: on those of the test.
-        interval: half its 95 % interval.
-        gradient_evaluations: that meta-training took.
-        seconds: likewise.
-        adaptation: the error on tasks of the test after so many steps of adaptation.
+        validation: the error on validation tasks, by which the parameters were chosen.
+        test: the error on test tasks.
+        interval: half the width of its 95 % interval.
+        gradient_evaluations: number of gradient evaluations in meta-training.
+        seconds: duration of meta-training.
+        adaptation: the error on test tasks after some numbers of adaptation steps.
     """
 
     validation: float | None
@@ -241,7 +241,7 @@ class SinusoidResult:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """Of a run that has ended."""
+        """The row of a run that has ended."""
         result = json.loads((folder / "result.json").read_text())
         metrics = result["metrics"]
         adaptation = json.loads((folder / "adaptation.json").read_text())
@@ -258,7 +258,7 @@ class SinusoidResult:
 def compare_learners(
     config: Sinusoid, out: Path, *, resume: bool, console: Console
 ) -> dict[FewShotMethodName, list[SinusoidResult]]:
-    """Run one method in `out`, or all and any number of seeds below it, and print the table.
+    """Run one method in `out`, or all methods and seeds in folders below it, and print the table.
 
     Returns:
         The rows of the table by method, one a seed.
@@ -290,7 +290,7 @@ def compare_learners(
 def errors_table(
     config: Sinusoid, rows: Mapping[FewShotMethodName, Sequence[SinusoidResult]]
 ) -> Table:
-    """Mean ± standard error over seeds; of one seed, the test's 95 % interval."""
+    """Mean ± standard error over seeds; for a single seed, the 95 % interval of the test."""
     last = (config.seeds or 1) - 1
     seeds = f"seeds 0–{last}" if last else f"seed {config.seed}"
     lines = []
@@ -314,7 +314,7 @@ def errors_table(
 
 
 def adaptation_table(rows: Mapping[FewShotMethodName, Sequence[SinusoidResult]]) -> Table:
-    """The error on tasks of the test while they are learned, as a mean over seeds."""
+    """The mean error over seeds on test tasks during adaptation."""
     lines = []
     for method, each in rows.items():
         means = [fmean(row.adaptation[i][1] for row in each) for i in range(len(LOOKS))]
@@ -324,7 +324,7 @@ def adaptation_table(rows: Mapping[FewShotMethodName, Sequence[SinusoidResult]])
 
 
 def compared(runs: Mapping[str, Path]) -> Figure:
-    """Learning and adaptation of several methods, by label: a run of each."""
+    """The errors in meta-training and adaptation of several methods, by label."""
     learning, adaptation = {}, {}
     for label, folder in runs.items():
         adaptation[label] = SinusoidResult.of(folder).adaptation

@@ -30,7 +30,7 @@ QUOTED: dict[str, tuple[Spread, Spread, Spread, Spread]] = {
     "iMAML (GD) [26]": ((99.16, 0.35), (99.67, 0.12), (94.46, 0.42), (98.69, 0.1)),
     "iMAML (Hessian-free) [26]": ((99.50, 0.26), (99.74, 0.11), (96.18, 0.36), (99.14, 0.1)),
 }
-"""What the paper's Table 2 quotes from other papers, measured elsewhere on other terms."""
+"""Results of other papers that the paper's Table 2 quotes, measured on other terms."""
 
 QUOTED_OF: dict[str, str] = {
     "maml": "MAML [10]",
@@ -38,14 +38,14 @@ QUOTED_OF: dict[str, str] = {
     "reptile": "Reptile [28]",
     "imaml": "iMAML (GD) [26]",
 }
-"""Which of these are of our learners; their authors divided all characters at random."""
+"""Those of them that are for our methods; their authors divided all characters at random."""
 
 COLUMNS: tuple[EpisodeSettingName, ...] = ("5way1shot", "5way5shot", "20way1shot", "20way5shot")
 
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """What one method reached with one seed, in percent."""
+    """The results of a method with one seed, in percent."""
 
     split: str
     setting: str
@@ -84,10 +84,10 @@ class Table2(ByRuns):
     }
 
     splits: Annotated[tuple[SplitName, ...], DIFFERENT] = ("background-evaluation",)
-    """How characters are divided: as in the paper, and as the authors of the others did."""
+    """How characters are divided: as in the paper, and as the other papers' authors did."""
 
     only: Annotated[tuple[EpisodeSettingName, ...], DIFFERENT] = ("5way1shot",)
-    """Which columns of the table."""
+    """The columns of the table."""
 
     methods: Annotated[tuple[FewShotMethodName, ...], DIFFERENT] = (
         "contrastive-modulation",
@@ -97,23 +97,23 @@ class Table2(ByRuns):
         "reptile",
         "imaml",
     )
-    """Which learners."""
+    """The methods."""
 
     seeds: Count = 1
-    """Seeds 0, 1 … N-1 draw starts and tasks."""
+    """Number of seeds; seeds 0 to N-1 draw initialisations and tasks."""
 
     minutes: Positive | None = 12.0
-    """Minutes of meta-training of each cell, the same for all methods; None for their steps."""
+    """Minutes of meta-training of each cell, the same for all methods; None to use their steps."""
 
     nudge: Literal["loss", "force"] | None = None
-    """Of the contrastive rule; None for that of the scale. The paper's is `loss`."""
+    """The nudge of the contrastive rule; None for that of the scale. The paper's is `loss`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.experiment(*self.cells()[0])
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that a table that was stopped has some of everything."""
+        """The cells, seed by seed, so that an interrupted table has some results of each kind."""
         return [
             (split, column, method, seed)
             for seed in range(self.seeds)
@@ -125,19 +125,19 @@ class Table2(ByRuns):
     def alone(
         self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
     ) -> Self:
-        """One column of one division by one learner."""
+        """A table of one column, one division and one method."""
         return replace(self, splits=(split,), only=(setting,), methods=(method,))
 
     def label(
         self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
     ) -> str:
-        """The division, the column, and the learner in words."""
+        """The division, the column and the method, in words."""
         return f"{split}, {setting}, {FEW_SHOT_METHODS[method].label}"
 
     def paper(
         self, split: SplitName, setting: EpisodeSettingName, method: FewShotMethodName
     ) -> Spread | None:
-        """The paper's own, or what it quotes, each beside the division it was measured on."""
+        """The paper's results, own or quoted, beside the division that they were measured on."""
         if split == "background-evaluation":
             return self._own(split, setting, method)
         quoted = QUOTED.get(QUOTED_OF.get(method, ""))
@@ -158,7 +158,7 @@ class Table2(ByRuns):
     def read(
         self, result: dict[str, Any], split: str, setting: str, method: str, seed: int
     ) -> FewShotResult:
-        """What it reached in the test, and what it took."""
+        """The test results and the cost of a run."""
         metrics = result["metrics"]
         return FewShotResult(
             split,
@@ -174,7 +174,7 @@ class Table2(ByRuns):
         )
 
     def text(self, rows: Sequence[FewShotResult]) -> str:
-        """Ours, a line a division, column and method; then what is quoted."""
+        """A row for each division, column and method; then the results that the paper quotes."""
         lines = []
         for split, setting, method in self.places():
             own = self.of(rows, split, setting, method)
@@ -215,7 +215,7 @@ class Table2(ByRuns):
         )
 
     def _notes(self) -> list[str]:
-        """In what each cell differs from the paper, where it does."""
+        """How each cell differs from the paper, if it does."""
         return [
             f"{self.label(*place)}: {note}"
             for place in self.places()
@@ -224,11 +224,11 @@ class Table2(ByRuns):
 
     @staticmethod
     def _own(split: str, setting: EpisodeSettingName, method: FewShotMethodName) -> Spread | None:
-        """What the paper measured itself, on the background and evaluation alphabets."""
+        """The paper's own results, on the background and evaluation alphabets."""
         return PUBLISHED.get(method, {}).get(setting) if split == "background-evaluation" else None
 
     def draw(self, rows: Sequence[FewShotResult]) -> Figure:
-        """Every seed, with the interval of its tasks; the paper's own means."""
+        """Draw the result of every seed with its interval, and the means of the paper."""
         places = self.places()
         figure = Figure(figsize=(1.5 + 2.2 * len(places) ** 0.9, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -260,13 +260,13 @@ class Table2(ByRuns):
 
 
 def _once(axes: Axes) -> tuple[list[Any], list[str]]:
-    """The handles and labels of a legend, none twice."""
+    """The handles and labels of a legend, without repetitions."""
     found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     return list(found.values()), list(found)
 
 
 def _with_deviation(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, as the paper has it; one number where there is one seed."""
+    """Mean ± standard deviation, as in the paper; a single number for a single seed."""
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else NOT_RUN
     return f"{fmean(values):.2f} ± {stdev(values):.2f}"

@@ -16,7 +16,7 @@ RIGHT, WRONG, PLAIN = "#2e9f5b", "#d1344b", "#c9ccd1"
 """Colours of the frames around images."""
 
 GAP = 0.55
-"""Between support and query images, in images."""
+"""Space between support and query images, in widths of an image."""
 
 
 def task_sheet(
@@ -28,7 +28,7 @@ def task_sheet(
     queries: int = 6,
     inverted: bool = True,
 ) -> Figure:
-    """The first tasks of a batch: a row a class, what it is learned from, and what is asked of it.
+    """The first tasks of a batch: a row for each class, with its support and query images.
 
     Args:
         batch: tasks of images with 1 or 3 channels, labelled from 0.
@@ -97,7 +97,7 @@ def task_sheet(
 def sinusoid_fits(
     batch: TaskBatch, before: Tensor, after: Tensor, grid: Tensor, *, tasks: int = 4
 ) -> Figure:
-    """The first tasks of a batch: their curve, the points known of it, and what was made of them.
+    """The first tasks of a batch: each curve, its known points, and the predictions.
 
     Args:
         batch: tasks of sinusoids.
@@ -152,7 +152,7 @@ def adaptation_curves(
     learning: Mapping[str, Sequence[tuple[int, float]]],
     adaptation: Mapping[str, Sequence[tuple[int, float]]],
 ) -> Figure:
-    """Errors of several methods: while tasks are seen, and while the next one is learned.
+    """Errors of several methods: during meta-training, and during adaptation to a new task.
 
     Args:
         learning: by label of the method, outer steps and the error on tasks of validation then.
@@ -182,7 +182,7 @@ def adaptation_curves(
 
 
 def _displayed(images: Tensor, inverted: bool) -> list[Any]:
-    """As `imshow` takes them: height × width × 3, all on one scale from 0 (black) to 1."""
+    """An image for `imshow`: height × width × 3, with all values from 0 (black) to 1 (white)."""
     images = images.detach().cpu().double()
     low, high = images.amin(), images.amax()
     scaled = (images - low) / (high - low).clamp(min=1e-12)
@@ -204,7 +204,7 @@ def _tile(axes: Axes, pixels: Any, x: float, y: float, color: str) -> None:
 
 
 def _mark(axes: Axes, x: float, y: float, text: str) -> None:
-    """Say in a corner of an image what it is taken for."""
+    """Mark the corner of an image with the predicted class."""
     axes.text(
         *(x + 0.925, y + 0.925, text),
         ha="right",

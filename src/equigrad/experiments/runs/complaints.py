@@ -20,11 +20,11 @@ def too_large(error: Exception) -> EquigradError | None:
     said = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or any(words in said for words in MEMORY):
         return ConfigurationError(
-            f"there is not enough memory ({said or 'MemoryError'}): lower what sets the size of "
-            f"the network, the images or a batch"
+            f"there is not enough memory ({said or 'MemoryError'}): use a smaller network, "
+            f"smaller images or smaller batches"
         )
     if "without overflow" in said:
         return ConfigurationError(
-            f"a setting is too large for the dtype ({said}): lower it, or take --dtype float64"
+            f"a setting is too large for the dtype ({said}): lower it, or use --dtype float64"
         )
     return None

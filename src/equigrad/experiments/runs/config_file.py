@@ -8,10 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from equigrad import controllers, estimators, solvers
 from equigrad.errors import ConfigurationError
+from equigrad.experiments.runs.experiment import CHOOSERS
 from equigrad.training.files import load_json
-
-CHOOSERS = ("setting", "scale", "estimator", "method")
-"""Options that choose the defaults of the others."""
 
 CONVERTED: dict[Any, Any] = {float: int | float, Path: str}
 """The JSON types of Python types that differ; other types are read unchanged."""
@@ -44,18 +42,20 @@ def read_config(path: Path, preset: Callable[..., Any], chosen: Mapping[str, str
     changes = content.get("config")
     if not isinstance(changes, dict):
         raise ConfigurationError(
-            f"{path} holds no configuration; give the config.json of a run, or the best.json of a "
+            f"{path} has no configuration; give the config.json of a run, or the best.json of a "
             f"search"
         )
     name = type(preset()).__name__.lower()
     if content.get("experiment") != name:
-        raise ConfigurationError(f"{path} configures {content.get('experiment')!r}, not {name!r}")
+        raise ConfigurationError(
+            f"{path} is the configuration of {content.get('experiment')!r}, not of {name!r}"
+        )
     there = dict(_choosers(changes))
     for chooser, word in chosen.items():
         if there.get(chooser, word) != word:
             raise ConfigurationError(
-                f"--{chooser} {word} would preset what {path} sets for {chooser} "
-                f"{there[chooser]}; leave out one of the two"
+                f"--{chooser} is {word} on the command line, but {there[chooser]} in {path}; "
+                f"leave out one of the two"
             )
     try:
         return overlay(preset(**{**there, **chosen}), changes)
@@ -76,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise ConfigurationError(f"{path} must contain a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -115,7 +115,9 @@ def at_paths(values: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise ConfigurationError(f"{path} and a path that it begins with are both given")
+                raise ConfigurationError(
+                    f"{path} cannot be given together with a path that it begins with"
+                )
         place[last] = value
     return nested
 

@@ -48,8 +48,8 @@ def score(
     _check_described(described, function)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise RunError(
-            f"{folder} is not empty, and nothing is written over. Add --resume to go on with the "
-            f"runs that are there, or give another --out"
+            f"{folder} is not empty, and nothing is overwritten. Add --resume to resume the runs "
+            f"in it, or give another --out"
         )
 
     def progress(said: str) -> None:
@@ -74,7 +74,9 @@ def _check_described(described: Mapping[str, Any], function: Any) -> None:
     known = set(taken) - {"folder", "progress", "outer_steps"}
     name = function.__name__
     if unknown := sorted(set(described) - known):
-        raise ConfigurationError(f"{name} takes no {unknown}; it takes {sorted(known)}")
+        raise ConfigurationError(
+            f"{name} has no arguments {unknown}; its arguments are {sorted(known)}"
+        )
     needed = {name for name in known if taken[name].default is inspect.Parameter.empty}
     if missing := sorted(needed - set(described)):
         raise ConfigurationError(f"the description lacks {missing}")

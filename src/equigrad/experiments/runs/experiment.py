@@ -12,6 +12,9 @@ from equigrad.training.device import DeviceName, DtypeName
 
 ScaleName = Literal["smoke", "small", "paper"]
 
+CHOOSERS = ("setting", "scale", "estimator", "method")
+"""Options that choose the defaults of the others."""
+
 Name = TypeVar("Name", bound=str)
 
 
@@ -35,8 +38,8 @@ def one_or_many(seed: int, seeds: int | None) -> None:
     if seeds is not None:
         require(
             seed == 0,
-            f"seeds={seeds} runs seeds 0 to {seeds - 1}, and seed={seed} is for a single run: give "
-            f"one, not both (a search has a single seed)",
+            f"seeds={seeds} means seeds 0 to {seeds - 1}, and seed={seed} means a single run; "
+            f"give only one of them (a search has a single seed)",
         )
 
 
@@ -91,9 +94,9 @@ class Training(Experiment, ABC):
         super().__post_init__()
         require(
             type(self.estimator) is self.kind,
-            f"method {self.method!r} has the estimator {self.kind.__name__}, got "
-            f"{type(self.estimator).__name__}; {type(self).__name__}.preset(method="
-            f"{self.method!r}) has the right one",
+            f"method {self.method!r} needs the estimator {self.kind.__name__}, got "
+            f"{type(self.estimator).__name__}; "
+            f"{type(self).__name__}.preset(method={self.method!r}) sets it",
         )
 
     @classmethod

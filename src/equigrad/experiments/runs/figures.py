@@ -143,7 +143,9 @@ def draw_inputs(axes: Axes, means: Mapping[str, float], most: int = 16) -> None:
     shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in least]
     axes.barh(range(len(least)), [means[name] for name in least], color=COLORS[0])
     axes.set_yticks(range(len(least)), shown, fontsize=7, parse_math=False)
-    which = f"the {most} of {len(means)} inputs held back least" if len(means) > most else "inputs"
+    which = (
+        f"the {most} least regularised of {len(means)} inputs" if len(means) > most else "inputs"
+    )
     axes.set(xlabel="mean λ", title=f"mean λ of {which}")
     axes.invert_yaxis()
 

@@ -14,8 +14,8 @@ import equigrad
 from equigrad import solvers
 from equigrad.errors import RunError, SettlingWarning
 from equigrad.experiments.data.images import Pixels
-from equigrad.experiments.runs.config_file import CHOOSERS, overlay
-from equigrad.experiments.runs.experiment import Training
+from equigrad.experiments.runs.config_file import overlay
+from equigrad.experiments.runs.experiment import CHOOSERS, Training
 from equigrad.experiments.runs.run_directory import describe
 from equigrad.experiments.tables.encoding import Categorical, Encoding, Numeric
 from equigrad.nn import lenet5, settling_networks, tanh_network
@@ -112,8 +112,8 @@ class Model:
         found, unsettled = self.ask(x)
         if unsettled:
             warnings.warn(
-                f"the network has not settled for {numbered(unsettled)} of {len(x)}, and what it "
-                f"says of these may be wrong",
+                f"the network has not converged for {numbered(unsettled)} of {len(x)}, so its "
+                f"outputs for these may be wrong",
                 SettlingWarning,
                 stacklevel=2,
             )
@@ -163,7 +163,7 @@ def saved_model(path: Path | str, form: str, *, what: str, saved: str) -> Iterat
     if not file.is_file():
         beside = sorted(path.glob("*/model.pt")) if path.is_dir() else []
         where = f"; there is one in {beside[0].parent}" if beside else ""
-        raise RunError(f"{file} is not there: {saved}{where}")
+        raise RunError(f"there is no {file}: {saved}{where}")
     try:
         loaded = load_tensors(file)
         if loaded["format"] != form:

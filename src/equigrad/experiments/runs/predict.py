@@ -50,14 +50,14 @@ def predict_table(
     """
     asked = load_model(model)
     if not isinstance(asked.encoding, Encoding):
-        raise DataError(f"{model} learned from images; ask it with --images DIR")
+        raise DataError(f"{model} was trained on images; use it with --images DIR")
     decimal = decimal or asked.encoding.decimal
     table = read(path, delimiter=delimiter, encoding=encoding, decimal=decimal, header=header)
     x, notes = asked.encoding.encode(table)
     notes = [*table.notes, *notes]
     known = {column.column for column in asked.encoding.columns} | {asked.encoding.target}
     if more := [name for name in table.frame.columns if name not in known]:
-        notes.append(f"not looked at: {listed(more)}")
+        notes.append(f"columns that the model does not use: {listed(more)}")
     outputs, _ = asked.ask(x)
     name = asked.encoding.target
     if name in table.frame:
@@ -85,19 +85,19 @@ def predict_images(
     """
     asked = load_model(model)
     if not isinstance(asked.encoding, Pixels):
-        raise DataError(f"{model} learned from a table; ask it with --csv FILE")
+        raise DataError(f"{model} was trained on a table; use it with --csv FILE")
     if not (files := find(folder)):
-        raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder} contains no images ({', '.join(sorted(SUFFIXES))})")
     pixels, kept, broken = read_images(
         files, size=asked.encoding.size, channels=asked.encoding.channels
     )
     if broken and not (skip_broken and kept):
-        raise DataError(named(broken, len(files)) + "; mend them, or say --skip-broken")
+        raise DataError(named(broken, len(files)) + "; repair them, or use --skip-broken")
     notes = [named(broken, len(files)) + ", left out"] if broken else []
     outputs, unsettled = asked.ask(asked.encoding.encode(pixels))
     if unsettled:
         names = listed([str(kept[i]) for i in unsettled], 5)
-        notes.append(f"not settled, so that the answer may be wrong: {names}")
+        notes.append(f"the network has not converged, so the prediction may be wrong, for {names}")
     classes = [class_of(path, folder, asked.target) for path in kept]
     unknown: list[float | None] = [None] * len(classes)
     if any(label is not None for label in asked.target.read(classes, unknown)):
@@ -127,7 +127,11 @@ def scored(
     values = target.read(texts, numbers)
     strange = {t for t, v in zip(texts, values, strict=True) if v is None and t}
     rows = [i for i, value in enumerate(values) if value is not None]
-    notes = [f"not scored, the target being {listed(sorted(strange), 5)}"] if strange else []
+    notes = (
+        [f"not scored, because the model does not know the target {listed(sorted(strange), 5)}"]
+        if strange
+        else []
+    )
     if rows:
         y = torch.tensor([values[i] for i in rows])
         found = target.metrics(outputs[rows], y)
@@ -151,7 +155,7 @@ def write(
     if out is None:
         sys.stdout.write(text.getvalue())
     elif out.exists():
-        raise RunError(f"{out} is there, and nothing is written over; give another --out")
+        raise RunError(f"{out} exists already, and nothing is overwritten; give another --out")
     else:
         write_whole(out, text.getvalue())
         notes = [*notes, f"{counted(len(columns['prediction']), 'prediction')} saved in {out}"]

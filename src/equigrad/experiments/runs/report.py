@@ -133,7 +133,7 @@ def report(
         raise RunError(f"cannot write {out}: {out.parent} is not a folder; give another --out")
     mark = (WRITTEN if out.suffix == ".md" else GENERATOR).encode()
     if out.exists() and not (out.is_file() and mark in out.read_bytes()[:2000]):
-        raise RunError(f"{out} is not a report, and nothing is written over; give another --out")
+        raise RunError(f"{out} is not a report, so it is not overwritten; give another --out")
     write_whole(out, page.encode("utf-8", "replace"))
     return out
 

@@ -237,7 +237,7 @@ def save(
         partial.unlink(missing_ok=True)
     elif ordered and isinstance(figure, ByExperiments):
         said = f"**Partial: {len(ordered)} of {len(cells)} cells were measured.** "
-        write_whole(partial, f"{said}`--resume` goes on.\n\n{figure.text(ordered)}")
+        write_whole(partial, f"{said}`--resume` measures the rest.\n\n{figure.text(ordered)}")
     return ordered
 
 
@@ -262,7 +262,7 @@ def check_grid(smallest: int, largest: int) -> None:
     """Raise a `ConfigurationError` unless the exponents of a grid are in order."""
     require(
         smallest < largest,
-        f"smallest_exponent must be below largest_exponent, got {smallest} and {largest}",
+        f"smallest_exponent must be less than largest_exponent, got {smallest} and {largest}",
     )
 
 
@@ -295,6 +295,6 @@ def from_csv(row: type, text: str) -> list[Any]:
         return [row(**{name: read(line[name]) for name, read in fields.items()}) for line in found]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RunError(
-            f"the table of the run is damaged ({error!r}): expected the columns "
+            f"the table of the run is damaged ({error!r}), its columns should be "
             f"{', '.join(fields)}; delete the .csv to measure it again, or give another --out"
         ) from error

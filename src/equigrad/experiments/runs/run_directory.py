@@ -43,8 +43,8 @@ class RunDirectory:
             raise RunError(f"cannot use {path} for a run: {error}; give another --out") from error
         if occupied and not resume:
             raise RunError(
-                f"{path} is not empty, and nothing is written over. Add --resume to go on with "
-                f"the run that is there, or give another --out"
+                f"{path} is not empty, and nothing is overwritten. Add --resume to resume the run "
+                f"in it, or give another --out"
             )
         if occupied:
             self._check_same()
@@ -86,8 +86,8 @@ class RunDirectory:
         began = self.read_json("data.json")
         if began is not None and began["sha256"] != digest:
             raise RunError(
-                f"the data have changed since the run in {self.path} began; put back those it "
-                f"began with, or give another --out"
+                f"the data have changed since the run in {self.path} began; use the original "
+                f"data, or give another --out"
             )
         self.write_json("data.json", {"sha256": digest})
 
@@ -104,14 +104,14 @@ class RunDirectory:
     def _check_same(self) -> None:
         path = self.path / "config.json"
         if not path.exists():
-            raise RunError(f"{self.path} holds no run (no config.json); give another --out")
+            raise RunError(f"{self.path} contains no run (no config.json); give another --out")
         there = _read(path).get("config")
         here = json.loads(self.identity)
         if there != here:
             changes = "\n".join(_differences(there, here)) or "  (unreadable)"
             raise RunError(
-                f"{self.path} holds a run with other settings:\n{changes}\n"
-                f"Resume with the settings it was started with, or give another --out"
+                f"{self.path} contains a run with other settings:\n{changes}\nResume with the "
+                f"settings that it was started with, or give another --out"
             )
 
 
@@ -168,14 +168,14 @@ class _Content(dict[str, Any]):
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        raise RunError(f"{self._path} is damaged: it lacks {key!r}; give another --out")
+        raise RunError(f"{self._path} is damaged: it has no {key!r}; give another --out")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = load_json(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError("not an object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); give another --out") from error
     return _Content(path, content)

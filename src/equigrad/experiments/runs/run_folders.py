@@ -55,12 +55,14 @@ class RunFolder:
         self.about = self.read("config.json", json_object) or {}
         self.settings: dict[str, Any] = mapping(self.about.get("config"))
         if not self.damage and not (self.settings and self.about.get("experiment")):
-            self.damage.append("config.json is not that of a run: it names no experiment")
+            self.damage.append(
+                "config.json does not belong to a run, because it names no experiment"
+            )
         self.history, torn = self.read("metrics.jsonl", json_lines) or ([], [])
         if torn:
             self.damage.append(
-                f"metrics.jsonl: {len(torn)} of {len(torn) + len(self.history)} lines cannot be "
-                f"read and are left out, the first of them line {torn[0]}"
+                f"metrics.jsonl: {len(torn)} of {len(torn) + len(self.history)} lines, the first "
+                f"of them line {torn[0]}, cannot be read and are left out"
             )
         self.result = self.read("result.json", json_object) or {}
 
@@ -157,7 +159,9 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise RunError(f"{folder} is not a folder; name the folder of a run, or one above it")
+            raise RunError(
+                f"{folder} is not a folder; give the folder of a run, or one that contains runs"
+            )
     found: dict[Path, Path] = {}
     for folder in folders:
         for at, inside, files in os.walk(folder):
@@ -166,7 +170,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
                 inside[:] = [name for name in inside if name != IN_TABLE]
     if not found:
         raise RunError(
-            f"no run in {', '.join(map(str, folders))}: no folder there holds a config.json"
+            f"no run in {', '.join(map(str, folders))}: none of the folders there has a config.json"
         )
     return [RunFolder(path) for path in sorted(found.values())]
 
@@ -189,7 +193,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     """
     found = load_json(content)
     if not isinstance(found, dict):
-        raise ValueError(f"a JSON object was expected, not {type(found).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
 
 

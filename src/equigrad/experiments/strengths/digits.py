@@ -33,17 +33,17 @@ class Digits(LearningAlike):
     contrastive: Contrastive = PAPERS_RULE
 
     scale: Literal["smoke", "small"] = "small"
-    """`smoke` presets a few short steps, to see that all works."""
+    """`smoke` presets a few short steps, for a quick check that everything works."""
 
     hidden: tuple[Count, ...] = (64, 64, 64)
     """Widths of the hidden layers."""
 
     solver: GradientDescent = DIGITS_SOLVER
-    """How the network learns from the ten images: the free phase, from the same start each time."""
+    """How the network is trained on the images (the free phase), from the same start each time."""
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
-        """The defaults of a scale."""
+        """The default settings of a scale."""
         if chosen.get("scale") != "smoke":
             return cls()
         return cls(
@@ -55,11 +55,11 @@ class Digits(LearningAlike):
 
     @property
     def name(self) -> str:
-        """What is learned from."""
+        """The name of the data set."""
         return "digits, 10 training images"
 
     def network(self, split: Split) -> Module:
-        """64 inputs, tanh layers, 10 outputs."""
+        """A network with 64 inputs, tanh layers and 10 outputs."""
         return tanh_network(64, self.hidden, 10)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:

@@ -21,12 +21,12 @@ from equigrad.fields import DIFFERENT, Count, Counts, Positive, Positives
 PanelName = Literal["A", "B"]
 METHOD_LABELS: dict[EstimatorName, str] = {"contrastive": "contrastive", "t1t2": "T1–T2"}
 NO_NUDGE = 0.0
-"""Stands for β where there is none: T1–T2."""
+"""The key of results without β, those of T1–T2."""
 
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What a method reached after a first phase of so many steps, in percent.
+    """The accuracies of a method after a first phase of some number of steps, in percent.
 
     Where a phase diverged, nothing was learned, and the accuracies are not numbers.
     """
@@ -78,37 +78,37 @@ class Fig3(ByExperiments):
     }
 
     only: Annotated[tuple[PanelName, ...], DIFFERENT] = ("A", "B")
-    """Which panels."""
+    """The panels that are drawn."""
 
     seeds: Count = 2
-    """Seeds 0, 1 … N-1 draw splits and starts in A."""
+    """Number of seeds in panel A; seeds 0 to N-1 draw splits and starts."""
 
     cifar_seeds: Count = 1
-    """And in B."""
+    """Number of seeds in panel B."""
 
     steps: Counts = (50, 150, 500, 1500)
-    """Steps of the first phase in A."""
+    """Numbers of steps of the first phase in panel A."""
 
     outer_steps: Count = 30
-    """Steps of Adam on the strengths in A."""
+    """Number of Adam's steps on the strengths in panel A."""
 
     outer_lr: Positive = 0.01
-    """Their size in A, for both methods."""
+    """Adam's step size on the strengths in panel A, the same for both methods."""
 
     cifar_steps: Counts = (50, 150, 450)
-    """Steps of the first phase in B."""
+    """Numbers of steps of the first phase in panel B."""
 
     betas: Positives = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    """Nudging strengths in B."""
+    """Nudging strengths β in panel B."""
 
     cifar_outer_steps: Count = 15
-    """Steps of Adam on the strengths in B."""
+    """Number of Adam's steps on the strengths in panel B."""
 
     cifar_outer_lr: Positive = 0.01
-    """Their size in B."""
+    """Adam's step size on the strengths in panel B."""
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that a figure that was stopped has some of everything."""
+        """The cells, seed by seed, so that an interrupted figure has some results of each kind."""
         beta = SETTINGS["mnist-10"].contrastive.rule.beta
         left = [
             ("A", method, steps, beta if method == "contrastive" else NO_NUDGE, seed)
@@ -125,20 +125,20 @@ class Fig3(ByExperiments):
         return [cell for cell in (*left, *right) if cell[0] in self.only]
 
     def alone(self, panel: PanelName, estimator: str, steps: int, beta: float) -> Self:
-        """One number of steps, and in B one β."""
+        """A figure of a single cell: one number of steps, and in B one β."""
         if panel == "A":
             return replace(self, only=("A",), steps=(steps,))
         return replace(self, only=("B",), cifar_steps=(steps,), betas=(beta,))
 
     def label(self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float) -> str:
-        """The method in A, β in B."""
+        """The method in panel A, β in panel B."""
         what = METHOD_LABELS[estimator] if panel == "A" else f"β = {beta:g}"
         return f"{panel}, {what}, {steps:,} steps"
 
     def measure(
         self, panel: PanelName, estimator: EstimatorName, steps: int, beta: float, seed: int
     ) -> PhaseResult:
-        """Learn strengths, and then with them."""
+        """Learn strengths, then train with them."""
         experiment = self.mnist(steps) if panel == "A" else self.cifar(steps, beta)
         try:
             _, row = StrengthTrainer(experiment, seed).learn(estimator, watched=False)
@@ -148,7 +148,7 @@ class Fig3(ByExperiments):
         return PhaseResult(panel, estimator, steps, beta, seed, *reached)
 
     def mnist(self, steps: int) -> OnImages:
-        """Ten digits, learned by both methods in so many steps of the same size."""
+        """Ten digits: either method learns in this many steps of the same size."""
         preset = Mnist.preset(setting="mnist-10", scale=self.scale)
         ours = preset.contrastive
         return self.placed(
@@ -161,14 +161,14 @@ class Fig3(ByExperiments):
         )
 
     def cifar(self, steps: int, beta: float) -> OnImages:
-        """Photographs, learned in so many steps, and plain phases under a β."""
+        """Photographs: learn in this many steps, with phases that are not matched, at a given β."""
         preset = Cifar10.preset(setting="cifar-50", scale=self.scale)
         ours = preset.contrastive
         rule = contrast(beta, ours.solver.lr, steps, ours.nudged_steps, self.cifar_outer_lr)
         return self.placed(preset, outer_steps=self.cifar_outer_steps, contrastive=rule)
 
     def text(self, rows: Sequence[PhaseResult]) -> str:
-        """Accuracy by steps and method, and error by steps and β."""
+        """The accuracy by steps and method, and the error by steps and β."""
         panels = {"A": self._by_steps, "B": self._by_beta}
         return "\n".join(said(rows) for panel, said in panels.items() if panel in self.only)
 
@@ -213,7 +213,7 @@ class Fig3(ByExperiments):
     def accuracies(
         self, rows: Sequence[PhaseResult]
     ) -> dict[EstimatorName, dict[int, list[float]]]:
-        """Of A, in percent, a number a seed: by method, then by steps of the first phase."""
+        """Accuracies of panel A in percent, one for each seed: by method, then by first steps."""
         return {
             method: {
                 steps: [
@@ -227,7 +227,7 @@ class Fig3(ByExperiments):
         }
 
     def errors(self, rows: Sequence[PhaseResult]) -> dict[int, dict[float, list[float]]]:
-        """Of B, in percent, a number a seed: by steps of the first phase, then by β."""
+        """Errors of panel B in percent, one for each seed: by first steps, then by β."""
         return {
             steps: {
                 beta: [
@@ -241,15 +241,15 @@ class Fig3(ByExperiments):
         }
 
     def best_steps(self, rows: Sequence[PhaseResult]) -> dict[EstimatorName, int | None]:
-        """The number of steps in A after which a method's mean accuracy is highest."""
+        """The number of steps in panel A at which a method's mean accuracy is highest."""
         return {method: _least(curve, sign=-1) for method, curve in self.accuracies(rows).items()}
 
     def best_betas(self, rows: Sequence[PhaseResult]) -> dict[int, float | None]:
-        """The β in B with the least mean error, by steps of the first phase."""
+        """The β in panel B with the lowest mean error, by steps of the first phase."""
         return {steps: _least(curve) for steps, curve in self.errors(rows).items()}
 
     def draw(self, rows: Sequence[PhaseResult]) -> Figure:
-        """A curve a method, and a curve a number of steps with its best β."""
+        """Draw a curve for each method, and one for each number of steps with its best β."""
         figure = Figure(figsize=(4.5 * len(self.only), 3.8), layout="constrained")
         panels = {"A": self._draw_steps, "B": self._draw_betas}
         places = figure.subplots(1, len(self.only), squeeze=False)[0]
@@ -279,7 +279,7 @@ Key = TypeVar("Key", int, float)
 
 
 def _least(curve: Mapping[Key, Sequence[float]], sign: int = 1) -> Key | None:
-    """Where the mean of a curve is least, or highest for sign -1; None where none is finite.
+    """The key whose mean is lowest, or highest for sign -1; None if no mean is finite.
 
     A seed that diverged has no number, and so its mean: what fails for one seed is not the best.
     """
@@ -297,6 +297,6 @@ def _said(values: Sequence[float]) -> str:
 
 
 def _with_bars(axes: Axes, curve: Mapping[Any, Sequence[float]], **style: Any) -> None:
-    """Means against their keys, with standard errors where there are several values."""
+    """The mean for each key, with standard errors if there are several values."""
     means, errors = zip(*(mean_and_error(values) for values in curve.values()), strict=True)
     axes.errorbar(list(curve), means, [error or 0.0 for error in errors], capsize=2, **style)

@@ -32,43 +32,43 @@ class Folder(OwnData):
     """
 
     images: Path
-    """The folder."""
+    """Folder of the images."""
 
     size: Annotated[int, at_least(16)] = 32
-    """Height and width that images are made to have, 16 at least."""
+    """Height and width to which images are resized, at least 16."""
 
     gray: bool = False
-    """Whether colours are left out."""
+    """Whether to convert images to grey."""
 
     skip_broken: bool = False
-    """Leave out files that cannot be read; by default they are named, and nothing runs."""
+    """Leave out files that cannot be read; by default they are listed, and the run stops."""
 
     training_share: Share = 0.5
-    """Share of the others that is the training set; the rest is the validation set."""
+    """Share of the other images that is the training set; the rest is the validation set."""
 
     samples: Count | None = None
-    """Images for training and validation together; all that are not for testing by default."""
+    """Number of images for training and validation together; by default all but the test set."""
 
     outer_steps: Count = 30
-    """Steps of Adam on the strengths, which are clamped at zero."""
+    """Number of Adam's steps on the strengths, which are clamped at zero."""
 
     outer_lr: Positive = 0.001
     """Adam's step size."""
 
     solver: GradientDescent = FOLDER_SOLVER
-    """How the network learns: the free phase, from the same start each time."""
+    """How the network is trained (the free phase), from the same start each time."""
 
     contrastive: Contrastive = PAPERS_RULE
-    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+    """The contrastive rule; its nudged phases use the free phase's solver, but their own length."""
 
     nudged_steps: Count = 50
-    """Steps of each nudged phase."""
+    """Number of steps of each nudged phase."""
 
     batch: Count | None = 100
-    """Images of a mini-batch at most; None for all at once."""
+    """Largest size of a mini-batch; None to use all images at once."""
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
-        """Images of a mini-batch for training and for validation; None for all at once."""
+        """Size of a mini-batch for training and for validation; None to use all images at once."""
         return self.batch, self.batch
 
     @classmethod
@@ -77,11 +77,11 @@ class Folder(OwnData):
 
     @property
     def name(self) -> str:
-        """The folder."""
+        """The name of the folder."""
         return f"images in {Path(self.images).name}"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """Images drawn by the seed; those in DIR/test are for testing, where there are any."""
+        """Images drawn by the seed; those in DIR/test, if there are any, are the test set."""
         folder = Path(self.images)
         options = {
             "size": self.size,
@@ -126,7 +126,7 @@ class Folder(OwnData):
         )
 
     def architecture(self, split: Split) -> Architecture:
-        """LeNet-5 without batch normalisation: what it says of an image depends on no other."""
+        """LeNet-5 without batch normalisation, so that outputs depend on one image only."""
         _, channels, side, _ = split.train[0].shape
         arguments = {"channels": channels, "side": side, "outputs": split.target.outputs}
         return Architecture("lenet5", {**arguments, "normalise": False})

@@ -28,7 +28,7 @@ from equigrad.training.strengths import Recipe, with_nudged
 
 
 def nesterov(lr: float, steps: int) -> GradientDescent:
-    """Gradient descent as all of the paper's learners use it."""
+    """Gradient descent with the settings that all of the paper's networks are trained with."""
     return GradientDescent(lr=lr, momentum=0.9, nesterov=True, max_steps=steps)
 
 
@@ -37,19 +37,19 @@ class ByContrast(Checked):
     """How the contrastive rule learns strengths."""
 
     rule: Contrastive
-    """The rule; its nudged phases settle like the free one, but for their length."""
+    """The contrastive rule; its nudged phases use the free phase's solver, but their own length."""
 
     solver: GradientDescent
-    """How the network learns: the free phase, from the same start each time."""
+    """How the network is trained (the free phase), from the same start each time."""
 
     nudged_steps: Count
-    """Steps of each nudged phase."""
+    """Number of steps of each nudged phase."""
 
     outer_lr: Positive
     """Adam's step size on the strengths."""
 
     def recipe(self) -> Recipe:
-        """The rule with its nudged solver."""
+        """The contrastive rule with its nudged solver."""
         rule = with_nudged(self.rule, self.solver, self.nudged_steps)
         return Recipe(rule, self.solver, self.outer_lr)
 
@@ -59,7 +59,7 @@ class ByT1T2(Checked):
     """How T1–T2 learns strengths."""
 
     solver: GradientDescent
-    """How the network learns, from the same start each time."""
+    """How the network is trained, from the same start each time."""
 
     outer_lr: Positive
     """Adam's step size on the strengths."""
@@ -71,7 +71,7 @@ class ByT1T2(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A line of Table 1.
+    """The settings of a row of Table 1.
 
     Attributes:
         samples: images for training and validation together.
@@ -106,7 +106,7 @@ def contrast(
     *,
     matched: bool = False,
 ) -> ByContrast:
-    """Hyperparameters of the contrastive rule, as in Tables S1 to S4, whose phases are plain."""
+    """Hyperparameters of the contrastive rule as in Tables S1 to S4, without matched phases."""
     return ByContrast(
         rule=replace(PAPERS_RULE, beta=beta, matched=matched),
         solver=nesterov(lr, steps),
@@ -192,7 +192,7 @@ SETTINGS: dict[str, Setting] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OnImages(StrengthExperiment):
-    """A line of Table 1; made by `preset`.
+    """An experiment for a row of Table 1, made by `preset`.
 
     Attributes:
         settings: the lines there are, the default one first.
@@ -203,19 +203,19 @@ class OnImages(StrengthExperiment):
     source: ClassVar[tuple[str, int]]
 
     setting: str
-    """The line of Table 1 that presets what follows."""
+    """The row of Table 1 that presets the settings below."""
 
     samples: Count
-    """Images for training and validation together, drawn from the training images."""
+    """Number of images for training and validation together, drawn from the training images."""
 
     training: Count
-    """How many of them the network learns from; the others are the validation set."""
+    """Number of these in the training set; the others are the validation set."""
 
     batch: Count | None
-    """Images of a training mini-batch; None for all at once."""
+    """Size of a training mini-batch; None to use all images at once."""
 
     validation_batch: Count | None
-    """Images of a validation mini-batch, one a step of a nudged phase; None for all at once."""
+    """Size of a validation mini-batch, one for each nudged step; None to use all images at once."""
 
     contrastive: ByContrast
     """How the contrastive rule learns strengths."""
@@ -225,7 +225,7 @@ class OnImages(StrengthExperiment):
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
-        """The defaults of a setting and a scale."""
+        """The default settings of a row and a scale."""
         name = chosen.get("setting", "")
         name = name if name in cls.settings else cls.settings[0]
         setting = SETTINGS[name]
@@ -247,7 +247,7 @@ class OnImages(StrengthExperiment):
         return replace(paper, scale="small", **setting.small)
 
     def _smoke(self) -> Self:
-        """A few short steps on few images, to see that all works."""
+        """Settings for a few short steps on few images, for a quick check that everything works."""
 
         def hurried(solver: GradientDescent) -> GradientDescent:
             return replace(solver, max_steps=10)
@@ -267,11 +267,11 @@ class OnImages(StrengthExperiment):
 
     @property
     def name(self) -> str:
-        """The line of Table 1."""
+        """The row of Table 1."""
         return self.setting
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """Images drawn by the seed, standardised, and a note of what they were drawn from."""
+        """Images drawn by the seed and standardised, with a note on where they come from."""
         pool, test = self.images()
         parts = split(
             pool,
@@ -298,18 +298,18 @@ class OnImages(StrengthExperiment):
         """Training and test images."""
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
-        """Images of a mini-batch for training and for validation; None for all at once."""
+        """Size of a mini-batch for training and for validation; None to use all images at once."""
         return self.batch, self.validation_batch
 
     def recipe(self, name: EstimatorName) -> Recipe:
-        """The two of the paper have settings of their own, others learn as the contrastive rule."""
+        """The paper's two methods have their own settings; others use the contrastive rule's."""
         if name == "t1t2":
             return self.t1t2.recipe()
         recipe = self.contrastive.recipe()
         return recipe if name == "contrastive" else replace(recipe, estimator=self.another(name))
 
     def published(self, name: str) -> Published | None:
-        """Table 1's numbers, unless another number of images was asked for."""
+        """The numbers of Table 1, unless the number of images was changed."""
         setting = SETTINGS[self.setting]
         same = (self.samples, self.training) == (setting.samples, setting.training)
         return setting.published.get(name) if same else None
@@ -328,7 +328,7 @@ class Mnist(OnImages):
     source: ClassVar[tuple[str, int]] = ("MNIST", 60_000)
 
     setting: Literal["mnist-10", "mnist-1", "mnist-30000"]
-    """The line of Table 1 that presets what follows, by its number of training images."""
+    """The row of Table 1 that presets the settings below, named by its training images."""
 
     hidden: tuple[Count, ...] = (256,) * 5
     """Widths of the hidden layers."""
@@ -338,7 +338,7 @@ class Mnist(OnImages):
         return mnist.load(), mnist.load(mnist.TEST)
 
     def network(self, split: Split) -> Module:
-        """784 inputs, tanh layers, 10 outputs."""
+        """A network with 784 inputs, tanh layers and 10 outputs."""
         return Sequential(Flatten(), *tanh_network(28 * 28, self.hidden, 10))
 
 
@@ -355,7 +355,7 @@ class Cifar10(OnImages):
     source: ClassVar[tuple[str, int]] = ("CIFAR-10", 50_000)
 
     setting: Literal["cifar-50"]
-    """The line of Table 1 that presets what follows, by its number of training images."""
+    """The row of Table 1 that presets the settings below, named by its training images."""
 
     constant_statistics: bool = False
     """Hold batch normalisation's statistics fixed in outer gradients, as `eval` mode does."""
@@ -369,7 +369,7 @@ class Cifar10(OnImages):
         )
 
     def images(self) -> tuple[Images, Images]:
-        """Training images, of as many batches as there are, and test images."""
+        """Training images, of as many batches as there are files, and test images."""
         return cifar10.load(), cifar10.load(cifar10.TEST)
 
     def network(self, split: Split) -> Module:

@@ -15,23 +15,23 @@ from equigrad.training.split import Split
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData(LearningAlike):
-    """Data that the user brings, and how they are divided."""
+    """Settings for the user's data and their division into sets."""
 
     tuning_seed: ClassVar[int] = 0
-    """Of a search: a run of the same seed has held back the same test rows."""
+    """Seed of the split in a search, since a run with the same seed has the same test rows."""
 
     scale: Literal["smoke", "small"] = "small"
-    """`smoke` presets a few short steps, to see that all works."""
+    """`smoke` presets a few short steps, for a quick check that everything works."""
 
     test_share: Share = 0.2
-    """Share of the rows that is held back and used for the test column alone."""
+    """Share of the rows in the test set, which is used for the test column alone."""
 
     initial_strength: NotNegative | None = None
-    """Where every strength starts; None for the best single one."""
+    """Initial value of all strengths; None for the best single strength."""
 
     @classmethod
     def _preset(cls, **chosen: str) -> Self:
-        """The defaults of a scale; what has none is for the command line to ask for."""
+        """The default settings of a scale; options without a default come from the command line."""
         import tyro  # the command line's
 
         missing: dict[str, Any] = dict.fromkeys(cls._asked_for(), tyro.MISSING)
@@ -49,7 +49,7 @@ class OwnData(LearningAlike):
     @classmethod
     @abstractmethod
     def _asked_for(cls) -> tuple[str, ...]:
-        """The options that have no default: whoever calls from Python says them."""
+        """The options without a default, which callers in Python must give."""
 
     def _awaited(self, value: object) -> bool:
         import tyro  # the command line's
@@ -58,12 +58,12 @@ class OwnData(LearningAlike):
 
     @abstractmethod
     def architecture(self, split: Split) -> Architecture:
-        """Of the network for these data."""
+        """The architecture of the network for these data."""
 
     def network(self, split: Split) -> Module:
         """The network."""
         return self.architecture(split).build()
 
     def model(self, split: Split, params: Params) -> Model:
-        """What `equigrad predict` needs."""
+        """The model for `equigrad predict`."""
         return Model(self.architecture(split), dict(params), split.target, split.encoding)

@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """Accuracies of the paper in percent: mean and standard error over its seeds."""
+    """Accuracies in the paper in percent: mean and standard error over seeds."""
 
     validation: tuple[float, float]
     test: tuple[float, float]
 
     def numbers(self) -> dict[str, float]:
-        """By name, as results have them."""
+        """Accuracies by name, as results have them."""
         return {
             f"{part}_accuracy{suffix}": value
             for part in ("validation", "test")
@@ -67,31 +67,31 @@ class StrengthExperiment(Experiment, ABC):
     """Learn a regularisation strength for every weight of a network: settings, data and model."""
 
     per: ClassVar[str] = "weight"
-    """What has a strength of its own."""
+    """The parameters that have strengths of their own."""
 
     tuning_seed: ClassVar[int] = 100
-    """Of a search: tables report seeds 0, 1 …; what is chosen on a split is not judged on it."""
+    """Seed of the split in a search; tables use seeds 0, 1 …, so none is tested on this split."""
 
     seed: CountFrom0 = 0
-    """Draws the split and the network's start."""
+    """Seed of the split and of the network's initialisation."""
 
     seeds: Count | None = None
     """Run seeds 0, 1 … N-1 instead and print mean ± standard error."""
 
     estimator: EstimatorName = "contrastive"
-    """What learns the strengths that are saved and drawn."""
+    """The estimator whose strengths are saved and drawn."""
 
     other: Estimator | None = None
-    """The estimator's own knobs, where it is neither the contrastive rule nor T1–T2."""
+    """Settings of the estimator, if it is neither the contrastive rule nor T1–T2."""
 
     compare: bool = True
-    """Run the other rows of the table too."""
+    """Also compute the other rows of the table."""
 
     outer_steps: Count = 100
-    """Steps of Adam on the strengths."""
+    """Number of Adam's steps on the strengths."""
 
     initial_strength: NotNegative | None = 1e-3
-    """Where every strength starts; None for the best single one. They are clamped at zero."""
+    """Initial value of all strengths, clamped at zero later; None for the best single strength."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +104,7 @@ class StrengthExperiment(Experiment, ABC):
 
     @classmethod
     def preset(cls, **chosen: str) -> Self:
-        """The defaults that some words choose: `scale`, `setting` and `estimator`."""
+        """The default settings for `scale`, `setting` and `estimator`."""
         defaults = cls._preset(**chosen)
         if "estimator" not in chosen:
             return defaults
@@ -116,31 +116,31 @@ class StrengthExperiment(Experiment, ABC):
     @classmethod
     @abstractmethod
     def _preset(cls, **chosen: str) -> Self:
-        """The defaults that all words but `estimator` choose."""
+        """The default settings for all choices but `estimator`."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What is learned, in a word."""
+        """The name of the data set."""
 
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """The data of this seed, a test part among them."""
+        """The data of this seed, including a test set."""
 
     @abstractmethod
     def network(self, split: Split) -> Module:
-        """The network for these data, with a start that torch's generator draws."""
+        """The network for these data, initialised by torch's generator."""
 
     @abstractmethod
     def recipe(self, name: EstimatorName) -> Recipe:
-        """How an estimator learns the strengths."""
+        """The settings with which an estimator learns the strengths."""
 
     def model(self, split: Split, params: Params) -> "Model | None":
-        """What `equigrad predict` needs; None where there is nothing to ask."""
+        """The model for `equigrad predict`; None if the experiment saves none."""
         return None
 
     def trainer(self, seed: int) -> "StrengthTrainer":
-        """What learns, with the data of a seed."""
+        """The trainer for the data of a seed."""
         return StrengthTrainer(self, seed)
 
     def another(self, name: EstimatorName) -> Estimator:
@@ -148,38 +148,38 @@ class StrengthExperiment(Experiment, ABC):
         return self.other or other(name)
 
     def batch_sizes(self) -> tuple[int | None, int | None]:
-        """Rows of a mini-batch for training and for validation; None for all at once."""
+        """Size of a mini-batch for training and for validation; None to use all rows at once."""
         return None, None
 
     def label(self, name: str) -> str:
-        """What tables and figures call a method."""
+        """The name of a method in tables and figures."""
         return LABELS[name].replace("per weight", f"per {self.per}")
 
     def published(self, name: str) -> Published | None:
-        """What the paper reports of a row of the table."""
+        """The paper's result for a row of the table."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningAlike(StrengthExperiment):
-    """Strengths learned by any estimator in the same way, whatever the data."""
+    """Settings with which any estimator learns strengths in the same way, for any data."""
 
     outer_lr: Positive
     """Adam's step size."""
 
     solver: Solver
-    """How the network learns: the free phase, from the same start each time."""
+    """How the network is trained (the free phase), from the same start each time."""
 
     contrastive: Contrastive
-    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+    """The contrastive rule; its nudged phases use the free phase's solver, but their own length."""
 
     nudged_steps: Count = 100
-    """Steps of each nudged phase."""
+    """Number of steps of each nudged phase."""
 
     threads: Threads = 1
 
     def recipe(self, name: EstimatorName) -> Recipe:
-        """All estimators learn in the same way."""
+        """The settings of an estimator, the same for all."""
         if name == "contrastive":
             estimator = with_nudged(self.contrastive, self.solver, self.nudged_steps)
         else:
@@ -189,7 +189,7 @@ class LearningAlike(StrengthExperiment):
 
 @dataclass(frozen=True)
 class ScoreAndCost:
-    """A line of the table: the score on validation and test data, and what it cost."""
+    """A row of the table: the scores on validation and test data, and the cost."""
 
     validation: float
     test: float
@@ -212,14 +212,14 @@ class StrengthTrainer(StrengthLearner):
     def row(
         self, metrics: Mapping[str, float], gradient_evaluations: int, seconds: float
     ) -> ScoreAndCost:
-        """What stands in the table of these metrics."""
+        """The row of the table for these metrics."""
         score = self.split.target.score
         return ScoreAndCost(
             metrics[f"validation_{score}"], metrics[f"test_{score}"], gradient_evaluations, seconds
         )
 
     def one_strength(self, *strengths: float) -> tuple[ScoreAndCost, float]:
-        """The best of some single strengths, chosen by the validation data."""
+        """The best of several single strengths by the validation data."""
         began = time.perf_counter()
         solver = self.config.recipe("contrastive").solver
         best, strength = self.best_single(solver, *([strengths] if strengths else []))
@@ -227,7 +227,7 @@ class StrengthTrainer(StrengthLearner):
         return self.row(best.metrics, best.gradient_evaluations, seconds), strength
 
     def baselines(self) -> dict[str, Any]:
-        """No regularisation, and the best single strength: rows as JSON has them."""
+        """The rows for no regularisation and the best single strength, as JSON holds them."""
         unregularised, _ = self.one_strength(0.0)
         single, strength = self.one_strength()
         rows = {"unregularised": vars(unregularised), "single": vars(single)}
@@ -250,7 +250,7 @@ class StrengthTrainer(StrengthLearner):
     def learned(
         self, name: EstimatorName, directory: RunDirectory, *, resume: bool, console: Console
     ) -> ScoreAndCost:
-        """Learn a strength for every weight, and leave the run in its directory."""
+        """Learn a strength for every weight, and write the run's files into its directory."""
         label = f"seed {self.seed} {name}"
         result = run_to_end(
             directory,
@@ -265,7 +265,7 @@ class StrengthTrainer(StrengthLearner):
     def learn_and_save(
         self, name: EstimatorName, folder: Path, callbacks: Sequence[Callback], console: Console
     ) -> dict[str, Any]:
-        """Learn strengths; save them, the model and a figure, and return the results by name."""
+        """Learn strengths; save them, the model and a figure; return the results by name."""
         learned, row = self.learn(name, callbacks)
         state, network = learned.state, learned.network
         console.print(f"seed {self.seed} {name}: {state.history[-1]['status']}", highlight=False)

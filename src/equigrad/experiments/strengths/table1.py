@@ -51,7 +51,7 @@ METHODS: dict[StrengthMethodName, StrengthMethod] = {
 
 @dataclass(frozen=True)
 class Accuracies:
-    """What one method reached with one seed, in percent."""
+    """The accuracies of a method with one seed, in percent."""
 
     setting: str
     method: str
@@ -82,19 +82,19 @@ class Table1(ByRuns):
     }
 
     seeds: Count = 3
-    """Seeds 0, 1 … N-1 draw splits and starts."""
+    """Number of seeds; seeds 0 to N-1 draw splits and starts."""
 
     seeds_of_many: Count = 3
-    """And those of mnist-30000, whose runs are the longest."""
+    """Number of seeds of mnist-30000, whose runs take longest."""
 
     only: Annotated[tuple[StrengthSettingName, ...], DIFFERENT] = get_args(StrengthSettingName)
-    """Which lines of the table."""
+    """The rows of the table."""
 
     methods: Annotated[tuple[StrengthMethodName, ...], DIFFERENT] = ("contrastive", "t1t2")
-    """Which columns; contrastive-force nudges by a constant force."""
+    """The columns of the table; contrastive-force nudges by a constant force."""
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that a table that was stopped has some of everything."""
+        """The cells, seed by seed, so that an interrupted table has some results of each kind."""
         return [
             (line, method, seed)
             for seed in range(max(map(self.seeds_in, self.only)))
@@ -104,19 +104,19 @@ class Table1(ByRuns):
         ]
 
     def seeds_in(self, setting: str) -> int:
-        """How many seeds a line has."""
+        """The number of seeds of a row."""
         return self.seeds_of_many if setting == "mnist-30000" else self.seeds
 
     def alone(self, setting: StrengthSettingName, method: StrengthMethodName) -> Self:
-        """One line by one method."""
+        """A table of one row and one method."""
         return replace(self, only=(setting,), methods=(method,))
 
     def label(self, setting: str, method: StrengthMethodName) -> str:
-        """The line, and the method in words."""
+        """The row and the method, in words."""
         return f"{setting}, {METHODS[method].label}"
 
     def paper(self, setting: str, method: StrengthMethodName) -> tuple[float, float]:
-        """Test accuracy, and its standard error."""
+        """The paper's test accuracy and its standard error."""
         return self._published(setting, method).test
 
     def _published(self, setting: str, method: StrengthMethodName) -> Published:
@@ -133,12 +133,12 @@ class Table1(ByRuns):
         return self.placed(preset, seed=seed, estimator=how.estimator, compare=False)
 
     def run(self, config: OnImages, directory: RunDirectory, console: Console) -> None:
-        """Learn strengths, and then with them."""
+        """Learn strengths, then train with them."""
         trainer = StrengthTrainer(config, config.seed)
         trainer.learned(config.estimator, directory, resume=True, console=console)
 
     def read(self, result: dict[str, Any], setting: str, method: str, seed: int) -> Accuracies:
-        """What it reached, and what it took."""
+        """The accuracies and the cost of a run."""
         metrics = result["metrics"]
         return Accuracies(
             setting,
@@ -152,7 +152,7 @@ class Table1(ByRuns):
         )
 
     def text(self, rows: Sequence[Accuracies]) -> str:
-        """A line a setting and method, the paper's numbers beside."""
+        """A row for each setting and method, beside the paper's numbers."""
         lines = []
         for setting, method in self.places():
             own, paper = self.of(rows, setting, method), self._published(setting, method)
@@ -215,7 +215,7 @@ class Table1(ByRuns):
         return {**super().figures(rows, folder), "table1-curves": self.draw_curves(folder)}
 
     def draw_curves(self, folder: Path) -> Figure:
-        """Accuracy against outer steps: every seed thin, their mean thick."""
+        """Accuracy against outer steps: a thin curve for each seed, a thick one for their mean."""
         figure = Figure(figsize=(3 * len(self.only) + 0.5, 5), layout="constrained")
         parts = ("validation", "test")
         panels = figure.subplots(2, len(self.only), squeeze=False, sharey="row")
@@ -241,7 +241,7 @@ class Table1(ByRuns):
     def _curves(
         self, folder: Path, setting: str, method: StrengthMethodName, metric: str
     ) -> list[list[float]]:
-        """A curve a seed, of the cells that have begun."""
+        """A curve for each seed, of all cells that have begun."""
         cells = [cell for cell in self.cells() if cell[:2] == (setting, method)]
         runs = [RunFolder(cell_folder(folder, *cell)) for cell in cells]
         return [[row[metric] for row in run.history] for run in runs if run.history]

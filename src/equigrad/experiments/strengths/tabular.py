@@ -43,55 +43,55 @@ class Tabular(OwnData):
     per: ClassVar[str] = "input"
 
     csv: Path
-    """The table: a header with the names of the columns, and rows."""
+    """CSV file of the table: a header with the names of the columns, and rows."""
 
     target: str
-    """The column that is predicted."""
+    """Name of the target column."""
 
     task: TaskName = "auto"
-    """Whether the target is a class or a number; `auto` decides by its values, and says so."""
+    """Whether the target is a class or a number; `auto` decides by its values, and reports it."""
 
     ignore: tuple[str, ...] = ()
     """Columns to leave out."""
 
     categorical: tuple[str, ...] = ()
-    """Columns whose values are names, also where they look like numbers."""
+    """Columns whose values are categories, even if they look like numbers."""
 
     missing: Missing = "impute"
-    """`impute` fills missing values in and says where, `drop` leaves out rows that have any."""
+    """`impute` fills in missing values and reports where; `drop` leaves out rows that have any."""
 
     header: Header = "auto"
-    """Whether the first row has the columns' names; `auto` asks where it is mostly numbers."""
+    """Whether the first row has the columns' names; `auto` asks if it is mostly numbers."""
 
     delimiter: str | None = None
-    """What is between columns; by default whichever of , ; tab | divides the header."""
+    """The character between columns; by default whichever of , ; tab | divides the header."""
 
     encoding: str | None = None
-    """Of the file's text; by default UTF-8, UTF-16 with its mark, else Latin-1."""
+    """Encoding of the file; by default UTF-8, UTF-16 with a byte-order mark, else Latin-1."""
 
     decimal: Decimal | None = None
-    """The decimal mark; by default found in the numbers."""
+    """The decimal mark; by default detected from the numbers."""
 
     hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden tanh layers."""
 
     folds: CountFrom2 = 2
-    """Networks that learn side by side, each without the rows that judge it."""
+    """Number of networks trained side by side, each validated on rows that it does not see."""
 
     outer_steps: Count = 15
-    """Steps on the logarithms of the strengths, at most; rows that are held out stop them."""
+    """Largest number of steps on the logarithms of the strengths; held-out rows stop earlier."""
 
     outer_lr: Positive = 0.5
     """Root mean square of such a step; no strength changes by more than a factor of e."""
 
     solver: LBFGS = SOLVER
-    """How the networks learn; Adam takes its place where there are more than 30,000 rows."""
+    """How the networks are trained; Adam is used instead if there are more than 30,000 rows."""
 
     contrastive: Contrastive = RULE
-    """The contrastive rule; its nudged phases settle like the free one, but for their length."""
+    """The contrastive rule; its nudged phases use the free phase's solver, but their own length."""
 
     nudged_steps: Count = 5
-    """Steps of each nudged phase."""
+    """Number of steps of each nudged phase."""
 
     @classmethod
     def _asked_for(cls) -> tuple[str, ...]:
@@ -166,16 +166,16 @@ class Tabular(OwnData):
         return replace(table, frame=frame, notes=tuple(notes)), target, self.task
 
     def trainer(self, seed: int) -> StrengthTrainer:
-        """One that learns by folds."""
+        """The trainer by folds."""
         return FoldedTrainer(self, seed)
 
     def network(self, split: Split) -> Module:
-        """One network, of which every fold has a copy."""
+        """The network that every fold has a copy of."""
         widths = split.train[0].shape[1], self.hidden, split.target.outputs
         return tanh_network(*widths)
 
     def architecture(self, split: Split) -> Architecture:
-        """Tanh networks, two a fold, of whose outputs the mean is taken."""
+        """Tanh networks, two for each fold, whose outputs are averaged."""
         widths = {
             "inputs": split.train[0].shape[1],
             "hidden": list(self.hidden),
@@ -185,17 +185,17 @@ class Tabular(OwnData):
         return Architecture("tanh_committee", widths)
 
     def model(self, split: Split, params: Params) -> Model:
-        """What `equigrad predict` needs."""
+        """The model for `equigrad predict`."""
         return super().model(split, named_by_member(params))
 
 
 class FoldedTrainer(StrengthTrainer, FoldedLearner):
-    """Learns by folds, with the experiment's settings."""
+    """The trainer by folds, with the experiment's settings."""
 
 
 @dataclass
 class Questions:
-    """What a user has to decide before a table can be learned from, and one way to decide it.
+    """A choice that the user has to make before a table can be used, and one of the answers.
 
     Attributes:
         asked: in words.
@@ -207,7 +207,7 @@ class Questions:
 
     @classmethod
     def about(cls, config: Tabular, table: Table) -> list[str]:
-        """All of them, with a command that can be pasted; empty where there are none."""
+        """All questions, with a command that answers them; empty if there are none."""
         self, columns = cls(), list(table.frame.columns)
         target = config.target.strip()
         if table.question:
