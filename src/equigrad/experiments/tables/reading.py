@@ -94,10 +94,8 @@ def as_numbers(values: Series, decimal: Decimal = ".") -> Series:
             texts = texts.mask(texts.str.contains(other, regex=False)).str.replace(",", ".")
         return pd.to_numeric(texts.astype(object), errors="coerce")
 
-    numbers = values if holds_numbers(values) else of_each(values, parsed)
-    found = numbers.to_numpy("float64", copy=True)
-    found[~np.isfinite(found)] = np.nan
-    return pd.Series(found, values.index)
+    numbers = (values if holds_numbers(values) else of_each(values, parsed)).astype("float64")
+    return numbers.where(np.isfinite(numbers)) if np.isinf(numbers.to_numpy()).any() else numbers
 
 
 def of_each(values: Series, function: Callable[[Series], Series]) -> Series:
@@ -134,7 +132,7 @@ def read(
         DataError: it cannot be read, is not a table, or has no rows.
     """
     content, encoding, notes = _content(path, encoding)
-    head = content[:HEAD].decode(encoding, errors="ignore")
+    head = content[:HEAD].decode(encoding, errors="ignore").removeprefix("\ufeff")
     if delimiter is None:
         delimiter = max(DELIMITERS, key=lambda d: len(_first_row(head, d)))
     elif len(delimiter) != 1:
@@ -170,14 +168,14 @@ def _content(path: Path, encoding: str | None) -> tuple[bytes, str, list[str]]:
     for magic, reason in NOT_TEXT.items():
         if content.startswith(magic):
             raise DataError(f"{path} is not text: {reason}")
-    likely = encoding or ("utf-16" if content.startswith(WIDE) else "utf-8-sig")
-    if likely == "utf-8-sig" and b"\0" in content:
+    likely = encoding or ("utf-16" if content.startswith(WIDE) else "utf-8")
+    if likely == "utf-8" and b"\0" in content:
         raise DataError(
             f"{path} is not text: it has zero bytes; save the table as CSV, or say "
             f"--encoding utf-16 where it is that"
         )
     try:
-        content.decode(likely)
+        _ = (likely == "utf-8" and content.isascii()) or content.decode(likely)
     except (UnicodeDecodeError, LookupError) as error:
         if encoding is not None or likely == "utf-16":
             raise DataError(f"{path} cannot be read as {likely}: {error}") from error
@@ -245,7 +243,7 @@ def _frame(
 def _plain(values: Series) -> Series:
     """Text without white space around it, missing where it says so."""
     texts = values.astype("string").str.strip()
-    return texts.mask(texts.isin(MISSING)).astype(object)
+    return texts.mask(texts.isin(MISSING)).astype(object).astype("category")
 
 
 def _has_commas(frame: DataFrame) -> bool:
