@@ -29,7 +29,7 @@ PATIENCE, GAIN = 2, 0.005
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
-SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10)
+SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10, flatter=0.9)
 """How networks learn unless told otherwise."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
