@@ -29,6 +29,9 @@ PATIENCE, GAIN = 2, 0.005
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
+MOST_SIDE_BY_SIDE = 5000
+"""Rows up to which networks are faster when computed all at once."""
+
 SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10, flatter=0.9)
 """How networks learn unless told otherwise."""
 
@@ -55,8 +58,9 @@ class FoldedLearner(StrengthLearner):
 
     @cached_property
     def networks(self) -> SideBySide:
-        """Copies of the network; so few that a loop is fastest."""
-        return SideBySide(self.network, "loop")
+        """Copies of the network: all at once where they have few rows, else in turn."""
+        few = len(self.split.train[1]) <= MOST_SIDE_BY_SIDE
+        return SideBySide(self.network, "grouped" if few else "loop")
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
