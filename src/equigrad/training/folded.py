@@ -139,6 +139,8 @@ class FoldedLearner(StrengthLearner):
             regularizer=synapse,
             inner_batches=batches(inner),
             outer_batches=batches(outer),
+            modules=[],
+            reaches={"inner": [], "outer": []},
         )
 
     def settled(self, solver: Solver, strengths: Params, start: Params, weights: Tensor) -> Network:
