@@ -23,7 +23,7 @@ from equigrad.training.proportional import ProportionalDescent
 from equigrad.training.single_strength import Single, part, search
 from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearner
 
-PATIENCE, GAIN = 2, 0.005
+PATIENCE, GAIN = 2, 0.01
 """Outer steps that may bring no gain, as a share of the loss."""
 
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
@@ -145,11 +145,16 @@ class FoldedLearner(StrengthLearner):
 
     def settled(self, solver: Solver, strengths: Params, start: Params, weights: Tensor) -> Network:
         """Networks trained at fixed strengths, not yet scored."""
-        synapse = ComplexSynapse(self.network, strength=strengths)
-        problem = self.problem_of(synapse, weights, weights)
-        with Evaluation(problem, start, synapse.meta_params()) as evaluation:
+        problem = self.problem_of(self._fixed, weights, weights)
+        meta_params = {f"strength.{name}": s for name, s in strengths.items()}
+        with Evaluation(problem, start, meta_params) as evaluation:
             settled = evaluation.settle(self.fitting(solver))
         return Network(settled.params, {}, evaluation.tally.gradient_evaluations, settled.phase)
+
+    @cached_property
+    def _fixed(self) -> ComplexSynapse:
+        """For strengths that are not learned."""
+        return ComplexSynapse(self.network, strength=self.shared(1.0))
 
     @torch.no_grad()
     def loss(self, params: Params, weights: Tensor) -> float:
