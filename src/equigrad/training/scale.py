@@ -1,6 +1,5 @@
 """Mean and scale for standardising numbers."""
 
-import torch
 from torch import Tensor
 
 from equigrad.errors import DataError
@@ -20,6 +19,7 @@ def mean_and_scale(values: Tensor, what: str) -> tuple[Tensor, Tensor]:
         DataError: the values are too large for their deviation to be computed.
 
     Example:
+        >>> import torch
         >>> mean_and_scale(torch.tensor([[1.0, 0.1], [3.0, 0.1]]), "numbers")
         (tensor([2.0000, 0.1000]), tensor([1., 1.]))
     """
