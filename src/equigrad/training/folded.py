@@ -33,21 +33,21 @@ MOST_SIDE_BY_SIDE = 5000
 """Rows up to which networks are faster when computed all at once."""
 
 SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10, flatter=0.9)
-"""How networks learn unless told otherwise."""
+"""The default for training the networks."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
-"""What estimates the gradients of the strengths unless told otherwise."""
+"""The default estimator of the strengths' gradient."""
 
 
 class FoldedLearner(StrengthLearner):
-    """Strengths that all folds share, learned by the rows that each fold holds out.
+    """Strengths that all folds share, learned by cross-validation.
 
-    An input has a strength of its own, by which all weights that read it are held back, and so has
-    every later layer. A network a fold learns from the other folds' rows, each from a start of its
-    own. Of the rows that are held out, half judge: the strengths' logarithms follow the gradient of
-    their loss. The other half say when to stop. In the end every fold's network learns on from all
-    rows, under strengths that are weaker by as much as there are more rows. Predictions are the
-    mean of these networks and of those that learned with the best single strength.
+    Every input has a strength, which pulls all weights that read it to zero, and so has every later
+    layer. One network a fold is trained on the rows of the other folds, each from a start of its
+    own. Half of the held-out rows form the outer loss, whose gradient the logarithms of the
+    strengths follow; the other half decide when to stop. Then the networks are trained further on
+    all rows, under strengths reduced in proportion to the larger number of rows. A prediction is
+    the mean of these networks and of those trained with the best single strength.
     """
 
     @property
@@ -101,18 +101,18 @@ class FoldedLearner(StrengthLearner):
         return TorchOptimizer(optimizer=torch.optim.Adam, options=options, max_steps=steps)
 
     def outputs(self, params: Params, x: Tensor) -> Tensor:
-        """Of the networks side by side, of shape networks × n × outputs."""
+        """Outputs of the networks side by side, of shape networks × n × outputs."""
         return self.networks(params, x)
 
     def losses(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Of each row, by each network."""
+        """The loss of each row under each network, of shape networks × n."""
         outputs = self.outputs(params, x)
         return self.split.target.losses(outputs.flatten(0, 1), y.flatten()).view(y.shape)
 
     def weighed(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and weights of the rows that a fold's network sees, of shape folds × n.
+        """Inputs, targets and weights of the rows with a weight, of shape folds × n.
 
-        Folds that see fewer rows than others have some more, of weight zero.
+        Folds that have fewer of them are filled up with rows of weight zero.
         """
         x, y = self.split.train
         seen = weights > 0
@@ -158,15 +158,15 @@ class FoldedLearner(StrengthLearner):
 
     @torch.no_grad()
     def loss(self, params: Params, weights: Tensor) -> float:
-        """Of the rows by their weights, a mean over networks."""
+        """The weighted loss of the rows, averaged over networks."""
         x, y, weights = self.weighed(weights)
         return (self.losses(params, x, y) * weights).sum().item() / len(weights)
 
     @torch.no_grad()
     def held_out(self, params: Params) -> dict[str, float]:
-        """Metrics of the rows that are held out, by the networks that have not seen them.
+        """Metrics of the held-out rows, by the networks that have not seen them.
 
-        Where there are several networks a fold, one set after the other, by their mean.
+        With several sets of networks, one after the other, the mean of their outputs counts.
         """
         x, y, weights = self.weighed(self.folds.held)
         sets = len(next(iter(params.values()))) // len(x)
@@ -176,7 +176,7 @@ class FoldedLearner(StrengthLearner):
 
     @torch.no_grad()
     def tested(self, params: Params) -> dict[str, float]:
-        """Metrics of the test rows, judged by the mean of the networks."""
+        """Metrics of the test rows, by the mean of the networks' outputs."""
         if self.split.test is None:
             return {}
         x, y = self.split.test
@@ -235,14 +235,11 @@ class FoldedLearner(StrengthLearner):
         callbacks: Sequence[Callback] = (),
         watched: bool = True,
     ) -> Learned:
-        """Learn the strengths, and then with them; torch's generator is put back.
+        """Learn the strengths, from the best single one unless told, and train with them.
 
-        Args:
-            recipe: how; the step size is that of `ProportionalDescent` on log λ.
-            outer_steps: at most.
-            initial_strength: where all start; None for the best single one, whose search counts.
-            callbacks: watch the outer loop.
-            watched: whether the test rows are looked at after every outer step.
+        The arguments are those of `StrengthLearner.learn_by`. The step size of the recipe is that
+        of `ProportionalDescent` on log λ; `outer_steps` is a limit, since held-out rows may stop it
+        earlier.
         """
         given = () if initial_strength is None else (initial_strength,)
         single, beside, seconds = self.searched(recipe.solver, *given)
