@@ -32,8 +32,11 @@ MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 MOST_SIDE_BY_SIDE = 5000
 """Rows up to which networks are faster when computed all at once."""
 
-SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10, flatter=0.9)
+SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10)
 """The default for training the networks."""
+
+QUICK = 0.9
+"""How flat a step of L-BFGS is at fixed strengths; phases that are contrasted need better steps."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
 """The default estimator of the strengths' gradient."""
@@ -139,16 +142,19 @@ class FoldedLearner(StrengthLearner):
             regularizer=synapse,
             inner_batches=batches(inner),
             outer_batches=batches(outer),
-            modules=[],
+            modules=(),
             reaches={"inner": [], "outer": []},
         )
 
     def settled(self, solver: Solver, strengths: Params, start: Params, weights: Tensor) -> Network:
         """Networks trained at fixed strengths, not yet scored."""
+        solver = self.fitting(solver)
+        if isinstance(solver, LBFGS):
+            solver = replace(solver, flatter=QUICK)
         problem = self.problem_of(self._fixed, weights, weights)
         meta_params = {f"strength.{name}": s for name, s in strengths.items()}
         with Evaluation(problem, start, meta_params) as evaluation:
-            settled = evaluation.settle(self.fitting(solver))
+            settled = evaluation.settle(solver)
         return Network(settled.params, {}, evaluation.tally.gradient_evaluations, settled.phase)
 
     @cached_property
