@@ -105,26 +105,31 @@ def test_constant_inputs_are_not_blown_up_by_rounding():
 
 
 def test_strengths_are_learned_by_the_rows_that_judge():
-    """Of ten inputs two say something, in 60 rows that are learned from and 60 that judge."""
-    random = np.random.default_rng(0)
-    x = random.normal(size=(120, 10))
-    y = x[:, 0] - 2 * x[:, 1] + 0.5 * random.normal(size=120)
-    held_out = random.normal(size=(500, 10))
-    truth = held_out[:, 0] - 2 * held_out[:, 1]
-    settings = {"outer_steps": 15}
-    learned = short(StrengthLearningRegressor, **settings).fit(x, y)
-    plain = short(StrengthLearningRegressor, **{**settings, "outer_steps": 0}).fit(x, y)
-    assert {n: s.shape for n, s in learned.strengths_.items()} == {
-        "0.weight": (1, 10),
-        "0.bias": (1,),
-        "2.weight": (1, 1),
-        "2.bias": (1,),
-    }
-    np.testing.assert_allclose(plain.strengths_["0.weight"], plain.initial_strength)
-    assert learned.score(held_out, truth) > plain.score(held_out, truth) + 0.003
-    stops = [row["stop_loss"] for row in learned.history_]
-    assert len(stops) == 15 or min(stops[-2:]) > (1 - GAIN) * min(stops[:-2])  # patience of two
-    assert learned.validation_score_ > learned.history_[0]["validation_r2"]
+    """Of ten inputs two say something. A mean over five tables: one gains from -0.01 to 0.01."""
+    gains, ratios = [], []
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        x = random.normal(size=(120, 10))
+        y = x[:, 0] - 2 * x[:, 1] + 0.5 * random.normal(size=120)
+        held_out = random.normal(size=(500, 10))
+        truth = held_out[:, 0] - 2 * held_out[:, 1]
+        learned = short(StrengthLearningRegressor, outer_steps=15).fit(x, y)
+        plain = short(StrengthLearningRegressor, outer_steps=0).fit(x, y)
+        assert {n: s.shape for n, s in learned.strengths_.items()} == {
+            "0.weight": (1, 10),
+            "0.bias": (1,),
+            "2.weight": (1, 1),
+            "2.bias": (1,),
+        }
+        np.testing.assert_allclose(plain.strengths_["0.weight"], plain.initial_strength)
+        gains.append(learned.score(held_out, truth) - plain.score(held_out, truth))
+        logs = np.log(learned.strengths_["0.weight"][0])
+        ratios.append(logs[2:].mean() - logs[:2].mean())
+        stops = [row["stop_loss"] for row in learned.history_]
+        assert len(stops) == 15 or min(stops[-2:]) > (1 - GAIN) * min(stops[:-2])  # patience of two
+        assert learned.validation_score_ > learned.history_[0]["validation_r2"]
+    assert np.mean(gains) > 0.002
+    assert np.mean(ratios) > 0.2  # inputs that say nothing are pulled more strongly
 
 
 def test_chosen_and_piped_as_any_other():

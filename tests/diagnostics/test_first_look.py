@@ -227,9 +227,9 @@ def test_a_new_outer_loss_is_looked_at_though_the_inner_one_is_known():
 
     for estimator in (None, eg.ConjugateGradient()):
         assert "outer_loss" not in said(sound, estimator)
-        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+        assert "outer_loss does not change as autograd predicts" in said(hiding, estimator)
         assert "outer_loss is not a function of params and step alone" in said(drawing, estimator)
-        assert "outer_loss does not change as autograd says" in said(hiding, estimator)
+        assert "outer_loss does not change as autograd predicts" in said(hiding, estimator)
 
 
 def test_an_outer_loss_that_is_known_is_not_looked_at_again():
@@ -292,7 +292,7 @@ def of_penalty(penalty, estimator):
 def test_theta_that_an_inner_loss_hides_is_named(penalty, estimator):
     """Its derivative is hidden with it: second derivatives agree, and the gradient is wrong."""
     said = of_penalty(penalty, estimator).status
-    assert "inner_loss does not change as autograd says" in said
+    assert "inner_loss does not change as autograd predicts" in said
 
 
 @pytest.mark.parametrize("estimator", [eg.GMRES(), eg.Unrolled(), eg.ForwardMode()], ids=repr)

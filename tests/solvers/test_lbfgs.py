@@ -84,17 +84,19 @@ def test_a_loss_that_is_infinite_beyond_a_wall():
     torch.testing.assert_close(settled.params["x"], torch.ones(3, dtype=torch.float64))
 
 
-def test_search_accepts_only_a_flatter_slope_without_a_rise():
+@pytest.mark.parametrize("flatter", [0.1, 0.5, 0.9])
+def test_search_accepts_only_a_flatter_slope_without_a_rise(flatter):
     tried = []
 
     def along(t):  # a parabola with its minimum at 0.01, far below the first step
         tried.append(t)
         return (t - 0.01) ** 2, 2 * (t - 0.01)
 
-    value = search(along, 1e-4, -0.02, first=1.0, rise=0.0, evaluations=30)
+    value = search(along, 1e-4, -0.02, first=1.0, rise=0.0, evaluations=30, flatter=flatter)
     assert value is not None
     assert value < 1e-4
-    assert abs(2 * (tried[-1] - 0.01)) <= 0.5 * 0.02
+    slopes = [abs(2 * (t - 0.01)) for t in tried]
+    assert [slope <= flatter * 0.02 for slope in slopes] == [False] * (len(tried) - 1) + [True]
     assert math.isfinite(value)
 
 

@@ -143,7 +143,8 @@ class ComplexSynapse(Functional):
     def penalty(self, params: Params, meta_params: Params) -> Tensor:
         """The penalty `½ Σ_i λ_i (φ_i - ω_i)²`, differentiable in λ, ω and φ."""
         strength, center = self.strengths(meta_params), self.centers(meta_params)
-        terms = [(strength[n] * (params[n] - center[n]).square()).sum() for n in self._initial]
+        moved = {n: params[n] - c for n, c in center.items()} if self._centered else params
+        terms = [(strength[n] * moved[n].square()).sum() for n in self._initial]
         return 0.5 * torch.stack(terms).sum()
 
     def bind(self, meta_params: Params) -> "BoundSynapse":

@@ -210,6 +210,11 @@ class SideBySide:
     ) -> Tensor:
         assert self._layers is not None
         tasks, n = x.shape[:2]
+        if x.ndim == 3 and all(type(layer) in _DENSE for _, layer in self._layers):
+            for prefix, layer in self._layers:
+                own = {name: params[prefix + name] for name, _ in layer.named_parameters()}
+                x = _dense(layer, own, x)
+            return x
         x = x.transpose(0, 1).reshape(n, -1, *x.shape[3:])
         for prefix, layer in self._layers:
             own = {name: params[prefix + name] for name, _ in layer.named_parameters()}
@@ -276,11 +281,16 @@ def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) 
             f"batching='grouped' supports linear layers whose input has the shape n × features, "
             f"but the input of this one has {x.ndim} dimensions; use batching='vmap' or 'loop'"
         )
-    apart = x.reshape(len(x), tasks, -1).transpose(0, 1)
-    weight = own["weight"].transpose(1, 2)
-    bias = own.get("bias")
-    out = apart @ weight if bias is None else torch.baddbmm(bias.unsqueeze(1), apart, weight)
+    out = _dense(layer, own, x.reshape(len(x), tasks, -1).transpose(0, 1))
     return out.transpose(0, 1).reshape(len(x), -1)
+
+
+def _dense(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """A layer that acts on each row by itself, on inputs of shape tasks × n × features."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x)
+    weight, bias = own["weight"].transpose(1, 2), own.get("bias")
+    return x @ weight if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 def _convolution(
@@ -314,9 +324,13 @@ def _convolution(
     return beside
 
 
-_CHANNELWISE = (
+_DENSE = (
     *(nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
-    *(nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Dropout, nn.Flatten),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Dropout, nn.Linear),
+)
+
+_CHANNELWISE = (
+    *(nn.Flatten, *_DENSE),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
@@ -325,8 +339,8 @@ _BESIDE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: _convolution(conv1d),
     nn.Conv2d: _convolution(conv2d),
     nn.Conv3d: _convolution(conv3d),
-    nn.Linear: _linear,
     BatchStatistics: _norm,
     **dict.fromkeys(_CHANNELWISE, _as_is),
+    nn.Linear: _linear,
 }
 """How a layer acts on inputs of shape n × (tasks · channels) × …, grouped by task."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equigrad.fields import Count
+from equigrad.fields import Count, Share
 from equigrad.solvers.solver import Objective, Solver
 from equigrad.vectors import flatten, unflatten
 
@@ -26,7 +26,7 @@ class LBFGS(Solver):
         φ ← φ - t B g,    g = ∂L/∂φ,
 
     where B approximates the inverse Hessian from the last moves and gradient changes. Along the
-    direction `d = -B g`, the line search requires `|g(t)·d| ≤ ½ |g(0)·d|` and a loss that has risen
+    direction `d = -B g`, the line search requires `|g(t)·d| ≤ c |g(0)·d|` and a loss that has risen
     by no more than rounding. Like the approximate Wolfe conditions (Hager, Zhang 2005), this still
     works when the loss no longer resolves the decrease, so that phases settle to the limit of the
     dtype.
@@ -38,6 +38,8 @@ class LBFGS(Solver):
     Attributes:
         history: number of moves that are kept; each takes twice the memory of φ.
         max_evaluations: the most gradients that one line search may take.
+        flatter: c, the share of its slope that a step has to get below. A large one takes fewer
+            gradients a step; a small one makes each step exact.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -51,6 +53,7 @@ class LBFGS(Solver):
 
     history: Count = 50
     max_evaluations: Count = 20
+    flatter: Share = 0.5
     check_every: Count = 1
 
     def init(self, params: list[Tensor], previous: Any = None) -> Any:
@@ -90,7 +93,8 @@ class LBFGS(Solver):
         first = min(1.0, 1 / gradient.abs().sum().item()) if state.empty else 1.0
         eps = torch.finfo(gradient.dtype).eps
         rise = RESOLUTION * eps**0.5 * abs(loss)
-        state.loss = search(along, loss, slope, first, rise, self.max_evaluations)
+        most, flatter = self.max_evaluations, self.flatter
+        state.loss = search(along, loss, slope, first, rise, most, flatter)
         return state.loss is not None
 
 
@@ -209,6 +213,7 @@ def search(
     first: float,
     rise: float,
     evaluations: int,
+    flatter: float = 0.5,
 ) -> float | None:
     """Find a step with a flatter slope and a loss that has not risen, by bisection and secants.
 
@@ -219,6 +224,7 @@ def search(
         first: the first step to try.
         rise: the rise of the loss that is tolerated.
         evaluations: the most steps to try.
+        flatter: share of the first slope that the slope has to get below.
 
     Returns:
         The loss where the parameters were left; None if no step was accepted, in which case the
@@ -231,7 +237,7 @@ def search(
         if not math.isfinite(value) or value > loss + rise:
             high, t = t, 0.5 * (low + t)
             continue
-        if abs(here) <= -0.5 * slope:
+        if abs(here) <= -flatter * slope:
             return value
         if here < 0:
             low, low_slope = t, here

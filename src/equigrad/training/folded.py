@@ -23,28 +23,34 @@ from equigrad.training.proportional import ProportionalDescent
 from equigrad.training.single_strength import Single, part, search
 from equigrad.training.strengths import Learned, Network, Recipe, StrengthLearner
 
-PATIENCE, GAIN = 2, 0.005
+PATIENCE, GAIN = 2, 0.01
 """Outer steps that may bring no gain, as a share of the loss."""
 
 MOST_AT_ONCE, BATCH, ADAMS_LR = 30_000, 1000, 1e-3
 """Rows up to which L-BFGS takes all at once; rows of Adam's mini-batches, and its step size."""
 
+MOST_SIDE_BY_SIDE = 5000
+"""Rows up to which networks are faster when computed all at once."""
+
 SOLVER = LBFGS(max_steps=40, tol=1e-3, history=10)
-"""How networks learn unless told otherwise."""
+"""The default for training the networks."""
+
+QUICK = 0.9
+"""How flat a step of L-BFGS is at fixed strengths; phases that are contrasted need better steps."""
 
 RULE = Contrastive(beta=0.1, scheme="forward")
-"""What estimates the gradients of the strengths unless told otherwise."""
+"""The default estimator of the strengths' gradient."""
 
 
 class FoldedLearner(StrengthLearner):
-    """Strengths that all folds share, learned by the rows that each fold holds out.
+    """Strengths that all folds share, learned by cross-validation.
 
-    An input has a strength of its own, by which all weights that read it are held back, and so has
-    every later layer. A network a fold learns from the other folds' rows, each from a start of its
-    own. Of the rows that are held out, half judge: the strengths' logarithms follow the gradient of
-    their loss. The other half say when to stop. In the end every fold's network learns on from all
-    rows, under strengths that are weaker by as much as there are more rows. Predictions are the
-    mean of these networks and of those that learned with the best single strength.
+    Every input has a strength, which pulls all weights that read it to zero, and so has every later
+    layer. One network a fold is trained on the rows of the other folds, each from a start of its
+    own. Half of the held-out rows form the outer loss, whose gradient the logarithms of the
+    strengths follow; the other half decide when to stop. Then the networks are trained further on
+    all rows, under strengths reduced in proportion to the larger number of rows. A prediction is
+    the mean of these networks and of those trained with the best single strength.
     """
 
     @property
@@ -55,8 +61,9 @@ class FoldedLearner(StrengthLearner):
 
     @cached_property
     def networks(self) -> SideBySide:
-        """Copies of the network; so few that a loop is fastest."""
-        return SideBySide(self.network, "loop")
+        """Copies of the network: all at once where they have few rows, else in turn."""
+        few = len(self.split.train[1]) <= MOST_SIDE_BY_SIDE
+        return SideBySide(self.network, "grouped" if few else "loop")
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -97,18 +104,18 @@ class FoldedLearner(StrengthLearner):
         return TorchOptimizer(optimizer=torch.optim.Adam, options=options, max_steps=steps)
 
     def outputs(self, params: Params, x: Tensor) -> Tensor:
-        """Of the networks side by side, of shape networks × n × outputs."""
+        """Outputs of the networks side by side, of shape networks × n × outputs."""
         return self.networks(params, x)
 
     def losses(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Of each row, by each network."""
+        """The loss of each row under each network, of shape networks × n."""
         outputs = self.outputs(params, x)
         return self.split.target.losses(outputs.flatten(0, 1), y.flatten()).view(y.shape)
 
     def weighed(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and weights of the rows that a fold's network sees, of shape folds × n.
+        """Inputs, targets and weights of the rows with a weight, of shape folds × n.
 
-        Folds that see fewer rows than others have some more, of weight zero.
+        Folds that have fewer of them are filled up with rows of weight zero.
         """
         x, y = self.split.train
         seen = weights > 0
@@ -135,27 +142,37 @@ class FoldedLearner(StrengthLearner):
             regularizer=synapse,
             inner_batches=batches(inner),
             outer_batches=batches(outer),
+            modules=(),
+            reaches={"inner": [], "outer": []},
         )
 
     def settled(self, solver: Solver, strengths: Params, start: Params, weights: Tensor) -> Network:
         """Networks trained at fixed strengths, not yet scored."""
-        synapse = ComplexSynapse(self.network, strength=strengths)
-        problem = self.problem_of(synapse, weights, weights)
-        with Evaluation(problem, start, synapse.meta_params()) as evaluation:
-            settled = evaluation.settle(self.fitting(solver))
+        solver = self.fitting(solver)
+        if isinstance(solver, LBFGS):
+            solver = replace(solver, flatter=QUICK)
+        problem = self.problem_of(self._fixed, weights, weights)
+        meta_params = {f"strength.{name}": s for name, s in strengths.items()}
+        with Evaluation(problem, start, meta_params) as evaluation:
+            settled = evaluation.settle(solver)
         return Network(settled.params, {}, evaluation.tally.gradient_evaluations, settled.phase)
+
+    @cached_property
+    def _fixed(self) -> ComplexSynapse:
+        """For strengths that are not learned."""
+        return ComplexSynapse(self.network, strength=self.shared(1.0))
 
     @torch.no_grad()
     def loss(self, params: Params, weights: Tensor) -> float:
-        """Of the rows by their weights, a mean over networks."""
+        """The weighted loss of the rows, averaged over networks."""
         x, y, weights = self.weighed(weights)
         return (self.losses(params, x, y) * weights).sum().item() / len(weights)
 
     @torch.no_grad()
     def held_out(self, params: Params) -> dict[str, float]:
-        """Metrics of the rows that are held out, by the networks that have not seen them.
+        """Metrics of the held-out rows, by the networks that have not seen them.
 
-        Where there are several networks a fold, one set after the other, by their mean.
+        With several sets of networks, one after the other, the mean of their outputs counts.
         """
         x, y, weights = self.weighed(self.folds.held)
         sets = len(next(iter(params.values()))) // len(x)
@@ -165,7 +182,7 @@ class FoldedLearner(StrengthLearner):
 
     @torch.no_grad()
     def tested(self, params: Params) -> dict[str, float]:
-        """Metrics of the test rows, judged by the mean of the networks."""
+        """Metrics of the test rows, by the mean of the networks' outputs."""
         if self.split.test is None:
             return {}
         x, y = self.split.test
@@ -224,14 +241,11 @@ class FoldedLearner(StrengthLearner):
         callbacks: Sequence[Callback] = (),
         watched: bool = True,
     ) -> Learned:
-        """Learn the strengths, and then with them; torch's generator is put back.
+        """Learn the strengths, from the best single one unless told, and train with them.
 
-        Args:
-            recipe: how; the step size is that of `ProportionalDescent` on log λ.
-            outer_steps: at most.
-            initial_strength: where all start; None for the best single one, whose search counts.
-            callbacks: watch the outer loop.
-            watched: whether the test rows are looked at after every outer step.
+        The arguments are those of `StrengthLearner.learn_by`. The step size of the recipe is that
+        of `ProportionalDescent` on log λ; `outer_steps` is a limit, since held-out rows may stop it
+        earlier.
         """
         given = () if initial_strength is None else (initial_strength,)
         single, beside, seconds = self.searched(recipe.solver, *given)

@@ -1,4 +1,4 @@
-"""How rows are shared between learning and judging: folds, as weights of the rows."""
+"""Folds for cross-validation, as weights of the rows."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Folds:
-    """Weights of the rows for networks side by side, one a fold; folds × rows, sums of one a fold.
+    """Weights of the rows for one network a fold: folds × rows, which add up to one in each fold.
 
     Attributes:
-        train: for the loss that a network learns by; zero for the rows held out of its fold.
-        judge: for the loss that strengths are fitted to: every other row that is held out.
-        stop: for the loss that says when to stop: the other rows that are held out.
-        refit: rows; for the network that learns from all of them in the end.
-        shrink: how much weaker strengths pull there, since more rows pull against them.
+        train: of the training loss; zero for the held-out rows of the fold.
+        judge: of the outer loss: every other held-out row.
+        stop: of the loss that decides when to stop: the other held-out rows.
+        refit: of the final training on all rows; a vector.
+        shrink: factor of the strengths in that training, below one since there are more rows.
     """
 
     train: Tensor
@@ -26,17 +26,17 @@ class Folds:
 
     @property
     def held(self) -> Tensor:
-        """Of all rows that are held out."""
+        """Weights of all held-out rows."""
         return 0.5 * (self.judge + self.stop)
 
     @classmethod
     def of(cls, weights: Tensor, held: Tensor, *, refit: Tensor | None = None) -> "Folds":
-        """From the rows that are held out.
+        """Folds from their held-out rows.
 
         Args:
-            weights: of the rows, of any sum.
-            held: folds × rows; whether a fold's network does not learn from a row.
-            refit: whether a row is learned from in the end; all are by default.
+            weights: weights of the rows, of any sum.
+            held: folds × rows; whether a row is held out of a fold.
+            refit: whether a row is in the final training; all are by default.
         """
         turn = held.cumsum(1) % 2 == 0
         last = torch.ones_like(held[0]) if refit is None else refit

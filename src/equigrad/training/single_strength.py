@@ -49,8 +49,9 @@ def search(
     """The best single strength by the held-out rows, and networks trained with it.
 
     Few steps choose a decade, each from the start: a network whose weights a strong pull has
-    brought to zero does not recover. From the best one the networks are trained further, under half
-    a decade more and less as well, for as long as the held-out loss falls.
+    brought to zero does not recover. From the best one the networks are trained further: first for
+    as few steps, under half a decade more and less as well, and then for as long as the held-out
+    loss falls.
 
     Args:
         trial: trains networks by a solver, at a strength, from a start.
@@ -83,10 +84,10 @@ def search(
         best = min(best, found, key=by_loss)
     if best.loss == inf and diverged is not None:
         raise diverged
-    factors = (1.0,) if strengths else (1.0, 1 / HALF, HALF)
+    factors, further = (1.0,) if strengths else (1.0, 1 / HALF, HALF), part(2, solver)
     for _ in range(MOST_GOES):
-        goes = [tried(solver, factor * best.strength, best.params) for factor in factors]
-        before, factors = best.loss, (1.0,)
+        goes = [tried(further, factor * best.strength, best.params) for factor in factors]
+        before, factors, further = best.loss, (1.0,), solver
         best = min(best, *goes, key=by_loss)
         if not best.loss < (1 - WORTHWHILE) * before:
             break

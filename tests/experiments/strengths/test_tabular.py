@@ -335,7 +335,10 @@ def test_data_that_change_under_a_run_are_noticed(tmp_path, monkeypatch, capsys)
         (["--csv", "fruit.csv", "--target", "knid"], "no column of the table, which has 'length',"),
         (["--csv", "fruit.csv", "--target", "knid"], "Did you mean 'kind'?"),
         (["--csv", "fruit.csv", "--target", "kind", "--ignore", "colour"], "mean 'color'?"),
-        (["--csv", "fruit.csv", "--target", "kind", "--ignore", "kind"], "cannot be left out"),
+        (
+            ["--csv", "fruit.csv", "--target", "kind", "--ignore", "kind"],
+            "--ignore 'kind' is the target",
+        ),
         (["--csv", "fruit.csv", "--target", "kind", "--categorical", "kind"], "is the target; say"),
         (
             [
@@ -348,7 +351,7 @@ def test_data_that_change_under_a_run_are_noticed(tmp_path, monkeypatch, capsys)
                 "--categorical",
                 "color",
             ],
-            "'color' cannot be left out with --ignore and taken with --categorical",
+            "--categorical 'color' is left out by --ignore",
         ),
         (["--csv", "fruit.csv", "--target", "kind", "--test-share", "1"], "in (0, 1), got 1"),
         (["--csv", "fruit.csv", "--target", "kind", "--hidden", "0"], "of at least 1, got (0,)"),

@@ -181,7 +181,7 @@ def test_all_questions_are_asked_at_once_with_a_command(tmp_path):
     assert len(asked) == 5
     assert "--target 'knid' is no column" in asked[0]
     assert "--ignore 'wait' is no column" in asked[1]
-    assert "'weight' cannot be left out with --ignore and taken" in asked[2]
+    assert "--categorical 'weight' is left out by --ignore" in asked[2]
     assert asked[4].strip() == f"equigrad run tabular --csv {path} --target kind --ignore weight"
 
 

@@ -1,7 +1,7 @@
 """The tabular experiment: a strength for every input of networks trained on a CSV file."""
 
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -104,7 +104,7 @@ class Tabular(OwnData):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Rows drawn by the seed; the encoding is fitted to those for training and validation."""
-        target, table, values, notes = read_target(*self._table())
+        target, table, values, notes = read_target(self._table(), self.target.strip(), self.task)
         groups = (
             values if isinstance(target, Classes) else torch.zeros(len(table), dtype=torch.long)
         )
@@ -138,24 +138,17 @@ class Tabular(OwnData):
             folds=Folds.draw(groups[seen], weights, self.folds, self.seed),
         )
 
-    def _table(self) -> tuple[Table, str, TaskName]:
-        """The table without columns and rows that are to be left out, its target and task.
+    def _table(self) -> Table:
+        """The table without columns and rows that are to be left out.
 
         Raises:
             DataError: all that the user has to decide, with a command that does.
         """
-        table = read(
-            Path(self.csv),
-            delimiter=self.delimiter,
-            encoding=self.encoding,
-            decimal=self.decimal,
-            header=self.header,
-        )
-        target = self.target.strip()
-        if questions := Questions.about(self, table):
-            raise DataError("\n".join(questions))
-        frame = table.frame.drop(columns=list(self.ignore))
-        notes = [*table.notes]
+        options = {name: getattr(self, name) for name in ("delimiter", "encoding", "decimal")}
+        table = read(Path(self.csv), header=self.header, **options)
+        if asked := questions(self, table):
+            raise DataError("\n".join(asked))
+        frame, notes = table.frame.drop(columns=list(self.ignore)), [*table.notes]
         if self.missing == "drop":
             whole = frame.dropna()
             if gone := len(frame) - len(whole):
@@ -163,7 +156,7 @@ class Tabular(OwnData):
             frame = whole.reset_index(drop=True)
         if self.ignore:
             notes.append(f"left out, as --ignore says: {listed(self.ignore)}")
-        return replace(table, frame=frame, notes=tuple(notes)), target, self.task
+        return replace(table, frame=frame, notes=tuple(notes))
 
     def trainer(self, seed: int) -> StrengthTrainer:
         """The trainer by folds."""
@@ -193,62 +186,48 @@ class FoldedTrainer(StrengthTrainer, FoldedLearner):
     """The trainer by folds, with the experiment's settings."""
 
 
-@dataclass
-class Questions:
-    """A choice that the user has to make before a table can be used, and one of the answers.
-
-    Attributes:
-        asked: in words.
-        answers: settings that differ from those given, by name.
-    """
-
-    asked: list[str] = field(default_factory=list)
-    answers: dict[str, object] = field(default_factory=dict)
-
-    @classmethod
-    def about(cls, config: Tabular, table: Table) -> list[str]:
-        """All questions, with a command that answers them; empty if there are none."""
-        self, columns = cls(), list(table.frame.columns)
-        target = config.target.strip()
-        if table.question:
-            self.asked.append(table.question)
-            place = columns.index(target) if target in columns else len(columns) - 1
-            self.answers |= {"header": "no", "target": f"column_{place + 1}"}
-        elif target not in columns:
-            self.asked.append(_no_column("--target", target, columns))
-            near = meant(target, columns)
-            self.answers["target"] = near.split("'")[1] if near else "COLUMN"
-        for name in ("ignore", "categorical"):
-            given: tuple[str, ...] = getattr(config, name)
-            absent = [] if table.question else [one for one in given if one not in columns]
-            self.asked += [_no_column(f"--{name}", one, columns) for one in absent]
-            if target in given:
-                self.asked.append(
-                    f"{target!r} is the target, and cannot be left out with --ignore"
-                    if name == "ignore"
-                    else f"--categorical is for columns to learn from, and {target!r} is the "
-                    f"target; say --task classification"
+def questions(config: Tabular, table: Table) -> list[str]:
+    """Choices that the user has to make, and a command that makes them; empty if there are none."""
+    columns, target = list(table.frame.columns), config.target.strip()
+    asked: list[str] = []
+    answers: dict[str, object] = {}
+    if table.question:
+        asked.append(table.question)
+        place = columns.index(target) if target in columns else len(columns) - 1
+        answers |= {"header": "no", "target": f"column_{place + 1}"}
+    elif target not in columns:
+        asked.append(f"--target {target!r} {_no_column(target, columns)}")
+        near = meant(target, columns)
+        answers["target"] = near.split("'")[1] if near else "COLUMN"
+    for option in ("ignore", "categorical"):
+        given: tuple[str, ...] = getattr(config, option)
+        wrong: dict[str, str] = {}
+        for name in given:
+            if name == target:
+                wrong[name] = "is the target" + "; say --task classification" * (
+                    option == "categorical"
                 )
-            if absent or target in given:
-                kept = tuple(one for one in given if one in columns and one != target)
-                self.answers[name] = kept
-        if both := [one for one in config.categorical if one in config.ignore]:
-            self.asked.append(
-                f"{listed(both)} cannot be left out with --ignore and taken with --categorical"
-            )
-            self.answers["categorical"] = tuple(c for c in config.categorical if c not in both)
-        if not self.asked:
-            return []
-        command = _command(replace(config, **self.answers))
-        return [*self.asked, f"a command that decides, to be changed as you like:\n  {command}"]
+            elif option == "categorical" and name in config.ignore:
+                wrong[name] = "is left out by --ignore"
+            elif name not in columns and not table.question:
+                wrong[name] = _no_column(name, columns)
+        if wrong:
+            asked += [f"--{option} {name!r} {why}" for name, why in wrong.items()]
+            answers[option] = tuple(name for name in given if name not in wrong)
+    if asked:
+        command = _command(replace(config, **answers))
+        asked.append(f"a command that answers, to be changed as you like:\n  {command}")
+    return asked
 
 
-def _no_column(option: str, name: str, columns: list[str]) -> str:
-    near = meant(name, columns)
-    return f"{option} {name!r} is no column of the table, which has {listed(columns)}.{near}"
+def _no_column(name: str, columns: list[str]) -> str:
+    return f"is no column of the table, which has {listed(columns)}.{meant(name, columns)}"
 
 
-READING = ("csv", "target", "task", "header", "ignore", "categorical", "missing", "delimiter")
+READING = (
+    *("csv", "target", "task", "header", "ignore", "categorical"),
+    *("missing", "delimiter", "encoding", "decimal"),
+)
 """Settings of how a table is read, in the order of a command."""
 
 
@@ -256,7 +235,7 @@ def _command(config: Tabular) -> str:
     """The command that reads a table with these settings."""
     plain = Tabular(csv=Path(), target="")
     words = ["equigrad", "run", "tabular"]
-    for name in (*READING, "encoding", "decimal"):
+    for name in READING:
         value = getattr(config, name)
         if value != getattr(plain, name):
             values = value if isinstance(value, tuple) else (value,)

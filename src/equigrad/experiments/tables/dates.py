@@ -16,7 +16,7 @@ PARTS = {"year": "year", "month": "month", "weekday": "day_of_week", "hour": "ho
 
 def date_form(values: Series) -> str:
     """How the dates of a column are written; empty where they are none."""
-    there = values.dropna()
+    there = values.dropna().drop_duplicates()
     if there.empty or not there.astype(str).str.contains(r"\d[-/.:]\d").all():
         return ""
     return next((form for form in DATES if read_dates(there, form).notna().all()), "")

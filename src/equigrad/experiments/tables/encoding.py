@@ -55,12 +55,13 @@ class Numeric:
     form: str = ""
 
     @classmethod
-    def fit(cls, table: Table, column: str, part: str = "", form: str = "") -> "Numeric":
+    def fit(
+        cls, values: Series, column: str, source: str, part: str = "", form: str = ""
+    ) -> "Numeric":
         """Mean and deviation, with missing values replaced by the median."""
-        values = _values(table, column, part, form)
         median = float(values.median())
-        filled = torch.from_numpy(values.fillna(median).to_numpy(copy=True))
-        mean, scale = mean_and_scale(filled, f"{table.source}: column {column!r}")
+        filled = torch.from_numpy(np.array(values.fillna(median)))
+        mean, scale = mean_and_scale(filled, f"{source}: column {column!r}")
         return cls(column, median, mean.item(), scale.item(), values.hasnans, part, form)
 
     @property
@@ -71,7 +72,10 @@ class Numeric:
 
     def encode(self, table: Table) -> tuple[np.ndarray, str]:
         """Rows × inputs, and a note on values that are missing here and were not before."""
-        values = _values(table, self.column, self.part, self.form)
+        if self.part:
+            values = parts_of(table.frame[self.column], self.form, self.part)[self.part]
+        else:
+            values = table.numbers(self.column)
         encoded, gone = (values.fillna(self.median) - self.mean) / self.deviation, values.isna()
         if self.marked:
             return np.column_stack([encoded, gone]), ""
@@ -106,11 +110,13 @@ class Categorical:
 
     def encode(self, table: Table) -> tuple[np.ndarray, str]:
         """Rows × inputs, and a note on categories that nothing is known of."""
-        texts = names_of(table.frame[self.column])
-        places = pd.Index(self.categories, dtype=object).get_indexer(texts)
-        unknown, note = texts[places < 0], ""
-        if len(unknown) and not self.rare:
-            rows, names = counted(len(unknown), "row"), listed(unknown.unique(), 5)
+        known, values = pd.Index(self.categories, dtype=object), table.frame[self.column]
+        places = of_each(values, lambda unique: pd.Series(known.get_indexer(names_of(unique))))
+        places = places.fillna(known.get_indexer([""])[0]).to_numpy()
+        unknown, note = places < 0, ""
+        if unknown.any() and not self.rare:
+            rows = counted(int(unknown.sum()), "row")
+            names = listed(names_of(values[unknown]).unique(), 5)
             note = f"column {self.column!r}: {rows} of unseen category {names}"
         return places[:, None] == self._places, note
 
@@ -213,7 +219,7 @@ def _numbers(table: Table, name: str) -> tuple[list[Column], str]:
     numbers = table.numbers(name)
     if counts_rows(numbers):
         return [], "as it numbers the rows"
-    column = Numeric.fit(table, name)
+    column = Numeric.fit(numbers, name, table.source)
     gone = counted(int(numbers.isna().sum()), "missing value")
     said = f"{gone} taken as the median {column.median:g}, with an input that says where"
     return [column], said if column.marked else ""
@@ -225,13 +231,18 @@ def _dates(table: Table, name: str, form: str) -> tuple[list[Column], str]:
     varied = [part for part, numbers in parts.items() if numbers.nunique() > 1]
     how = "ISO 8601" if form == "ISO8601" else form
     said = f"dates ({how}), of which {', '.join(varied)} are inputs"
-    columns: list[Column] = [Numeric.fit(table, name, part, form) for part in varied]
+    columns: list[Column] = [
+        Numeric.fit(parts[part], name, table.source, part, form) for part in varied
+    ]
     return columns, said if varied else "having one date only"
 
 
 def _categories(values: Series, name: str) -> tuple[list[Column], str]:
     """The frequent categories in order, and whether there are others."""
-    counts = names_of(values).value_counts()
+    counts = values.value_counts(dropna=False)
+    counts = counts[counts > 0]  # pandas counts categories of other rows, too
+    counts = counts.groupby(names_of(counts.index.to_series()).to_numpy()).sum()
+    counts = counts.sort_values(ascending=False, kind="stable")
     frequent = counts[counts >= min(10, max(2, len(values) // 20))].head(MOST_CATEGORIES)
     rare = counts.drop(frequent.index)
     if frequent.index.drop("", errors="ignore").empty:
@@ -242,14 +253,10 @@ def _categories(values: Series, name: str) -> tuple[list[Column], str]:
     return [column], said + listed(rare.index, 3) if column.rare else ""
 
 
-def _values(table: Table, column: str, part: str, form: str) -> Series:
-    return parts_of(table.frame[column], form, part)[part] if part else table.numbers(column)
-
-
 def _same(values: Series, others: Series) -> bool:
     """Whether two columns have the same values; the first rows tell most apart."""
-    first, other = values.head(9), others.head(9)
-    return names_of(first).equals(names_of(other)) and names_of(values).equals(names_of(others))
+    first = zip(values.head(9), others.head(9), strict=True)
+    return all(_name(a) == _name(b) for a, b in first) and names_of(values).equals(names_of(others))
 
 
 def is_numeric(table: Table, name: str) -> bool:

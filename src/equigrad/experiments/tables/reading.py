@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ Series = Any
 
 DELIMITERS = ",;\t|"
 HEAD = 2**20
-"""Characters among which the header is looked for."""
+"""Bytes among which the header is looked for."""
 
 MISSING = ("", "?", "-", ".", "#N/A", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 """What stands for a value that is not there, beside pandas' own words."""
@@ -94,10 +93,8 @@ def as_numbers(values: Series, decimal: Decimal = ".") -> Series:
             texts = texts.mask(texts.str.contains(other, regex=False)).str.replace(",", ".")
         return pd.to_numeric(texts.astype(object), errors="coerce")
 
-    numbers = values if holds_numbers(values) else of_each(values, parsed)
-    found = numbers.to_numpy("float64", copy=True)
-    found[~np.isfinite(found)] = np.nan
-    return pd.Series(found, values.index)
+    numbers = (values if holds_numbers(values) else of_each(values, parsed)).astype("float64")
+    return numbers.where(np.isfinite(numbers)) if np.isinf(numbers.to_numpy()).any() else numbers
 
 
 def of_each(values: Series, function: Callable[[Series], Series]) -> Series:
@@ -133,8 +130,7 @@ def read(
     Raises:
         DataError: it cannot be read, is not a table, or has no rows.
     """
-    content, encoding, notes = _content(path, encoding)
-    head = content[:HEAD].decode(encoding, errors="ignore")
+    head, likely = _head(path, encoding)
     if delimiter is None:
         delimiter = max(DELIMITERS, key=lambda d: len(_first_row(head, d)))
     elif len(delimiter) != 1:
@@ -143,11 +139,18 @@ def read(
     if not first:
         raise DataError(f"{path} is empty; expected a header with the names of the columns")
     names = None if header != "no" else [f"column_{i + 1}" for i in range(len(first))]
-    source = path, content, encoding, delimiter, names
-    frame, more = _frame(*source, decimal or ".")
+    notes = []
+    try:
+        frame, more = _frame(path, likely, delimiter, names, decimal or ".")
+    except UnicodeDecodeError as error:
+        if encoding is not None:
+            raise DataError(f"{path} cannot be read as {encoding}: {error}") from error
+        likely = "latin-1"
+        notes.append("the file is not UTF-8 and was read as Latin-1; else say --encoding")
+        frame, more = _frame(path, likely, delimiter, names, decimal or ".")
     if decimal is None and _has_commas(frame):
         decimal = ","
-        frame, more = _frame(*source, decimal)
+        frame, more = _frame(path, likely, delimiter, names, decimal)
         more.append("numbers are read with decimal commas")
     if frame.empty:
         raise DataError(f"{path} has a header ({listed(frame.columns)}) and no rows")
@@ -161,29 +164,26 @@ def read(
     return Table(str(path), frame, decimal or ".", (*notes, *more), question)
 
 
-def _content(path: Path, encoding: str | None) -> tuple[bytes, str, list[str]]:
-    """What a file holds, how its text is encoded, and a note where that was guessed."""
+def _head(path: Path, encoding: str | None) -> tuple[str, str]:
+    """The beginning of a file as text, and how it is likely encoded."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(HEAD)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     for magic, reason in NOT_TEXT.items():
-        if content.startswith(magic):
+        if head.startswith(magic):
             raise DataError(f"{path} is not text: {reason}")
-    likely = encoding or ("utf-16" if content.startswith(WIDE) else "utf-8-sig")
-    if likely == "utf-8-sig" and b"\0" in content:
+    likely = encoding or ("utf-16" if head.startswith(WIDE) else "utf-8")
+    if likely == "utf-8" and b"\0" in head:
         raise DataError(
             f"{path} is not text: it has zero bytes; save the table as CSV, or say "
             f"--encoding utf-16 where it is that"
         )
     try:
-        content.decode(likely)
-    except (UnicodeDecodeError, LookupError) as error:
-        if encoding is not None or likely == "utf-16":
-            raise DataError(f"{path} cannot be read as {likely}: {error}") from error
-        said = "the file is not UTF-8 and was read as Latin-1; else say --encoding"
-        return content, "latin-1", [said]
-    return content, likely, []
+        return head.decode(likely, errors="ignore").removeprefix("\ufeff"), likely
+    except LookupError as error:
+        raise DataError(f"{path} cannot be read as {likely}: {error}") from error
 
 
 def _first_row(head: str, delimiter: str) -> list[str]:
@@ -198,7 +198,6 @@ def _first_row(head: str, delimiter: str) -> list[str]:
 
 def _frame(
     path: Path,
-    content: bytes,
     encoding: str,
     delimiter: str,
     names: list[str] | None,
@@ -209,7 +208,7 @@ def _frame(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             frame = pd.read_csv(
-                BytesIO(content),
+                path,
                 encoding=encoding,
                 sep=delimiter,
                 decimal=decimal,
@@ -218,6 +217,8 @@ def _frame(
                 skipinitialspace=not delimiter.isspace(),
                 on_bad_lines="warn",
             )
+    except UnicodeDecodeError:
+        raise
     except ValueError as error:  # what pandas raises for what is no table
         reason = "; is a quote not closed?" if "EOF inside string" in str(error) else ""
         raise DataError(f"{path} cannot be read as CSV ({str(error).strip()}){reason}") from error
@@ -245,7 +246,7 @@ def _frame(
 def _plain(values: Series) -> Series:
     """Text without white space around it, missing where it says so."""
     texts = values.astype("string").str.strip()
-    return texts.mask(texts.isin(MISSING)).astype(object)
+    return texts.mask(texts.isin(MISSING)).astype(object).astype("category")
 
 
 def _has_commas(frame: DataFrame) -> bool:
