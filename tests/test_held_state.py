@@ -82,7 +82,7 @@ def test_a_module_is_left_as_it_was():
     before = module.state()
     result = eg.meta_gradient(*ridge(module), solver=DESCENT)
     assert module.state() == before
-    assert "function of params and step" not in result.status
+    assert "a function of params and step" not in result.status
 
 
 def test_a_module_is_left_as_it_was_by_an_error():

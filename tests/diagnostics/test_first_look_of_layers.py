@@ -176,9 +176,9 @@ def test_a_cell_that_is_no_function_is_named_once(cell, words):
     layer, (said,) = passed(cell(), passes=3)
     assert said.startswith(f"the backward pass of EquilibriumLayer({cell.__name__}): map is no")
     assert words in said
-    assert "is put back" not in said  # it is the user's, and trains on
-    assert "map is no function" not in layer.status  # nothing was looked at in the last pass
-    with pytest.raises(eg.SettlingError, match=r"map is no function|not converged"):
+    assert "is restored at the end" not in said  # it is the user's, and trains on
+    assert "map is not a function" not in layer.status  # nothing was looked at in the last pass
+    with pytest.raises(eg.SettlingError, match=r"map is not a function|not converge"):
         passed(cell(), unsettled="raise")
 
 

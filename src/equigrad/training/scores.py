@@ -126,6 +126,7 @@ def example_scores(
         RunError: `folder` keeps runs with other arguments.
 
     Example:
+        >>> from equigrad.solvers import TorchOptimizer
         >>> x = torch.tensor([[1.0], [1.0], [1.0], [1.0]])
         >>> y = torch.tensor([[2.0], [2.0], [2.0], [-8.0]])  # the last one is wrong
         >>> found = example_scores(
