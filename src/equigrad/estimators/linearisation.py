@@ -1,5 +1,6 @@
 """The linearised residual at a settled state, for products with its derivatives."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
@@ -172,7 +173,9 @@ class Linearisation:
             return
         self._evaluation.stage.stand_at(self._at)
         for step in self._steps:
-            residual = flatten(self._evaluation.residual(self._params, self._meta, step))
+            with warnings.catch_warnings():  # torch's compiler looks at .grad of every input
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a")
+                residual = flatten(self._evaluation.residual(self._params, self._meta, step))
             if self._keeps:
                 self._kept = residual
             yield residual
