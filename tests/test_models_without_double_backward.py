@@ -205,4 +205,4 @@ def test_steps_are_unrolled_by_contrast(make):
     assert estimate is not None
     assert apart < max(1e-6, estimate)
     assert estimate < 1e-2
-    assert "does not change as autograd predicts" not in result.status  # θ is in the outer loss, too
+    assert "does not change as autograd predicts" not in result.status  # θ is outside, too

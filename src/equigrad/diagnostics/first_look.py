@@ -251,7 +251,7 @@ class _Look:
         return False
 
     def nothing_is_hidden(self, estimator: Estimator, streams: Sequence[Stream]) -> bool:
-        """Whether maps, primitives and the outer loss change as autograd predicts; notes it if not."""
+        """Whether maps, primitives and the outer loss change as autograd predicts; notes if not."""
         slopes: dict[Stream, Slope | None] = {}
         if "outer" in streams:
             slopes["outer"] = judged_slope(self._evaluation, self._free)
