@@ -76,6 +76,7 @@ def main() -> None:
         share = (bad[:, None] < good).float().mean().item()
         print(f"a flipped example weighs less than a true one in {share:.0%} of pairs")
     if group is not None:
+        dist.barrier()  # a rank that ends while another still speaks to it may abort
         dist.destroy_process_group()
 
 

@@ -249,7 +249,7 @@ def test_frozen_parameters_that_settle_are_named():
         {"y": Y},
         solver=SOLVER,
     )
-    assert "params 'bias' are frozen" in result.status
+    assert "params 'bias' are optimised although they are frozen" in result.status
 
 
 def test_modules_are_found_where_people_keep_them():

@@ -147,7 +147,9 @@ def test_mini_batches_are_refused():
         lambda p, m: p["w"].sum(),
         inner_batches=[0.0, 1.0],
     )
-    with pytest.raises(eg.ConfigurationError, match=r"LBFGS needs a loss that is the same"):
+    with pytest.raises(
+        eg.ConfigurationError, match=r"LBFGS needs the same loss at every evaluation"
+    ):
         eg.meta_gradient(
             problem, {"w": torch.ones(1)}, {"c": torch.ones(1)}, solver=eg.LBFGS(tol=1e-3)
         )

@@ -130,7 +130,7 @@ def test_knobs_that_cannot_work(options, message):
 def test_inputs_and_targets_that_differ_in_number():
     x, y = examples()
     network = Perceptron()
-    with pytest.raises(eg.ConfigurationError, match="25 inputs, and 20 targets"):
+    with pytest.raises(eg.ConfigurationError, match="25 inputs, but 20 targets"):
         train_network(
             network,
             (x, y[:20]),

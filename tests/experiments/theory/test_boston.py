@@ -125,7 +125,7 @@ def test_division_of_the_steps(rows):
         ({"momentum": 1.0}, r"momentum must be a finite number in \[0, 1\)"),
         ({"steps": (100, 100)}, "steps must be .*none twice"),
         ({"betas": (0.0,)}, "betas must be .*above 0"),
-        ({"largest_exponent": -4}, "smallest_exponent must be below"),
+        ({"largest_exponent": -4}, "smallest_exponent must be less than"),
         ({"shares": (0.5, 1.0)}, "both phases at least one of total_steps=1200"),
         ({"total_steps": 10, "shares": (0.01,)}, "both phases at least one of total_steps=10"),
     ],
