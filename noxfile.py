@@ -13,7 +13,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["tests", "docs", "package"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-OLDEST = "2.6.0"
+OLDEST = "2.9.0"
 """The torch that `pyproject.toml` claims at least; it has no wheels for Python 3.14."""
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from rank_checks import world
 from rank_toolbox import CHECKS, ENGINES, RANKS
@@ -68,5 +69,7 @@ def test_the_page_has_a_test_for_each_cell():
 def test_two_processes(name, found):
     if needed := missing(name):
         pytest.skip(f"{needed} is not installed")
+    if torch.__version__ < "2.13" and (name.endswith("-DTensor") or name == "shards"):
+        pytest.skip("the DTensors of older versions of torch fail at the mean of a loss")
     for rank in range(1 if name == LAST else RANKS):
         assert found.get((rank, name), "never ended") == "passed", f"rank {rank}"

@@ -133,9 +133,6 @@ def test_the_default_back_end(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++")
-@pytest.mark.skipif(
-    torch.__version__ < "2.7", reason="torch 2.6 refuses loops over such tensors, and says so"
-)
 def test_the_loop_of_the_compiler_stops_where_single_steps_do(monkeypatch):
     """Under a tolerance; with data that share memory, and params that are not contiguous."""
     monkeypatch.setattr(compiled, "_compiled", {})

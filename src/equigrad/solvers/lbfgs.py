@@ -168,6 +168,7 @@ class Memory:
             move: a change of φ.
             change: the change of the gradient that it causes.
         """
+        move, change = move.detach(), change.detach()
         curvature = move.dot(change).item()
         if not curvature > torch.finfo(move.dtype).eps * change.dot(change).item():
             return
