@@ -8,6 +8,7 @@ All three print the same. Each process computes with its share of the examples a
 common with the others is the network and the weights, and equigrad keeps these in step.
 """
 
+import gc
 import os
 
 import torch
@@ -29,10 +30,19 @@ def made_up(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
+    """Join the other processes, if there are any."""
+    if "RANK" not in os.environ:
+        learn(None)
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")  # by a launcher
+    learn(dist.group.WORLD)
+    gc.collect()  # whatever holds the group, so that its threads end before Python does
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def learn(group: dist.ProcessGroup | None) -> None:
     """Learn the weights, and say how well they tell flipped labels from true ones."""
-    if "RANK" in os.environ:  # torchrun or accelerate launch has started several processes
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    group = dist.group.WORLD if dist.is_initialized() else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -75,9 +85,6 @@ def main() -> None:
         bad, good = weights[flipped].detach(), weights[~flipped].detach()
         share = (bad[:, None] < good).float().mean().item()
         print(f"a flipped example weighs less than a true one in {share:.0%} of pairs")
-    if group is not None:
-        dist.barrier()  # a rank that ends while another still speaks to it may abort
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tasks shared among several processes, started by torchrun."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def processes(*, timeout: float = 1800.0) -> Iterator[Place]:
     try:
         yield place()
     finally:
+        gc.collect()  # whatever holds the group, whose threads would outlive Python
         dist.destroy_process_group()
 
 
