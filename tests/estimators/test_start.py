@@ -217,6 +217,6 @@ def test_pushing_and_pulling_are_transposes():
     w = start["w"].detach()
     torch.testing.assert_close(pushed["w"], w * (-0.5 * direction["a"] + 0.7 * meta["a"].detach()))
     assert not pushed["v"].any()
-    one = sum((adjoint[n] * pushed[n]).sum() for n in pushed)
+    one = sum((adjoint[n] * pushed[n].detach()).sum() for n in pushed)
     other = sum((pulled[n] * direction[n]).sum() for n in pulled)
     assert float(one) == pytest.approx(float(other), rel=1e-12)
