@@ -282,3 +282,33 @@ def test_fixed_point_warns_of_it():
         solver=eg.Picard(tol=1e-9),
     )
     assert f"map {NAMED}" in rest.status
+
+
+def of_a_loss_in_single_precision(seed, hidden):
+    """A tenth of the derivative of θ is hidden, in a penalty that is a small part of the loss."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(50, 20, generator=draw), torch.randn(50, generator=draw)
+    theta = torch.rand(20, generator=draw)
+
+    def inner(p, m):
+        log = m["a"] - hidden * (m["a"] - m["a"].detach())
+        fit = (x @ torch.tanh(p["z"]) - y).square().mean()
+        return fit + 0.1 * (log.exp() * p["z"].square()).sum()
+
+    return eg.meta_gradient(
+        eg.Bilevel(inner, lambda p, m: (p["z"] - 1).square().sum()),
+        {"z": torch.zeros(20)},
+        {"a": theta},
+        solver=eg.LBFGS(max_steps=200, tol=1e-4),
+        estimator=eg.ConjugateGradient(),
+    ).status
+
+
+def test_a_tenth_of_theta_is_named_in_single_precision():
+    """In nine losses of ten: along some directions the penalty changes too little to tell."""
+    hidden, sound = (
+        sum(NAMED in of_a_loss_in_single_precision(seed, share) for seed in range(20))
+        for share in (0.1, 0.0)
+    )
+    assert hidden >= 16
+    assert sound == 0

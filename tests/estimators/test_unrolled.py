@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import equigrad as eg
 from equigrad.evaluation import Evaluation
 from equigrad.testing import Quadratic
+from equigrad.vectors import flatten
 from helpers import along, random_direction, small_network
 
 STEPS = 17
@@ -454,3 +455,59 @@ def test_products_by_contrast_say_where_kinks_spoil_them(activation):
     assert error < 4 * found.error_estimate
     assert ("does not change smoothly" in found.status) == (activation is nn.ReLU)
     assert exact.error_estimate is None
+
+
+RULES_OF_NETWORKS = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {"lr": 0.01}),
+}
+
+
+def decayed(activation, rule, dtype, products, seed):
+    """The gradient of log decays, one for every weight of a network, that trains for 30 steps."""
+    draw = torch.Generator().manual_seed(seed)
+    x, xv = (torch.randn(n, 8, generator=draw).to(dtype) for n in (100, 50))
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 32), activation(), nn.Linear(32, 1)).to(dtype)
+    params = {n.replace(".", "_"): p.detach() for n, p in net.named_parameters()}
+
+    def wrong(p, x):
+        weights = {n.replace("_", "."): q for n, q in p.items()}
+        predicted = torch.func.functional_call(net, weights, (x,))
+        return mse_loss(predicted, x.sum(1, keepdim=True).sin())
+
+    def inner(p, m):
+        return wrong(p, x) + sum((m[n].exp() * q.square()).sum() for n, q in p.items())
+
+    optimizer, options = RULES_OF_NETWORKS[rule]
+    return eg.meta_gradient(
+        eg.Bilevel(inner, lambda p, m: wrong(p, xv)),
+        params,
+        {n: torch.full_like(p, -6.0) for n, p in params.items()},
+        solver=eg.TorchOptimizer(optimizer=optimizer, options=options, max_steps=30),
+        estimator=eg.Unrolled(products=products),
+    )
+
+
+@pytest.mark.parametrize("rule", RULES_OF_NETWORKS)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_products_by_contrast_of_smooth_networks_in_single_precision(activation, rule):
+    for seed in range(2):
+        exact = flatten(
+            [*decayed(activation, rule, torch.float64, "autograd", seed).grads.values()]
+        )
+        found = decayed(activation, rule, torch.float32, "contrast", seed)
+        error = (flatten([*found.grads.values()]) - exact).norm() / exact.norm()
+        assert error < 4e-4  # 1e-5 to 2e-4
+        assert error < found.error_estimate < 0.05
+
+
+@pytest.mark.parametrize("rule", RULES_OF_NETWORKS)
+def test_products_by_contrast_of_kinks_are_a_number_and_said_to_be_wrong(rule):
+    for seed in range(2):
+        exact = flatten([*decayed(nn.ReLU, rule, torch.float64, "autograd", seed).grads.values()])
+        found = decayed(nn.ReLU, rule, torch.float32, "contrast", seed)
+        error = (flatten([*found.grads.values()]) - exact).norm() / exact.norm()
+        assert error < found.error_estimate
+        assert "may be wrong by" in found.status

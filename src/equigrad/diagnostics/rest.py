@@ -23,8 +23,8 @@ def not_at_rest(evaluation: Evaluation, free: Settled) -> str | None:
     is the length of a step of steepest descent to the minimum along the gradient r. Where the loss
     has a minimum, it vanishes with the tolerance. Where it has none but flattens out, as `exp(-φ)`
     or the loss of separable classes, it does not, however small the residual; and κ ≤ 0 shows that
-    there is no minimum nearby. This takes three gradients of the inner loss. Mini-batches are not
-    looked at, nor phases without a tolerance.
+    there is no minimum nearby. This takes two gradients of the inner loss, three if the solver
+    does not keep the last. Mini-batches are not looked at, nor phases without a tolerance.
 
     Args:
         evaluation: evaluates the inner loss.
@@ -44,7 +44,7 @@ def not_at_rest(evaluation: Evaluation, free: Settled) -> str | None:
             found, _ = velocity({n: p.requires_grad_() for n, p in params.items()}, 0)
         return flatten(list(found))
 
-    here = at(0.0)
+    here = at(0.0) if free.velocity is None else flatten(list(free.velocity))
     force, eps = here.norm().item(), torch.finfo(here.dtype).eps
     moved = torch._foreach_sub(start, list(evaluation.params.values()))
     size = max(flatten(start).norm().item(), flatten(list(moved)).norm().item())

@@ -148,17 +148,20 @@ def nothing_is_hidden(
     """
     params, meta = free.params, evaluation.meta_params
     names = evaluation.reaches.functions[stream]
+    of_loss = stream == "inner" and evaluation.problem.symmetric
 
     def move(draw: int) -> Move:
         drawn = _spread(meta, meta, 2 * draw + 1)
         across = {n: t if n in names else torch.zeros_like(t) for n, t in drawn.items()}
         along = _spread(params, evaluation.params, 2 * draw)
-        if stream == "inner" and evaluation.problem.symmetric:  # has no slope in φ at rest
+        if of_loss:  # has no slope in φ at rest
             along = {n: torch.zeros_like(p) for n, p in params.items()}
         for name, row in padding_rows(evaluation.problem.modules or ()):
             if name in along and along[name].ndim == 2:
                 along[name][row] = 0  # gets no gradient by design
-        return balanced(Move(along, across), slope)
+        # θ alone changes a loss little, and smoothly: differences in single precision are longer
+        stretch = STRETCH if of_loss and coarse(slope) else 1.0
+        return balanced(Move(along, across), slope).times(stretch)
 
     of_map = stream == "inner" and not evaluation.problem.energy
     size = flat(params).norm().item() if of_map else slope.value.abs().item()

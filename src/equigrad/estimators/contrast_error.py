@@ -60,7 +60,7 @@ class ContrastError:
                 f"nudge); settle longer, or raise beta"
                 + (
                     "; with an adaptive optimiser, the contrast is not a gradient unless the "
-                    "free phase has converged"
+                    "free phase has converged: use Unrolled(products='contrast') before that"
                 )
                 * self.adaptive
             )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,18 @@ from equigrad.problems.lowered import unlowered
 from equigrad.solvers import Moment
 from equigrad.vectors import flatten
 
-JUMPS = 0.3
-"""A mean unevenness above this comes from kinks, or from distances that are far too long."""
+MULTIPLIES = 0.1
+"""Differences that are wrong by more than this, on average, have kinks: wrong products of many
+steps in a row may make the gradient wrong by more than its size."""
 
 POOR = 0.1
 """An estimated relative error above this is reported in the status."""
+
+SMOOTH = 10.0
+"""Up to so many times the unevenness that is aimed at is what a smooth function may have."""
+
+SELDOM = 4
+"""Under autocast the gradient at φ is computed in full precision for every so many products."""
 
 REACH = 4
 """The distance h may move by at most this many factors of 8 from its first estimate."""
@@ -31,10 +39,11 @@ class ContrastedGradient:
 
     and likewise `(∂²L_in/∂θ∂φ) b` from `∂L_in/∂θ` of the same two evaluations. The distance h is
     chosen at the first b, where its error is smallest, as for `ContrastProducts`. For later b it is
-    adapted such that the gradient changes by the same share of itself: optimisers that divide by
-    gradients make b long in directions along which the loss is flat. Under autocast the steps run
-    in the lower precision and the differences in that of φ, since h would amplify rounding errors
-    of 16 bits.
+    adapted such that the error of the difference, as the gradients on both sides and at φ show it,
+    is about that of rounding: curvature along b differs from step to step, and optimisers that
+    divide by gradients make b long where the loss is flat. Under autocast the steps run in the
+    lower precision and the differences in that of φ, since h would amplify rounding errors of 16
+    bits.
 
     Args:
         evaluation: evaluates the losses, and counts what the choice of h takes.
@@ -49,8 +58,8 @@ class ContrastedGradient:
         self._problem, self._full = evaluation.problem, unlowered(evaluation.problem)
         self.distance: float | None = None
         self.accuracy = 0.0
-        self._sizes = self._uneven = self._squares = self._rounding = 0.0
-        self._share = self._best = 0.0
+        self._count = 0
+        self._sizes = self._errors = self._rounding = 0.0
         self._shortest, self._longest = 0.0, torch.inf
 
     def __call__(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
@@ -102,49 +111,53 @@ class ContrastedGradient:
             lost = 0.0 if size == 0 else torch.nan
             return [torch.full_like(t, lost) for t in (*params.values(), *meta_params.values())]
         unit = [v / size for v in vector]
+        middle = self._middle(params, meta_params, at, here)
         if self.distance is None:
             self._choose(params, meta_params, at, unit)
-        found = self._difference(params, meta_params, at, unit)
-        if self._off > FACTOR / 2:
-            self._follow()
+        found, seen = self._difference(params, meta_params, at, unit, middle)
+        better = self._within(seen.better)
+        if max(better, seen.distance) > FACTOR / 2 * min(better, seen.distance):
             self._evaluation.tally.spend(2)
-            found = self._difference(params, meta_params, at, unit)
-        self._weigh(size * flatten(found).norm().item(), here)
-        self._round(size, self._grads)
-        self._follow()
+            self.distance = better
+            again, nearer = self._difference(params, meta_params, at, unit, middle)
+            if nearer.smooth:  # else there is a kink, which no distance avoids
+                found, seen = again, nearer
+        if middle is not None:
+            weight = size * flatten(found).norm().item()
+            self._sizes += weight
+            self._errors += weight * seen.error
+        self._rounding = math.hypot(self._rounding, size * seen.rounding)
+        self.distance = self._within(seen.better) if seen.smooth else seen.distance
         return [size * d for d in found]
 
-    def _weigh(self, size: float, here: Sequence[Tensor]) -> None:
-        """Add the unevenness of a product of some size, where the gradient at φ is `here`."""
-        there, back = self._sides
-        uneven = (there + back - 2 * flatten(here)).norm() / (there - back).norm()
-        share = uneven.item() if torch.isfinite(uneven) else 0.0
-        self._sizes += size
-        self._uneven += size * share
-        self._squares += size * share**2
+    def _middle(
+        self, params: Params, meta_params: Params, at: Moment, here: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The gradient at φ as precise as the differences: seldom where it has to be computed."""
+        self._count += 1
+        if not self._evaluation.lower:
+            return flatten(here)
+        if self._count % SELDOM != 1:
+            return None
+        self._evaluation.tally.spend(1)
+        self._evaluation.stage.stand_at(at)
+        return flatten(self._gradients(self._full, params, meta_params, at.end_step)[: len(here)])
 
-    def _round(self, size: float, grads: Sequence[Sequence[Tensor]]) -> None:
-        """Add what the rounding of two gradients makes of a product with a vector of some size."""
-        assert self.distance is not None
-        eps = torch.finfo(grads[0][0].dtype).eps
-        norms = [flatten(g).norm().item() for g in grads]
-        self._rounding += size * eps * max(norms) / self.distance
-
-    @property
-    def uneven(self) -> float:
-        """The gradient's second difference relative to its first, a mean over products."""
-        return self._uneven / self._sizes if self._sizes else 0.0
+    def _within(self, distance: float) -> float:
+        return min(max(distance, self._shortest), self._longest)
 
     def error(self, grads: Params) -> float:
-        """The estimated relative error of the gradient of θ.
+        """The estimated relative error of the gradient of θ; infinite where it multiplies.
 
-        In a smooth function a difference is wrong by about the square of the unevenness. A kink
-        makes it uneven at any distance, and the products are then not those of autograd.
+        That of the differences is a mean over products; rounding errors are independent.
         """
-        if self.uneven > JUMPS:
+        if self._differences > MULTIPLIES:
             return math.inf
-        uneven = self._squares / self._sizes if self._sizes else 0.0
-        return self.accuracy + uneven + self._rounded(grads)
+        return self.accuracy + self._differences + self._rounded(grads)
+
+    @property
+    def _differences(self) -> float:
+        return self._errors / self._sizes if self._sizes else 0.0
 
     def _rounded(self, grads: Params) -> float:
         size = flatten(list(grads.values())).norm().item()
@@ -158,7 +171,7 @@ class ContrastedGradient:
         ]
         error, rounded = self.error(grads), self._rounded(grads)
         size = "as much as its own size or more" if error >= 1 else f"about {error:.1g} of its size"
-        if rounded > POOR:
+        if error > POOR and rounded > error / 2:
             said.append(
                 f"the optimiser divides by gradients that are nearly zero, which makes the vectors "
                 f"of some products long and magnifies rounding, so the gradient may be wrong by "
@@ -167,38 +180,25 @@ class ContrastedGradient:
         elif error > POOR:
             said.append(
                 f"the inner gradient does not change smoothly over that distance "
-                f"({self.uneven:.2g} of its change is uneven), as near a kink (ReLU, "
+                f"(differences are wrong by {self._differences:.2g}), as near a kink (ReLU, "
                 f"max-pooling), so the gradient may be wrong by {size}. Use products='autograd', "
                 f"torch.float64 or a smooth activation"
             )
         return said
 
-    @property
-    def _off(self) -> float:
-        """By what factor the gradient's change is off the one that was best; at least 1."""
-        share = self._share / self._best if self._best else 1.0
-        return max(share, 1 / share) if share > 0 else FACTOR
-
-    def _follow(self) -> None:
-        """Move the distance to where the gradient's change should be again, within limits.
-
-        Where the loss is linear along b, there is none, and every distance is as good.
-        """
-        assert self.distance is not None
-        self._best = self._best or self._share
-        if 0 < self._share < torch.inf:
-            wanted = self.distance * self._best / self._share
-            self.distance = min(max(wanted, self._shortest), self._longest)
-
     def _choose(
-        self, params: Params, meta_params: Params, at: Moment, unit: Sequence[Tensor]
+        self,
+        params: Params,
+        meta_params: Params,
+        at: Moment,
+        unit: Sequence[Tensor],
     ) -> None:
         """Find the distance along the first vector that is met."""
 
         def difference(distance: float) -> Tensor:
             self._evaluation.tally.spend(2)
             self.distance = distance
-            found = self._difference(params, meta_params, at, unit)
+            found, _ = self._difference(params, meta_params, at, unit, None)
             return flatten(found[: len(unit)])
 
         flat = flatten(list(params.values()))
@@ -214,7 +214,8 @@ class ContrastedGradient:
         meta_params: Params,
         at: Moment,
         unit: Sequence[Tensor],
-    ) -> list[Tensor]:
+        middle: Tensor | None,
+    ) -> tuple[list[Tensor], "_Seen"]:
         """Of the gradients on both sides, divided by how far these are apart."""
         assert self.distance is not None
         distance = self.distance
@@ -225,8 +226,13 @@ class ContrastedGradient:
             self._evaluation.stage.stand_at(at)
             grads.append(self._gradients(self._full, sides[-1], meta_params, at.end_step))
         there, back = (flatten(g[: len(unit)]) for g in grads)
-        self._share = ((there - back).norm() / (there + back).norm()).item()
-        self._sides, self._grads = (there, back), grads
+        seen = _Seen(
+            distance=distance,
+            eps=torch.finfo(there.dtype).eps,
+            size=flatten(grads[0]).norm().item(),
+            change=(there - back).norm().item(),
+            bend=None if middle is None else (there + back - 2 * middle).norm().item(),
+        )
         found = [(a - b) / (2 * distance) for a, b in zip(*grads, strict=True)]
         regularizer = self._problem.regularizer
         if regularizer is not None:
@@ -234,7 +240,63 @@ class ContrastedGradient:
             part = regularizer.bind(meta_params).contrast(sides, weights)
             for i, name in enumerate(meta_params, len(params)):
                 found[i] = found[i] + part.get(name, 0.0)
-        return found
+        return found, seen
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the gradients on both sides of φ, and that at φ, say of their difference.
+
+    Attributes:
+        distance: from φ to either side.
+        eps: the rounding error of a number.
+        size: the norm of a gradient, that of θ included.
+        change: the norm of the difference of the gradients of φ.
+        bend: that of their second difference; None if the gradient at φ is not known.
+    """
+
+    distance: float
+    eps: float
+    size: float
+    change: float
+    bend: float | None
+
+    @property
+    def uneven(self) -> float:
+        """u, the second difference relative to the first."""
+        if self.bend is None or not (0 < self.change < math.inf and math.isfinite(self.bend)):
+            return 0.0
+        return self.bend / self.change
+
+    @property
+    def _grain(self) -> float:
+        """The rounding error of the difference, relative to it."""
+        return 2 * self.eps * self.size / self.change if 0 < self.change < math.inf else 0.0
+
+    @property
+    def better(self) -> float:
+        """The distance at which u², the error of a smooth function, is that of rounding."""
+        if self.bend is None or not self._grain > 0:  # linear along b: every distance is as good
+            return self.distance
+        return self.distance * (self._grain / max(self.uneven, self.eps) ** 2) ** (1 / 3)
+
+    @property
+    def error(self) -> float:
+        """The error of the difference, u², but u where no smooth function is as uneven.
+
+        A kink makes a difference uneven at any distance, and it is then not that of autograd.
+        """
+        return self.uneven**2 if self.smooth else self.uneven
+
+    @property
+    def smooth(self) -> bool:
+        """Whether a smooth function may be as uneven."""
+        return self.uneven <= SMOOTH * self._grain**0.5
+
+    @property
+    def rounding(self) -> float:
+        """What rounding makes of the product with a unit vector."""
+        return self.eps * self.size / self.distance
 
 
 class _Contrasted(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.implicit import POOR
-from equigrad.estimators.solve_error import scale_error
+from equigrad.estimators.solve_error import Solution, Solved, scale_error
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive
 from equigrad.solvers import Solver
@@ -60,7 +60,8 @@ class FiniteDifferenceT1T2(Estimator):
 
         def judge() -> float:
             linear = ContrastProducts(evaluation, free, distance=self.distance)
-            found = scale_error(linear, flatten(list(pressure.values())), mixed, grads)
+            flat = flatten(list(pressure.values()))
+            found = scale_error(Solved(linear, Solution(flat), flat, mixed, grads))
             if found.relative > POOR:
                 remedy = (
                     "this is the error of replacing the inverse Hessian by the identity; use "

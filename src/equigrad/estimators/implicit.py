@@ -1,5 +1,6 @@
 """Implicit differentiation: the hypergradient from one linear system at the settled state."""
 
+import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,10 +12,9 @@ from equigrad.errors import ConfigurationError, DoubleBackwardError
 from equigrad.estimators.contrast_products import ContrastProducts
 from equigrad.estimators.estimator import Estimate, Estimator
 from equigrad.estimators.linearisation import Linearisation
-from equigrad.estimators.solve_error import Linear, Solution, SolveError
+from equigrad.estimators.solve_error import Linear, Solution, Solved, SolveError
 from equigrad.evaluation import Evaluation
 from equigrad.fields import require
-from equigrad.problems import Params
 from equigrad.solvers import Settled, Solver
 from equigrad.vectors import finite, flatten
 
@@ -108,47 +108,34 @@ class Implicit(Estimator):
         pressure, direct = evaluation.outer_gradients(free)
         flat = flatten(list(pressure.values()))
         flat = flat if torch.finfo(flat.dtype).bits >= 32 else flat.float()
-        solved, mixed = self._mixed(evaluation, free, flat)
+        system, mixed = self._mixed(evaluation, free, flat)
         grads = {name: direct[name] - mixed[name].to(direct[name].dtype) for name in direct}
-        if solved is None:
+        if system is None:
             return Estimate(grads=grads, phases=(free,))
-        linear, solution = solved
+        solved = Solved(*system, flat, mixed, grads)
         notes = evaluation.tally.notes
 
         def judge() -> float:
             try:
-                found = self.judge(evaluation, free, linear, solution, flat, mixed, grads)
+                found = self.judge(evaluation, free, solved)
             except DoubleBackwardError:  # only one that a regulariser spared so far
                 contrast = ContrastProducts(evaluation, free)
-                found = self.judge(evaluation, free, contrast, solution, flat, mixed, grads)
-            return self._error(linear, found, notes)
+                found = self.judge(evaluation, free, dataclasses.replace(solved, linear=contrast))
+            return self._error(solved.linear, found, notes)
 
         return Estimate(grads=grads, phases=(free,), judge=judge)
 
-    def judge(
-        self,
-        evaluation: Evaluation,
-        free: Settled,
-        linear: Linear,
-        solution: Solution,
-        pressure: Tensor,
-        mixed: Params,
-        grads: Params,
-    ) -> SolveError:
+    def judge(self, evaluation: Evaluation, free: Settled, solved: Solved) -> SolveError:
         """The error of the gradient, estimated from the residuals of the system and of the phase.
 
         Args:
             evaluation: evaluates the losses.
             free: the end of the free phase.
-            linear: products with the matrix.
-            solution: the solution of the system.
-            pressure: its right-hand side.
-            mixed: the mixed derivative along the solution.
-            grads: the gradient.
+            solved: the system, its solution and the gradient.
         """
         from equigrad.estimators.rest_error import rest_error  # here: few runs ask for it
 
-        return rest_error(evaluation, free, linear, solution, pressure, mixed, grads)
+        return rest_error(evaluation, free, solved)
 
     def _mixed(
         self, evaluation: Evaluation, free: Settled, pressure: Tensor

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,12 +11,11 @@ from equigrad.errors import CurvatureError
 from equigrad.estimators.solve_error import (
     LOOKED_INTO,
     Linear,
-    Solution,
+    Solved,
     SolveError,
     correction,
     newton_step,
     solve_error,
-    weight,
 )
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params
@@ -29,15 +29,7 @@ OWN = 0.5
 """The error is the solver's if its own residual is this share of the one at φ'."""
 
 
-def rest_error(
-    evaluation: Evaluation,
-    free: Settled,
-    linear: Linear,
-    solution: Solution,
-    pressure: Tensor,
-    mixed: Params,
-    grads: Params,
-) -> SolveError:
+def rest_error(evaluation: Evaluation, free: Settled, solved: Solved) -> SolveError:
     r"""The error of a gradient at φ, as it is seen from where φ would have come to rest.
 
         φ' = φ - (∂r/∂φ)⁻¹ r,    x' = x + δ,    δ ≈ (∂r/∂φ)⁻ᵀ [∂L_out/∂φ - (∂r/∂φ)ᵀ x]  at φ',
@@ -55,14 +47,11 @@ def rest_error(
     Args:
         evaluation: evaluates the losses.
         free: the end of the free phase.
-        linear: products with the matrix there.
-        solution: the solution x of the system, and the step if the solver knows it.
-        pressure: the right-hand side `∂L_out/∂φ`.
-        mixed: `(∂r/∂θ)ᵀ x`.
-        grads: the gradient that `mixed` is a part of.
+        solved: the system there, its solution x, and the step if the solver knows it.
     """
+    linear, solution, pressure = solved.linear, solved.solution, solved.pressure
     if not pressure.norm() > 0:
-        return solve_error(linear, solution, pressure, mixed, grads)
+        return solve_error(solved)
     left = solution.residual
     left = pressure - linear.product(solution.x) if left is None else left
     own = (left.norm() / pressure.norm()).item()
@@ -70,21 +59,25 @@ def rest_error(
         least = AT_REST * torch.finfo(pressure.dtype).eps * flatten(linear.leaves).norm().item()
         step = newton_step(linear, solution, least * (pressure.norm() / solution.x.norm()).item())
         if not step.norm().item() > least:
-            settled = dataclasses.replace(solution, residual=left)
-            return solve_error(linear, settled, pressure, mixed, grads)
+            known = dataclasses.replace(solution, residual=left)
+            return solve_error(dataclasses.replace(solved, solution=known))
         shift = unflatten(step, linear.leaves)
         moved = {n: p - s for (n, p), s in zip(free.params.items(), shift, strict=True)}
         at = dataclasses.replace(free, params=moved, velocity=None)
         x = solution.x.to(pressure)
-        error, unsolved = _error_from(evaluation, at, linear.at(at), x, grads)
+        error, unsolved = _error_from(evaluation, at, linear.at(at), x, solved.grads)
     except CurvatureError:  # a derivative is not finite there
         error = unsolved = math.inf
-    error = max(error, min(own, 1.0) * min(weight(mixed, grads), 1.0))
+    error = max(error, min(own, 1.0) * min(solved.weight, 1.0))
     return SolveError(own, error if math.isfinite(error) else 1.0, own < OWN * unsolved)
 
 
 def _error_from(
-    evaluation: Evaluation, at: Settled, linear: Linear, x: Tensor, grads: Params
+    evaluation: Evaluation,
+    at: Settled,
+    linear: Linear,
+    x: Tensor,
+    grads: Mapping[str, Tensor],
 ) -> tuple[float, float]:
     """The difference of a gradient to that at another state, and the share that x leaves there."""
     there = evaluation.at(evaluation.params, evaluation.meta_params)

@@ -47,6 +47,30 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Solved:
+    """A linear system at the end of the free phase, and the gradient by its solution.
+
+    Attributes:
+        linear: products with the matrix A, and with the mixed derivative.
+        solution: x.
+        pressure: g, the right-hand side.
+        mixed: `(∂r/∂θ)ᵀ x`.
+        grads: the gradient that `mixed` is a part of.
+    """
+
+    linear: Linear
+    solution: Solution
+    pressure: Tensor
+    mixed: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+
+    @property
+    def weight(self) -> float:
+        """The size of the implicit part of the gradient, relative to the whole."""
+        return _ratio(_norm(self.mixed), _norm(self.grads))
+
+
+@dataclass(frozen=True)
 class SolveError:
     """The residual of a solution, and the error of the gradient.
 
@@ -75,13 +99,7 @@ class SolveError:
         )
 
 
-def solve_error(
-    linear: Linear,
-    solution: Solution,
-    pressure: Tensor,
-    mixed: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-) -> SolveError:
+def solve_error(solved: Solved) -> SolveError:
     r"""Correct a solution, and measure the change of the gradient.
 
         δ ≈ A⁻¹ (g - A x),    error ≈ ‖(∂r/∂θ)ᵀ δ‖ / ‖∇_θ - (∂r/∂θ)ᵀ δ‖
@@ -92,20 +110,15 @@ def solve_error(
     What a solver has left over lies along small curvatures, where δ is too short. So the error is
     multiplied by up to three, depending on the share of the residual that δ leaves, and is at least
     the unsolved share.
-
-    Args:
-        linear: products with A and with the mixed derivative.
-        solution: the solution of the system.
-        pressure: g, the right-hand side.
-        mixed: `(∂r/∂θ)ᵀ x`.
-        grads: the gradient that `mixed` is a part of.
     """
-    x, size = solution.x, pressure.norm().item()
+    linear, pressure, grads = solved.linear, solved.pressure, solved.grads
+    x, size = solved.solution.x, pressure.norm().item()
     if not size > 0:
         return SolveError(0.0, 0.0)
-    left = pressure - linear.product(x) if solution.residual is None else solution.residual
+    left = solved.solution.residual
+    left = pressure - linear.product(x) if left is None else left
     unsolved = left.norm().item() / size
-    part = weight(mixed, grads)
+    part = solved.weight
     if unsolved <= EXACT * torch.finfo(left.dtype).eps:
         return SolveError(unsolved, unsolved * part)
     rough = linear.mixed(left * (x.norm() / size))
@@ -119,26 +132,19 @@ def solve_error(
     return SolveError(unsolved, max(error, min(unsolved, 1.0) * min(part, 1.0)))
 
 
-def scale_error(
-    linear: Linear, pressure: Tensor, mixed: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-) -> SolveError:
+def scale_error(solved: Solved) -> SolveError:
     r"""The error of taking the right-hand side g for the solution, from a single product.
 
         x' = s g,    s = ⟨g, g⟩ / ⟨g, A g⟩,    error ≈ |1 - 1/s| + ‖g - A x'‖ / ‖g‖
 
     The first term is the wrong length along g, the second the residual in other directions.
-
-    Args:
-        linear: products with A.
-        pressure: g, the right-hand side.
-        mixed: `(∂r/∂θ)ᵀ g`.
-        grads: the gradient that `mixed` is a part of.
     """
+    pressure, mixed, grads = solved.pressure, solved.mixed, solved.grads
     size = pressure.norm().item()
     if not size > 0:
         return SolveError(0.0, 0.0)
     unit = pressure / size
-    image = linear.product(unit)
+    image = solved.linear.product(unit)
     unsolved, along = (unit - image).norm().item(), unit.dot(image).item()
     if not along > 0:  # no positive curvature along g
         return SolveError(unsolved, 1.0)
@@ -198,11 +204,6 @@ def correction(
     missing = torch.stack(basis[:order], dim=1) @ weights
     short = (hessenberg[order, order - 1] * weights[-1] / size).abs().item()
     return missing, min(short, 1.0) if math.isfinite(short) else 1.0
-
-
-def weight(mixed: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> float:
-    """The size of the implicit part of a gradient, relative to the whole."""
-    return _ratio(_norm(mixed), _norm(grads))
 
 
 def _ratio(part: float, whole: float) -> float:

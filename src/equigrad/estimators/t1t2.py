@@ -7,9 +7,8 @@ from torch import Tensor
 
 from equigrad.estimators.estimator import Traits
 from equigrad.estimators.implicit import Implicit, Linear, Solution
-from equigrad.estimators.solve_error import SolveError, scale_error
+from equigrad.estimators.solve_error import Solved, SolveError, scale_error
 from equigrad.evaluation import Evaluation
-from equigrad.problems import Params
 from equigrad.solvers import Settled
 
 
@@ -47,15 +46,6 @@ class T1T2(Implicit):
         """The right-hand side itself."""
         return Solution(pressure)
 
-    def judge(
-        self,
-        evaluation: Evaluation,
-        free: Settled,
-        linear: Linear,
-        solution: Solution,
-        pressure: Tensor,
-        mixed: Params,
-        grads: Params,
-    ) -> SolveError:
+    def judge(self, evaluation: Evaluation, free: Settled, solved: Solved) -> SolveError:
         """By one product along the pressure."""
-        return scale_error(linear, pressure, mixed, grads)
+        return scale_error(solved)

@@ -23,7 +23,7 @@ from equigrad.problems import Params, Velocity
 from equigrad.solvers.graphs import GraphedSteps
 from equigrad.solvers.looped import LoopedSteps
 from equigrad.solvers.recording import EAGER, Recording, record, refused
-from equigrad.solvers.solver import Solver
+from equigrad.solvers.solver import NO_OBJECTIVE, Solver
 
 BACKEND = "inductor"
 """The compiler, one of `torch._dynamo.list_backends()`."""
@@ -39,9 +39,6 @@ GRAPHS_KEPT = 16
 
 _compiled: dict[tuple[Any, ...], LoopedSteps] = {}
 _graphs: dict[tuple[Any, ...], GraphedSteps] = {}
-
-_NO_OBJECTIVE: Any = None
-"""A differentiable solver evaluates no objective."""
 
 
 class CompiledSteps:
@@ -199,7 +196,7 @@ def _check(
     leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     values, own = list(leaves.values()), [s.clone() for s in state]
     for i in range(solver.check_every):
-        solver.update(values, velocity(leaves, step + i)[0], own, _NO_OBJECTIVE)
+        solver.update(values, velocity(leaves, step + i)[0], own, NO_OBJECTIVE)
     start = [p.detach() for p in params.values()]
     off, moved, size = (
         torch.stack([n.double() for n in torch._foreach_norm(tensors)]).norm().item()

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from equigrad.errors import ConfigurationError
 from equigrad.solvers.recording import EAGER, Recording, refused
-from equigrad.solvers.solver import Solver
+from equigrad.solvers.solver import NO_OBJECTIVE, Solver
 
 Compiler = Callable[[Callable[..., Sequence[Tensor]], list[Tensor]], Callable[..., Any]]
 """A compiler: takes a function of tensors and its inputs, and returns a faster function."""
-
-_NO_OBJECTIVE: Any = None
-"""A differentiable solver evaluates no objective."""
 
 
 class GraphedSteps:
@@ -61,9 +58,9 @@ class GraphedSteps:
         def move(steps: int) -> tuple[Tensor, ...]:
             first = velocity(*inputs)
             kept = tuple(v.clone() for v in first)  # a velocity may be a view of a leaf
-            solver.update(leaves, tuple(first), state, _NO_OBJECTIVE)
+            solver.update(leaves, tuple(first), state, NO_OBJECTIVE)
             for _ in range(steps - 1):
-                solver.update(leaves, tuple(velocity(*inputs)), state, _NO_OBJECTIVE)
+                solver.update(leaves, tuple(velocity(*inputs)), state, NO_OBJECTIVE)
             return kept
 
         self._several = _capture(lambda: move(solver.check_every))

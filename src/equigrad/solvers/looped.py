@@ -8,10 +8,7 @@ from torch import Tensor
 
 from equigrad.solvers.graphs import Compiler, with_layout_of
 from equigrad.solvers.recording import Recording
-from equigrad.solvers.solver import Solver
-
-_NO_OBJECTIVE: Any = None
-"""A differentiable solver evaluates no objective."""
+from equigrad.solvers.solver import NO_OBJECTIVE, Solver
 
 
 class LoopedSteps:
@@ -61,7 +58,7 @@ class LoopedSteps:
             moves, moved = inputs[:count], inputs[count : count + moving]
             # the update works in place, and the inputs have to keep their values
             leaves, state = ([m.clone() for m in part] for part in (moved[:count], moved[count:]))
-            solver.update(leaves, moves, state, _NO_OBJECTIVE)
+            solver.update(leaves, moves, state, NO_OBJECTIVE)
             return t + 1, *velocity(leaves, inputs[count + moving : -2]), *leaves, *state
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:

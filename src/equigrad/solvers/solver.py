@@ -46,6 +46,10 @@ class Objective:
         return self.evaluate()[0]
 
 
+NO_OBJECTIVE: Any = None
+"""Stands for the objective of a `differentiable` solver, which evaluates none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solver(Checked):
     """A solver of the inner problem: a rule that moves the parameters, and a stopping criterion.

@@ -152,7 +152,10 @@ def draw_curves(
     label: str = "{:g}",
     colors: Sequence[Any] | None = None,
 ) -> None:
-    """Draw a curve of `y` against `x` for every value of `by`, from dark to light."""
+    """Draw a curve of `y` against `x` for every value of `by`, from dark to light.
+
+    Curves of given `colors` have no markers: they are a background, or are told apart otherwise.
+    """
     curves: dict[float, list[Any]] = {}
     for row in rows:
         curves.setdefault(getattr(row, by), []).append(row)
@@ -163,7 +166,7 @@ def draw_curves(
         axes.plot(
             *zip(*points, strict=True),
             color=color,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=None if colors else MARKERS[i % len(MARKERS)],
             markersize=4,
             markevery=-(-len(points) // MOST_MARKERS),
             label=label.format(value),

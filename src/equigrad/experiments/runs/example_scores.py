@@ -108,5 +108,6 @@ def draw(found: ExampleScores | LearnedWeights, path: Path) -> None:
         trust = "" if found.trusted else "not to be trusted: "
         signs = {"runs": found.agreement, "halves": found.steadiness, "two β": found.linearity}
         known = [f"{name} {value:.2f}" for name, value in signs.items() if not math.isnan(value)]
-        axes.set_title(f"{trust}agreement of {', '.join(known)}" if known else "one run alone")
+        said = f"{trust}agreement of {', '.join(known)}" if known else "one run alone"
+        axes.set_title(said, fontsize="medium", wrap=True)
     save(figure, path)
