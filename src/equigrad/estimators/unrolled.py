@@ -37,8 +37,9 @@ class Unrolled(Estimator):
     inner gradients, with first-order gradients alone: fused attention, autocast (differences are
     taken in full precision) and compiled models work, in about three times the evaluations of the
     steps themselves. φ and the solver's state of every step are kept, and no activations. The
-    `error_estimate` is that of the differences. In float32 the kinks of a ReLU network or of
-    max-pooling lie within their distance, and spoil them: the status says so.
+    `error_estimate` is that of the differences. In float32 a kink of a ReLU network or of
+    max-pooling may lie within their distance and make them wrong: the estimate and the status say
+    so.
 
     Attributes:
         products: how products with `∂²L_in/∂φ²` and `∂²L_in/∂θ∂φ` are computed: by `autograd`, or
