@@ -1,9 +1,12 @@
 """What an implicit estimator says of a free phase that is not at rest."""
 
+from typing import cast
+
 import pytest
 import torch
 
 import equigrad as eg
+from equigrad.estimators.solve_error import Linear, Solution, Solved, solve_error
 from equigrad.testing import Quadratic, zoo
 from equigrad.testing.hard_zoo import HARD_ZOO
 
@@ -135,3 +138,28 @@ def test_a_loss_without_a_minimum_is_named_though_its_gradient_vanishes(name, es
     assert found.error_estimate is not None
     assert found.error_estimate > 0.01
     assert "wrong by" in found.status or "estimated error" in found.status
+
+
+def test_a_residual_that_the_mixed_derivative_does_not_see_is_looked_into():
+    """It acts on θ through the inverse: a product with the residual itself is zero."""
+    matrix = torch.tensor([[1.0, 0.9], [0.9, 1.0]]).double()
+    mixed = torch.tensor([[1.0, 0.0]]).double()
+
+    class System:
+        size = 2
+
+        def product(self, x):
+            return matrix @ x
+
+        def mixed(self, x):
+            return {"theta": mixed @ x}
+
+    x = torch.tensor([1.0, 0.0]).double()
+    left = torch.tensor([0.0, 0.01]).double()
+    exact = mixed @ (x + torch.linalg.solve(matrix, left))
+    grads = {"theta": -(mixed @ x)}
+    pressure = matrix @ x + left
+    system = cast("Linear", System())
+    solved = Solved(system, Solution(x), pressure, System().mixed(x), grads)
+    true = ((grads["theta"] + exact).norm() / exact.norm()).item()
+    assert solve_error(solved).relative == pytest.approx(true)

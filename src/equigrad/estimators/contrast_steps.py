@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equigrad.estimators.contrast_products import FACTOR, Errors
+from equigrad.estimators.contrast_products import Errors
 from equigrad.evaluation import Evaluation
 from equigrad.problems import Params, Problem
 from equigrad.problems.lowered import unlowered
@@ -25,11 +25,14 @@ POOR = 0.1
 SMOOTH = 10.0
 """Up to so many times the unevenness that is aimed at is what a smooth function may have."""
 
+SAFETY = 3
+"""The factor by which the estimated rounding exceeds that of the gradients' own sizes."""
+
+LONGEST = 4096.0
+"""The distance h may become so many times the first one."""
+
 SELDOM = 4
 """Under autocast the gradient at φ is computed in full precision for every so many products."""
-
-REACH = 4
-"""The distance h may move by at most this many factors of 8 from its first estimate."""
 
 
 class ContrastedGradient:
@@ -38,12 +41,12 @@ class ContrastedGradient:
         (∂²L_in/∂φ²) b ≈ [ ∂L_in/∂φ(φ + h u) - ∂L_in/∂φ(φ - h u) ] ‖b‖ / 2h,    u = b/‖b‖
 
     and likewise `(∂²L_in/∂θ∂φ) b` from `∂L_in/∂θ` of the same two evaluations. The distance h is
-    chosen at the first b, where its error is smallest, as for `ContrastProducts`. For later b it is
-    adapted such that the error of the difference, as the gradients on both sides and at φ show it,
-    is about that of rounding: curvature along b differs from step to step, and optimisers that
-    divide by gradients make b long where the loss is flat. Under autocast the steps run in the
-    lower precision and the differences in that of φ, since h would amplify rounding errors of 16
-    bits.
+    chosen at the first b, where its error is smallest, as for `ContrastProducts`. Optimisers that
+    divide by gradients make later b long along directions in which the loss is flat, so h becomes
+    longer where the gradients on both sides and at φ show less curvature than rounding. It never
+    becomes shorter than at first: rounding can look like curvature, and would then grow. Under
+    autocast the steps run in the lower precision and the differences in that of φ, since h would
+    amplify rounding errors of 16 bits.
 
     Args:
         evaluation: evaluates the losses, and counts what the choice of h takes.
@@ -59,8 +62,8 @@ class ContrastedGradient:
         self.distance: float | None = None
         self.accuracy = 0.0
         self._count = 0
+        self._shortest = 0.0
         self._sizes = self._errors = self._rounding = 0.0
-        self._shortest, self._longest = 0.0, torch.inf
 
     def __call__(self, params: Params, meta_params: Params, step: int) -> tuple[Tensor, ...]:
         """The gradient, one tensor for each of `params`."""
@@ -115,19 +118,12 @@ class ContrastedGradient:
         if self.distance is None:
             self._choose(params, meta_params, at, unit)
         found, seen = self._difference(params, meta_params, at, unit, middle)
-        better = self._within(seen.better)
-        if max(better, seen.distance) > FACTOR / 2 * min(better, seen.distance):
-            self._evaluation.tally.spend(2)
-            self.distance = better
-            again, nearer = self._difference(params, meta_params, at, unit, middle)
-            if nearer.smooth:  # else there is a kink, which no distance avoids
-                found, seen = again, nearer
+        self.distance = min(max(seen.better, self._shortest), self._shortest * LONGEST)
         if middle is not None:
             weight = size * flatten(found).norm().item()
             self._sizes += weight
             self._errors += weight * seen.error
         self._rounding = math.hypot(self._rounding, size * seen.rounding)
-        self.distance = self._within(seen.better) if seen.smooth else seen.distance
         return [size * d for d in found]
 
     def _middle(
@@ -142,9 +138,6 @@ class ContrastedGradient:
         self._evaluation.tally.spend(1)
         self._evaluation.stage.stand_at(at)
         return flatten(self._gradients(self._full, params, meta_params, at.end_step)[: len(here)])
-
-    def _within(self, distance: float) -> float:
-        return min(max(distance, self._shortest), self._longest)
 
     def error(self, grads: Params) -> float:
         """The estimated relative error of the gradient of θ; infinite where it multiplies.
@@ -161,7 +154,7 @@ class ContrastedGradient:
 
     def _rounded(self, grads: Params) -> float:
         size = flatten(list(grads.values())).norm().item()
-        return self._rounding / size if size > 0 else 0.0
+        return SAFETY * self._rounding / size if size > 0 else 0.0
 
     def notes(self, grads: Params) -> list[str]:
         """What the user should know about the products that went into the gradient of θ."""
@@ -193,7 +186,7 @@ class ContrastedGradient:
         at: Moment,
         unit: Sequence[Tensor],
     ) -> None:
-        """Find the distance along the first vector that is met."""
+        """Find the best distance along the first vector that is met."""
 
         def difference(distance: float) -> Tensor:
             self._evaluation.tally.spend(2)
@@ -205,8 +198,7 @@ class ContrastedGradient:
         first = (flat.norm().item() or 1.0) * torch.finfo(flat.dtype).eps ** (1 / 3)
         errors = Errors.compared(difference, first)
         self.distance, self.accuracy = errors.distance, errors.error(errors.distance)
-        self._shortest = min(self.distance, first * FACTOR**-REACH)
-        self._longest = max(self.distance, first * FACTOR**REACH)
+        self._shortest = self.distance
 
     def _difference(
         self,
@@ -269,16 +261,16 @@ class _Seen:
         return self.bend / self.change
 
     @property
-    def _grain(self) -> float:
+    def grain(self) -> float:
         """The rounding error of the difference, relative to it."""
         return 2 * self.eps * self.size / self.change if 0 < self.change < math.inf else 0.0
 
     @property
     def better(self) -> float:
         """The distance at which u², the error of a smooth function, is that of rounding."""
-        if self.bend is None or not self._grain > 0:  # linear along b: every distance is as good
+        if self.bend is None or not self.grain > 0:  # linear along b: every distance is as good
             return self.distance
-        return self.distance * (self._grain / max(self.uneven, self.eps) ** 2) ** (1 / 3)
+        return self.distance * (self.grain / max(self.uneven, self.eps) ** 2) ** (1 / 3)
 
     @property
     def error(self) -> float:
@@ -291,7 +283,7 @@ class _Seen:
     @property
     def smooth(self) -> bool:
         """Whether a smooth function may be as uneven."""
-        return self.uneven <= SMOOTH * self._grain**0.5
+        return self.uneven <= SMOOTH * self.grain**0.5
 
     @property
     def rounding(self) -> float:
