@@ -20,7 +20,7 @@ LOOKED_INTO = 1e-5
 PRODUCTS = 6
 """Number of products for the correction of a solution."""
 
-FEW = 2
+FEW = 4
 """The same where most of the answer is known."""
 
 EXACT = 100.0
