@@ -19,8 +19,8 @@ from equigrad.experiments.runs.figures import COLORS, save
 
 BETAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 SCHEMES: dict[str, dict[str, object]] = {
-    "forward, 2 points": {},
-    "forward, 3 points": {"points": 3},
+    "forward, 2 points": {"scheme": "forward"},
+    "forward, 3 points": {"scheme": "forward", "points": 3},
     "symmetric, 2 points": {"scheme": "symmetric"},
     "symmetric, 4 points": {"scheme": "symmetric", "points": 4},
     "holomorphic, 4 points": {"scheme": "holomorphic", "points": 4},
@@ -65,7 +65,7 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in SCHEMES}
     for name, options in SCHEMES.items():
         for beta in BETAS:
-            estimator = eg.Contrastive(beta=beta, **{"nudge": "loss"} | options)  # pyright: ignore
+            estimator = eg.Contrastive(beta=beta, nudge="loss", **options)  # pyright: ignore
             found[name].append(network.error(network.gradient(estimator)))
     print(f"| β | {' | '.join(f'{beta:g}' for beta in BETAS)} |")
     print("| --- |" + " ---: |" * len(BETAS))

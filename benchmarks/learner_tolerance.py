@@ -126,9 +126,9 @@ def main() -> None:
                 scheme="symmetric",
             )
     problem, params, meta_params, make = reweighting()
-    row("scikit-learn, defaults", problem, params, meta_params, make(), points=3)
+    row("scikit-learn, defaults", problem, params, meta_params, make(), scheme="forward", points=3)
     exact = make(solver="newton-cholesky", tol=1e-10)
-    row("scikit-learn, tight", problem, params, meta_params, exact, points=3)
+    row("scikit-learn, tight", problem, params, meta_params, exact, scheme="forward", points=3)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ html_title = "equigrad"
 html_static_path = ["_static"]
 html_css_files = ["equigrad.css"]
 html_show_sourcelink = False
-pygments_style = "friendly"
-pygments_dark_style = "github-dark"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -54,6 +52,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "min_reported_time": 1,
     "show_memory": False,
+    "write_computation_times": False,
     "capture_repr": (),  # what a script prints, and no more
     "download_all_examples": False,
     "within_subsection_order": "FileNameSortKey",

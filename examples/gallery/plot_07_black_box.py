@@ -3,8 +3,8 @@ A learner from scikit-learn: which inputs matter?
 =================================================
 
 For anyone whose learner is not written in PyTorch. Logistic regression of scikit-learn is used as
-it is, and every input gets a scale, learned on validation images. A step fits the learner three
-times: as ever, and with a little of the validation images mixed in by their sample weights.
+it is, and every input gets a scale, learned on validation images. A step fits the learner four
+times: twice as usual, and twice with a little weight on the validation images.
 """
 
 # %%
