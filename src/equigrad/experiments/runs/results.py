@@ -17,10 +17,9 @@ HEADS = ("", "the paper, %", "ours, %", "seeds", "scale", "hardware", "minutes a
 PREFACE = """\
 # Results
 
-Every number of the papers' tables beside what was reached at the papers' own scale, where it was run:
-mean ± standard error over seeds. Smaller runs are in [Table 1](table1.md#what-came-out),
-[Omniglot](few-shot-results.md) and [networks that settle](settling-networks.md).
-*Seeds* says how many of how many were run where some are missing. A command reproduces its line;
+Every number of the papers' tables beside what was reached at the papers' own scale, where it was
+run: mean ± standard error over seeds. Smaller runs are on the pages of Table 1, of Omniglot and of networks
+that settle. *Seeds* says how many of how many were run where some are missing. A command reproduces its line;
 `--out DIR` names its folder, and with `--resume` a table that was stopped goes on. This page is
 written by `equigrad report DIR --out FILE.md`.
 """
