@@ -18,10 +18,10 @@ PREFACE = """\
 # Results
 
 Every number of the papers' tables beside what was reached at the papers' own scale, where it was
-run: mean ± standard error over seeds. Smaller runs are on the pages of Table 1, of Omniglot and of networks
-that settle. *Seeds* says how many of how many were run where some are missing. A command reproduces its line;
-`--out DIR` names its folder, and with `--resume` a table that was stopped goes on. This page is
-written by `equigrad report DIR --out FILE.md`.
+run: mean ± standard error over seeds. Smaller runs are on the pages of Table 1, of Omniglot and
+of networks that settle. *Seeds* says how many of how many were run where some are missing. A
+command reproduces its line; `--out DIR` names its folder, and with `--resume` a table that was
+stopped goes on. This page is written by `equigrad report DIR --out FILE.md`.
 """
 
 
