@@ -2,9 +2,9 @@
 Learn how strongly to augment
 =============================
 
-For anyone who guesses how far to rotate or shift training images. Both are drawn from ranges whose
-widths are hyperparameters, and the validation loss tells in which direction to change them. Here
-the training images are upright, and the images to classify are rotated by up to 40 degrees.
+For anyone who guesses how far to rotate or shift training images. Rotations and shifts are
+drawn from ranges whose widths are hyperparameters, and the validation loss tells in which direction
+to change them. Here the training images are upright, those to classify rotated by up to 40 degrees.
 """
 
 # %%

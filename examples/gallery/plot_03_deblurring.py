@@ -37,7 +37,7 @@ def restored(log, clean, seen):  # and its PSNR in dB
 
 
 # %%
-# Beside the three learned weights, the best of seven for one scale: it does nearly as well.
+# For comparison: a single scale, its weight the best of seven. It does nearly as well.
 guess, solver, rule = torch.full((3,), -3.5), eg.LBFGS(tol=1e-3), eg.Contrastive(rtol=1e-2)
 meta, params, errors = {"log": guess.double().requires_grad_()}, {"u": learn[1]}, []
 optimizer = torch.optim.Adam(meta.values(), lr=0.4)

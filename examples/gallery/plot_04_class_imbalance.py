@@ -4,7 +4,7 @@ Learn loss weights for rare classes
 
 For anyone with many examples of some classes and few of others. Each class gets a weight in the
 training loss, learned so that a classifier does well on validation images with all classes alike.
-The usual recipe, a weight inversely proportional to the number of examples, stands beside it.
+For comparison: the usual recipe, a weight inversely proportional to the number of examples.
 """
 
 # %%

@@ -1,10 +1,10 @@
 """
-Equilibrium propagation beside backpropagation
-==============================================
+Equilibrium propagation and backpropagation
+===========================================
 
 For anyone who studies how brains or analogue hardware could learn. A Hopfield network settles to
 its answer, is nudged towards the right one, and changes each weight by the activities at its two
-ends. A feed-forward network of the same size learns by backpropagation beside it.
+ends. A feed-forward network of the same size learns by backpropagation for comparison.
 """
 
 # %%

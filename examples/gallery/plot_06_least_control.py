@@ -31,7 +31,7 @@ def accuracy(index):  # without control, in percent
 
 
 # %%
-# The control that holds a network at rest is what the network itself would change there.
+# At the controlled equilibrium the control is minus the network's own velocity, f(h) - h.
 before, course, control = accuracy(test), [accuracy(valid)], []
 for _ in range(10):
     for batch in train[torch.randperm(1000)].split(50):

@@ -40,7 +40,7 @@ def mse(problem, logit):
 
 
 # %%
-# Weights start at 1. 100 steps leave the GRU far from rest, of which the printed status warns.
+# Weights start at 1. After 100 steps the GRU is still far from rest; the printed status says so.
 problem = eg.Bilevel(inner_loss, lambda params, meta: errors(params, trusted).mean())
 alone = eg.Bilevel(lambda params, meta: inner_loss(params, meta, trusted), problem.outer_loss)
 meta = {"logit": torch.zeros(80, requires_grad=True)}

@@ -2,7 +2,7 @@
 Hyperparameters of a Gaussian process
 =====================================
 
-For anyone who tunes kernels. Ten inputs get inverse length scales, and the noise a variance, by the
+For anyone who tunes kernels. Ten inverse length scales and the noise variance are learned from the
 error on validation points. The process is small enough for autograd to differentiate its exact
 solution, which tells how right the contrastive rule is.
 """

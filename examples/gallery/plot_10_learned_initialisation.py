@@ -1,6 +1,6 @@
 """
-Learned initialisations: the contrastive rule beside MAML
-=========================================================
+Learned initialisations: the contrastive rule and MAML
+======================================================
 
 For anyone who has ten examples of a task and many other tasks. From tasks that are sine curves,
 both methods learn where the weights of a network should start. MAML differentiates through five
