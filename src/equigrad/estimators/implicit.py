@@ -35,7 +35,7 @@ class Implicit(Estimator):
     The residual of the linear system gives an `error_estimate` of the gradient, which the status
     reports above 1e-2. It is taken where the free phase would have come to rest by the same
     linear model, so that what it left is included (`equigrad.estimators.rest_error`). This takes
-    about eleven gradients if the residuals are small, and 25 to 35 otherwise.
+    about eleven gradients if the residuals are small, and 25 to 50 otherwise.
 
     Attributes:
         products: how to compute products with H and with the mixed derivative. `autograd`
