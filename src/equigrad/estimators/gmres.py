@@ -62,16 +62,14 @@ class GMRES(Implicit):
         """Run cycles, starting at zero, each for the residual of the last one."""
         x, left, residual = torch.zeros_like(pressure), self.max_iterations, pressure
         target = self.tol * pressure.norm().item()
-        unsettled, rest = (
-            torch.zeros_like(pressure),
-            linear.residual() if linear.symmetric else None,
-        )
+        rest = linear.residual() if linear.symmetric else None
+        unsettled = None if rest is None else torch.zeros_like(pressure)
         while residual.norm().item() > target and left > 0:
             space, closed = _krylov(linear, residual, target, min(self.restart, left))
             step, _ = space.solve(residual)
             before, x, left = residual.norm().item(), x + step, left - space.size
             residual = pressure - linear.product(x)
-            if rest is not None:
+            if unsettled is not None and rest is not None:
                 step, image = space.solve(rest)
                 unsettled, rest = unsettled + step, rest - image
             if closed and residual.norm().item() > 0.5 * before:  # nothing left to find
@@ -85,7 +83,7 @@ class GMRES(Implicit):
                 f"{self.max_iterations - left} iterations (tol {self.tol:.2g}); raise "
                 f"max_iterations or restart"
             )
-        return Solution(x, residual, None if rest is None else unsettled, rest)
+        return Solution(x, residual, unsettled, rest)
 
 
 def _refuse_singular(share: float, products: int) -> None:
