@@ -140,7 +140,9 @@ class SideBySide:
             return batchings[self.batching]
         learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
         mode = (self._reference, second_order, self._one.model.training)
-        key = (x.shape, x.dtype, x.device, learning, mode)
+        lower = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if lower else x.dtype
+        key = (x.shape, dtype, x.device, learning, mode)
         if key not in self._chosen:
             if self._layers is None or x.ndim != 5:
                 del batchings["grouped channels-last"]
