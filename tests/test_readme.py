@@ -10,7 +10,7 @@ def test_the_first_example_improves_the_test_accuracy_as_the_text_says(capsys):
     scope = {}
     exec(compile(example, str(README), "exec"), scope)
     before, after = map(float, re.findall(r"test accuracy ([\d.]+)", capsys.readouterr().out))
-    said = re.search(r"prints ([\d.]+) before and ([\d.]+) after", text)
+    said = re.search(r"prints ([\d.]+), then ([\d.]+),", text)
     assert said
     assert abs(before - float(said[1])) < 0.02
     assert abs(after - float(said[2])) < 0.02
