@@ -7,6 +7,10 @@ step, which is Python, torch and its kernels: the contrastive rule with a centre
 every weight, and MAML, which unrolls, with the graph of all steps or of about √T at a time.
 
     python benchmarks/few_shot_memory.py [--steps 50 200 800] [--unrolled 50 200] [--shot 1]
+
+`--beside 1 5 20` is MAML on the four tasks of `few_shot_speed.py` instead, in so many steps: all at
+once, two or one at a time (`chunk_size`), and beside the libraries that are installed, which take
+one task after the other.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from equigrad.estimators import Estimator
 from equigrad.experiments.theory.accuracy import peak_memory
 from equigrad.nn import ComplexSynapse, LearnedStart, conv4
 from equigrad.tasks import FewShotLearner, TaskBatch
+from few_shot_speed import PEERS, Job, imported
 
 WAY, QUERIES, LR, NUDGED = 5, 15, 0.01, 10
 
@@ -67,6 +72,34 @@ def meta_gradient(filters: int, shot: int, steps: int, estimator: Estimator) -> 
     )
 
 
+def beside(steps: list[int], rounds: int) -> None:
+    """A table of MAML's memory for four tasks, here and in other libraries."""
+    peers = [name for name in PEERS if imported(name) is not None]
+    chunks = {"equigrad": None, "chunk_size=2": 2, "chunk_size=1": 1}
+    print(f"| T | {' | '.join((*chunks, *peers))} |")
+    print("| ---: |" + " ---: |" * len((*chunks, *peers)))
+
+    def twice(filters: int, steps: int, name: str) -> None:
+        job = Job(filters, steps, torch.float32)
+        if name in chunks:
+            gradient = job.equigrad(eg.MAML(), chunk_size=chunks[name])
+        else:
+            gradient = job.contenders(first_order=False)[name]
+        for _ in range(2):  # the first also measures how tasks are computed side by side
+            gradient()
+
+    for number in steps:
+        cells = []
+        for name in (*chunks, *peers):
+            found = [
+                peak_memory(lambda: twice(64, number, name))  # noqa: B023
+                - peak_memory(lambda: twice(1, 1, name))  # noqa: B023
+                for _ in range(rounds)
+            ]
+            cells.append(f"{min(found):.0f}")
+        print(f"| {number} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 200, 800])
@@ -74,8 +107,12 @@ def main() -> None:
     parser.add_argument("--shot", type=int, default=1)
     parser.add_argument("--filters", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--beside", type=int, nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.beside is not None:
+        beside(arguments.beside, arguments.rounds)
+        return
     filters, shot = arguments.filters, arguments.shot
     print(f"torch {torch.__version__}, {filters} filters, {shot}-shot, one thread, load", end=" ")
     print(f"{os.getloadavg()[0]:.1f}; least of {arguments.rounds} rounds\n")

@@ -90,7 +90,9 @@ class Job:
         estimator = eg.FirstOrderMAML() if first_order else eg.MAML()
         return {batching: self.equigrad(estimator, batching) for batching in get_args(Batching)}
 
-    def equigrad(self, estimator: Estimator, batching: Batching = "auto") -> Gradient:
+    def equigrad(
+        self, estimator: Estimator, batching: Batching = "auto", chunk_size: int | None = None
+    ) -> Gradient:
         """The learner of tasks, which chooses how to compute them side by side."""
         contrastive = isinstance(estimator, eg.Contrastive)
         learner = FewShotLearner(
@@ -101,6 +103,7 @@ class Job:
             solver=eg.GradientDescent(lr=LR, max_steps=self.steps),
             estimator=estimator,
             batching=batching,
+            chunk_size=chunk_size,
         )
         meta_params = learner.model.meta_params()
         return lambda: list(learner.meta_gradient(meta_params, self.batch).grads.values())

@@ -10,6 +10,7 @@ from torch import nn
 import equigrad as eg
 from equigrad.controllers import Controller
 from equigrad.testing import affine_map_case, quadratic_case, tanh_map_case
+from equigrad.vectors import relative
 from helpers import along, random_direction, slope
 
 TIGHT = eg.Anderson(tol=1e-13, max_steps=3000)
@@ -428,3 +429,31 @@ def test_the_advice_for_a_phase_that_has_not_settled_is_one_that_helps():
     plain = eg.Picard(tol=1e-3, max_steps=3000)
     assert "solver=Anderson(), more steps, or less strength" in status(plain, 0.11)
     assert "have not settled together" not in status(plain, 0.05)
+
+
+@pytest.mark.parametrize("start", ["free", "params"])
+@pytest.mark.parametrize("leak", [0.0, 0.05, 1.0])
+def test_a_controlled_phase_that_ended_early_gives_an_estimate_of_the_error(leak, start):
+    """The error against a controlled phase at rest, over four orders of magnitude."""
+    normal = torch.Generator().manual_seed(0)
+    w, b, target = (torch.randn(*s, generator=normal).double() for s in ((8, 8), (8,), (8,)))
+    meta = {"w": 0.6 * w / torch.linalg.matrix_norm(w, 2), "b": b}
+    problem = eg.FixedPoint(
+        lambda p, m: {"h": torch.tanh(m["w"] @ p["h"] + m["b"])},
+        lambda p, m: 0.5 * (p["h"] - target).square().sum(),
+    )
+    given = problem, {"h": torch.zeros(8).double()}, meta
+    estimator = eg.LeastControl(controller=eg.DynamicInversion(leak=leak), start=start)
+
+    def found(**options):
+        return eg.meta_gradient(*given, solver=eg.Picard(**options), estimator=estimator)
+
+    exact = found(tol=1e-10, max_steps=20_000)
+    assert exact.error_estimate is not None
+    assert exact.error_estimate < 1e-8
+    for steps in (4, 10, 20, 40):
+        early = found(max_steps=steps)
+        assert early.error_estimate is not None
+        wrong = relative([*early.grads.values()], [*exact.grads.values()])
+        assert 1e-10 < min(wrong, 1.0) <= 2 * early.error_estimate < max(30 * wrong, 1e-6)
+        assert ("wrong by" in early.status) == (early.error_estimate > 0.01)

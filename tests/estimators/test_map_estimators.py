@@ -29,6 +29,20 @@ def test_phantom_steps_at_rest_are_neumann_terms(build, steps, damping):
     torch.testing.assert_close(phantom, series, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("build", [affine_map_case, tanh_map_case, quadratic_case])
+@pytest.mark.parametrize("solver", [eg.Picard(max_steps=3), eg.Picard(tol=1e-2), None])
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_phantom_gradients_estimate_what_the_steps_and_the_free_phase_leave(build, solver, steps):
+    """The error against the exact gradient at rest."""
+    case = build(torch.float64)
+    _, result = grads(case, eg.PhantomGradient(steps=steps), solver)
+    wrong = case.relative_error(result.grads)
+    assert result.error_estimate is not None
+    assert wrong <= max(3 * result.error_estimate, 1e-7)
+    assert result.error_estimate <= max(10 * wrong, 1e-5)
+    assert ("wrong by" in result.status) == (result.error_estimate > 0.01)
+
+
 def test_phantom_gradients_away_from_rest_are_of_the_steps_they_take():
     """Two steps short of rest: the derivative of `L(φ_k(θ))` with φ_0 held, by differences."""
     case, estimator = tanh_map_case(torch.float64), eg.PhantomGradient(steps=3, damping=0.7)

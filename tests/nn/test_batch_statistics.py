@@ -1,10 +1,11 @@
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 import equigrad as eg
 from equigrad.nn import ReferenceStatistics
-from equigrad.nn.batch_statistics import with_statistics_of
+from equigrad.nn.batch_statistics import BatchStatistics, with_statistics_of
 
 
 def network() -> nn.Module:
@@ -68,3 +69,20 @@ def test_the_reference_itself_has_all_its_derivatives_with_constant_statistics()
 
 def test_the_reference_moves_with_the_module():
     assert ReferenceStatistics(network(), REFERENCE).float().reference.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("reference", [None, 40])
+@pytest.mark.parametrize("last", [True, False])
+def test_statistics_of_a_lowered_batch_are_not_lowered(gain, reference, last):
+    """Rounded to bfloat16, a mean near 10 would be off by up to 1/32."""
+    layer = BatchStatistics(nn.BatchNorm2d(3, affine=gain))
+    layer.reference = reference
+    x = (10.02 + torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
+    x = x.to(memory_format=torch.channels_last) if last else x
+    exact = BatchStatistics(nn.BatchNorm2d(3, affine=gain).double())
+    exact.reference = reference
+    expected = exact(x.double())
+    found = layer.normalise(x, layer.weight, layer.bias, channels_last=last)
+    rounding = 2**-8 * expected.abs().max() if found.dtype == torch.bfloat16 else 1e-5
+    assert (found - expected).abs().max() <= rounding

@@ -286,3 +286,33 @@ def test_channels_last_is_as_precise_as_other_layouts_where_it_is_differentiated
         for batching in ("grouped", "grouped channels-last")
     }
     assert errors["grouped channels-last"] < 2 * errors["grouped"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "tried"),
+    [
+        (mlp(), (3, 5, 4), [("_loop", 1), ("_grouped", 3)]),
+        (mlp(), (3, 5, 7, 4), [("_loop", 1), ("_grouped", 3), ("_vmap", 3)]),
+        (nn.LayerNorm(4), (3, 5, 4), [("_loop", 1), ("_vmap", 3)]),
+        (
+            convolutional(),
+            (3, 5, 2, 8, 8),
+            [("_loop", 1), ("_grouped", 3), ("_grouped_channels_last", 3)],
+        ),
+    ],
+)
+def test_auto_tries_the_loop_on_one_copy_and_vmap_last(model, shape, tried, monkeypatch) -> None:
+    """A loop takes its time from copy to copy; a trial of all would hold the graphs of all."""
+    seen = []
+
+    def seconds(network, batching, params, x, second_order) -> float:
+        assert {len(p) for p in params.values()} == {len(x)}
+        seen.append((batching.__name__, len(x)))
+        batching(params, x)
+        return {"_loop": 1.0}.get(batching.__name__, 2.5)  # less than three times the one
+
+    monkeypatch.setattr(SideBySide, "_seconds", seconds)
+    network = SideBySide(model, "auto")
+    network(stacked(network, 3), torch.randn(shape))
+    assert seen == tried
+    assert "_loop" not in {chosen.__name__ for chosen in network._chosen.values()}

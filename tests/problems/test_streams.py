@@ -7,7 +7,15 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 import equigrad as eg
 from equigrad.problems.streams import KEPT, DrawnBatches, moved
@@ -243,8 +251,94 @@ def test_phases_longer_than_what_is_kept_see_the_same_batches():
 def test_what_differs_when_it_is_begun_again_is_refused():
     generator = np.random.default_rng(0)
     loader = DataLoader(Points(generator.standard_normal), batch_size=4)
-    with pytest.raises(eg.ProblemError, match="inner_batches gave a different first batch when"):
+    with pytest.raises(eg.ProblemError, match="inner_batches gave another batch 0 when"):
         gradient(loader)
+
+
+class Late:
+    """Batches of which only the first is always the same."""
+
+    def __init__(self):
+        self.own = random.Random(0)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):
+        rest = list(range(4, N))
+        self.own.shuffle(rest)
+        return iter([list(range(4)), rest[:4], rest[4:]])
+
+
+class Unsorted(Late):
+    """One batch of all points, in an order that differs: its sum is the same."""
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        rest = list(range(N))
+        self.own.shuffle(rest)
+        return iter([rest])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("late", [Late, Unsorted])
+def test_batches_are_compared_each_and_sample_by_sample(late, workers):
+    loader = DataLoader(Points(), batch_sampler=late(), num_workers=workers)
+    with pytest.raises(eg.ProblemError, match=r"inner_batches gave another batch . when"):
+        gradient(loader)
+
+
+def test_workers_that_race_are_refused():
+    loader = DataLoader(Points(), batch_size=4, num_workers=2, in_order=False)
+    with pytest.raises(eg.ProblemError, match=r"its 2 workers have them ready \(in_order=False\)"):
+        gradient(loader)
+
+
+class Shards(IterableDataset):
+    """A stream in a random order, of which every worker reads its share."""
+
+    def __iter__(self):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(random.randrange(9999)))
+        share = get_worker_info()
+        first, stride = (0, 1) if share is None else (share.id, share.num_workers)
+        return (Points()[i] for i in order.tolist()[first::stride])
+
+
+SETUPS = {
+    "shuffled": lambda **o: DataLoader(
+        Points(), 4, shuffle=True, generator=torch.Generator().manual_seed(3), **o
+    ),
+    "drop_last": lambda **o: DataLoader(Points(), 4, shuffle=True, drop_last=True, **o),
+    "batch_sampler": lambda **o: DataLoader(
+        Points(), batch_sampler=BatchSampler(RandomSampler(Points()), 4, drop_last=False), **o
+    ),
+    "weighted": lambda **o: DataLoader(
+        Points(), 4, sampler=WeightedRandomSampler(torch.ones(N).tolist(), N), **o
+    ),
+    "stream": lambda **o: DataLoader(Shards(), 4, **o),
+}
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [{"num_workers": 1}, {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 3}],
+    ids=["one", "two persistent"],
+)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_loaders_with_workers_show_all_phases_the_same(setup, workers):
+    """Also beyond the batches that are kept, where a pass is begun again."""
+    loader = SETUPS[setup](**workers)
+    _, later = orders(loader)
+    assert later[1:16] == later[16:31]  # the two nudged phases
+    assert len({*later}) > 6
+    drawn = DrawnBatches(loader, "inner_batches", seed=3)
+    passes = [[b["i"].tolist() for b in map(drawn.at, range(2 * len(drawn)))] for _ in range(2)]
+    drawn.close()
+    assert passes[0] == passes[1]
+    assert passes[0][: len(drawn)] != passes[0][len(drawn) :]
+    assert loader._iterator is None
 
 
 class Short:

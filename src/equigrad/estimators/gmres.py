@@ -23,7 +23,8 @@ class GMRES(Implicit):
 
     It works for any invertible matrix A, symmetric or not, definite or not, and is exact after as
     many iterations as A has distinct eigenvalues, if it does not restart before. The basis comes
-    from Arnoldi's iteration with modified Gram-Schmidt.
+    from Arnoldi's iteration with modified Gram-Schmidt, twice. If A is symmetric, the same spaces
+    have a part of the step to rest, from which the error is estimated.
 
     Attributes:
         max_iterations: the most products to take, over all restarts.
@@ -61,10 +62,16 @@ class GMRES(Implicit):
         """Run cycles, starting at zero, each for the residual of the last one."""
         x, left, residual = torch.zeros_like(pressure), self.max_iterations, pressure
         target = self.tol * pressure.norm().item()
+        rest = linear.residual() if linear.symmetric else None
+        unsettled = None if rest is None else torch.zeros_like(pressure)
         while residual.norm().item() > target and left > 0:
-            step, taken, closed = _cycle(linear, residual, target, min(self.restart, left))
-            before, x, left = residual.norm().item(), x + step, left - taken
+            space, closed = _krylov(linear, residual, target, min(self.restart, left))
+            step, _ = space.solve(residual)
+            before, x, left = residual.norm().item(), x + step, left - space.size
             residual = pressure - linear.product(x)
+            if unsettled is not None and rest is not None:
+                step, image = space.solve(rest)
+                unsettled, rest = unsettled + step, rest - image
             if closed and residual.norm().item() > 0.5 * before:  # nothing left to find
                 share = (residual.norm() / pressure.norm()).item()
                 _refuse_singular(share, self.max_iterations - left)
@@ -76,7 +83,7 @@ class GMRES(Implicit):
                 f"{self.max_iterations - left} iterations (tol {self.tol:.2g}); raise "
                 f"max_iterations or restart"
             )
-        return Solution(x, residual)
+        return Solution(x, residual, unsettled, rest)
 
 
 def _refuse_singular(share: float, products: int) -> None:
@@ -90,35 +97,52 @@ def _refuse_singular(share: float, products: int) -> None:
         )
 
 
-def _cycle(
-    linear: Linear, residual: Tensor, target: float, iterations: int
-) -> tuple[Tensor, int, bool]:
-    """The correction in a Krylov space that makes the residual smallest.
+@dataclass(frozen=True)
+class _Space:
+    """A Krylov space, with `A basis[:, :k] = basis @ hessenberg`.
 
-    Returns:
-        The correction, the number of products, and whether the space is closed under the matrix.
+    Attributes:
+        basis: k orthonormal columns and, unless the space is closed under A, the next one.
+        hessenberg: a matrix with k columns.
     """
+
+    basis: Tensor
+    hessenberg: Tensor
+
+    @property
+    def size(self) -> int:
+        """k, the number of products that it took."""
+        return self.hessenberg.shape[1]
+
+    def solve(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The s in the space that makes `‖right - A s‖` smallest, and `A s`."""
+        weights = torch.linalg.pinv(self.hessenberg) @ (self.basis.T @ right)
+        return self.basis[:, : self.size] @ weights, self.basis @ (self.hessenberg @ weights)
+
+
+def _krylov(
+    linear: Linear, residual: Tensor, target: float, iterations: int
+) -> tuple[_Space, bool]:
+    """A space that reduces a residual to the target, and whether it is closed under the matrix."""
     size = residual.norm()
     basis = [residual / size]
-    # A basis[:k] = basis[:k+1] hessenberg[:k+1, :k]
     hessenberg = residual.new_zeros(iterations + 1, iterations)
     right = residual.new_zeros(iterations + 1)
     right[0] = size
-    weights, largest, closed = right[:0], 0.0, False
-    eps = torch.finfo(residual.dtype).eps
+    largest, eps = 0.0, torch.finfo(residual.dtype).eps
     for k in range(iterations):
         image = linear.product(basis[k])
         largest = max(largest, image.norm().item())
-        for i, vector in enumerate(basis):
-            hessenberg[i, k] = vector.dot(image)
-            image = image - hessenberg[i, k] * vector
+        for i, vector in [*enumerate(basis)] * 2:  # the second time against rounding
+            along = vector.dot(image)
+            hessenberg[i, k] += along
+            image = image - along * vector
         hessenberg[k + 1, k] = image.norm()
+        if image.norm().item() <= 10 * eps * largest or k + 1 == linear.size:
+            return _Space(torch.stack(basis, dim=1), hessenberg[: k + 1, : k + 1]), True
+        basis.append(image / hessenberg[k + 1, k])
         square = hessenberg[: k + 2, : k + 1]
         weights = torch.linalg.pinv(square) @ right[: k + 2]
-        short = (right[: k + 2] - square @ weights).norm().item()
-        closed = image.norm().item() <= 10 * eps * largest or k + 1 == linear.size
-        if closed or short <= target:
-            break
-        basis.append(image / hessenberg[k + 1, k])
-    step = torch.stack(basis[: len(weights)], dim=1) @ weights
-    return step, len(weights), closed
+        if (right[: k + 2] - square @ weights).norm().item() <= target:
+            return _Space(torch.stack(basis, dim=1), square), False
+    return _Space(torch.stack(basis, dim=1), hessenberg), False

@@ -35,7 +35,7 @@ class Implicit(Estimator):
     The residual of the linear system gives an `error_estimate` of the gradient, which the status
     reports above 1e-2. It is taken where the free phase would have come to rest by the same
     linear model, so that what it left is included (`equigrad.estimators.rest_error`). This takes
-    about eleven gradients if the residuals are small, and 25 to 35 otherwise.
+    about eleven gradients if the residuals are small, and 25 to 50 otherwise.
 
     Attributes:
         products: how to compute products with H and with the mixed derivative. `autograd`
@@ -121,7 +121,7 @@ class Implicit(Estimator):
             except DoubleBackwardError:  # only one that a regulariser spared so far
                 contrast = ContrastProducts(evaluation, free)
                 found = self.judge(evaluation, free, dataclasses.replace(solved, linear=contrast))
-            return self._error(solved.linear, found, notes)
+            return noted(found, solved.linear, type(self).__name__, self.remedy, notes)
 
         return Estimate(grads=grads, phases=(free,), judge=judge)
 
@@ -165,16 +165,25 @@ class Implicit(Estimator):
         )
         return (contrast, solution), mixed
 
-    def _error(self, linear: Linear, found: SolveError, notes: list[str]) -> float:
-        """The relative error of the gradient, with a note if it is large."""
-        error = linear.accuracy + found.relative
-        if (precision := torch.finfo(linear.leaves[0].dtype)).bits < 32:
-            error = max(error, precision.eps)
-            notes.append(
-                f"params are {linear.leaves[0].dtype}, so products with ∂r/∂φ have a relative "
-                f"error of about {precision.eps:.1g}, and the solution has this error times the "
-                f"condition number; use float32 for a more precise gradient"
-            )
-        if error > POOR:
-            notes.append(found.sentence(type(self).__name__, error, self.remedy))
-        return error
+
+def noted(found: SolveError, linear: Linear, who: str, remedy: str, notes: list[str]) -> float:
+    """The relative error of a gradient, with a note if it is large.
+
+    Args:
+        found: the error by the residuals of the linear system and of the phase.
+        linear: the products that were used.
+        who: the estimator's name.
+        remedy: advice for a poor solution, as part of a sentence.
+        notes: list to which remarks for the user are added.
+    """
+    error = linear.accuracy + found.relative
+    if (precision := torch.finfo(linear.leaves[0].dtype)).bits < 32:
+        error = max(error, precision.eps)
+        notes.append(
+            f"params are {linear.leaves[0].dtype}, so products with ∂r/∂φ have a relative "
+            f"error of about {precision.eps:.1g}, and the solution has this error times the "
+            f"condition number; use float32 for a more precise gradient"
+        )
+    if error > POOR:
+        notes.append(found.sentence(who, error, remedy))
+    return error

@@ -8,11 +8,15 @@ from torch import Tensor
 from equigrad.controllers import Controlled, Controller, DynamicInversion
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
+from equigrad.estimators.implicit import POOR
 from equigrad.estimators.linearisation import Linearisation, SecondDerivatives
 from equigrad.evaluation import Evaluation
 from equigrad.fields import Positive, Rule, require
-from equigrad.solvers import Anderson, Solver
+from equigrad.solvers import Anderson, Phase, Solver
 from equigrad.vectors import flatten
+
+SAFETY = 3.0
+"""Errors are up to about three times the share of the residual that is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,10 @@ class LeastControl(Estimator):
     comparable between all b. Without a leak b is infinite, and ∇_θ is the gradient of `½‖ψ*‖²`
     itself; the outer loss must then have a minimum, or the tolerance of the phase determines φ* and
     ∇_θ. docs/least-control.md has the derivations.
+
+    The `error_estimate` is three times the share of its first residual that the controlled phase
+    has left. It is the error as a gradient of that minimum, without the O(b), and too low where
+    curvatures differ by orders of magnitude.
 
     Attributes:
         controller: `DynamicInversion`, `EnergyInversion` or `LinearFeedback`.
@@ -131,20 +139,27 @@ class LeastControl(Estimator):
         mixed = self._mixed(evaluation, controlled, who)
         grads = {n: direct[n] + m if controller.relaxed else m for n, m in mixed.items()}
         grads |= controller.lessons(evaluation, solver, free or settled)
+        error, used = _left(settled.phase), controller.solver or solver
+        mend = "" if isinstance(used, Anderson) else "solver=Anderson(), "
+        mend = f"give the controller {mend}more steps, or less strength (gain, proportional)"
         if settled.phase.failed:
-            used = controller.solver or solver
-            other = "" if isinstance(used, Anderson) else "solver=Anderson(), "
             evaluation.tally.note(
                 f"learner and controller have not settled together, so the gradient may be far "
-                f"off: give the controller {other}more steps, or less strength (gain, proportional)"
+                f"off: {mend}"
+            )
+        elif error > POOR:
+            evaluation.tally.note(
+                f"the controlled phase ended before rest, with a residual of "
+                f"{settled.phase.residual:.2g} after {settled.phase.start_residual:.2g} at its "
+                f"start, so the gradient is wrong by about {error:.1g} of its size: {mend}"
             )
         if free is None:
             evaluation.tally.note(
                 "params and outer_loss are those of the controlled phase, because there was no "
                 "free phase"
             )
-            return Estimate(grads=grads, phases=(settled,))
-        return Estimate(grads=grads, phases=(free, settled))
+        phases = (settled,) if free is None else (free, settled)
+        return Estimate(grads=grads, phases=phases, error_estimate=error)
 
     def _mixed(self, evaluation: Evaluation, controlled: Controlled, who: str) -> dict[str, Tensor]:
         """`-(∂_θ velocity)ᵀ ψ`, by name of the meta-parameter."""
@@ -159,3 +174,10 @@ class LeastControl(Estimator):
         weight = 0.5 / self.difference
         # the velocity does not contain the outer loss's contribution by β
         return evaluation.contrast(sides, [weight, -weight], direct={})
+
+
+def _left(phase: Phase) -> float:
+    """Three times the share of its first residual that a phase has left, at most one."""
+    if phase.diverged:
+        return 1.0
+    return min(SAFETY * phase.residual / phase.start_residual, 1.0) if phase.residual else 0.0

@@ -37,12 +37,12 @@ def rest_error(evaluation: Evaluation, free: Settled, solved: Solved) -> SolveEr
         G' = ∂L_out/∂θ - (∂r/∂θ)ᵀ x'  at φ',    error ≈ ‖∇_θ - G'‖ / ‖G'‖
 
     The step to φ' is that of Newton's method: exact where the residual is linear in φ. Conjugate
-    gradients have its part in the space of their own directions for one inner product a step; an
-    exact solve or Nyström's has it from the same matrix; for others, it takes six products. The
-    bracket contains what the solver has left over as well as what the step adds to it. As in
-    `solve_error`, δ is rough at first, and takes six products where the error is above 1e-5; the
-    larger of the two errors counts. If the step is of rounding's size, only the solver's own
-    residual is looked at.
+    gradients and, if the matrix is symmetric, GMRES have its part in their own Krylov space without
+    a product, and take up to four for the rest; an exact solve or Nyström's has it from the same
+    matrix; for others, it takes up to twelve. The bracket contains what the solver has left over as
+    well as what the step adds to it. As in `solve_error`, δ is rough at first, and takes six
+    products where the error is above 1e-5; the larger of the two errors counts. If the step is of
+    rounding's size, only the solver's own residual is looked at.
 
     Args:
         evaluation: evaluates the losses.

@@ -23,6 +23,9 @@ PRODUCTS = 6
 FEW = 4
 """The same where most of the answer is known."""
 
+MANY = 12
+"""The same for a step to rest of which the solver knows nothing, which decides what is seen."""
+
 EXACT = 100.0
 """A residual of at most this many rounding errors is taken to be exact."""
 
@@ -165,7 +168,7 @@ def newton_step(linear: Linear, solution: Solution, least: float) -> Tensor:
     left = linear.residual() if solution.unsettled is None else solution.elsewhere
     step = solution.unsettled
     if left is not None and left.norm().item() > least:
-        most = PRODUCTS if step is None else FEW
+        most = MANY if step is None else FEW
         rest, short = correction(linear, left, most, transposed=True)
         rest = (1 + 2 * short) * rest
         step = rest if step is None else step + rest

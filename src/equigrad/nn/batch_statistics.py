@@ -56,7 +56,8 @@ class BatchStatistics(nn.Module):
 
         On a CPU torch's kernel for images with channels last adds them up in their order, with 3 to
         20 times the rounding of other layouts. If it is differentiated twice, it is also slower
-        than the formula, which is then used.
+        than the formula, which is then used. Statistics are in float32 at least, also of a batch
+        that autocast has lowered; the kernel computes them in the precision of the gain.
 
         Args:
             x: the batch.
@@ -64,7 +65,10 @@ class BatchStatistics(nn.Module):
             shift: one summand for each channel.
             channels_last: whether this is the layout of the batch.
         """
-        if self.reference is None and not (self.twice and channels_last):
+        kernel = self.reference is None and not (self.twice and channels_last)
+        if gain is None or not kernel:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if kernel:
             return batch_norm(x, None, None, gain, shift, training=True, eps=self.eps)
         each = [0, *range(2, x.ndim)]
         known = x[: self.reference].detach() if self.constant else x[: self.reference]

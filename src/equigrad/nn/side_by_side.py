@@ -132,24 +132,27 @@ class SideBySide:
     ) -> Callable[[Params, Tensor], Tensor]:
         batchings: dict[str, Callable[[Params, Tensor], Tensor]] = {
             "loop": self._loop,
-            "vmap": self._vmap,
             "grouped": self._grouped,
             "grouped channels-last": self._grouped_channels_last,
+            "vmap": self._vmap,
         }
         if self.batching != "auto":
             return batchings[self.batching]
         learning = tuple(p.requires_grad and torch.is_grad_enabled() for p in params.values())
         mode = (self._reference, second_order, self._one.model.training)
-        key = (x.shape, x.dtype, x.device, learning, mode)
+        lower = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if lower else x.dtype
+        key = (x.shape, dtype, x.device, learning, mode)
         if key not in self._chosen:
-            if self._layers is None or x.ndim != 5:
-                del batchings["grouped channels-last"]
-            if self._layers is None:
-                del batchings["grouped"]
-            seconds = {"loop": self._seconds(self._loop, params, x, second_order)}
-            for name, batching in list(batchings.items())[1:]:
+            # of the loop one copy tells enough, and takes no memory that the others cannot reuse
+            one = {name: p[:1] for name, p in params.items()}
+            seconds = {"loop": len(x) * self._seconds(self._loop, one, x[:1], second_order)}
+            groups = ["grouped", "grouped channels-last"][: 1 + (x.ndim == 5)]
+            for name in (*(groups if self._layers is not None else ()), "vmap"):
+                if name == "vmap" and len(seconds) > 1:
+                    break  # vmap makes groups of convolutions, too, in more time and memory
                 try:
-                    seconds[name] = self._seconds(batching, params, x, second_order)
+                    seconds[name] = self._seconds(batchings[name], params, x, second_order)
                 except (ConfigurationError, RuntimeError):  # the loop has shown that x is fine
                     continue
             fastest = min(seconds, key=lambda name: seconds[name])

@@ -46,7 +46,8 @@ class DrawnBatches(Sequence[Any]):
         device: device that tensors in batches are moved to; None to leave them where they are.
 
     Raises:
-        ProblemError: in a draw, if there are no batches, fewer than the loader's length, or others
+        ProblemError: workers give batches in the order in which they are ready; in a draw, if
+            there are no batches, fewer than the loader's length, or others
             when a pass is started again.
     """
 
@@ -54,6 +55,7 @@ class DrawnBatches(Sequence[Any]):
         self, loader: Iterable[Any], name: str, seed: int, device: torch.device | None = None
     ) -> None:
         if isinstance(loader, DataLoader):  # others may be using the original's workers
+            _refuse_race(name, loader)
             loader = copy.copy(loader)
         self._loader, self._name, self._seed, self._device = loader, name, seed, device
         self._parts = _parts(loader)
@@ -69,7 +71,7 @@ class DrawnBatches(Sequence[Any]):
         self._batch: Any = None
         self._kept: dict[int, Any] = {}
         self._keep_from: int | None = None
-        self._firsts: dict[int, list[Any]] = {}
+        self._seen: dict[tuple[int, int], int] = {}
         for generator in self._generators:
             self._back.callback(generator.set_state, generator.get_state())
         for part in self._parts:
@@ -147,16 +149,15 @@ class DrawnBatches(Sequence[Any]):
             batch = next(self._iterator, _END)
         if batch is _END:
             return _END
-        if self._next == 0:
-            found = _fingerprint(batch)
-            if self._firsts.setdefault(self._pass, found) != found:
-                raise ProblemError(
-                    f"{self._name} gave a different first batch when it was iterated over again, "
-                    f"and phases can only be compared if they see the same data. Either it "
-                    f"continues from where it stopped instead of starting again, or it draws "
-                    f"random numbers that equigrad cannot seed: it seeds the global generators of "
-                    f"torch, Python and numpy, and the loader's own .generator"
-                )
+        place, found = (self._pass, self._next), hash(str(_fingerprint(batch)))
+        if self._seen.setdefault(place, found) != found:
+            raise ProblemError(
+                f"{self._name} gave another batch {self._next} when it was iterated over again, "
+                f"and phases can only be compared if they see the same data. Either it "
+                f"continues from where it stopped instead of starting again, or it draws "
+                f"random numbers that equigrad cannot seed: it seeds the global generators of "
+                f"torch, Python and numpy, and the loader's own .generator"
+            )
         self._next += 1
         return batch
 
@@ -166,6 +167,15 @@ class DrawnBatches(Sequence[Any]):
 
 
 _END = object()
+
+
+def _refuse_race(name: str, loader: DataLoader[Any]) -> None:
+    """Raise a `ProblemError` if the order of batches depends on which worker is faster."""
+    if loader.num_workers > 1 and not getattr(loader, "in_order", True):
+        raise ProblemError(
+            f"{name} gives batches in the order in which its {loader.num_workers} workers have "
+            f"them ready (in_order=False), which differs from phase to phase. Leave in_order out"
+        )
 
 
 def moved(batch: Any, device: torch.device | None) -> Any:
@@ -208,13 +218,16 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _fingerprint(batch: Any) -> list[Any]:
-    """Shapes and sums of a batch's tensors, to tell whether two batches are the same."""
+    """Shapes and sums of a batch's samples, to tell whether two batches are the same."""
     if isinstance(batch, Tensor):
-        values = batch.detach()
-        total = values.sum(dtype=None if values.is_complex() else torch.float64)
-        return [tuple(batch.shape), str(total.item())]
+        rows = batch.detach().reshape(len(batch) if batch.dim() else 1, -1)
+        dtype = None if rows.is_complex() else torch.float64
+        return [tuple(batch.shape), rows.sum(dim=1, dtype=dtype).tolist()]
     if isinstance(batch, Mapping):
         return [item for value in batch.values() for item in _fingerprint(value)]
     if isinstance(batch, list | tuple):
         return [item for value in batch for item in _fingerprint(value)]
-    return [batch] if isinstance(batch, int | float | str) else []
+    if isinstance(batch, int | float | str):
+        return [batch]
+    tensors = [v for v in getattr(batch, "__dict__", {}).values() if isinstance(v, Tensor)]
+    return _fingerprint(tensors) if tensors else []

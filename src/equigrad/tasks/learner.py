@@ -289,7 +289,8 @@ class _SummedLoss:
         learner, (x, y, reference) = self.made_by, batch
         weights = learner.model.weights(params, meta_params)
         outputs = learner.network(weights, x, reference=reference, second_order=self.second_order)
-        losses = vmap(self.loss)(outputs[:, reference:], y)
+        dtype = next(iter(params.values())).dtype  # autocast gives outputs in a lower precision
+        losses = vmap(self.loss)(outputs[:, reference:].to(dtype), y)
         if losses.ndim != 1:
             raise ProblemError(
                 f"loss must return a scalar for each task (the mean over its examples), got shape "

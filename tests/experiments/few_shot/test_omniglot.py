@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import equigrad as eg
 from equigrad.errors import ConfigurationError, DataError, RunError
@@ -264,6 +265,64 @@ def test_weight_decay_shrinks_what_tasks_share_by_its_share_of_a_step(strokes):
     )
     for name, there in plain.items():
         torch.testing.assert_close(decayed[name], there - 0.1 * 0.5 * start[name])
+
+
+@pytest.mark.parametrize("nudge", ["loss", "force"])
+@pytest.mark.parametrize(
+    ("method", "least"), [("contrastive-modulation", 0.9), ("contrastive-synaptic", 0.7)]
+)
+def test_in_bf16_products_are_lowered_and_nothing_else(strokes, method, least, nudge):
+    """A relative rounding error of 2⁻⁸, which β divides: it is seen, and no more."""
+    config = replace(Omniglot.preset(scale="smoke", method=method), threads=1, filters=16)
+    config = replace(config, estimator=replace(config.estimator, nudge=nudge))
+    trainer = MetaTrainer(replace(config, precision="bf16"))
+    seen = set()
+
+    def loss(outputs, targets):
+        seen.add(outputs.dtype)
+        return cross_entropy(outputs, targets)
+
+    theta = trainer.learner.model.meta_params()
+    batch = trainer.tasks.train.sample(4, 0)
+    learner = replace(trainer.learner, loss=loss)
+    plain = learner.meta_gradient(theta, batch)
+    with trainer.precision():
+        lowered = learner.meta_gradient(theta, batch)
+    assert seen == {torch.float32}
+    assert {t.dtype for r in (lowered.grads, lowered.params) for t in r.values()} == seen
+    one, other = (torch.cat([g.flatten() for g in r.grads.values()]) for r in (plain, lowered))
+    cosine = torch.cosine_similarity(one, other, dim=0).item()
+    assert least < cosine < 1 - 1e-5
+
+
+def test_a_run_has_its_precision_and_does_not_go_on_in_another(strokes, tmp_path, monkeypatch):
+    lowered = []
+    judge = MetaTrainer.judge
+    monkeypatch.setattr(
+        MetaTrainer,
+        "judge",
+        lambda *a: lowered.append(torch.is_autocast_enabled("cpu")) or judge(*a),
+    )
+    config, quiet = smoke(precision="bf16"), Console(quiet=True)
+    meta_train(config, tmp_path / "run", resume=False, console=quiet)
+    assert set(lowered) == {True}
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(RunError, match=r"precision: there 'bf16', here 'float32'"):
+        meta_train(smoke(), tmp_path / "run", resume=True, console=quiet)
+
+
+@pytest.mark.usefixtures("strokes")
+def test_a_precision_that_does_nothing_is_named():
+    if not torch.cuda.is_available():
+        assert "tf32 does nothing on a cpu" in MetaTrainer(smoke(precision="tf32")).notes()[-1]
+    assert "precision bf16 (float32)" in MetaTrainer(smoke(precision="bf16")).notes()[0]
+    with pytest.raises(ConfigurationError, match=r"precision 'bf16' .* dtype is 'float64'"):
+        smoke(precision="bf16", dtype="float64")
+
+
+def test_all_cells_of_table_2_have_its_precision():
+    table = replace(Table2.preset(scale="smoke"), precision="bf16")
+    assert {table.experiment(*cell).precision for cell in table.cells()} == {"bf16"}
 
 
 @pytest.mark.usefixtures("strokes")

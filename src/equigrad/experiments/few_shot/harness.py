@@ -18,7 +18,7 @@ from equigrad.estimators import (
 from equigrad.experiments.few_shot.methods import FEW_SHOT_METHODS, FewShotMethodName
 from equigrad.experiments.runs.experiment import Training, one_of
 from equigrad.experiments.runs.model import restored, saved_model
-from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative
+from equigrad.fields import Count, CountFrom0, CountFrom2, NotNegative, require
 from equigrad.nn import LearnedRates
 from equigrad.nn.side_by_side import Batching
 from equigrad.problems import Params
@@ -29,6 +29,7 @@ from equigrad.training import (
     pick_dtype,
 )
 from equigrad.training.few_shot import Metric
+from equigrad.training.precision import Precision
 from equigrad.training.strengths import with_nudged
 
 if TYPE_CHECKING:
@@ -138,7 +139,18 @@ class FewShot(Training):
     batching: Batching
     """How networks are computed side by side; `auto` measures, so that rounding may differ."""
 
+    precision: Precision = "float32"
+    """Of products and convolutions: `tf32` on CUDA alone; `bf16` keeps φ, θ and losses float32."""
+
     checkpoint_every: Count = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.precision == "float32" or self.dtype == "float32",
+            f"precision {self.precision!r} is a way to multiply float32 tensors, and dtype is "
+            f"{self.dtype!r}; use dtype float32, or leave precision as it is",
+        )
 
     @property
     def kind(self) -> type[Estimator]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from equigrad.tasks import TaskSampler
 from equigrad.tasks.learner import Statistics
 from equigrad.training import Callback, OuterState, pick_device, pick_dtype
 from equigrad.training.few_shot import Score, chosen, judge, learn_tasks
+from equigrad.training.precision import computing_in
 
 
 class MetaTrainer(Trainer[FewShot]):
@@ -34,11 +36,12 @@ class MetaTrainer(Trainer[FewShot]):
         tasks: where tasks come from.
         learner: the few-shot learner in meta-training.
         tested: the few-shot learner in validation and test.
+        device: the device that all is computed on.
     """
 
     def __init__(self, config: FewShot) -> None:
         device, dtype = pick_device(config.device), pick_dtype(config.dtype)
-        self.config = config
+        self.config, self.device = config, device
         self.score = config.score
         self.tasks = config.sources(device, dtype)
         self.digest = self.tasks.digest
@@ -48,12 +51,23 @@ class MetaTrainer(Trainer[FewShot]):
         self.learner = config.learner(network.to(device, dtype))
         self.tested = config.as_tested(self.learner)
 
+    def precision(self) -> AbstractContextManager[None]:
+        """A context in which products and convolutions have the precision of the settings."""
+        return computing_in(self.config.precision, self.device)
+
+    def notes(self) -> list[str]:
+        """Notes for readers of the results: those of the experiment, and of the device."""
+        if self.config.precision != "tf32" or self.device.type == "cuda":
+            return list(self.config.notes())
+        idle = f"precision tf32 does nothing on a {self.device.type}, which computes in float32"
+        return [*self.config.notes(), idle]
+
     def learn(self, callbacks: Sequence[Callback] = ()) -> OuterState:
         """Meta-train; with the method `scratch`, nothing is meta-trained."""
         config = self.config
         meta_params = self.learner.model.meta_params()
         watched = self.tasks.validation is not None
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.precision():
             torch.manual_seed(config.seed)
             return learn_tasks(
                 self.learner,
@@ -99,8 +113,7 @@ class MetaTrainer(Trainer[FewShot]):
 
     def finish(self, state: OuterState, folder: Path, console: Console) -> dict[str, Any]:
         """Save the learner, test it, and draw the experiment's figures."""
-        config = self.config
-        meta_params = chosen(state)
+        config, meta_params = self.config, chosen(state)
         save_model(
             folder,
             TASK_LEARNER,
@@ -110,14 +123,15 @@ class MetaTrainer(Trainer[FewShot]):
             meta_params=meta_params,
         )
         began = time.perf_counter()
-        metrics = self.metrics(state, self.test(meta_params))
-        test_seconds = time.perf_counter() - began
-        config.draw(self, meta_params, folder)
+        with self.precision():
+            metrics = self.metrics(state, self.test(meta_params))
+            test_seconds = time.perf_counter() - began
+            config.draw(self, meta_params, folder)
         return {
             "metrics": metrics,
             "paper": config.published(),
             "tasks": self.tasks.note,
-            "notes": list(config.notes()),
+            "notes": self.notes(),
             "test_seconds": test_seconds,
         }
 
@@ -144,7 +158,7 @@ def meta_train(config: FewShot, out: Path, *, resume: bool, console: Console) ->
     torch.set_num_threads(config.threads)
     trainer = MetaTrainer(config)
     directory = RunDirectory(out, config, resume=resume)
-    for line in (trainer.tasks.note, *config.notes()):
+    for line in (trainer.tasks.note, *trainer.notes()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     metrics = trainer.learned(directory, resume=resume, console=console)
     console.print(metrics_table(config, metrics))

@@ -20,6 +20,7 @@ from equigrad.experiments.runs.formats import NOT_RUN, average
 from equigrad.experiments.runs.reproduction import ByRuns, Cell
 from equigrad.experiments.runs.run_directory import RunDirectory
 from equigrad.fields import DIFFERENT, Count, Positive
+from equigrad.training.precision import Precision
 
 Spread = tuple[float, float]
 
@@ -105,6 +106,9 @@ class Table2(ByRuns):
     minutes: Positive | None = 12.0
     """Minutes of meta-training of each cell, the same for all methods; None to use their steps."""
 
+    precision: Precision = "float32"
+    """Of products and convolutions, in the runs of all cells."""
+
     nudge: Literal["loss", "force"] | None = None
     """The nudge of the contrastive rule; None for that of the scale. The paper's is `loss`."""
 
@@ -149,7 +153,8 @@ class Table2(ByRuns):
         rule = preset.estimator
         if self.nudge is not None and isinstance(rule, Contrastive):
             preset = replace(preset, estimator=replace(rule, nudge=self.nudge))
-        return self.placed(preset, seed=seed, split=split, minutes=self.minutes)
+        changes: dict[str, Any] = {"minutes": self.minutes, "precision": self.precision}
+        return self.placed(preset, seed=seed, split=split, **changes)
 
     def run(self, config: Omniglot, directory: RunDirectory, console: Console) -> None:
         """Meta-train and test."""
