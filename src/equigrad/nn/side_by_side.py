@@ -16,6 +16,9 @@ from equigrad.nn.batch_statistics import BatchStatistics, with_batch_statistics
 from equigrad.nn.functional import Functional
 from equigrad.problems import Params
 
+Layout = torch.memory_format | None
+"""The memory format of images that are convolved; None for the one that they have."""
+
 WORTH = 0.85
 """Share of the loop's time that another batching must stay below for `auto` to choose it.
 
@@ -34,7 +37,7 @@ class SideBySide:
     - `vmap`: all at once by `torch.func.vmap`, whatever the module.
     - `grouped`: the copies' channels side by side as groups of one wide network, for a
       `Sequential` of convolutions, linear layers, batch normalisation, pooling and activations;
-      `grouped channels-last` lays images out with channels last.
+      `grouped channels-last` lays images out with channels last where a convolution has groups.
     - `auto`: the fastest one, by a short measurement for every new combination of shapes.
       Since timings decide, two runs can differ by rounding. A batching that the module does not
       allow is not chosen; LSTMs and branches on values, for example, do not allow `vmap`.
@@ -221,9 +224,7 @@ class SideBySide:
         x = x.transpose(0, 1).reshape(n, -1, *x.shape[3:])
         for prefix, layer in self._layers:
             own = {name: params[prefix + name] for name, _ in layer.named_parameters()}
-            if memory_format is not None and x.ndim == 4:
-                x = x.contiguous(memory_format=memory_format)
-            x = _BESIDE[type(layer)](layer, own, x, tasks)
+            x = _BESIDE[type(layer)](layer, own, x, tasks, memory_format)
         return x.reshape(n, tasks, -1, *x.shape[2:]).transpose(0, 1)
 
     def _grouped_channels_last(self, params: Params, x: Tensor) -> Tensor:
@@ -264,11 +265,15 @@ def _plain(layer: nn.Module) -> bool:
     return getattr(layer, "padding_mode", "zeros") == "zeros" and not hooked
 
 
-def _as_is(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+def _as_is(
+    layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int, layout: Layout
+) -> Tensor:
     return layer(x)  # channel by channel
 
 
-def _norm(layer: BatchStatistics, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+def _norm(
+    layer: BatchStatistics, own: Mapping[str, Tensor], x: Tensor, tasks: int, layout: Layout
+) -> Tensor:
     wide = {name: p.reshape(-1) for name, p in own.items()}
     last = _channels_last(x)
     return layer.normalise(x, wide.get("weight"), wide.get("bias"), channels_last=last)
@@ -278,7 +283,9 @@ def _channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _linear(layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+def _linear(
+    layer: nn.Linear, own: Mapping[str, Tensor], x: Tensor, tasks: int, layout: Layout
+) -> Tensor:
     if x.ndim != 2:
         raise ConfigurationError(
             f"batching='grouped' supports linear layers whose input has the shape n × features, "
@@ -298,21 +305,24 @@ def _dense(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _convolution(
     convolve: Callable[..., Tensor],
-) -> Callable[[nn.Module, Mapping[str, Tensor], Tensor, int], Tensor]:
-    def beside(layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int) -> Tensor:
+) -> Callable[[nn.Module, Mapping[str, Tensor], Tensor, int, Layout], Tensor]:
+    def beside(
+        layer: nn.Module, own: Mapping[str, Tensor], x: Tensor, tasks: int, layout: Layout
+    ) -> Tensor:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        last = _channels_last(x)
         shared = tasks > 1 and all(p.stride(0) == 0 for p in own.values())
-        if shared:  # an ordinary convolution of tasks · n images is faster than one in groups
+        # an ordinary convolution of tasks · n images is faster than one in groups; its images are a
+        # view of the wide ones as they lie, but with channels last they would be copies, both ways
+        if shared:
             convolved = [p[0] for p in own.values()]
             inputs, groups = x.reshape(len(x) * tasks, -1, *x.shape[2:]), layer.groups
         else:
             convolved = [p.flatten(0, 1) for p in own.values()]
             inputs, groups = x, tasks * layer.groups
         weight, bias = convolved[0], convolved[1] if len(convolved) > 1 else None
-        if last:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if layout is not None and x.ndim == 4 and not shared:
+            weight = weight.contiguous(memory_format=layout)
+            inputs = inputs.contiguous(memory_format=layout)
         out = convolve(
             inputs,
             weight,
