@@ -1,8 +1,12 @@
 """Every wrong argument of the core gets a clear error that names the value and the remedy."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 import equigrad as eg
 
@@ -146,3 +150,86 @@ def test_a_gradient_that_is_exactly_zero_is_named():
 def test_params_that_no_loss_uses_are_named():
     result = call(params={**W, "idle": torch.ones(1)})
     assert "neither loss depends on params 'idle'" in result.status
+
+
+def loss_of(net):
+    x = torch.linspace(-1, 1, 12).view(4, 3).double()
+    inner = lambda p, m: net(p, x).square().mean() + m["c"] * p["a.weight"].square().sum()  # noqa: E731
+    return eg.Bilevel(inner, lambda p, m: (net(p, x) - 1).square().mean())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 3, bias=False).double()
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+C64 = {"c": torch.tensor(0.1).double()}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_parameter_under_two_names_is_refused(tie):
+    net = Two()
+    net.b.weight = net.a.weight
+    problem = loss_of(lambda p, x: functional_call(net, p, (x,), tie_weights=tie))
+    both = dict(net.named_parameters(remove_duplicate=False))
+    with pytest.raises(eg.ProblemError, match=r"'a.weight' and 'b.weight' are one parameter"):
+        eg.meta_gradient(problem, both, C64, solver=SOLVER)
+    values = {n: p.detach() for n, p in both.items()}  # a start that several params have in common
+    if not tie:
+        eg.meta_gradient(problem, values, C64, solver=SOLVER)
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda f: torch.func.vmap(f)(torch.tensor([0.1, 0.2])),
+        lambda f: torch.func.grad(f)(torch.tensor(0.1)),
+        lambda f: torch.func.jvp(f, (torch.tensor(0.1),), (torch.tensor(1.0),)),
+    ],
+)
+@pytest.mark.parametrize("call", [eg.meta_gradient, eg.settle])
+def test_transforms_of_torch_func_around_a_call_are_refused(within, call):
+    problem = eg.Bilevel(inner, outer)
+    with pytest.raises(eg.ProblemError, match=r"inside of a transform of torch.func"):
+        within(lambda c: call(problem, W, {"c": c.expand(2)}, solver=SOLVER))
+
+
+@pytest.mark.parametrize("where", ["params", "meta_params"])
+def test_a_tangent_is_refused(where):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        given: Any = {"params": W, "meta_params": C, where: {"w": dual, "c": dual}}
+        with pytest.raises(eg.ProblemError, match=r"has a tangent"):
+            call(**given)
+
+
+@pytest.mark.parametrize("given", ["parameters", "copies"])
+def test_hooks_on_params_are_named(given):
+    net = Two()
+    plain = loss_of(lambda p, x: functional_call(net, p, (x,)))
+    params = dict(net.named_parameters())
+    if given == "copies":
+        params = {n: p.detach().clone() for n, p in params.items()}
+    assert "hooks" not in eg.meta_gradient(plain, params, C64, solver=SOLVER).status
+    net.a.weight.register_hook(torch.zeros_like)
+    found = eg.meta_gradient(plain, params, C64, solver=SOLVER)
+    assert "params 'a.weight' have backward hooks (register_hook), which are not" in found.status
+
+
+def test_a_graph_that_is_kept_from_call_to_call_is_named():
+    class Mean(Two):
+        mean = torch.zeros(3).double()
+
+        def forward(self, x):
+            h = super().forward(x)
+            self.mean = 0.9 * self.mean + 0.1 * h.mean(0)
+            return h - self.mean
+
+    net = eg.nn.Functional(Mean())
+    with pytest.raises(eg.ProblemError, match=r"graph of an earlier call.*the .detach\(\) of it"):
+        eg.meta_gradient(loss_of(net), net.params(), C64, solver=SOLVER)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad.buffers import find_modules
 from equigrad.diagnostics.first_look import first_look
-from equigrad.diagnostics.own_weights import checkpoints_named
+from equigrad.diagnostics.own_weights import backward_explained
 from equigrad.diagnostics.rest import not_at_rest
 from equigrad.equilibrium import KNOWN_BY_ITS_COTANGENT, Equilibrium, LinearLoss
 from equigrad.errors import ConfigurationError, ProblemError, SettlingWarning
@@ -248,7 +248,7 @@ class _Call:
         report = _Report()
         with (
             torch.inference_mode(False),
-            checkpoints_named(),
+            backward_explained(),
             Evaluation(made, begin, learned or floats, solver=self.solver) as evaluation,
         ):
             equilibrium = self._equilibrium(evaluation, sources, report)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equigrad import diagnostics, solvers
 from equigrad.diagnostics.first_look import first_look
-from equigrad.diagnostics.own_weights import checkpoints_named
+from equigrad.diagnostics.own_weights import backward_explained
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.estimators import Contrastive, Estimator
 from equigrad.evaluation import FOR_MAPS, NO_STEP_SIZE, Evaluation
@@ -78,7 +78,7 @@ def settle(problem: Problem, params: Params, meta_params: Params, *, solver: Sol
         check_settings(solver, problem)
     problem.ranks.require_same(solver=solver)
     with (
-        checkpoints_named(),
+        backward_explained(),
         Evaluation(problem, params, meta_params, solver=solver) as evaluation,
     ):
         with _explaining(evaluation):
@@ -185,7 +185,7 @@ def meta_gradient(
         previous=previous is not None,
     )
     with (
-        checkpoints_named(),
+        backward_explained(),
         Evaluation(problem, params, meta_params, end, seed, solver, before) as evaluation,
     ):
         result = estimated(evaluation, solver, estimator, first=True)

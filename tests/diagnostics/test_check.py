@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import equigrad as eg
-from equigrad.testing import CASES, MAP_CASES, Quadratic, start_case
+from equigrad.testing import CASES, MAP_CASES, Quadratic, logistic_case, start_case
 from helpers import call_main
 
 
@@ -55,6 +55,20 @@ def test_what_is_wrong_is_found(quadratic, steps, estimator, advice):
 def test_beta_too_small_for_float32():
     found = check(Quadratic(dtype=torch.float32), 400, eg.Contrastive(beta=1e-5))
     assert any("too small for torch.float32" in sentence for sentence in found.advice)
+
+
+def test_beta_too_small_is_known_by_the_rounding_where_halving_it_says_otherwise():
+    """Logistic regression, where half of this β has a smaller error by chance."""
+    case = logistic_case(torch.float32)
+    found = eg.check_meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=case.solver,
+        estimator=eg.Contrastive(beta=1e-7),
+        rtol=1e-4,
+    )
+    assert "is too small for torch.float32" in found.advice[0]
 
 
 @pytest.mark.parametrize("build", [*CASES, *MAP_CASES], ids=lambda build: build.__name__)

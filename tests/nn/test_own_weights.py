@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear, mse_loss
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -191,3 +191,18 @@ def test_reentrant_checkpoints_are_named():
     net = eg.nn.Functional(made(Reentrant))
     with pytest.raises(eg.ProblemError, match="use_reentrant=False"):
         gradient(net, net.params(), eg.Contrastive())
+
+
+def test_a_penalty_on_gradients_by_torch_func_is_a_loss_like_any_other():
+    """The module is called inside of a transform, where its own weights cannot be shifted."""
+    net = made(Tied)
+
+    def slopes(call, p, x):
+        return call(p, x) + vmap(grad(lambda one: call(p, one[None]).sum()))(x).square().mean()
+
+    params = away({n: p.detach() for n, p in net.named_parameters()})
+    found = [
+        gradient(lambda p, x, call=call: slopes(call, p, x), params, eg.Contrastive())
+        for call in (lambda p, x: functional_call(net, p, (x,)), eg.nn.Functional(net))
+    ]
+    torch.testing.assert_close(found[0].grads, found[1].grads, rtol=1e-9, atol=1e-12)

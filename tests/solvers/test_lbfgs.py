@@ -169,3 +169,18 @@ def test_a_tolerance_below_what_float32_resolves_ends_soon(build):
     assert phase.outcome == "stalled" or phase.residual == 0
     assert phase.residual < 1e-6
     assert result.gradient_evaluations < 1000  # 20 a line search, for 30 iterations at the floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_params_of_sixteen_bits(dtype):
+    """Matrix factorisations have none; the moves do."""
+    curvature = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=dtype)
+    settled = minimise(
+        lambda x: 0.5 * (curvature * (x - 1).square()).sum(),
+        torch.zeros(4, dtype=dtype),
+        tol=0.02,
+        max_steps=50,
+    )
+    assert settled.phase.outcome == "converged"
+    assert settled.params["x"].dtype == dtype
+    assert (settled.params["x"] - 1).abs().max() < 0.05

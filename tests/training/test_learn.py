@@ -160,6 +160,16 @@ def test_json_lines_hold_each_step_once(tmp_path):
     assert {"outer_loss", "residual", "gradient_evaluations", "status"} <= rows[0].keys()
 
 
+def test_rows_say_whether_a_status_has_more_than_the_phase():
+    """That a phase ran its steps is none; that its gradient is far off is."""
+    (well,) = go(steps=1, max_steps=400).history
+    (ill,) = go(steps=1, max_steps=2).history
+    assert "uneasy" not in well, well["status"]
+    assert str(well["status"]).startswith("stopped")
+    assert ill["uneasy"], ill["status"]
+    assert "estimated error" in str(ill["status"])
+
+
 def test_tensorboard_events_hold_the_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     state = go(callbacks=[TensorBoard(tmp_path)], evaluate=lambda p: {"size": 3.5})

@@ -8,6 +8,7 @@ from torch import Tensor
 from equigrad.diagnostics.references import UNSETTLED, ratio
 from equigrad.diagnostics.verdict import Check
 from equigrad.estimators import Contrastive, Estimator
+from equigrad.estimators.contrast_error import TOO_SMALL
 from equigrad.solvers import Phase
 
 PARALLEL = 0.999
@@ -114,11 +115,11 @@ def _nudge(evidence: Evidence) -> Iterator[str]:
         return
     free, *nudged = check.result.phases
     change = f"halving it changes the error to {half:.2g}"
-    coarse = "too small for" in check.result.status
+    coarse = TOO_SMALL in check.result.status
     if coarse or half > 1.2 * check.relative_error:
         dtype = next(iter(check.result.grads.values())).dtype
         yield (
-            f"β = {estimator.beta:g} is too small for {dtype}, or for phases that have not "
+            f"β = {estimator.beta:g} {TOO_SMALL} {dtype}, or for phases that have not "
             f"settled: {change}. Raise beta, settle longer, or use torch.float64"
         )
     elif half < 0.8 * check.relative_error:

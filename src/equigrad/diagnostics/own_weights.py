@@ -96,7 +96,10 @@ class OwnWeights:
             self._within = module
             self.names += [n for n, own in found if id(own) not in self._replaced]
             self._replaced.update((id(own), own) for _, own in found)
-            self._shift([own for _, own in found])
+            try:
+                self._shift([own for _, own in found])
+            except RuntimeError:  # a transform of torch.func allows no writing here
+                self._kept.clear()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._within:
@@ -122,8 +125,8 @@ def _compiled(part: nn.Module) -> bool:
 
 
 @contextmanager
-def checkpoints_named() -> Iterator[None]:
-    """A context that explains errors of gradient checkpointing.
+def backward_explained() -> Iterator[None]:
+    """A context that explains errors of torch's backward pass.
 
     Raises:
         ProblemError: in place of torch's own error.
@@ -132,7 +135,13 @@ def checkpoints_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = str(error)
-        if "use_reentrant" in said or "Checkpointing is not compatible" in said:
+        if "backward through the graph a second time" in said:
+            what = (
+                "a loss or the map uses a tensor with the graph of an earlier call, which is kept "
+                "in a buffer, an attribute or a variable; store "
+            )
+            mend = "the .detach() of it"
+        elif "use_reentrant" in said or "Checkpointing is not compatible" in said:
             what = (
                 "reentrant gradient checkpoints do not work with torch.autograd.grad, which "
                 "equigrad uses; set "

@@ -18,6 +18,9 @@ SAFETY = 3
 RESTLESS = 0.3
 """With a residual above this share of the nudge, the advice is about the free phase."""
 
+TOO_SMALL = "is too small for"
+"""What the status says of a β whose contrast is lost in rounding; the diagnostics look for it."""
+
 NAMED = 0.1
 """An error above this is reported in the status, with advice."""
 
@@ -53,7 +56,7 @@ class ContrastError:
 
     def _advice(self) -> str:
         if self.rounding > self.finite + self.unsettled:
-            return "beta is too small for this number format; raise beta, or use torch.float64"
+            return f"beta {TOO_SMALL} this number format; raise beta, or use torch.float64"
         if self.drift > RESTLESS:
             return (
                 f"the free phase has not converged (its residual is {self.drift:.2g} times the "

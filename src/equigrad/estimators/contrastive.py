@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from equigrad.estimators.contrast_error import NAMED, contrast_error
+from equigrad.estimators.contrast_error import NAMED, TOO_SMALL, contrast_error
 from equigrad.estimators.estimator import Estimate, Estimator, Traits
 from equigrad.estimators.nudged_phases import NudgedPhases
 from equigrad.evaluation import ANSWERED, Evaluation
@@ -237,7 +237,7 @@ class Contrastive(Estimator):
             )
         elif moved <= 100 * torch.finfo(one[0].dtype).eps * size:
             evaluation.tally.note(
-                f"beta={self.beta:g} is too small for {one[0].dtype}: the nudge moved params by "
+                f"beta={self.beta:g} {TOO_SMALL} {one[0].dtype}: the nudge moved params by "
                 f"{moved:.1e}, and their norm is {size:.1e}; raise beta"
                 + (", or use torch.float64" if one[0].dtype != torch.float64 else "")
             )

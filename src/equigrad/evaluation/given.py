@@ -109,14 +109,31 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def check_given(problem: Problem, params: Params, meta_params: Params, tally: Tally) -> None:
-    """Refuse φ and θ that cannot settle or be learned, and note frozen parameters.
+    """Refuse φ and θ that cannot settle or be learned, and note frozen and hooked parameters.
 
     Raises:
-        ProblemError: they are not mappings from names to finite tensors, or φ is empty; or φ is
-            frozen in a module that several processes share.
+        ProblemError: they are not mappings from names to finite tensors, or φ is empty; φ has one
+            parameter under two names, or is frozen in a module that several processes share; or a
+            transform of torch.func is active.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise ProblemError(
+            "this is called inside of a transform of torch.func (vmap, grad, jvp, …), which cannot "
+            "follow a loop whose length depends on values. Call it outside, in a loop over θ; for "
+            "the gradient of what depends on the settled params, use equigrad.argmin or "
+            "equigrad.fixed_point with torch.autograd"
+        )
     check_tensors("params", params)
     check_tensors("meta_params", meta_params)
+    _refuse_tied(params)
+    own = {n: p for module in problem.modules or () for n, p in module.named_parameters()}
+    hooked = [n for n, p in params.items() if p._backward_hooks or own.get(n, p)._backward_hooks]
+    if hooked:
+        tally.note(
+            f"params {listed(hooked)} have backward hooks (register_hook), which are not called: "
+            f"φ settles by the gradient of the loss. If they change gradients, change the loss "
+            f"instead, for example by a mask on what is to stay as it is"
+        )
     if problem.samples:
         check_samples(params)
     frozen = [n for n, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad]
@@ -132,6 +149,18 @@ def check_given(problem: Problem, params: Params, meta_params: Params, tally: Ta
         f"params {listed(frozen)} are optimised although they are frozen (requires_grad=False) in "
         f"their module; leave them out of params to keep them as they are"
     )
+
+
+def _refuse_tied(params: Params) -> None:
+    """Raise a `ProblemError` if a module's parameter is in φ under two names."""
+    first: dict[int, str] = {}
+    for name, p in params.items():
+        if isinstance(p, nn.Parameter) and first.setdefault(id(p), name) != name:
+            raise ProblemError(
+                f"params {first[id(p)]!r} and {name!r} are one parameter under two names (tied "
+                f"weights), and would settle apart. Leave one of them out, as named_parameters() "
+                f"does; torch.func.functional_call and equigrad.nn.Functional tie them"
+            )
 
 
 def agreed_seed(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from equigrad.errors import ProblemError
 from equigrad.parallel import is_data_parallel, is_fully_sharded, mesh_of, processes
@@ -55,6 +56,11 @@ def refuse_tensor(name: str, tensor: Tensor) -> None:
         why = (
             "is on the meta device, where tensors have shapes but no values. Give it values with "
             ".to_empty(…) and an initialisation"
+        )
+    elif forward_ad.unpack_dual(tensor).tangent is not None:
+        why = (
+            "has a tangent (torch.autograd.forward_ad), which would be lost. Differentiate in "
+            "reverse mode, by equigrad.argmin or equigrad.fixed_point"
         )
     elif tensor.layout != torch.strided:
         why = f"has layout {tensor.layout}, which is not supported. Call .to_dense() on it"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equigrad.fields import Count, Share
+from equigrad.solvers.rows import at_least_single
 from equigrad.solvers.solver import Objective, Solver
 from equigrad.vectors import flatten, unflatten
 
@@ -196,14 +197,14 @@ class Memory:
             return -gradient
         # B = last I + S W Sᵀ - last (S R⁻ᵀ Yᵀ + Y R⁻¹ Sᵀ), W = R⁻ᵀ (I + last YᵀY) R⁻¹, where
         # R is `upper`, YᵀY is `sizes`, and the columns of S and Y are the pairs
-        upper, sizes = self._products
+        upper, sizes = at_least_single(self._products)
         last = 1 / sizes[-1, -1].item()  # s·y / y·y of the last pair
-        along_moves, along_changes = self._dot(gradient)
+        along_moves, along_changes = at_least_single(self._dot(gradient))
         u = torch.linalg.solve_triangular(upper, along_moves[:, None], upper=True)[:, 0]
         right = u + last * (sizes @ u - along_changes)
         w = torch.linalg.solve_triangular(upper.T, right[:, None], upper=False)[:, 0]
         weights = self._pairs.new_zeros(self._pairs.shape[:2])
-        weights[:, self._order] = torch.stack([w, -last * u])
+        weights[:, self._order] = torch.stack([w, -last * u]).to(weights.dtype)
         return -torch.addmv(last * gradient, self._pairs.flatten(0, 1).T, weights.flatten())
 
 

@@ -348,6 +348,8 @@ def _metrics(found: object) -> dict[str, float]:
 
 
 def _row(state: OuterState, result: MetaGradient, metrics: Mapping[str, float]) -> Row:
+    free = result.phases[0]
+    uneasy = free.failed or result.status != str(free)
     return {
         "outer_step": state.step,
         "outer_loss": result.outer_loss,
@@ -358,4 +360,5 @@ def _row(state: OuterState, result: MetaGradient, metrics: Mapping[str, float]) 
         "gradient_evaluations": state.gradient_evaluations,
         "seconds": round(state.seconds, 3),
         "status": result.status,
+        **({"uneasy": True} if uneasy else {}),
     }

@@ -69,7 +69,7 @@ def _step(state: OuterState) -> str:
 
 
 def _numbers(state: OuterState) -> str:
-    hidden = {"outer_step", "gradient_norm", "gradient_evaluations", "seconds", "status"}
+    hidden = {"outer_step", "gradient_norm", "gradient_evaluations", "seconds", "status", "uneasy"}
     return "  ".join(
         f"{name.replace('_accuracy', '').replace('_', ' ')} {value:.4g}"
         for name, value in state.history[-1].items()

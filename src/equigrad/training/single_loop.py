@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equigrad.diagnostics.first_look import first_look
-from equigrad.diagnostics.own_weights import checkpoints_named
+from equigrad.diagnostics.own_weights import backward_explained
 from equigrad.errors import ConfigurationError, SettlingError
 from equigrad.evaluation.evaluation import Evaluation
 from equigrad.evaluation.stage import Stage
@@ -148,7 +148,7 @@ def learn_jointly(
             f"every few steps; use GradientDescent or TorchOptimizer"
         )
     direction = direction or Contrasts()
-    with checkpoints_named(), Evaluation(problem, params, meta_params, solver=solver) as seen:
+    with backward_explained(), Evaluation(problem, params, meta_params, solver=solver) as seen:
         direction.check(seen, solver)
         first_look(seen, resting(seen.params, seen.stage.first_buffers), direction.estimator)
         problem, reaches, notes = seen.problem, seen.reaches, seen.tally.notes

@@ -218,7 +218,8 @@ def test_strengths_are_described_by_layer(tmp_path):
 def test_what_did_not_settle_is_said(tmp_path):
     statuses = ["converged: residual 1e-7 after 9 steps"] * 2
     statuses.append("not converged: residual 0.1 after 20 steps, tol 1e-6")
-    write_run(tmp_path / "uneasy", history=[{"status": status} for status in statuses])
+    rows = [{"status": status} for status in statuses]
+    write_run(tmp_path / "uneasy", history=[*rows[:2], {**rows[2], "uneasy": True}])
     write_run(tmp_path / "well", history=[{"status": "stopped: residual 0.1 after 20 steps"}])
     page = page_of(tmp_path)
     said = f"1 of 3 outer steps, the last of them: {statuses[-1]}"

@@ -29,6 +29,7 @@ BY_LOOP = (
     "gradient_evaluations",
     "seconds",
     "status",
+    "uneasy",
 )
 """Values that the outer loop logs in each step; all others are metrics of the experiment."""
 
@@ -142,13 +143,8 @@ class RunFolder:
 
     @property
     def uneasy(self) -> list[str]:
-        """Remarks in the status of outer steps, beyond phases that converged or ran their steps."""
-        said = [str(row["status"]) for row in self.history if "status" in row]
-        return [
-            status
-            for status in said
-            if not all(part.startswith(("converged", "stopped")) for part in status.split("; "))
-        ]
+        """The status of outer steps whose phase failed, or that have remarks besides it."""
+        return [str(row["status"]) for row in self.history if row.get("uneasy") and "status" in row]
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
