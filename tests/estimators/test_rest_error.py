@@ -163,3 +163,21 @@ def test_a_residual_that_the_mixed_derivative_does_not_see_is_looked_into():
     solved = Solved(system, Solution(x), pressure, System().mixed(x), grads)
     true = ((grads["theta"] + exact).norm() / exact.norm()).item()
     assert solve_error(solved).relative == pytest.approx(true)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("estimator", ESTIMATORS[:3], ids=lambda e: type(e).__name__)
+def test_a_phase_that_led_away_from_rest_has_no_accuracy(estimator, tol):
+    """φ is then so large that a step of Newton's method is rounding beside it."""
+    case = HARD_ZOO["mixed-units"]()
+    found = eg.meta_gradient(
+        case.problem,
+        case.params,
+        case.meta_params,
+        solver=eg.Picard(max_steps=30, tol=tol),
+        estimator=estimator,
+    )
+    assert case.relative_error(found.grads) > 1e3
+    assert found.error_estimate is not None
+    assert found.error_estimate >= 1
+    assert "wrong by its own size or more" in found.status

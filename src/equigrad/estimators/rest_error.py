@@ -42,7 +42,8 @@ def rest_error(evaluation: Evaluation, free: Settled, solved: Solved) -> SolveEr
     matrix; for others, it takes up to twelve. The bracket contains what the solver has left over as
     well as what the step adds to it. As in `solve_error`, δ is rough at first, and takes six
     products where the error is above 1e-5; the larger of the two errors counts. If the step is of
-    rounding's size, only the solver's own residual is looked at.
+    rounding's size, only the solver's own residual is looked at. A phase that ended with more than
+    twice its first residual has led away from rest: the error is then the gradient's own size.
 
     Args:
         evaluation: evaluates the losses.
@@ -55,6 +56,8 @@ def rest_error(evaluation: Evaluation, free: Settled, solved: Solved) -> SolveEr
     left = solution.residual
     left = pressure - linear.product(solution.x) if left is None else left
     own = (left.norm() / pressure.norm()).item()
+    if free.phase.residual > 2 * free.phase.start_residual:  # settling led away from rest
+        return SolveError(own, 1.0, unsettled=True)
     try:
         least = AT_REST * torch.finfo(pressure.dtype).eps * flatten(linear.leaves).norm().item()
         step = newton_step(linear, solution, least * (pressure.norm() / solution.x.norm()).item())
