@@ -65,3 +65,10 @@ def test_nothing_to_train():
         eg.nn.Functional(nn.ReLU())
     with pytest.raises(eg.ProblemError, match=r"must be a torch\.nn\.Module, got function"):
         eg.nn.Functional(lambda x: x)  # pyright: ignore[reportArgumentType]
+
+
+def test_hooks_on_parameters_which_a_copy_does_not_have_are_named():
+    model = nn.Linear(3, 2)
+    model.weight.register_hook(lambda grad: grad * 0)
+    with pytest.warns(UserWarning, match="parameters 'weight' of Linear have backward hooks"):
+        eg.nn.Functional(model)

@@ -1,5 +1,6 @@
 """A module as a function of its parameters."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from equigrad.errors import ProblemError
 from equigrad.nn.copies import copied, held_parameters, tensors_in
 from equigrad.problems import Params
 from equigrad.problems.refused import refuse_module
+from equigrad.wording import listed
 
 
 class Functional:
@@ -27,6 +29,9 @@ class Functional:
     Attributes:
         model: the private copy; its buffers and training flag are its own.
 
+    Warns:
+        UserWarning: parameters have backward hooks, which the copy does not have.
+
     Raises:
         ProblemError: the module has no trainable parameters, or is shared by several processes; or,
             in a call, the names or shapes of the parameters are not those of the module.
@@ -43,6 +48,13 @@ class Functional:
         if not isinstance(model, nn.Module):
             raise ProblemError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         refuse_module(model)
+        if hooked := [name for name, p in model.named_parameters() if p._backward_hooks]:
+            warnings.warn(
+                f"parameters {listed(hooked)} of {type(model).__name__} have backward hooks "
+                f"(register_hook), which the copy does not have. Change the loss instead, for "
+                f"example by a mask on what is to stay as it is",
+                stacklevel=2,
+            )
         self.model = copied(model)
         self._initial = {
             name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
