@@ -397,3 +397,30 @@ def test_batches_of_any_structure_are_moved():
     assert isinstance(found["b"], Pair)
     assert found["b"].y[0].is_meta
     assert not batch["a"][0].is_meta
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [torch.zeros(0), torch.zeros(0, 3), torch.eye(3).to_sparse(), torch.tensor(2.0), torch.ones(2)],
+    ids=["empty", "empty rows", "sparse", "scalar", "vector"],
+)
+def test_whatever_tensors_are_in_a_batch_it_is_compared(extra):
+    """A stream that is begun again for every phase."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    class Stream:
+        def __iter__(self):
+            yield from ((part, extra) for part in x.split(2))
+
+    problem = eg.Bilevel(
+        lambda p, m, batch: (batch[0] @ p["w"] - m["t"]).square().mean(),
+        lambda p, m: p["w"].sum(),
+        inner_batches=Stream(),
+    )
+    result = eg.meta_gradient(
+        problem,
+        {"w": torch.zeros(3).double()},
+        {"t": torch.ones(()).double()},
+        solver=eg.GradientDescent(lr=0.1, max_steps=5),
+    )
+    assert result.grads["t"].isfinite()

@@ -261,16 +261,16 @@ class _Seen:
         return self.bend / self.change
 
     @property
-    def grain(self) -> float:
+    def _grain(self) -> float:
         """The rounding error of the difference, relative to it."""
         return 2 * self.eps * self.size / self.change if 0 < self.change < math.inf else 0.0
 
     @property
     def better(self) -> float:
         """The distance at which u², the error of a smooth function, is that of rounding."""
-        if self.bend is None or not self.grain > 0:  # linear along b: every distance is as good
+        if self.bend is None or not self._grain > 0:  # linear along b: every distance is as good
             return self.distance
-        return self.distance * (self.grain / max(self.uneven, self.eps) ** 2) ** (1 / 3)
+        return self.distance * (self._grain / max(self.uneven, self.eps) ** 2) ** (1 / 3)
 
     @property
     def error(self) -> float:
@@ -283,7 +283,7 @@ class _Seen:
     @property
     def smooth(self) -> bool:
         """Whether a smooth function may be as uneven."""
-        return self.uneven <= SMOOTH * self.grain**0.5
+        return self.uneven <= SMOOTH * self._grain**0.5
 
     @property
     def rounding(self) -> float:

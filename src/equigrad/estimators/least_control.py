@@ -178,6 +178,6 @@ class LeastControl(Estimator):
 
 def _left(phase: Phase) -> float:
     """Three times the share of its first residual that a phase has left, at most one."""
-    if phase.diverged:
+    if phase.diverged or phase.residual > phase.start_residual:
         return 1.0
     return min(SAFETY * phase.residual / phase.start_residual, 1.0) if phase.residual else 0.0

@@ -220,9 +220,10 @@ def _parts(loader: Any) -> list[Any]:
 def _fingerprint(batch: Any) -> list[Any]:
     """Shapes and sums of a batch's samples, to tell whether two batches are the same."""
     if isinstance(batch, Tensor):
-        rows = batch.detach().reshape(len(batch) if batch.dim() else 1, -1)
+        rows = batch.detach() if batch.layout == torch.strided else batch.detach().to_dense()
+        rows = rows.flatten(1) if rows.dim() > 1 else rows[..., None]
         dtype = None if rows.is_complex() else torch.float64
-        return [tuple(batch.shape), rows.sum(dim=1, dtype=dtype).tolist()]
+        return [tuple(batch.shape), rows.sum(dim=-1, dtype=dtype).tolist()]
     if isinstance(batch, Mapping):
         return [item for value in batch.values() for item in _fingerprint(value)]
     if isinstance(batch, list | tuple):
